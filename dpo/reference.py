@@ -54,6 +54,7 @@ class Tabled(ABC):
     is_initial = False
     origin: str
     table: dict[str, Tensor]  # split -> (N, 2) float32 nats, of chosen and rejected
+    lengths: dict[str, Tensor]  # split -> (N, 2) int64, the tokens that were scored; {} where nobody knows
     tokens: dict[str, list[Tensor]]  # split -> 2N x (tokens,), chosen first, where settings.per_token asks for it
 
     @abstractmethod
@@ -99,10 +100,11 @@ class Frozen(Tabled):
         scores = score(model, asked, weights, settings, "reference log-probs", per_token)
         origin = "from the cache" if scores.cached else f"computed in {time.monotonic() - began:.1f} s"
         off = off_by(model, asked, scores.logps, settings)
-        self.table, self.tokens, first = {}, {}, 0
+        self.table, self.lengths, self.tokens, first = {}, {}, {}, 0
         for split, items in pairs.items():
             rows = slice(first, first := first + 2 * len(items))
             self.table[split] = scores.logps[rows].view(2, len(items)).T.contiguous()
+            self.lengths[split] = scores.lengths[rows].view(2, len(items)).T
             self.tokens[split] = (scores.token_logps or [])[rows]
         counts = " and ".join(f"{len(items)} {split}" for split, items in pairs.items())
         return (
@@ -203,7 +205,7 @@ class Given(Tabled):
                 for content, logp in zip(_contents(pair), logps, strict=True):
                     if abs(known.setdefault(content, logp) - logp) > 1e-3:
                         raise ValueError(f"{file}, {where}: log-prob {logp}, but {known[content]} for the same text")
-        self.table, self.origin = {}, digest(known)
+        self.table, self.lengths, self.origin = {}, {}, digest(known)
         for split, items in pairs.items():
             asked = [_contents(pair.text) for pair in items if pair.text]
             missing = [row for row, contents in enumerate(asked) if not known.keys() >= set(contents)]

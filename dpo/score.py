@@ -7,6 +7,7 @@ the pairs, for other machines and programs: `reference=given reference.path=runs
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def run(config: DictConfig, directory: Path) -> None:
     """Write `train.jsonl` and `validation.jsonl`, and last `evaluation.json`, into `directory`.
 
     A line is a pair with `chosen_logprob` and `rejected_logprob` (nats, sums over the response, the columns of
-    yale-nlp/RefDPO), `chosen_tokens` and `rejected_tokens`, and with per_token=true the log-probs of the tokens.
+    yale-nlp/RefDPO), `chosen_tokens` and `rejected_tokens` (how many the reference scored, which may read other tokens
+    than the policy; not of log-probs that were given), and with per_token=true the log-probs of the tokens.
     """
     began = time.monotonic()
     dataset: Dataset = call(config.data)
@@ -48,17 +50,21 @@ def run(config: DictConfig, directory: Path) -> None:
         for number, pair in enumerate(items):
             if pair.text is None:
                 raise RuntimeError(f"{split} pair {number} has no text")
-            chosen, rejected = reference.table[split][number].tolist()
-            scores: dict[str, Any] = {"chosen_logprob": chosen, "rejected_logprob": rejected}
-            scores |= {"chosen_tokens": len(pair.chosen_ids), "rejected_tokens": len(pair.rejected_ids)}
+            scores: dict[str, Any] = named("logprob", reference.table[split][number].tolist())
+            if reference.lengths:
+                scores |= named("tokens", reference.lengths[split][number].tolist())
             if config.per_token:
-                both = reference.tokens[split]
-                scores["chosen_token_logprobs"] = both[number].tolist()
-                scores["rejected_token_logprobs"] = both[len(items) + number].tolist()
+                both = reference.tokens[split][number :: len(items)]
+                scores |= named("token_logprobs", [values.tolist() for values in both])
             rows.append(row(pair.text) | scores)
         write_rows(directory / f"{split}.jsonl", rows)
     result = {f"{split} pairs": len(items) for split, items in pairs.items()}
     evaluate.finish(directory, {**result, "seconds": time.monotonic() - began})
+
+
+def named(what: str, of_both: Sequence[Any]) -> dict[str, Any]:
+    """The columns of what was found for the chosen and the rejected response."""
+    return dict(zip((f"chosen_{what}", f"rejected_{what}"), of_both, strict=True))
 
 
 def prepare(

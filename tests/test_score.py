@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_tokenizer
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -60,11 +61,20 @@ def test_files_hold_what_the_model_says(tmp_path, given, tiny_model):
             assert line[f"{name}_logprob"] == pytest.approx(values.sum().item(), abs=1e-4)
 
 
+def test_tokens_are_counted_as_the_reference_reads_them(tmp_path, given, tiny_model):
+    other = [f"reference.path={tiny_model('qwen2')}", "reference.max_length=5", "on_too_long=truncate"]
+    rows = scored(tmp_path / "scores", *given, *other, reference="other_tokenizer")
+    for line in rows["train"]:  # cut to one token of the prompt and four of the response
+        assert line["chosen_tokens"] == min(4, len(tiny_tokenizer("qwen2")(line["chosen"])["input_ids"]) + 1)
+        assert line["rejected_tokens"] == 4
+
+
 def test_given_scores_are_those_that_were_written(tmp_path, given, tiny_model):
     folder = tmp_path / "scores"
     rows = scored(folder, *given)
     again = scored(tmp_path / "again", *given, f"reference.path={folder}", reference="given")
-    assert again == rows
+    for split in score.SPLITS:  # how many tokens there were nobody knows any more
+        assert again[split] == [{k: v for k, v in line.items() if not k.endswith("_tokens")} for line in rows[split]]
     (folder / "validation.jsonl").unlink()
     with pytest.raises(ValueError, match="found none for 4 of 4 validation pairs"):
         scored(tmp_path / "fewer", *given, f"reference.path={folder}", reference="given")
