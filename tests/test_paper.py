@@ -106,17 +106,19 @@ def test_three_steps_of_each_reference(tmp_path, tiny_model, small, table):
 @pytest.mark.parametrize(
     "policy,prompt",
     [
-        ("mistral_7b", "<s><|system|>\nBe brief.</s>\n<|user|>\nHi\n</s>\n<|assistant|>\n"),
-        ("tulu_2_7b", "<s><|system|>\nBe brief.\n<|user|>\nHi\n\n<|assistant|>\n"),
-        ("qwen2_1_5b", "<|system|>\nBe brief.\n<|user|>\nHi\n\n<|assistant|>\n"),
+        ("mistral_7b", "<s><|system|>\nBe brief.</s>\n<|user|>\nHi</s>\n<|assistant|>\n"),
+        ("tulu_2_7b", "<s><|system|>\nBe brief.\n<|user|>\nHi\n<|assistant|>\n"),
+        ("qwen2_1_5b", "<|system|>\nBe brief.\n<|user|>\nHi\n<|assistant|>\n"),
     ],
 )
 def test_where_eos_stands(policy, prompt):
-    """Once at the end of the response, where it is scored, and after other turns for Mistral alone; BOS once."""
+    """Once at the end of the response, where it is scored, and after other turns for Mistral alone; BOS once. White space
+    around a message is stripped.
+    """
     tokenizer = tiny_tokenizer(POLICIES[policy])
     tokenizer.chat_template = template(policy)
     asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi\n"}]
-    said = {"prompt": asked, "chosen": [{"role": "assistant", "content": "Hello there."}]}
+    said = {"prompt": asked, "chosen": [{"role": "assistant", "content": " Hello there.\n"}]}
     [pair] = tokenize([preference(said | {"rejected": said["chosen"]})], tokenizer, 200, "error")
     expected = tokenizer(prompt.replace("</s>", tokenizer.eos_token), add_special_tokens=False)["input_ids"]
     assert pair.prompt_ids == expected == encode_prompts([asked], tokenizer, 200)[0]
