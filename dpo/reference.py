@@ -97,7 +97,13 @@ class Frozen(Tabled):
             self.anchor = self.path
             self.is_initial = model is policy or weights == models.fingerprint(policy)  # which reads all weights
         asked, began = list(chain.from_iterable(sequences.values())), time.monotonic()
-        scores = score(model, asked, weights, settings, "reference log-probs", per_token)
+        origins = [
+            f"{pair.origin or f'{split} row {row}, counted from 0'} ({side})"
+            for split, items in pairs.items()
+            for side in ("chosen", "rejected")
+            for row, pair in enumerate(items)
+        ]
+        scores = score(model, asked, weights, settings, "reference log-probs", origins, per_token)
         origin = "from the cache" if scores.cached else f"computed in {time.monotonic() - began:.1f} s"
         off = off_by(model, asked, scores.logps, settings)
         self.table, self.lengths, self.tokens, first = {}, {}, {}, 0

@@ -112,8 +112,8 @@ def test_three_steps_of_each_reference(tmp_path, tiny_model, small, table):
     ],
 )
 def test_where_eos_stands(policy, prompt):
-    """Once at the end of the response, where it is scored, and after other turns for Mistral alone; BOS once. White space
-    around a message is stripped.
+    """Once at the end of the response, where it is scored, and after other turns for Mistral alone; BOS once. White
+    space around a message is stripped.
     """
     tokenizer = tiny_tokenizer(POLICIES[policy])
     tokenizer.chat_template = template(policy)

@@ -18,6 +18,7 @@ from dpo.policy.scoring import score
 from dpo.reference import Frozen, Given, Initial, Moving, OtherTokenizer, Prior, Uniform
 
 SEQUENCES = [([5, 6, 7], [8, 9]), ([10] * 12, [11, 12, 13, 14]), ([15], [16]), ([5, 6, 7], [8, 9])]
+NAMES = [f"response {row}" for row in range(4)]
 PAIRS = [Pair([5, 6, 7], [8, 9], [9]), Pair([10] * 12, [11, 12], [13, 14, 15]), Pair([15], [16], [17])]
 
 
@@ -45,7 +46,7 @@ def batch(rows: list[int]) -> Any:
 
 
 def test_scores_are_those_of_the_model(tmp_path, llama):
-    scores = score(llama, SEQUENCES, "weights", settings(tmp_path), "scoring", per_token=True)
+    scores = score(llama, SEQUENCES, "weights", settings(tmp_path), "scoring", NAMES, per_token=True)
     found = scores.logps
     assert not scores.cached
     with torch.no_grad():
@@ -65,19 +66,19 @@ def batch_of(sequences: Any) -> Any:
 
 
 def test_look_up_is_by_content(tmp_path, llama, monkeypatch):
-    first = score(llama, SEQUENCES, "weights", settings(tmp_path), "scoring").logps
+    first = score(llama, SEQUENCES, "weights", settings(tmp_path), "scoring", NAMES).logps
     monkeypatch.setattr("dpo.policy.scoring._score", lambda *_: pytest.fail("scored again"))
-    turned = score(llama, SEQUENCES[::-1], "weights", settings(tmp_path), "scoring")
+    turned = score(llama, SEQUENCES[::-1], "weights", settings(tmp_path), "scoring", NAMES)
     assert turned.cached
     assert torch.equal(turned.logps, first.flip(0))
-    longer = score(llama, SEQUENCES * 2, "weights", settings(tmp_path), "scoring")
+    longer = score(llama, SEQUENCES * 2, "weights", settings(tmp_path), "scoring", NAMES * 2)
     assert longer.cached
     assert torch.equal(longer.logps, torch.cat([first, first]))
 
 
 @pytest.mark.parametrize("change", ["weights", "tokens", "boundary", "precision"])
 def test_what_decides_a_number_is_in_the_key(tmp_path, llama, change):
-    score(llama, SEQUENCES, "weights", settings(tmp_path), "scoring")
+    score(llama, SEQUENCES, "weights", settings(tmp_path), "scoring", NAMES)
     sequences, weights, asked = SEQUENCES, "weights", settings(tmp_path)
     if change == "weights":
         weights = "others"
@@ -87,14 +88,14 @@ def test_what_decides_a_number_is_in_the_key(tmp_path, llama, change):
         sequences = [([5, 6], [7, 8, 9]), *SEQUENCES[1:]]
     if change == "precision":
         asked.precision = "bf16"
-    assert score(llama, sequences, weights, asked, "scoring").cached is False
+    assert score(llama, sequences, weights, asked, "scoring", NAMES).cached is False
 
 
 def test_layout_and_size_of_batches_are_not_in_the_key(tmp_path, llama):
-    score(llama, SEQUENCES, "weights", settings(tmp_path), "scoring")
+    score(llama, SEQUENCES, "weights", settings(tmp_path), "scoring", NAMES)
     asked = settings(tmp_path)
     asked.micro_batch_tokens, asked.packed = 1000, False
-    assert score(llama, SEQUENCES, "weights", asked, "scoring").cached is True
+    assert score(llama, SEQUENCES, "weights", asked, "scoring", NAMES).cached is True
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -103,7 +104,7 @@ def test_every_layout_and_size_of_batches_gives_the_same_scores(tmp_path, llama,
     asked = settings(tmp_path)
     asked.micro_batch_tokens, asked.packed = tokens, packed
     many = [(prompt, response) for prompt, _ in SEQUENCES for response in ([3], [4, 5], [6] * 7, [8, 9], [2])]
-    found = score(llama, many, "weights", asked, "scoring").logps
+    found = score(llama, many, "weights", asked, "scoring", NAMES * 5).logps
     with torch.no_grad():
         live, _ = sequence_logps(llama, batch_of(many))
     assert torch.allclose(found, live, rtol=1e-5)
@@ -111,7 +112,7 @@ def test_every_layout_and_size_of_batches_gives_the_same_scores(tmp_path, llama,
 
 def test_scoring_keeps_the_model_as_it_was(tmp_path, llama):
     llama.train()
-    score(llama, SEQUENCES, "weights", settings(tmp_path), "scoring")
+    score(llama, SEQUENCES, "weights", settings(tmp_path), "scoring", NAMES)
     assert llama.training
     assert all(parameter.grad is None and parameter.requires_grad for parameter in llama.parameters())
 
@@ -218,13 +219,44 @@ def test_a_damaged_cache_is_found_out(tmp_path, tiny_model, llama):
     Initial().prepare(tiny_model("llama"), llama, {"train": PAIRS}, asked)
     [file] = (tmp_path / "cache" / "reference").glob("*/scores.safetensors")
     table = load_file(file)
-    for change, said in ((0.01, "relative error"), (math.nan, "not finite")):
+    for change, said in (
+        (0.01, "relative error"),
+        (math.nan, r"found none for 6 of 6:\n  train row 0, counted from 0 \(chosen\)"),
+    ):
         save_file(table | {"logps": table["logps"] + change}, file)
         with pytest.raises(RuntimeError, match=r"scores\.safetensors changed; delete that folder"):
             Initial().prepare(tiny_model("llama"), llama, {"train": PAIRS}, asked)
         (file.parent / "files.json").write_text(json.dumps(cache._files(file.parent)))  # as if written so
         with pytest.raises(RuntimeError, match=said):
             Initial().prepare(tiny_model("llama"), llama, {"train": PAIRS}, asked)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_is_not_finite_is_not_kept(tmp_path, tiny_model, llama, packed):
+    """A token that the model has no numbers for: the pairs with it are named, and so is the weight; any layout."""
+    word = models.load_tokenizer(tiny_model("llama"))(" cats", add_special_tokens=False)["input_ids"]
+    texts = [Preference("a", "dogs", "b", origin="x.jsonl, line 7"), Preference("a", " cats", "c", origin="id 8")]
+    pairs = tokenize(texts, models.load_tokenizer(tiny_model("llama")), 60, "error")
+    asked = settings(tmp_path)
+    asked.packed = packed
+    with torch.no_grad():
+        llama.get_input_embeddings().weight[word[0]] = math.nan
+    for _ in range(2):  # what is wrong is not kept, so it is no other error the second time
+        with pytest.raises(RuntimeError) as error:
+            Initial().prepare(tiny_model("llama"), llama, {"train": pairs}, asked)
+        assert "found none for 1 of 4 responses:\n  id 8 (chosen)\n1 of the weights are not finite" in str(error.value)
+        assert "such as model.embed_tokens.weight: take another checkpoint" in str(error.value)
+        assert not list((tmp_path / "cache" / "reference").glob("*/"))
+
+
+def test_finite_weights_may_give_what_is_not(tmp_path, llama):
+    with torch.no_grad():
+        llama.get_output_embeddings().weight *= 1e38
+        llama.model.norm.weight *= 1e4
+    asked = settings(tmp_path)
+    asked.packed = False
+    with pytest.raises(RuntimeError, match=r"response 0\n.*\n.*\n.*\nThe weights are finite; precision=fp32 or"):
+        score(llama, SEQUENCES, "weights", asked, "scoring", NAMES)
 
 
 def test_wrong_scores_of_packed_rows_are_found_out_by_the_plain_forward(tmp_path, tiny_model, llama, monkeypatch):

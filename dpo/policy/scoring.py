@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from dpo.cache import digest, remember
 from dpo.data.batches import Branches, Tokens, branched, dealt, size
+from dpo.data.records import listed
 from dpo.policy.logps import forward_tokens, packable, token_logps
 from dpo.training import sharding
 from dpo.training.log import progress
@@ -41,14 +43,16 @@ def score(
     weights: str,
     settings: Any,
     name: str,
+    origins: Sequence[str],
     per_token: bool = False,
 ) -> Scores:
     """Log-probability of each response under `model`, whose fingerprint is `weights`.
 
     The cache keeps each distinct sequence once, and look-up is by content, so order, duplicates and row numbers of the
-    data set never matter. settings: cache, precision, packed and micro_batch_tokens.
+    data set never matter. settings: cache, precision, packed and micro_batch_tokens. origins: where each sequence came
+    from, for messages.
 
-    Raises: RuntimeError if an entry is missing or not finite.
+    Raises: RuntimeError, and keeps nothing, if a log-prob is not finite; if one is missing in what is kept.
     """
     contents = [_content(tokens) for tokens in sequences]
     distinct = dict(sorted(zip(contents, sequences, strict=True)))
@@ -62,7 +66,16 @@ def score(
 
     def build(folder: Path) -> None:
         items = [(prompt, [response]) for prompt, response in distinct.values()]
-        values = _score(model, list(distinct.values()), settings, settings.packed and packable(model, items), name)
+        broken = _broken(model)  # no layout of rows would help
+        packed = settings.packed and not broken and packable(model, items)
+        values = _score(model, list(distinct.values()), settings, packed, name)
+        finite = {content for content, logps in zip(distinct, values, strict=True) if logps.sum().isfinite()}
+        if bad := [origin for origin, content in zip(origins, contents, strict=True) if content not in finite]:
+            cause = f"The weights are finite; precision=fp32 or packed=false may help (precision={settings.precision})."
+            if broken:
+                cause = f"{len(broken)} of the weights are not finite, such as {broken[0]}: take another checkpoint."
+            found = f"found none for {len(bad)} of {len(contents)} responses"
+            raise RuntimeError(f"{name} must be finite numbers, {found}:{listed(bad)}\n{cause}")
         table = {
             "digests": torch.from_numpy(np.frombuffer(b"".join(distinct), dtype=np.uint8).reshape(-1, 16).copy()),
             "logps": torch.stack([logps.sum() for logps in values]),
@@ -72,13 +85,12 @@ def score(
 
     folder, cached = remember(settings.cache, "reference", key, build, sharding.any_true)
     table = load_file(folder / "scores.safetensors")
-    rows = {content.tobytes(): row for row, content in enumerate(table["digests"].numpy())}
-    missing = [position for position, content in enumerate(contents) if content not in rows]
-    if missing or not table["logps"].isfinite().all():
+    finite = table["logps"].isfinite().tolist()
+    rows = {content.tobytes(): row for row, content in enumerate(table["digests"].numpy()) if finite[row]}
+    if lost := [origin for origin, content in zip(origins, contents, strict=True) if content not in rows]:
         raise RuntimeError(
-            f"{folder} must hold a finite log-prob of each of {len(contents)} responses; {len(missing)} are missing "
-            f"(first rows: {missing[:5]}), {int((~table['logps'].isfinite()).sum())} are not finite; delete the folder "
-            "to score again"
+            f"{folder} must hold a finite log-prob of each response, found none for {len(lost)} of {len(contents)}:"
+            f"{listed(lost)}\nIt is damaged; delete it to score again."
         )
     order = [rows[content] for content in contents]
     tokens = None
@@ -109,6 +121,12 @@ def _content(tokens: Tokens) -> bytes:
     prompt_ids, response_ids = tokens
     ids = np.array([len(prompt_ids), *prompt_ids, *response_ids], dtype="<i8")
     return hashlib.sha256(ids.tobytes()).digest()[:16]
+
+
+def _broken(model: PreTrainedModel) -> list[str]:
+    """Weights with values that are not finite; of a sharded model all ranks must ask."""
+    local = ((name, one.to_local() if isinstance(one, DTensor) else one) for name, one in model.named_parameters())
+    return [name for name, weight in local if sharding.any_true(not weight.isfinite().all())]
 
 
 @torch.no_grad()
