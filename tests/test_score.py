@@ -61,6 +61,16 @@ def test_files_hold_what_the_model_says(tmp_path, given, tiny_model):
             assert line[f"{name}_logprob"] == pytest.approx(values.sum().item(), abs=1e-4)
 
 
+def test_one_pass_serves_sums_and_tokens(tmp_path, given, capfd):
+    """Scores with tokens are those that training reads, and scores made without have them, too."""
+    said = []
+    for number, per_token in enumerate(("false", "true", "false")):
+        rows = scored(tmp_path / str(number), *given, f"per_token={per_token}")["train"]
+        assert all(("chosen_token_logprobs" in line) is (per_token == "true") for line in rows)
+        said += [line for line in capfd.readouterr().out.splitlines() if line.startswith("reference: ")]
+    assert ["from the cache" in line for line in said] == [False, True, True]
+
+
 def test_tokens_are_counted_as_the_reference_reads_them(tmp_path, given, tiny_model):
     other = [f"reference.path={tiny_model('qwen2')}", "reference.max_length=5", "on_too_long=truncate"]
     rows = scored(tmp_path / "scores", *given, *other, reference="other_tokenizer")

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -33,7 +34,7 @@ class Scores:
 
     logps: Tensor  # (N,) float32 nats, sums over the response
     lengths: Tensor  # (N,) int64 tokens
-    token_logps: list[Tensor] | None  # N x (tokens,) float32, when asked for
+    token_logps: list[Tensor] | None  # N x (tokens,) float32; None: not asked for
     cached: bool  # all of them were there already
 
 
@@ -60,7 +61,6 @@ def score(
         "weights": weights,
         "sequences": digest([content.hex() for content in distinct]),  # token ids and where responses begin
         "precision": settings.precision,
-        "per_token": per_token,
         "scoring": SCORING_VERSION,
     }
 
@@ -80,11 +80,15 @@ def score(
             "digests": torch.from_numpy(np.frombuffer(b"".join(distinct), dtype=np.uint8).reshape(-1, 16).copy()),
             "logps": torch.stack([logps.sum() for logps in values]),
             "lengths": torch.tensor([len(logps) for logps in values]),
+            # Asked for or not, so that scores serve both: 4 bytes a token, 0.2 GB for UltraFeedback's 61,135 pairs.
+            "token_logps": torch.cat(values),
         }
-        save_file(table | ({"token_logps": torch.cat(values)} if per_token else {}), folder / "scores.safetensors")
+        save_file(table, folder / "scores.safetensors")
 
     folder, cached = remember(settings.cache, "reference", key, build, sharding.any_true)
-    table = load_file(folder / "scores.safetensors")
+    with safe_open(folder / "scores.safetensors", "pt") as file:  # which reads no more than it is asked for
+        names = ("digests", "logps", "lengths", *(["token_logps"] if per_token else []))
+        table = {name: file.get_tensor(name) for name in names}
     finite = table["logps"].isfinite().tolist()
     rows = {content.tobytes(): row for row, content in enumerate(table["digests"].numpy()) if finite[row]}
     if lost := [origin for origin, content in zip(origins, contents, strict=True) if content not in rows]:
