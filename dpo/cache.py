@@ -2,6 +2,7 @@
 
 python -m dpo.cache                 what is stored in cache/, and from what
 python -m dpo.cache --verify        and whether its files are as they were written
+python -m dpo.cache --why A B       in which fields two entries differ; A and B are names such as reference/0f...
 """
 
 import argparse
@@ -35,10 +36,13 @@ def remember(
     key: dict[str, Any],
     build: Callable[[Path], None],
     any_true: Callable[[bool], bool] | None = None,
+    about: Callable[[], dict[str, Any]] = dict,
 ) -> tuple[Path, bool]:
     """The folder that `build` filled for this key, and whether it was there already.
 
     The key holds everything that decides the result, and nothing else; it is kept beside the result as `key.json`.
+    about: asked on a miss alone, further fields that say where the key's come from; kept as `about.json`, and shown
+    when another key misses.
     Many processes may ask at once: one builds under a lock while the others wait and say what for, and a folder
     appears whole or not at all. `build` may get the folder as a process that was stopped or killed left it, and goes on
     from there or writes all files anew; after an error it is empty.
@@ -61,13 +65,16 @@ def remember(
         tell(not found)
         if found:
             return _intact(folder), True
-        if missed := why_missed(folder.parent, key):
+        told = about()
+        if missed := why_missed(folder.parent, {**told, **key}):
             print(f"{kind} {folder.name} is not in the cache: {missed}", flush=True)
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         unfinished.mkdir(exist_ok=True)
         try:
             build(unfinished)
-            (unfinished / "key.json").write_text(json.dumps(key, indent=1, sort_keys=True) + "\n")
+            for name, value in (("about.json", told), ("key.json", key)):
+                if value:
+                    (unfinished / name).write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
             (unfinished / "files.json").write_text(json.dumps(_files(unfinished), indent=1) + "\n")
             unfinished.rename(folder)
         except Exception:  # and not KeyboardInterrupt: what was stopped goes on there
@@ -92,22 +99,33 @@ def _beside(folder: Path, build: Callable[[Path], None], any_true: Callable[[boo
     return False
 
 
-def why_missed(kind: str | Path, key: dict[str, Any]) -> str | None:
-    """In which fields the nearest key of that kind differs; None if there is no other."""
-    nearest: list[str] | None = None
+def why_missed(kind: str | Path, asked: dict[str, Any]) -> str | None:
+    """In which fields the nearest entry of that kind differs; None if there is no other."""
+    found = []
     for file in sorted(Path(kind).glob("*/key.json")):
-        try:
-            other = json.loads(file.read_text())
-        except ValueError:  # damaged
-            continue
-        fields = [
-            f"{field} ({_brief(other.get(field))} there, {_brief(key.get(field))} asked for)"
-            for field in sorted({*key, *other})
-            if digest(other.get(field)) != digest(key.get(field))
-        ]
-        if nearest is None or len(fields) < len(nearest) - 1:
-            nearest = [file.parent.name, *fields]
-    return f"the nearest, {nearest[0]}, differs in {', '.join(nearest[1:])}" if nearest else None
+        with suppress(OSError, ValueError):  # damaged
+            found.append((differences(fields(file.parent), asked), file.parent.name))
+    if not found:
+        return None
+    differing, nearest = min(found, key=lambda one: len(one[0]))
+    return f"the nearest, {nearest}, differs in {', '.join(differing)}"
+
+
+def fields(folder: Path) -> dict[str, Any]:
+    """The key of an entry, and what else is told about it.
+
+    Raises: OSError or ValueError if the entry is damaged, or none.
+    """
+    key, about = folder / "key.json", folder / "about.json"
+    return {**(json.loads(about.read_text()) if about.exists() else {}), **json.loads(key.read_text())}
+
+
+def differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    return [
+        f"{field} ({_brief(there.get(field))} there, {_brief(asked.get(field))} asked for)"
+        for field in sorted({*asked, *there})
+        if digest(there.get(field)) != digest(asked.get(field))
+    ]
 
 
 def damages(folder: Path, up_to: float = math.inf) -> list[str]:
@@ -165,16 +183,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dpo.cache", description="What the cache holds, and from what.")
     parser.add_argument("root", nargs="?", type=Path, default=Path("cache"), help="the folder (default: cache)")
     parser.add_argument("--verify", action="store_true", help="compare every file with its checksum")
+    parser.add_argument("--why", nargs=2, metavar=("A", "B"), help="in which fields B differs from A")
     options = parser.parse_args()
     if not options.root.is_dir():
         sys.exit(f"{options.root} must be a cache folder, found none; runs make one at cache=...")
+    if options.why:
+        try:
+            there, asked = (fields(options.root / name) for name in options.why)
+        except (OSError, ValueError) as error:
+            sys.exit(f"A and B must be entries such as reference/0f..., which python -m dpo.cache lists: {error}")
+        print("\n".join(differences(there, asked)) or "in none")
+        return
     damaged = 0
     for folder in sorted(path for path in options.root.glob("*/*/") if path.suffix != ".unfinished"):
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(folder.stat().st_mtime))
         print(f"{folder.relative_to(options.root)}  {size / 1e6:.1f} MB  {made}")
         with suppress(OSError, ValueError):  # damaged: --verify says so
-            for field, value in json.loads((folder / "key.json").read_text()).items():
+            for field, value in fields(folder).items():
                 print(f"    {field}: {_brief(value)}")
         for damage in damages(folder) if options.verify else ():
             damaged += 1

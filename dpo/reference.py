@@ -8,6 +8,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,9 +84,11 @@ class Frozen(Tabled):
         trusted, per_token = settings.policy.trust_remote_code, getattr(settings, "per_token", False)
         if per_token and not self.same_tokens:
             raise ValueError(f"per_token=true needs a reference with the policy's tokens, found {self.name()}")
-        tokenizer = models.load_tokenizer(self.path or initial, trusted)
+        tokenizer = of_pairs = models.load_tokenizer(initial, trusted, settings.policy.chat_template)
+        if self.path is not None:
+            tokenizer = models.load_tokenizer(self.path, trusted)
         if self.path is not None and self.same_tokens:
-            models.check_same_tokenizer(self.path, tokenizer, initial, models.load_tokenizer(initial, trusted))
+            models.check_same_tokenizer(self.path, tokenizer, initial, of_pairs)
             models.check_length(self.path, "max_length", settings.max_length, trusted)
         sequences = {split: self.sequences(items, split, tokenizer, settings) for split, items in pairs.items()}
         model = policy
@@ -103,7 +106,8 @@ class Frozen(Tabled):
             for side in ("chosen", "rejected")
             for row, pair in enumerate(items)
         ]
-        scores = score(model, asked, weights, settings, "reference log-probs", origins, per_token)
+        about = partial(self.about, pairs, of_pairs if self.same_tokens else tokenizer, settings)
+        scores = score(model, asked, weights, settings, "reference log-probs", origins, per_token, about)
         origin = "from the cache" if scores.cached else f"computed in {time.monotonic() - began:.1f} s"
         off = off_by(model, asked, scores.logps, settings)
         self.table, self.lengths, self.tokens, first = {}, {}, {}, 0
@@ -120,6 +124,18 @@ class Frozen(Tabled):
 
     def name(self) -> str:
         return "initial policy" if self.path is None else self.path
+
+    def about(self, pairs: dict[str, list[Pair]], tokenizer: PreTrainedTokenizerBase, settings: Any) -> dict[str, Any]:
+        """What the token ids that are scored come from: of a key that misses, why they are others."""
+        return {
+            "reference": self.name(),
+            "pairs": {split: len(items) for split, items in pairs.items()},
+            "texts": digest([_contents(pair.text) for items in pairs.values() for pair in items if pair.text]),
+            "tokenizer": digest(tokenizer.get_vocab()),
+            "chat_template": None if tokenizer.chat_template is None else digest(tokenizer.chat_template),
+            "max_length": getattr(self, "max_length", settings.max_length),
+            "on_too_long": settings.on_too_long,
+        }
 
     def sequences(
         self, pairs: Sequence[Pair], split: str, tokenizer: PreTrainedTokenizerBase, settings: Any

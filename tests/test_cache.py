@@ -106,6 +106,24 @@ def test_a_miss_names_the_field_that_differs(tmp_path, capsys):
     assert why_missed(tmp_path / "nothing", {}) is None
 
 
+def test_what_is_told_about_an_entry_explains_a_miss_and_decides_nothing(tmp_path, capsys, monkeypatch):
+    def made(key: dict, **about) -> tuple[Path, bool]:
+        return remember(tmp_path, "kind", key, _write, about=lambda: about)
+
+    first, _ = made({"ids": "a" * 64}, length=40)
+    assert made({"ids": "a" * 64}, length=20) == (first, True)
+    second, _ = made({"ids": "b" * 64}, length=30)
+    differs = "ids (aaaaaaaaaaaa... there, bbbbbbbbbbbb... asked for){}length (40 there, 30 asked for)"
+    assert f"differs in {differs.format(', ')}\n" in capsys.readouterr().out
+    names = [f"kind/{folder.name}" for folder in (first, second)]
+    monkeypatch.setattr("sys.argv", ["cache", str(tmp_path), "--why", *names])
+    main()
+    assert capsys.readouterr().out == differs.format("\n") + "\n"
+    monkeypatch.setattr("sys.argv", ["cache", str(tmp_path), "--why", names[0], "kind/none"])
+    with pytest.raises(SystemExit, match="A and B must be entries such as reference/0f"):
+        main()
+
+
 @pytest.mark.parametrize(
     "damage",
     [

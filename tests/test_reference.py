@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import CHAT_TEMPLATE
 from safetensors.torch import load_file, save_file
 
 from dpo import cache
@@ -32,7 +34,7 @@ def settings(tmp_path, **changed: Any) -> Any:
         "micro_batch_tokens": 12,
         "sharding": {"group": None, "offload": False},
     }
-    return SimpleNamespace(**values, **changed, policy=SimpleNamespace(trust_remote_code=False))
+    return SimpleNamespace(**values, **changed, policy=SimpleNamespace(trust_remote_code=False, chat_template=None))
 
 
 @pytest.fixture
@@ -89,6 +91,48 @@ def test_what_decides_a_number_is_in_the_key(tmp_path, llama, change):
     if change == "precision":
         asked.precision = "bf16"
     assert score(llama, sequences, weights, asked, "scoring", NAMES).cached is False
+
+
+CHAT = [{"role": "user", "content": "The capital of Italy?"}], [{"role": "assistant", "content": "Rome."}]
+OTHER_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "change,field",
+    [
+        ({"chat_template": OTHER_TEMPLATE}, "chat_template"),
+        ({"max_length": 10}, "max_length"),
+        ({"text": "Is it Rome?"}, "texts"),
+        ({"weights": 1.1}, "weights"),
+        ({}, None),
+        ({"chat_template": "{# the same #}" + CHAT_TEMPLATE}, None),
+    ],
+    ids=["template", "truncation", "data", "weights", "nothing", "template of the same tokens"],
+)
+def test_a_miss_says_what_differs(tmp_path, tiny_model, capsys, change, field):
+    """Token ids decide; why they are others is told, be it the template, truncation or the data."""
+    path, first = tiny_model("qwen2"), {"chat_template": None, "max_length": 40, "text": "No.", "weights": 1.0}
+    for values in (first, first | change):
+        asked = settings(tmp_path)
+        asked.max_length, asked.on_too_long = values["max_length"], "truncate"
+        asked.policy.chat_template = values["chat_template"]
+        policy, tokenizer = models.load(path, chat_template=values["chat_template"])
+        with torch.no_grad():
+            policy.model.norm.weight *= values["weights"]
+        text = Preference(*CHAT, [{"role": "assistant", "content": values["text"]}])
+        pairs = tokenize([text], tokenizer, asked.max_length, "truncate")
+        capsys.readouterr()
+        said = Initial().prepare(path, policy, {"train": pairs}, asked)
+    missed = capsys.readouterr().out
+    assert ("from the cache" in said) is (field is None)
+    if field is None:
+        assert "is not in the cache" not in missed
+    else:
+        differing = set(re.findall(r"(\w+) \([^()]* there, [^()]* asked for\)", missed))
+        assert differing == ({"weights"} if field == "weights" else {"sequences", field})
 
 
 def test_layout_and_size_of_batches_are_not_in_the_key(tmp_path, llama):

@@ -1,7 +1,7 @@
 """Log-probabilities of given responses under a model that does not move: computed once, cached by content."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -46,12 +46,13 @@ def score(
     name: str,
     origins: Sequence[str],
     per_token: bool = False,
+    about: Callable[[], dict[str, Any]] = dict,
 ) -> Scores:
     """Log-probability of each response under `model`, whose fingerprint is `weights`.
 
     The cache keeps each distinct sequence once, and look-up is by content, so order, duplicates and row numbers of the
     data set never matter. settings: cache, precision, packed and micro_batch_tokens. origins: where each sequence came
-    from, for messages.
+    from, for messages. about: what the sequences come from, which decides nothing, but explains a miss.
 
     Raises: RuntimeError, and keeps nothing, if a log-prob is not finite; if one is missing in what is kept.
     """
@@ -85,7 +86,7 @@ def score(
         }
         save_file(table, folder / "scores.safetensors")
 
-    folder, cached = remember(settings.cache, "reference", key, build, sharding.any_true)
+    folder, cached = remember(settings.cache, "reference", key, build, sharding.any_true, about)
     with safe_open(folder / "scores.safetensors", "pt") as file:  # which reads no more than it is asked for
         names = ("digests", "logps", "lengths", *(["token_logps"] if per_token else []))
         table = {name: file.get_tensor(name) for name in names}
