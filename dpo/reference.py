@@ -206,7 +206,7 @@ class Prior(Frozen):
 
 class Given(Tabled):
     """Log-probs from files, for a reference that no machine here can hold: `chosen_logprob` and `rejected_logprob`
-    beside each pair, the columns of yale-nlp/RefDPO. `dpo.score` writes such files.
+    beside each pair, the columns of yale-nlp/RefDPO, whose files do as they are. `dpo.score` writes such files.
 
     path: a JSONL file, or a folder of them. Look-up is by the text of prompt and response.
     """

@@ -31,9 +31,10 @@ SPLITS = ("train", "validation")
 def run(config: DictConfig, directory: Path) -> None:
     """Write `train.jsonl` and `validation.jsonl`, and last `evaluation.json`, into `directory`.
 
-    A line is a pair with `chosen_logprob` and `rejected_logprob` (nats, sums over the response, the columns of
-    yale-nlp/RefDPO), `chosen_tokens` and `rejected_tokens` (how many the reference scored, which may read other tokens
-    than the policy; not of log-probs that were given), and with per_token=true the log-probs of the tokens.
+    A line is a pair, of chats as whole conversations, with `chosen_logprob` and `rejected_logprob` (nats, sums over the
+    response; the layout of yale-nlp/RefDPO), `chosen_tokens` and `rejected_tokens` (how many the reference scored: it
+    may read other tokens than the policy, and of given log-probs nobody knows), and with per_token=true the log-probs
+    of the tokens.
     """
     began = time.monotonic()
     dataset: Dataset = call(config.data)

@@ -258,6 +258,32 @@ def test_given_scores_are_found_by_text(tmp_path, tiny_model, llama):
         Given(str(tmp_path / "nowhere"))
 
 
+def conversation(asked: str, answer: str) -> list[dict[str, str]]:
+    return [{"content": asked, "role": "user"}, {"content": answer, "role": "assistant"}]
+
+
+def test_files_of_refdpo_are_given_scores(tmp_path, tiny_model, llama):
+    """Conversations in `chosen` and `rejected`, the question as text in `prompt`, other columns beside them."""
+    asked, good, bad = "What is the capital of Italy?", "Rome is.", "Cats are."
+    line = {
+        "source": "evol_instruct",
+        "prompt": asked,
+        "chosen": conversation(asked, good),
+        "chosen-rating": 5.0,
+        "rejected": conversation(asked, bad),
+        "rejected-rating": 2.0,
+        "chosen_logprob": -312.5,
+        "rejected_logprob": -287.25,
+    }
+    text = Preference(conversation(asked, "")[:1], conversation("", good)[1:], conversation("", bad)[1:])
+    pairs = tokenize([text], models.load_tokenizer(tiny_model("qwen2")), 60, "error")
+    for number, kept in enumerate((line, {key: value for key, value in line.items() if key != "prompt"})):
+        write_rows(file := tmp_path / f"{number}.jsonl", [kept])
+        reference = Given(str(file))
+        reference.prepare("", llama, {"train": pairs}, settings(tmp_path))
+        assert reference.table["train"].tolist() == [[-312.5, -287.25]]
+
+
 def test_a_damaged_cache_is_found_out(tmp_path, tiny_model, llama):
     asked = settings(tmp_path)
     Initial().prepare(tiny_model("llama"), llama, {"train": PAIRS}, asked)

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from dpo import score
 from dpo.config import check, identity
 from dpo.data.batches import collate, tokenize
-from dpo.data.records import Preference, write
+from dpo.data.records import Preference, read, write
 from dpo.plan import resolve
 from dpo.policy import model as models
 from dpo.policy.logps import token_logps
@@ -88,6 +88,26 @@ def test_given_scores_are_those_that_were_written(tmp_path, given, tiny_model):
     (folder / "validation.jsonl").unlink()
     with pytest.raises(ValueError, match="found none for 4 of 4 validation pairs"):
         scored(tmp_path / "fewer", *given, f"reference.path={folder}", reference="given")
+
+
+def test_chats_are_written_as_whole_conversations(tmp_path, given, tiny_model):
+    def chat(text: str, role: str = "assistant") -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    pairs = [
+        Preference(chat("Be brief.", "system") + chat(f"Is {n} even?", "user"), chat("yes"), chat("no"), True, n != 1)
+        for n in range(3)
+    ]
+    for name in ("pairs.jsonl", "held_out.jsonl"):
+        write(tmp_path / name, pairs)
+    policy = f"policy.path={tiny_model('qwen2')}"
+    rows = scored(tmp_path / "scores", *given, policy)
+    for pair, line in zip(pairs, rows["train"], strict=True):
+        assert (line["prompt"], line["chosen"]) == (pair.prompt, [*pair.prompt, *pair.chosen])
+        assert line["rejected"] == [*pair.prompt, *pair.rejected]
+    assert read(tmp_path / "scores" / "train.jsonl") == pairs
+    again = scored(tmp_path / "again", *given, policy, f"reference.path={tmp_path / 'scores'}", reference="given")
+    assert [line["chosen_logprob"] for line in again["train"]] == [line["chosen_logprob"] for line in rows["train"]]
 
 
 @pytest.mark.parametrize("reference", ["uniform", "moving"])

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from dpo.data.records import Dataset, OnFaulty, Preference, labelled, parse, preference, sound
+from dpo.data.records import Dataset, OnFaulty, Preference, conversations, labelled, parse, preference, sound
 
 TURN, HUMAN = "\n\nAssistant:", "\n\nHuman:"
 
@@ -73,13 +73,10 @@ def _from_hub(
 
 def _conversations(row: dict[str, Any]) -> Preference | str:
     """The pair of two conversations in chat messages, or why they make none."""
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if not all(isinstance(messages, list) and len(messages) > 1 for messages in (chosen, rejected)):
+    if not conversations(row):
         raise ValueError("must have two conversations of at least two chat messages, chosen and rejected")
-    assert isinstance(chosen, list)
-    assert isinstance(rejected, list)
-    pair = preference({"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]})
-    return pair if chosen[:-1] == rejected[:-1] else "the conversations part before their last turn"
+    parted = row["chosen"][:-1] != row["rejected"][:-1]
+    return "the conversations part before their last turn" if parted else preference(row)
 
 
 def _pair(row: dict[str, Any]) -> Preference | str:

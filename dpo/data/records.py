@@ -68,7 +68,9 @@ def file(path: str, validation_path: str | None, validation_fraction: float, on_
 def read(path: str | Path) -> list[Preference]:
     """Preferences of a JSONL file, .gz or not: an object a line with `prompt`, `chosen` and `rejected`.
 
-    Each is text or chat messages; `chosen_ended` and `rejected_ended` may be false; further keys are ignored.
+    Each is text or chat messages; `chosen_ended` and `rejected_ended` may be false; further keys are ignored. `chosen`
+    and `rejected` may be whole conversations of chat messages, as those of UltraFeedback and yale-nlp/RefDPO are: the
+    prompt is what comes before their last message, and a `prompt` in plain text is not read.
     Raises a ValueError that counts the lines which are no such records and lists the first few.
     """
     return [replace(pair, origin=f"{path}, {where}") for where, pair in parse(path, preference)]
@@ -224,7 +226,21 @@ def _object(line: bytes) -> dict[str, Any]:
     return value
 
 
+def conversations(row: dict[str, Any]) -> bool:
+    """Whether `chosen` and `rejected` are whole conversations, the prompt's messages before the response's."""
+    chosen, rejected, prompt = (row.get(name) for name in ("chosen", "rejected", "prompt"))
+    if not all(isinstance(messages, list) and len(messages) > 1 for messages in (chosen, rejected)):
+        return False
+    return prompt is None or isinstance(prompt, str) or prompt == row["chosen"][:-1]
+
+
 def preference(row: dict[str, Any]) -> Preference:
+    """The pair of a line, see `read`. Raises: ValueError if it is none."""
+    if conversations(row):
+        before, other = (row[name][:-1] for name in ("chosen", "rejected"))
+        if before != other:
+            raise ValueError("chosen and rejected must be one conversation up to their last message, found two")
+        row = row | {"prompt": before} | {name: row[name][-1:] for name in ("chosen", "rejected")}
     missing = [name for name in ("prompt", "chosen", "rejected") if name not in row]
     if missing:
         raise ValueError(f"must have prompt, chosen and rejected; found no {' and no '.join(missing)}")
@@ -279,8 +295,10 @@ def _kind(value: Any) -> str:
 
 
 def row(pair: Preference) -> dict[str, Any]:
-    """A preference as a line of the file."""
+    """A preference as a line of the file; responses that are messages as whole conversations."""
     texts: dict[str, Any] = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+    if not any(isinstance(text, str) for text in texts.values()):
+        texts |= {name: texts["prompt"] + texts[name] for name in ("chosen", "rejected")}
     flags = {"chosen_ended": pair.chosen_ended, "rejected_ended": pair.rejected_ended}
     return texts | {name: flag for name, flag in flags.items() if not flag}
 
