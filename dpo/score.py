@@ -31,16 +31,21 @@ SPLITS = ("train", "validation")
 def run(config: DictConfig, directory: Path) -> None:
     """Write `train.jsonl` and `validation.jsonl`, and last `evaluation.json`, into `directory`.
 
+    A reference without scores is passed over, so that a table's references can be scored in one line.
+
     A line is a pair, of chats as whole conversations, with `chosen_logprob` and `rejected_logprob` (nats, sums over the
     response; the layout of yale-nlp/RefDPO), `chosen_tokens` and `rejected_tokens` (how many the reference scored: it
     may read other tokens than the policy, and of given log-probs nobody knows), and with per_token=true the log-probs
     of the tokens.
     """
     began = time.monotonic()
-    dataset: Dataset = call(config.data)
     reference = call(config.reference)
     if not isinstance(reference, Tabled):
-        raise ValueError(f"reference={config.choices.reference} has no scores: it moves, or needs none")
+        say(f"reference={config.choices.reference} has no scores to make: it moves with the policy, or is no model")
+        if sharding.is_main():
+            evaluate.finish(directory, {"seconds": time.monotonic() - began})
+        return
+    dataset: Dataset = call(config.data)
     start, policy, _, pairs = prepare(config, dataset, call(config.judge))
     say(f"reference: {reference.prepare(start, policy, pairs, config)}")
     sharding.leave()

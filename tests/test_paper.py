@@ -169,6 +169,13 @@ def test_references_are_where_their_command_puts_them(reference):
         assert OmegaConf.create({"seed": seed, "reference": OmegaConf.create(text)}).reference.path in made_by(last)
 
 
+def test_scores_of_the_large_reference_are_where_their_command_puts_them():
+    header = (ROOT / "experiments/table/paper_compatibility.yaml").read_text().replace("\\\n#    ", "")
+    [command] = re.findall(r"^# +(python -m dpo.score .*)", header, re.MULTILINE)
+    page = OmegaConf.load(ROOT / "conf/reference/llama3_70b_instruct.yaml")
+    assert made_by(command) == [f"{page.path}/policy"]
+
+
 def test_the_tuned_reference_is_a_run_of_another_table():
     text = (ROOT / "experiments/table/paper_tuned_reference.yaml").read_text()
     command = re.findall(r"^# +(python -m .*)", text, re.MULTILINE)[0]

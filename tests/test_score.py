@@ -1,6 +1,8 @@
 """`dpo.score`: the reference's log-probs as files, which train another run without the reference."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,11 @@ def scored(directory: Path, *overrides: str, reference: str = "initial") -> dict
     frozen = {"id": identity(resolved), **resolved, "choices": {"reference": reference}}
     score.run(OmegaConf.create(frozen), directory)
     assert (directory / "evaluation.json").exists()
-    return {
-        split: [json.loads(line) for line in (directory / f"{split}.jsonl").read_text().splitlines()]
-        for split in score.SPLITS
-    }
+    return {split: lines(directory / f"{split}.jsonl") for split in score.SPLITS}
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_files_hold_what_the_model_says(tmp_path, given, tiny_model):
@@ -110,7 +113,17 @@ def test_chats_are_written_as_whole_conversations(tmp_path, given, tiny_model):
     assert [line["chosen_logprob"] for line in again["train"]] == [line["chosen_logprob"] for line in rows["train"]]
 
 
-@pytest.mark.parametrize("reference", ["uniform", "moving"])
-def test_what_has_no_scores_is_refused(tmp_path, given, reference):
-    with pytest.raises(ValueError, match=f"reference={reference} has no scores"):
-        scored(tmp_path / "scores", *given, reference=reference)
+def test_two_processes_score_as_one_and_pass_over_what_has_no_scores(tmp_path, given):
+    alone = scored(tmp_path / "alone", *given, "per_token=true")
+    command = [sys.executable, "-m", "dpo.score", "-m", "reference=initial,uniform,moving", *given, "per_token=true"]
+    command += ["processes=2", f"runs={tmp_path}", f"cache={tmp_path / 'cache2'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for reference in ("uniform", "moving"):
+        assert done.stdout.count(f"reference={reference} has no scores to make") == 1
+    [folder] = (file.parent for file in (tmp_path / "scores").glob("*/train.jsonl"))
+    for split in score.SPLITS:
+        for one, two in zip(alone[split], lines(folder / f"{split}.jsonl"), strict=True):
+            assert two.keys() == one.keys()
+            for name, value in one.items():
+                assert two[name] == (pytest.approx(value, rel=1e-5) if "logprob" in name else value)
