@@ -1,5 +1,6 @@
 """Reference scores are content: order, duplicates and row numbers never matter; what decides a number is in the key."""
 
+import copy
 import json
 import math
 import re
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE
+from conftest import CHAT_TEMPLATE, CONFIGS
 from safetensors.torch import load_file, save_file
 
 from dpo import cache
@@ -16,7 +17,7 @@ from dpo.data.batches import Pair, collate_pairs, tokenize
 from dpo.data.records import Preference, row, write_rows
 from dpo.policy import model as models
 from dpo.policy.logps import sequence_logps
-from dpo.policy.scoring import score
+from dpo.policy.scoring import off_by, score
 from dpo.reference import Frozen, Given, Initial, Moving, OtherTokenizer, Prior, Uniform
 
 SEQUENCES = [([5, 6, 7], [8, 9]), ([10] * 12, [11, 12, 13, 14]), ([15], [16]), ([5, 6, 7], [8, 9])]
@@ -338,6 +339,33 @@ def test_wrong_scores_of_packed_rows_are_found_out_by_the_plain_forward(tmp_path
     long = [Pair([5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15])]
     with pytest.raises(RuntimeError, match="relative error"):
         Initial().prepare(tiny_model("llama"), llama, {"train": long}, settings(tmp_path))
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize("sharpness", [1, 60])
+def test_cached_and_live_scores_agree_to_a_millionth(tmp_path, tiny_model, kind, sharpness):
+    """In fp32, long responses and sure single tokens (logits up to 30), of every architecture, packed against plain."""
+    model, _ = models.load(tiny_model(kind))
+    head = copy.deepcopy(model.get_output_embeddings())  # embeddings that are tied to it stay
+    with torch.no_grad():
+        head.weight.mul_(sharpness)
+        model.set_output_embeddings(head)
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(10, 350, (8, 60), generator=generator).tolist()
+        sure = [model(torch.tensor([ids])).logits[0, -1].argmax().item() for ids in drawn]
+    sequences = [(ids, [token]) for ids, token in zip(drawn, sure, strict=True)]
+    sequences += [
+        (ids[:length], ids[length:]) for ids, length in zip(drawn, (3, 9, 20, 30, 40, 50, 55, 58), strict=True)
+    ]
+    asked = settings(tmp_path)
+    asked.micro_batch_tokens = 100
+    names = [str(row) for row in range(len(sequences))]
+    scores = score(model, sequences, "weights", asked, "scoring", names)
+    for first in range(0, len(sequences), 8):  # all of them, 8 at a time
+        rows = slice(first, first + 8)
+        assert off_by(model, sequences[rows], scores.logps[rows], asked) <= 1e-6
+    with pytest.raises(RuntimeError, match="must agree with those of the model"):
+        off_by(model, sequences, scores.logps - 3e-6 * scores.logps.abs().clamp(min=10), asked)
 
 
 def test_uniform_is_zero():
