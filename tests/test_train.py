@@ -24,6 +24,7 @@ from dpo.data.records import Preference, write
 from dpo.plan import resolve
 from dpo.policy import model as models
 from dpo.policy.logps import sequence_logps
+from dpo.policy.scoring import LIVE
 from dpo.signature import call
 
 ROOT = Path(__file__).parent.parent
@@ -137,6 +138,23 @@ def other_model(path: Path, tiny_model) -> str:
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)), alpha=0.02)
     models.save(model, tokenizer, path / "other")
     return str(path / "other")
+
+
+def test_a_sweep_makes_one_pass_of_its_reference(tmp_path, tiny_model, monkeypatch):
+    """What goes through the reference: the responses of all pairs once, and the few that every run compares."""
+    path, rows, load = other_model(tmp_path, tiny_model), [], models.load
+
+    def counted(source: str, *options: Any, **more: Any) -> Any:
+        model, tokenizer = load(source, *options, **more)
+        if source == path:
+            model.register_forward_pre_hook(lambda _, __, given: rows.append(len(given["input_ids"])), with_kwargs=True)
+        return model, tokenizer
+
+    monkeypatch.setattr(models, "load", counted)
+    given = [*own(tmp_path, tiny_model("llama")), "packed=false", f"reference.path={path}", "reference.max_length=96"]
+    for number, varied in enumerate((["beta=0.1"], ["beta=0.5", "lr=1e-4"], ["loss=ipo", "seed=1"])):
+        run(tmp_path / str(number), "reference=other_tokenizer", *given, *varied)
+        assert sum(rows) == 2 * 30 + LIVE * (number + 1)
 
 
 def test_a_reference_that_never_moves_is_the_cached_one(tmp_path, tiny_model):
