@@ -243,6 +243,15 @@ class TestPackable:
         assert said.count("1 of its 2 layers") == 1
         assert said.startswith("log-probs: of padded rows, since LlamaForCausalLM")
 
+    def test_a_forward_that_needs_a_mask_falls_back_and_says_why(self, sharp, capfd):
+        model = sharp("llama")
+        forward = model.model.forward
+        model.model.forward = lambda *given, attention_mask=None, **named: forward(
+            *given, attention_mask=attention_mask.to("cpu"), **named
+        )
+        assert not packable(model, ITEMS)
+        assert "cannot be given packed ones: AttributeError" in capfd.readouterr().out
+
     def test_another_head_falls_back(self, sharp):
         class Scaled(nn.Linear):
             pass

@@ -248,8 +248,9 @@ def _packable(model: PreTrainedModel, items: Sequence[Branches]) -> bool:
     packed, padded = (branched(some, packed=one).to(device_of(model)) for one in (True, False))
     try:
         fast, _ = sequence_logps(model, packed)
-    except Unsupported as reason:
-        _say(f"log-probs: of padded rows, since {type(model).__name__} cannot be given packed ones: {reason}")
+    except (Unsupported, AttributeError, TypeError, ValueError) as reason:  # the others: what a model makes of no mask
+        what = str(reason) if isinstance(reason, Unsupported) else repr(reason)
+        _say(f"log-probs: of padded rows, since {type(model).__name__} cannot be given packed ones: {what}")
         return False
     plain, _ = sequence_logps(model, padded)
     off = ((fast - plain).abs() / plain.abs().clamp(min=1)).max().item()
