@@ -2,10 +2,12 @@
 
 Two ways to one number, and the batch decides. Padded rows go through the model's own forward: a few plain lines, for
 any model. A packed row goes the fast way: attention on trees, so that a prompt is computed once for the responses
-that share it, and the head only where a token is scored, a tile of tokens at a time.
+that share it, and the last feed-forward part and the head only where a token is scored, the head a tile of tokens at a
+time.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from types import MethodType
 from typing import Any, TypeVar, cast
@@ -84,13 +86,37 @@ def _whole(model: PreTrainedModel, function: Callable[[PreTrainedModel, Batch], 
 def _states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """What the head sees where a token is scored.  # (N, hidden)"""
     forest = Forest(batch.trees, batch.input_ids.device)
-    with attending(model, NAME):
+    with attending(model, NAME), _narrowed(model, batch):
         output = model.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, forest=forest, use_cache=False
         )
     if len(forest.layers) < len(blocks(model)):
         raise Unsupported(f"{len(forest.layers)} of its {len(blocks(model))} layers attend by the library's interface")
     return output.last_hidden_state[0].index_select(0, batch.scored)
+
+
+@contextlib.contextmanager
+def _narrowed(model: PreTrainedModel, batch: Batch) -> Iterator[None]:
+    """Inside, the feed-forward part of the last layer, where a model calls it `mlp`, works at scored positions only.
+
+    Nothing reads what the layer puts out elsewhere.
+    """
+    mlp: Any = getattr(blocks(model)[-1], "mlp", None)
+    places = batch.scored.unique()  # the first tokens of all responses to a prompt are scored at one place
+
+    def narrow(_: nn.Module, given: tuple[Tensor, ...]) -> Tensor:  # (1, T, hidden) -> (1, places, hidden)
+        if len(given) != 1:
+            raise Unsupported("its feed-forward parts take more than states")
+        return given[0].index_select(1, places)
+
+    def widen(_: nn.Module, __: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        return out.new_zeros(1, batch.input_ids.shape[1], out.shape[-1]).index_copy(1, places, out)
+
+    with contextlib.ExitStack() as hooks:
+        if mlp is not None:
+            hooks.enter_context(mlp.register_forward_pre_hook(narrow))
+            hooks.enter_context(mlp.register_forward_hook(widen))
+        yield
 
 
 def _head(model: PreTrainedModel) -> tuple[nn.Linear, float | None]:
