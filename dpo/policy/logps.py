@@ -101,7 +101,7 @@ def _narrowed(model: PreTrainedModel, batch: Batch) -> Iterator[None]:
 
     Nothing reads what the layer puts out elsewhere.
     """
-    mlp: Any = getattr(blocks(model)[-1], "mlp", None)
+    mlp: Any = getattr(next(reversed(blocks(model)), None), "mlp", None)
     places = batch.scored.unique()  # the first tokens of all responses to a prompt are scored at one place
 
     def narrow(_: nn.Module, given: tuple[Tensor, ...]) -> Tensor:  # (1, T, hidden) -> (1, places, hidden)
