@@ -34,7 +34,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dpo.data.batches import Branches, Pair, size, tokenize
+from dpo.data.batches import Branches, Pair, tokenize
 from dpo.data.hub import hh
 from dpo.policy.scoring import _score
 
@@ -202,12 +202,11 @@ def memory(name: str, one: str, options: Any) -> float:
 
 def measure_memory(name: str, one: str, options: Any) -> float:
     pairs, vocabulary = workload(name, BATCH, options.hh)
-    pairs = sorted(pairs, key=lambda pair: size(pair.branches))[-BATCH // 2 :]  # their micro-batches are the largest
     if one == TRL:
         import trl.trainer.dpo_trainer  # noqa: F401  its libraries are not its step
     before = _resident("VmRSS")
-    candidate = contender(one, pairs, vocabulary, torch.zeros(len(pairs), 2), options, known=True)
-    for rows in ([0], list(range(len(pairs)))):  # after the first step the optimizer has its moments
+    candidate = contender(one, pairs, vocabulary, torch.zeros(BATCH, 2), options, known=True)
+    for rows in ([0], list(range(BATCH))):  # after the first step the optimizer has its moments
         candidate.step(rows)
     if options.device == "cuda":
         return float(torch.cuda.max_memory_allocated())
