@@ -77,7 +77,7 @@ NOUNS = {
 }
 PROJECT = (
     *("__init__", "alpaca_eval", "cache", "config", "drawing", "launch", "plan", "run", "runs", "signature"),
-    "slurm",
+    *("queue", "slurm"),
 )
 
 
