@@ -209,8 +209,9 @@ def test_paths_with_spaces(slurm, project):
 
 
 def test_restarts_are_counted(slurm, project):
-    said(project, "steps=2000", *SLURM, "hydra.launcher.restarts=0", code=0)
-    run = project / "runs" / "dev" / "steps=2000"
+    """Of a run whose rank 1 is killed by srun, since rank 0 has ended before it."""
+    said(project, "steps=2000", "beta=0.69", "processes=2", *SLURM, "hydra.launcher.restarts=0", code=0)
+    run = project / "runs" / "dev" / "beta=0.69,steps=2000"
     wait((run / "metrics.jsonl").exists)
     subprocess.run(["scancel", "--signal=TERM", "--name=dev"], check=True, timeout=20)
     wait(lambda: not queue())
