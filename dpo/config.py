@@ -211,8 +211,6 @@ def check(config: dict[str, Any]) -> None:
         sft = "policy.base, a model to make a policy from, must be given; add policy.base="
         train = "policy.path, an SFT policy, or policy.base, a model to make one from, must be given; add policy.path="
         problems.append((sft if config["command"] == "sft" else train) + "<Hugging Face folder or hub name>")
-    if config["command"] == "score" and config["processes"] > 1:
-        problems.append(f"processes must be 1 to score, got {config['processes']}")
     if problems:
         raise ValueError("\n".join(problems))
 

@@ -1,6 +1,8 @@
 """`dpo.score`: the reference's log-probs as files, which train another run without the reference."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,19 @@ def test_given_scores_are_those_that_were_written(tmp_path, given, tiny_model):
     (folder / "validation.jsonl").unlink()
     with pytest.raises(ValueError, match="found none for 4 of 4 validation pairs"):
         scored(tmp_path / "fewer", *given, f"reference.path={folder}", reference="given")
+
+
+def test_two_processes_score_as_one(tmp_path, given):
+    alone = scored(tmp_path / "alone", *given, "per_token=true")
+    command = [sys.executable, "-m", "dpo.score", *given, "per_token=true", "processes=2"]
+    command += [f"cache={tmp_path / 'cache2'}", f"runs={tmp_path}", "name=two"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for split in score.SPLITS:
+        [file] = (tmp_path / "two").glob(f"*/{split}.jsonl")
+        for row, one in zip(map(json.loads, file.read_text().splitlines()), alone[split], strict=True):
+            for name, value in one.items():
+                assert row[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-5)), name
 
 
 @pytest.mark.parametrize("reference", ["uniform", "moving"])
