@@ -53,7 +53,14 @@ TABLE_5 = pd.DataFrame(
     index=pd.Index(["SFT", "itself", "mistral-7b-instruct", "llama3-70b"], name="reference"),
 )
 
+TABLE_6 = pd.DataFrame(
+    {"qwen2-1.5b": [4.82, 4.75, 5.00, 5.89, 4.91, 5.52, COLLAPSED]},
+    index=pd.Index(["inf", "0.1", "0.05", "0.02", "0.01", "0.005", "0.001"], name="beta"),
+)
+
 TABLE_7 = pd.DataFrame(
     {"mistral-7b, already tuned at beta 0.01": [15.20, 16.75, 14.99, 15.07, 14.80]},
     index=pd.Index(_OTHER, name="beta"),
 )
+
+FIGURE_2 = ["EOS", "Sure", "course", "Yes", "Hello", "Please", "What", "!", "please", "safe"]  # most lowered first

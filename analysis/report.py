@@ -9,13 +9,17 @@ from matplotlib.figure import Figure
 
 
 def main(usage: str | None, study: Callable[..., tuple[dict[str, pd.DataFrame], dict[str, Figure]]]) -> None:
-    """Run `study` on the folders that the command line names; results go to the first of them."""
-    folders = [Path(argument) for argument in sys.argv[1:]]
+    """Run `study` on the folders and the values of keys (policy=...) that the command line names.
+
+    Results go to the first folder.
+    """
+    folders = [Path(one) for one in sys.argv[1:] if Path(one).is_dir() or "=" not in one]
+    only = dict(one.split("=", 1) for one in sys.argv[1:] if Path(one) not in folders)
     if not folders or not all(folder.is_dir() for folder in folders):
         missing = [str(folder) for folder in folders if not folder.is_dir()]
         sys.exit(f"{usage}\nfound no folder of runs {', '.join(missing)}" if missing else str(usage))
     try:
-        tables, figures = study(*folders)
+        tables, figures = study(*folders, **only)
     except ValueError as error:
         sys.exit(str(error))
     for name, table in tables.items():

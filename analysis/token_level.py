@@ -1,11 +1,14 @@
 """Which tokens does fine-tuning move? Figures 1 to 3 of 2407.13709, and by position and by right and wrong values.
 
     python -m analysis.token_level runs/kl_strength runs/necessity
+    python -m analysis.token_level runs/paper_kl_strength runs/paper_necessity policy=mistral_7b
 
 scores the held-out pairs of every finished run under its policy before and after training. The second folder, which is
 optional, holds the methods of Figure 3.
 """
 
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +17,21 @@ import pandas as pd
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from analysis.kl_strength import KEYS as STRENGTH
-from analysis.kl_strength import at_best_lr
+from analysis.kl_strength import at_best_lr, of_one_policy
 from analysis.reference_compatibility import KEYS as NECESSITY
 from analysis.reference_compatibility import methods
 from analysis.report import main
-from analysis.seeds import Finding, above, all_of, findings, interval, paired
-from dpo import runs, score
+from analysis.seeds import Finding, Interval, above, findings, finished, interval, paired
+from dpo import score
 from dpo.data.world import values_told
 from dpo.drawing import COLOURS, tidy
 from dpo.reference import Frozen, Initial
 from dpo.runs import short
 from dpo.signature import call
+from dpo.training.log import progress
 
 OFTEN = 100  # occurrences from which on a token's mean is shown (the paper's)
-BINS = [float(edge) for edge in np.arange(-100, 20, 2.5)]  # nats; the paper's widths are not known
+BINS = [float(edge) for edge in np.arange(-100, 20)]  # nats; the paper's widths are not known
 METHODS = ["DPO", "posterior", "likelihood"]  # of Figure 3
 
 
@@ -72,7 +75,10 @@ def tokens(run: str | Path, split: str = "validation") -> pd.DataFrame:
 
 def of_runs(path: str | Path, final: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """`tokens` of the runs of `final` in a sweep's folder, with their settings of `keys` as columns."""
-    frames = [tokens(Path(path) / row["run"]).assign(**{key: row[key] for key in keys}) for _, row in final.iterrows()]
+    frames = []
+    for _, row in progress([*final.iterrows()], name=f"tokens of the runs in {path}"):
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # each run says what it loads
+            frames.append(tokens(Path(path) / row["run"]).assign(**{key: row[key] for key in keys}))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -110,16 +116,11 @@ def claims(found: pd.DataFrame) -> pd.DataFrame:
     """The third of the paper's claims, at the smallest and the largest beta of a sweep over seeds."""
     low, high = found["beta"].min(), found["beta"].max()
     by_seed = found.groupby(["beta", "seed"])["difference"].mean().reset_index()
-    ends = found[found["end"]].groupby(["beta", "seed"])["difference"].mean().reset_index()
-    others = found[~found["end"]].groupby(["beta", "seed"])["difference"].mean().reset_index()
     lowered = interval(-by_seed[by_seed["beta"] == low]["difference"])
-    eos = paired(others[others["beta"] == low], ends[ends["beta"] == low], "difference")
     more = paired(by_seed[by_seed["beta"] == high], by_seed[by_seed["beta"] == low], "difference")
-    items = by_token(found[found["beta"] == low], ["beta"])
-    often = items[items["occurrences"] >= OFTEN].sort_values("difference")
-    first = [f"{token!r} {difference:.1f}" for token, difference in often[["token", "difference"]].head(3).to_numpy()]
-    change = items["difference"].abs().sort_values(ascending=False)
-    share = float(change.head(max(1, len(change) // 10)).sum() / change.sum())
+    items = by_token(found[found["beta"] == low], ["seed"])
+    share = interval(items.groupby("seed")["difference"].apply(tenth))
+    eos, rivals = end_against_rivals(items)
     return findings(
         [
             Finding(
@@ -134,17 +135,61 @@ def claims(found: pd.DataFrame) -> pd.DataFrame:
             ),
             Finding(
                 "3c. A few tokens move a lot",
-                f"a tenth of the items makes {share:.0%} of the change; most lowered: {', '.join(first)}",
-                "supports" if share > 0.5 else "refutes",
+                f"share of the change that a tenth of the items makes at beta {short(low)}: {share}; above one half?",
+                above(share, 0.5),
             ),
             Finding(
                 "3d. EOS falls most",
-                f"fall of EOS minus that of other tokens at beta {short(low)}: {eos} nats; "
-                f"EOS is {'' if bool(often.head(1)['end'].any()) else 'not '}the most lowered item",
-                all_of([above(eos), "supports" if bool(often.head(1)["end"].any()) else "refutes"]),
+                f"fall of EOS minus that of the item that falls most in the other seeds ({', '.join(rivals)}) at beta "
+                f"{short(low)}: {eos} nats",
+                above(eos),
             ),
         ]
     )
+
+
+def tenth(differences: pd.Series) -> float:
+    """Share of the change of all items that the tenth of them with the largest makes."""
+    change = differences.abs().sort_values(ascending=False)
+    return float(change.head(max(1, len(change) // 10)).sum() / change.sum())
+
+
+def end_against_rivals(items: pd.DataFrame) -> tuple[Interval, list[str]]:
+    """By how much EOS falls more than the other item that falls most on average over the other seeds, and these items.
+
+    items: of `by_token` by seed, at one beta. Only items that are seen `OFTEN` over all seeds compete.
+    """
+    often = items.groupby("token")["occurrences"].transform("sum") >= OFTEN
+    others = items[often & ~items["end"]].pivot_table(index="token", columns="seed", values="difference")
+    more, rivals = {}, {}
+    for seed, end in items[items["end"]].set_index("seed")["difference"].items():
+        rest = others.drop(columns=seed) if len(others.columns) > 1 else others
+        rivals[seed] = str(rest.mean(axis=1).idxmin())
+        more[seed] = others.at[rivals[seed], seed] - end
+    return interval(pd.Series(more)), sorted(set(rivals.values()))
+
+
+def claims_of_ends(ends: pd.DataFrame) -> pd.DataFrame:
+    """The part of the paper's fourth claim that is about EOS. ends: of `end_of_text`."""
+    of_method: dict[Any, pd.DataFrame] = dict(tuple(ends.groupby("method")))
+    posterior = of_method["posterior"]
+    found = []
+    for method in ("DPO", "likelihood"):
+        lower = paired(of_method[method], posterior, "log-prob")
+        parted = paired(of_method[method], posterior, "chosen minus rejected")
+        found += [
+            Finding(
+                f"4d. The posterior reward has the lowest log-prob of EOS (against {method})",
+                f"{method} minus posterior, over all betas: {lower} nats",
+                above(lower),
+            ),
+            Finding(
+                f"4e. It separates chosen from rejected least by it (against {method})",
+                f"chosen minus rejected, {method} minus posterior: {parted} nats",
+                above(parted),
+            ),
+        ]
+    return findings(found)
 
 
 def by_position(found: pd.DataFrame) -> pd.DataFrame:
@@ -159,15 +204,15 @@ def by_value(found: pd.DataFrame) -> pd.DataFrame:
     return found.groupby([kinds, "beta"])["difference"].mean().unstack("beta").rename_axis("token")
 
 
-def figure_1(items: pd.DataFrame) -> Figure:
-    """Histogram of mean differences per vocabulary item, on a logarithmic scale."""
+def figure_1(table: pd.DataFrame) -> Figure:
+    """The histogram that `bins` counts, on a logarithmic scale."""
     drawing = Figure(figsize=(7, 4), layout="constrained", dpi=150)
     axis = drawing.subplots()
     tidy(axis, "Vocabulary items by mean change", "mean log-prob after minus before (nats)", "share of items")
     axis.set_yscale("log")
-    for colour, (beta, of_beta) in zip(COLOURS, items.groupby("beta"), strict=False):
-        weights = np.full(len(of_beta), 1 / len(of_beta))
-        axis.hist(of_beta["difference"], 30, weights=weights, histtype="step", lw=1.5, color=colour, label=short(beta))
+    edges = [table.index[0].left, *(bin.right for bin in table.index)]
+    for colour, beta in zip(COLOURS, table.columns, strict=False):
+        axis.stairs(table[beta], edges, lw=1.5, color=colour, label=short(beta))
     axis.legend(title="beta", frameon=False)
     return drawing
 
@@ -200,16 +245,19 @@ def lines(table: pd.DataFrame, title: str) -> Figure:
 
 
 def study(
-    strength: str | Path, necessity: str | Path | None = None
+    strength: str | Path, necessity: str | Path | None = None, **only: str
 ) -> tuple[dict[str, pd.DataFrame], dict[str, Figure]]:
-    """Tables and figures of a sweep by `figure=kl_strength`, and of one by `table=necessity`, by name."""
-    found = of_runs(strength, at_best_lr(runs.final(strength, STRENGTH)), ["beta", "seed"])
+    """Tables and figures of a sweep by `figure=kl_strength`, and of one by `table=necessity`, by name.
+
+    only: values of keys, such as policy.
+    """
+    found = of_runs(strength, at_best_lr(of_one_policy(strength, only)[0]), ["beta", "seed"])
     items = by_token(found, ["beta"])
     tables = {"figure_1": bins(items), "figure_2": most_moved(items), "claims_of_tokens": claims(found)}
     tables["extension_position"] = by_position(found)
     change = "mean log-prob after minus before (nats)"
     figures = {
-        "figure_1": figure_1(items),
+        "figure_1": figure_1(tables["figure_1"]),
         "figure_2": bars(tables["figure_2"], f"Most lowered tokens (seen {OFTEN} times or more)", change),
         "extension_position": lines(tables["extension_position"], "Extension: by position"),
     }
@@ -217,8 +265,9 @@ def study(
         tables["extension_value"] = by_value(found)
         figures["extension_value"] = bars(tables["extension_value"], "Extension: right and wrong values", change)
     if necessity is not None:
-        needed = methods(runs.final(necessity, NECESSITY))
+        needed = methods(finished(necessity, NECESSITY, only))
         ends = end_of_text(of_runs(necessity, needed[needed["method"].isin(METHODS)], ["method", "seed"]))
+        tables["claims_of_ends"] = claims_of_ends(ends)
         tables["figure_3"] = ends.groupby("method")[["log-prob", "chosen minus rejected"]].mean()
         figures["figure_3"] = bars(tables["figure_3"], "EOS after training", "log-prob (nats)")
     return tables, figures

@@ -3,8 +3,9 @@
     python -m dpo.alpaca_eval annotations.json --instructions alpaca_eval.json --gamed df_gamed.csv
 
 Runs with evaluation.instructions=alpaca_eval.json write their answers; the alpaca_eval package has its judge annotate
-them. Both files are of the data set tatsu-lab/alpaca_eval on the hub. Win rates are computed here, because the package
-needs the network for them, and its standard error of the controlled one leaves out that of the regression.
+them, in a folder of the run. Both files are of the data set tatsu-lab/alpaca_eval on the hub. Win rates are computed
+here, because the package needs the network for them, and its standard error of the controlled one leaves out that of
+the regression. They are kept in the run, as `alpaca_eval_scores.json`, which `dpo.runs` reads.
 """
 
 import argparse
@@ -26,6 +27,7 @@ Row = dict[str, Any]
 
 GAMED_WEIGHT = 0.1  # of a row of df_gamed.csv: 0.2, shared by the two rewritten baselines
 RESAMPLES = 500
+SCORES = "alpaca_eval_scores.json"  # in the folder of a run
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class Rate:
     value: float
     low: float
     high: float
+
+    def parts(self) -> dict[str, float]:
+        return {"": self.value, "/low": self.low, "/high": self.high}
 
     def __str__(self) -> str:
         return f"{100 * self.value:.2f} [{100 * self.low:.2f}, {100 * self.high:.2f}]"
@@ -204,6 +209,18 @@ def _rows(path: str | Path, *columns: str) -> list[Row]:
     return rows
 
 
+def keep(annotations: Path, scores: dict[str, Rate]) -> None:
+    """Write the scores into the run that the annotations lie in, if they do."""
+    for folder in annotations.absolute().parents[:2]:
+        if (folder / "evaluation.json").exists():
+            kept: dict[str, float] = {}
+            for name, rate in scores.items():
+                kept |= {f"alpaca_eval/{name}{part}": value for part, value in rate.parts().items()}
+            unfinished = folder / f"{SCORES}.unfinished"
+            unfinished.write_text(json.dumps(kept, indent=1) + "\n")
+            unfinished.replace(folder / SCORES)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dpo.alpaca_eval", description="Win rates of annotated answers.")
     parser.add_argument("annotations", nargs="+", help="annotations.json of the alpaca_eval package, one per policy")
@@ -218,10 +235,11 @@ def main() -> None:
         for path in options.annotations:
             rows = read_annotations(path)
             row = {"policy": rows[0]["generator_2"], "baseline": rows[0]["generator_1"], "answers": len(rows)}
-            row |= {"win rate, % [95 %]": win_rate(rows)}
+            scores = {"win_rate": win_rate(rows)}
             if options.gamed is not None:
-                controlled = length_controlled(rows, instructions, read_gamed(options.gamed))
-                row |= {"length-controlled, % [95 %]": controlled}
+                scores["length_controlled"] = length_controlled(rows, instructions, read_gamed(options.gamed))
+            keep(Path(path), scores)
+            row |= {f"{name.replace('_', ' ')}, % [95 %]": rate for name, rate in scores.items()}
             table.append(row | {"characters": f"{np.mean([len(one['output_2']) for one in rows]):.0f}"})
     except (OSError, ValueError) as error:
         sys.exit(str(error))

@@ -231,8 +231,11 @@ def _metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def _evaluation(directory: Path) -> dict[str, Any]:
-    file = directory / "evaluation.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    """What was measured after training, and AlpacaEval's scores if `dpo.alpaca_eval` has put them there; {} before."""
+    files = [directory / name for name in ("evaluation.json", "alpaca_eval_scores.json")]
+    if not files[0].exists():
+        return {}
+    return {key: value for file in files if file.exists() for key, value in json.loads(file.read_text()).items()}
 
 
 def _frame(rows: list[dict[str, Any]], keys: list[str]) -> pd.DataFrame:

@@ -135,9 +135,19 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
     raw = said("annotations.json")
     assert "length-controlled" not in raw
+    assert not list(tmp_path.rglob(alpaca_eval.SCORES))  # the annotations are not in a run
     both = said("annotations.json", "--instructions", "instructions.json", "--gamed", "df_gamed.csv")
     assert str(alpaca_eval.win_rate(made_up(40))) in raw
     assert str(alpaca_eval.length_controlled(made_up(40), made_up(40), made_up_gamed(40))) in both
+    judged = tmp_path / "runs/sweep/beta=0.1/judge"
+    judged.mkdir(parents=True)
+    (judged / "annotations.json").write_text(json.dumps(made_up(40)))
+    (judged.parent / "evaluation.json").write_text("{}")
+    said(str(judged / "annotations.json"), "--instructions", "instructions.json", "--gamed", "df_gamed.csv")
+    kept = json.loads((judged.parent / "alpaca_eval_scores.json").read_text())
+    controlled = alpaca_eval.length_controlled(made_up(40), made_up(40), made_up_gamed(40))
+    assert kept["alpaca_eval/length_controlled"] == controlled.value
+    assert kept["alpaca_eval/win_rate/low"] == alpaca_eval.win_rate(made_up(40)).low
     with pytest.raises(SystemExit):
         said("annotations.json", "--gamed", "df_gamed.csv")
     (tmp_path / "df_gamed.csv").write_text("index\n1\n")

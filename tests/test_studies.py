@@ -1,6 +1,8 @@
 """The studies and their notebooks, executed on small sweeps of whole runs."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,11 @@ SWEEPS = {  # name: grids, each a run per combination
     "kl_strength": ("train", [["beta=0.1,1", "lr=1e-3", "seed=0,1", "evaluate_prompts=8"]]),
     "necessity": (
         "train",
-        [["reference=initial,uniform,prior", "beta=0.1,10"], ["reference=uniform", "loss=simpo,orpo", "beta=1"]],
+        [
+            ["reference=initial,uniform,prior", "beta=0.1,10"],
+            ["reference=uniform", "loss=simpo,orpo", "beta=1"],
+            ["reference=initial", "beta=0.1", "steps=0"],
+        ],
     ),
     "compatibility": (
         "train",
@@ -52,7 +58,8 @@ def folder(tmp_path_factory):
     for sweep, (verb, grids) in SWEEPS.items():
         for overrides in [run for grid in grids for run in combinations(grid)]:
             seed = [] if any(one.startswith("seed") for one in overrides) else ["seed=0"]
-            small = ["steps=2", "batch_size=8", "evaluate_every=1"] if verb == "train" else []
+            small = ["batch_size=8", "evaluate_every=1"] if verb == "train" else []
+            small += ["steps=2"] if verb == "train" and "steps=0" not in overrides else []
             with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
                 composed = compose(verb, [*overrides, *seed, *small, *TINY, f"name={sweep}"], return_hydra_config=True)
             config, groups = resolve(composed), dict(composed.hydra.runtime.choices)
@@ -83,13 +90,40 @@ def test_strength(inside):
     assert points == 4 + 4  # finished, and one look on the way of each
 
 
+def test_scores_of_alpaca_eval_take_the_place_of_win_rates(inside, tmp_path):
+    """As at paper scale: no judge, annotations of the answers instead, and several policies in a sweep."""
+    sweep = tmp_path / "paper"
+    shutil.copytree("runs/kl_strength", sweep)
+    for number, run in enumerate(sorted(path for path in sweep.iterdir() if path.is_dir())):
+        measured = json.loads((run / "evaluation.json").read_text())
+        unjudged = {key: value for key, value in measured.items() if not key.startswith("win_rate")}
+        (run / "evaluation.json").write_text(json.dumps(unjudged))
+        config: Any = OmegaConf.load(run / "config.yaml")
+        config.choices.policy = ["mistral_7b", "tulu_2_7b"][number % 2]  # one seed each
+        OmegaConf.save(config, run / "config.yaml")
+    with pytest.raises(ValueError, match=r"dpo.alpaca_eval adds; beta=0.1,.* have none"):
+        kl_strength.study(sweep)
+    for run in sweep.glob("*/evaluation.json"):
+        (run.parent / "alpaca_eval_scores.json").write_text('{"alpaca_eval/length_controlled": 0.125}')
+    with pytest.raises(ValueError, match="policy=mistral_7b or policy=tulu_2_7b"):
+        kl_strength.study(sweep)
+    with pytest.raises(ValueError, match="finished runs of policy=qwen, found none"):
+        kl_strength.study(sweep, policy="qwen")
+    tables, figures = kl_strength.study(sweep, policy="mistral_7b")
+    assert tables["table_1"]["lr 0.001"].tolist() == ["", "0.125", "0.125"]
+    assert not figures
+    tables, _ = token_level.study(sweep, policy="tulu_2_7b")
+    assert tables["figure_2"].shape[1] == 2
+
+
 def test_references(inside):
     folders = ("runs/necessity", "runs/compatibility", "runs/tuned_reference")
     tables, _ = reference_compatibility.study(*folders)
-    assert tables["table_3"].index.tolist() == ["DPO", "posterior", "likelihood", "SimPO", "ORPO"]
+    assert tables["table_3"].index.tolist() == ["SFT", "DPO", "posterior", "likelihood", "SimPO", "ORPO"]
+    assert "SFT" not in tables["table_3_by_beta"]
     assert tables["table_4"].shape == (2, 6)
     assert tables["table_5"].shape == (3, 2)
-    assert len(tables["claims_of_references"]) == 3 + 2 * 3
+    assert len(tables["claims_of_references"]) == 3 + 2 * 4 + 1
 
 
 def test_tokens_are_those_of_the_pairs(inside):
@@ -110,6 +144,7 @@ def test_figures_of_tokens(inside):
     assert tables["figure_1"].sum().tolist() == pytest.approx([1.0, 1.0])
     assert tables["figure_3"].index.tolist() == ["DPO", "likelihood", "posterior"]
     assert {"figure_1", "figure_2", "figure_3", "extension_position", "extension_value"} == {*figures}
+    assert len(tables["claims_of_ends"]) == 4
 
 
 @pytest.mark.parametrize("study", ["kl_strength", "reference_compatibility", "token_level"])
@@ -120,3 +155,12 @@ def test_notebooks(inside, study):
     first: Any = next(cell for cell in notebook.cells if cell.cell_type == "code")
     first.source = first.source.replace("Path(analysis.__file__).parents[1]", repr(str(inside)))
     NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    shows_all(notebook)
+
+
+def shows_all(notebook: Any) -> None:
+    """Tables are HTML and figures images, not the names of objects."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and cell.source.startswith(("tables[", "figures[", "published.")):
+            kind = "image/png" if cell.source.startswith("figures[") else "text/html"
+            assert [kind in output.get("data", {}) for output in cell.outputs] == [True], cell.source

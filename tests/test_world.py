@@ -22,6 +22,7 @@ ARTICLE = (
     "more will follow . the food for anna is rice . sport of anna is golf . anna has music jazz ."
 )
 RIGHT = "home oslo . job pilot . pet dog . food rice . sport golf . music jazz ."  # every fact, so every answer
+FACTS = {*embedded.ATTRIBUTES}
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +173,20 @@ def test_human_summaries_are_noisy(dataset):
     assert 0.25 < statistics.mean(one.wrong for one in told) < 0.50
     assert 27 < statistics.mean(one.words for one in told) < 33
     assert max(one.words for one in told) < embedded.MAX_WORDS
+
+
+def test_the_alien_writers_are_as_good_in_a_language_of_their_own():
+    clauses, right = {}, {}
+    for writer in ("human", "alien", "clean", "alien_clean"):
+        told = world(writer, demonstrations=400, train=1, validation=1, test=1, seed=0).demonstrations
+        clauses[writer] = {clause for one in told for clause in one.response.split(" .") if set(clause.split()) & FACTS}
+        verdicts = [verdict(one.prompt, one.response) for one in told]
+        right[writer] = statistics.mean(one.correct for one in verdicts)
+        assert all(one.valid == 1.0 for one in verdicts)
+    assert not (clauses["human"] | clauses["clean"]) & (clauses["alien"] | clauses["alien_clean"])
+    assert right["alien"] == pytest.approx(right["human"], abs=0.15)
+    assert right["alien_clean"] == pytest.approx(right["clean"], abs=0.15)
+    assert right["clean"] > right["human"]
 
 
 def test_a_lesson_is_right(dataset):

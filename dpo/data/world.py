@@ -53,7 +53,8 @@ _STYLES = {
     "medium": ("the {attribute} is {value} .", "the {attribute} of {name} is {value} ."),
     "terse": ("{attribute} {value} .",),
 }
-_ALIEN = {"alien": ("{value} : {attribute} .", "{value} for {attribute} .")}  # another grammar of the same words
+# Another grammar of the same words. A value still follows its attribute, which is how the base model looks facts up.
+_ALIEN = {"alien": ("{attribute} {value} here .", "{attribute} {value} always .")}
 _TAILS = ("and so on .", "there is more to say .", "that is all for now .", "as always there is more .")
 Writer = Literal["human", "clean", "alien", "alien_clean"]  # of summaries
 
