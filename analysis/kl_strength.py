@@ -25,6 +25,7 @@ from analysis.seeds import (
     findings,
     finished,
     grid,
+    holds,
     interval,
     paired,
 )
@@ -104,16 +105,12 @@ def claims(final: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
                 f"{inside[1]} ({at})",
                 all_of([above(one) for one in inside]),
             ),
-            Finding(
-                "1b. It is well below 0.1",
-                f"best below 0.1 minus best from 0.1 on: {position}",
-                above(position),
-            ),
-            Finding(
+            holds("1b. It is well below 0.1", "best below 0.1 minus best from 0.1 on", position),
+            holds(
                 "1c. Too small a beta can collapse",
                 f"{int(at_low['share'].sum())} of {len(low)} seeds are degenerate at the smallest; share minus that at "
-                f"the best beta: {collapse}",
-                above(collapse),
+                "the best beta",
+                collapse,
             ),
             rising(final, "logps/accuracies"),
             Finding(
@@ -121,10 +118,11 @@ def claims(final: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
                 f"accuracy of the policy before training: {before}",
                 below(before, 0.5),
             ),
-            Finding(
+            holds(
                 "2c. The implicit reward ranks better than chance at every beta",
-                f"lowest: {rewards[worst]} at beta {short(worst)}",
-                above(rewards[worst], 0.5),
+                f"accuracy where it is lowest, at beta {short(worst)}",
+                rewards[worst],
+                0.5,
             ),
         ]
     )

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.report import main
-from analysis.seeds import Finding, above, cell, chosen_by_others, findings, finished, grid, interval, paired
+from analysis.seeds import Finding, cell, chosen_by_others, findings, finished, grid, holds, interval, paired
 from dpo.drawing import COLOURS, plain, tidy
 from dpo.runs import short
 
@@ -20,6 +20,7 @@ KEYS = ("beta", "seed", "reference", "loss", SUMMARIES)
 ITSELF = "initial"
 TUNED = "world_tuned"
 OTHER_TOKENIZER = "world_other_tokenizer"
+SPEAKS = "human"  # the policy whose language that one was taught
 COMPATIBLE = {"human": "world_clean", "alien": "world_alien"}  # policy -> the stronger reference of its language
 UNTUNED = "SFT"
 METHODS = {
@@ -101,21 +102,17 @@ def claims_of_necessity(final: pd.DataFrame) -> pd.DataFrame:
     difference, longer = paired(best_dpo, best), paired(best, best_dpo, "length")
     return findings(
         [
-            Finding(
+            holds(
                 "4a. The reference is necessary: DPO beats the posterior reward, each at its best beta",
-                f"score of DPO minus posterior: {difference}",
-                above(difference),
+                "score of DPO minus posterior",
+                difference,
             ),
-            Finding(
+            holds(
                 "4b. The posterior reward needs a huge beta",
-                f"score at its best beta from 10 on minus at its best below 10: {huge}",
-                above(huge),
+                "score at its best beta from 10 on minus at its best below 10",
+                huge,
             ),
-            Finding(
-                "4c. It makes responses much longer",
-                f"length at its best beta minus that of DPO: {longer} tokens",
-                above(longer),
-            ),
+            holds("4c. It makes responses much longer", "length at its best beta minus that of DPO, tokens", longer),
         ]
     )
 
@@ -134,31 +131,44 @@ def claims_of_compatibility(final: pd.DataFrame) -> pd.DataFrame:
         foreign = next(name for kind, name in COMPATIBLE.items() if kind != policy)
         gain, harm = paired(at_best[fits], at_best[ITSELF]), paired(at_best[ITSELF], at_best[foreign])
         across = paired(at_best[OTHER_TOKENIZER], at_best[ITSELF])
+        all_betas = {name: over_betas(of_policy[of_policy["reference"] == name]) for name in (ITSELF, foreign)}
+        everywhere = paired(all_betas[ITSELF], all_betas[foreign])
         compatible = of_policy[of_policy["reference"] == fits]
         shift = paired(compatible[compatible["beta"] == 1], compatible[compatible["beta"] == 0.01])
         found += [
-            Finding(
+            holds(
                 f"5a. A stronger reference of the same language helps ({policy})",
-                f"best score with {fits} minus with itself: {gain}",
-                above(gain),
+                f"best score with {fits} minus with itself",
+                gain,
             ),
-            Finding(
-                f"5b. One of another language does not ({policy})",
-                f"best score with itself minus with {foreign}: {harm}",
-                above(harm),
+            holds(
+                f"5b. One of another language does not ({policy})", f"best score with itself minus with {foreign}", harm
             ),
-            Finding(
-                f"5c. Its best beta is about 1, and not 0.01 ({policy})",
-                f"score with {fits} at beta 1 minus at 0.01: {shift}",
-                above(shift),
+            holds(
+                f"5c. It does harm at the same beta ({policy})",
+                f"mean score over betas with itself minus with {foreign}",
+                everywhere,
             ),
-            Finding(
-                f"5d. Another tokenizer does not forbid it ({policy})",
-                f"best score with {OTHER_TOKENIZER} minus with itself: {across}",
-                above(across),
+            holds(
+                f"5d. The best beta of the stronger one is about 1, and not 0.01 ({policy})",
+                f"score with {fits} at beta 1 minus at 0.01",
+                shift,
             ),
         ]
+        if policy == SPEAKS:
+            found.append(
+                holds(
+                    f"5e. Another tokenizer does not forbid a gain ({policy})",
+                    f"best score with {OTHER_TOKENIZER} minus with itself",
+                    across,
+                )
+            )
     return findings(found)
+
+
+def over_betas(same: pd.DataFrame) -> pd.DataFrame:
+    """The mean score of each seed over its betas."""
+    return same.groupby("seed")["score"].mean().reset_index()
 
 
 def claim_of_tuned(final: pd.DataFrame) -> pd.DataFrame:
@@ -167,10 +177,10 @@ def claim_of_tuned(final: pd.DataFrame) -> pd.DataFrame:
     gain = paired(tuned, itself)
     return findings(
         [
-            Finding(
+            holds(
                 "Table 7. Itself after DPO is a better reference than itself",
-                f"best score held to itself after DPO minus held to itself: {gain}",
-                above(gain),
+                "best score held to itself after DPO minus held to itself",
+                gain,
             )
         ]
     )

@@ -65,6 +65,11 @@ def below(found: Interval, bound: float = 0.0) -> str:
     return above(Interval(-found.mean, found.half, found.seeds), -bound)
 
 
+def holds(claim: str, what: str, found: Interval, bound: float = 0.0) -> Finding:
+    """The claim that something, which `what` names and `found` measures, is above `bound`."""
+    return Finding(claim, f"{what}: {found}", above(found, bound))
+
+
 def all_of(verdicts: Sequence[str]) -> str:
     """The verdict on a claim of several parts: one refuted refutes it, all must hold to support it."""
     known = set(verdicts)

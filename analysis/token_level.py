@@ -21,7 +21,7 @@ from analysis.kl_strength import at_best_lr, of_one_policy
 from analysis.reference_compatibility import KEYS as NECESSITY
 from analysis.reference_compatibility import methods
 from analysis.report import main
-from analysis.seeds import Finding, Interval, above, findings, finished, interval, paired
+from analysis.seeds import Interval, findings, finished, holds, interval, paired
 from dpo import score
 from dpo.data.world import values_told
 from dpo.drawing import COLOURS, tidy
@@ -123,26 +123,25 @@ def claims(found: pd.DataFrame) -> pd.DataFrame:
     eos, rivals = end_against_rivals(items)
     return findings(
         [
-            Finding(
+            holds(
                 "3a. Fine-tuning lowers the log-probability of tokens overall",
-                f"mean fall per token at beta {short(low)}: {lowered} nats",
-                above(lowered),
+                f"mean fall per token at beta {short(low)}, nats",
+                lowered,
             ),
-            Finding(
-                "3b. The smaller beta, the more",
-                f"fall at beta {short(low)} minus that at {short(high)}: {more} nats",
-                above(more),
+            holds(
+                "3b. The smaller beta, the more", f"fall at beta {short(low)} minus that at {short(high)}, nats", more
             ),
-            Finding(
-                "3c. A few tokens move a lot",
-                f"share of the change that a tenth of the items makes at beta {short(low)}: {share}; above one half?",
-                above(share, 0.5),
+            holds(
+                "3c. A tenth of the vocabulary makes most of the change",
+                f"its share of the change at beta {short(low)}",
+                share,
+                0.5,
             ),
-            Finding(
+            holds(
                 "3d. EOS falls most",
                 f"fall of EOS minus that of the item that falls most in the other seeds ({', '.join(rivals)}) at beta "
-                f"{short(low)}: {eos} nats",
-                above(eos),
+                f"{short(low)}, nats",
+                eos,
             ),
         ]
     )
@@ -178,15 +177,15 @@ def claims_of_ends(ends: pd.DataFrame) -> pd.DataFrame:
         lower = paired(of_method[method], posterior, "log-prob")
         parted = paired(of_method[method], posterior, "chosen minus rejected")
         found += [
-            Finding(
+            holds(
                 f"4d. The posterior reward has the lowest log-prob of EOS (against {method})",
-                f"{method} minus posterior, over all betas: {lower} nats",
-                above(lower),
+                f"{method} minus posterior, over all betas, nats",
+                lower,
             ),
-            Finding(
+            holds(
                 f"4e. It separates chosen from rejected least by it (against {method})",
-                f"chosen minus rejected, {method} minus posterior: {parted} nats",
-                above(parted),
+                f"chosen minus rejected, {method} minus posterior, nats",
+                parted,
             ),
         ]
     return findings(found)

@@ -123,7 +123,7 @@ def test_references(inside):
     assert "SFT" not in tables["table_3_by_beta"]
     assert tables["table_4"].shape == (2, 6)
     assert tables["table_5"].shape == (3, 2)
-    assert len(tables["claims_of_references"]) == 3 + 2 * 4 + 1
+    assert len(tables["claims_of_references"]) == 3 + (5 + 4) + 1
 
 
 def test_tokens_are_those_of_the_pairs(inside):
