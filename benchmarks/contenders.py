@@ -93,6 +93,13 @@ def all_positions(policy: Any, batch: Batch) -> Tensor:
     return (picked * mask.view(batch.input_ids.shape)[:, :-1]).sum(-1)
 
 
+def live_reference(policy: Any, batch: Batch) -> Tensor:
+    """One more forward in the step; the policy stands in for the reference, whose log-probs are known."""
+    with torch.no_grad():
+        all_positions(policy, batch)
+    return all_positions(policy, batch)
+
+
 def scored_positions(policy: Any, batch: Batch) -> Tensor:
     """The head only where a token is scored, and plain log-softmax."""
     if batch.trees:
@@ -105,7 +112,8 @@ def scored_positions(policy: Any, batch: Batch) -> Tensor:
 
 
 ABLATION: dict[str, tuple[str, Logps]] = {
-    "plain padded forward": ("padded", all_positions),
+    "plain padded forward, live reference": ("padded", live_reference),
+    "+ reference in a table": ("padded", all_positions),
     "+ scored positions only": ("padded", scored_positions),
     "+ no padding": ("packed", scored_positions),
     "+ prompt shared": ("shared", scored_positions),

@@ -34,7 +34,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dpo.data.batches import Pair, tokenize
+from dpo.data.batches import Branches, Pair, tokenize
 from dpo.data.hub import hh
 from dpo.policy.scoring import _score
 
@@ -47,6 +47,7 @@ BATCH = 8  # pairs of a step
 TOKENS = {"cpu": 1024, "cuda": 16384}  # of our micro-batches; the fastest of those tried
 MICRO = {"cpu": 1, "cuda": 4}  # pairs of TRL's micro-batches; the fastest of those tried on a CPU
 RUNS = 9  # of a sweep: 3 beta x 3 lr
+WARM = 2  # pairs of a step that is not counted
 OURS, TRL = "ours", "TRL, reference precomputed"
 COMPACT, LIVE = "TRL, precomputed, with its head for CUDA", "TRL, live reference"
 
@@ -80,16 +81,19 @@ def _hh(path: Path) -> list[Pair]:
     return tokenize(preferences, PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>"), 512, "truncate")
 
 
-def arithmetic(policy: LlamaForCausalLM, pairs: list[Pair]) -> float:
-    """Floating-point operations that a step on these pairs cannot do without: a prompt once, the head where scored."""
+def arithmetic(policy: LlamaForCausalLM, items: list[Branches]) -> float:
+    """Floating-point operations that a step cannot do without on responses that share the prompt of their item: those
+    of a prompt once, of the head and of the last layer's feed-forward part where a token is scored.
+    """
     config, total = policy.config, 0.0
     width, layers = config.hidden_size, config.num_hidden_layers
-    per_token = 2 * layers * (4 * width**2 + 3 * width * config.intermediate_size)
-    for pair in pairs:
-        prompt, *sides = (len(ids) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+    feed_forward = 2 * 3 * width * config.intermediate_size
+    per_token = layers * (2 * 4 * width**2 + feed_forward)
+    for prompt_ids, responses in items:
+        prompt, sides = len(prompt_ids), [len(ids) for ids in responses]
         fed = [side - 1 for side in sides]
         seen = prompt * (prompt + 1) / 2 + sum(side * prompt + side * (side + 1) / 2 for side in fed)
-        total += per_token * (prompt + sum(fed)) + 4 * width * layers * seen
+        total += per_token * (prompt + sum(fed)) - feed_forward * (prompt - 1) + 4 * width * layers * seen
         total += 2 * width * config.vocab_size * sum(sides)
     return 3 * total  # the backward pass is twice the forward
 
@@ -132,22 +136,26 @@ def contender(
     return Trl(policy, pairs, options.precision, micro, live=name == LIVE, compact=name == COMPACT, table=given)
 
 
-def race(name: str, names: list[str], rounds: int, options: Any) -> dict[str, Any]:
-    """Steps of all contenders on one workload, interleaved."""
-    pairs, vocabulary = workload(name, BATCH * (rounds + 1), options.hh)
+def race(name: str, names: list[str], rounds: int, some: list[str], options: Any) -> dict[str, Any]:
+    """Steps of all contenders on one workload, interleaved; in --quick `some` take the first only."""
+    pairs, vocabulary = workload(name, WARM + BATCH * rounds, options.hh)
     reference = model(SHAPES[options.device], vocabulary, options.device)
     scoring, table = score(reference, pairs, options.precision, options.device)
-    all_of_them = {one: contender(one, pairs, vocabulary, table, options) for one in names}
+    known = name != "A"  # a sweep is told of on A alone
+    all_of_them = {one: contender(one, pairs, vocabulary, table, options, known) for one in names}
     seconds: dict[str, list[float]] = {one: [] for one in names}
     work: dict[str, list[float]] = {one: [] for one in names}
     peaks = []
+    steps = [list(range(first, first + BATCH)) for first in range(WARM, len(pairs), BATCH)]
     dtype = torch.float32 if options.precision == "fp32" else torch.bfloat16
     for number in range(rounds + 1):
-        rows = list(range(number * BATCH, (number + 1) * BATCH if number else 2))  # the first only warms up
+        rows = list(range(WARM)) if number == 0 else steps[number - 1]
         peaks += [matmul_peak(options.device, dtype)] * (number > 0)  # a busy machine slows it down like the steps
         turned = names[number % len(names) :] + names[: number % len(names)]
         losses = {}
         for one in turned:
+            if options.quick and one in some and number > 1:
+                continue
             took, worked, losses[one] = timed(partial(all_of_them[one].step, rows), options.device)
             seconds[one] += [took] * (number > 0)
             work[one] += [worked] * (number > 0)
@@ -156,25 +164,29 @@ def race(name: str, names: list[str], rounds: int, options: Any) -> dict[str, An
         if off > tolerance:
             raise RuntimeError(f"losses of step {number} must agree within {tolerance}, found {losses}")
         print(f"{name}: step {number} of {rounds}", flush=True)
-    needed = [arithmetic(reference, pairs[n * BATCH : (n + 1) * BATCH]) for n in range(1, rounds + 1)]
+    needed = [arithmetic(reference, [pairs[row].branches for row in rows]) for rows in steps]
+    apart = [(prompt, [side]) for prompt, sides in (pair.branches for pair in pairs[WARM:]) for side in sides]
     rows_of = {}
     for one, took in seconds.items():
-        ratios = np.array(took) / np.array(seconds[OURS])
+        count = len(took)
+        ratios = np.array(took) / np.array(seconds[OURS][:count])
         rows_of[one] = {
+            "steps": count,
             "s/step": float(np.median(took)),
             "pairs/s": BATCH / float(np.median(took)),
             "ours is faster by": float(np.median(ratios)),
             "spread": float(np.subtract(*np.percentile(ratios, [75, 25])) / 2),
-            "CPU work, ours is less by": float(np.median(np.array(work[one]) / np.array(work[OURS]))),
-            "utilization": float(np.median(np.array(needed) / np.array(took) / np.array(peaks))),
+            "CPU work, ours is less by": float(np.median(np.array(work[one]) / np.array(work[OURS][:count]))),
+            "utilization": float(np.median(np.array(needed[:count]) / np.array(took) / np.array(peaks[:count]))),
         }
     trl: Any = all_of_them[TRL]
     return {
         "contenders": rows_of,
         "rounds": rounds,
         "matmul peak, FLOP/s": float(np.median(peaks)),
+        "arithmetic of separate rows": arithmetic(reference, apart) / sum(needed),
         "scoring, s/pair": scoring / len(pairs),
-        "TRL's scoring, s/pair": trl.prepared / len(pairs),
+        "TRL's scoring, s/pair": None if known else trl.prepared / len(pairs),
     }
 
 
@@ -216,12 +228,14 @@ def sweep_ratio(found: dict[str, Any], again: bool) -> float:
 
 def table(name: str, found: dict[str, Any]) -> str:
     peak = found["matmul peak, FLOP/s"] / 1e9
-    lines = [f"\n{name}: {found['rounds']} steps of {BATCH} pairs, matmul peak {peak:.0f} GFLOP/s"]
-    lines.append(f"{'':42} {'s/step':>8} {'pairs/s':>8} {'ours is faster by':>18} {'CPU work':>9} {'utilization':>12}")
+    lines = [f"\n{name}: {found['rounds']} steps of {BATCH} pairs, matmul peak {peak:.0f} GFLOP/s; without padding and"]
+    lines[0] += f" unscored logits, separate rows need {found['arithmetic of separate rows']:.2f} times our arithmetic"
+    heads = f"{'ours is faster by':>18} {'CPU work':>9} {'utilization':>12}"
+    lines.append(f"{'':42} {'steps':>5} {'s/step':>8} {'pairs/s':>8} {heads}")
     for one, row in found["contenders"].items():
         faster = f"{row['ours is faster by']:.2f} +- {row['spread']:.2f}"
         numbers = f"{faster:>18} {row['CPU work, ours is less by']:9.2f} {row['utilization']:12.2f}"
-        lines.append(f"{one:42} {row['s/step']:8.2f} {row['pairs/s']:8.2f} {numbers}")
+        lines.append(f"{one:42} {row['steps']:5} {row['s/step']:8.2f} {row['pairs/s']:8.2f} {numbers}")
     return "\n".join(lines)
 
 
@@ -249,7 +263,7 @@ def main() -> None:
         del rounds["A_real"]
     names = {one: [OURS, TRL, COMPACT] for one in rounds}
     names["A"] += [LIVE, *ABLATION]
-    found = {one: race(one, names[one], steps, options) for one, steps in rounds.items()}
+    found = {one: race(one, names[one], steps, [LIVE, *ABLATION], options) for one, steps in rounds.items()}
     for one in ("A", "B"):
         found[one]["memory"] = {who: memory(one, who, options) for who in (OURS, TRL)}
     sweeps = {"scored once": sweep_ratio(found["A"], False), "TRL scores in every run": sweep_ratio(found["A"], True)}

@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dpo import evaluate, sft, train
+from dpo.data.batches import branched
+from dpo.policy import attention, parts
 from dpo.policy import model as models
-from dpo.policy import parts
-from dpo.policy.logps import sequence_logps
+from dpo.policy.logps import packable, sequence_logps
 from dpo.signature import call
 from dpo.training import sharding
 from dpo.training.loop import Stopped
@@ -39,6 +40,7 @@ LAYOUTS = {
     "bf16": ["precision=bf16"],
 }
 STOPPED = ("copies", "offload")
+BRANCHES = [([5, 6, 7], [[8, 9], [9]]), ([10, 11] * 6, [[11, 12, 13, 14], [13, 14, 15] * 5]), ([15], [[16], [17, 3]])]
 FEWER = ("packed", "copies", "moving")  # of four processes
 
 
@@ -91,6 +93,44 @@ class Peak:
         self.thread.join()
 
 
+SPOILT = {  # how a model's attention is spoilt, and what the start-up check says then
+    "not at all": True,
+    "layers pass nothing on": False,
+    "branches see each other": None,  # it stops
+}
+
+
+CHECKED = [(precision, spoilt) for precision in ("fp32", "bf16") for spoilt in SPOILT]
+
+
+def checked(precision: str, spoilt: str) -> dict[str, object]:
+    """What the start-up check says of a sharded model, and how far the log-probs are off that it then has."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 57, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=True)).eval()
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.3)  # sharp attention, so that a wrong mask shows
+    plain, _ = sequence_logps(model, branched(BRANCHES, packed=False))
+    block, sees = model.model.layers[1], attention.sees
+    forward = block.forward
+    if spoilt == "layers pass nothing on":
+        block.forward = lambda *given, forest=None, **named: forward(*given, **named)
+    sharding.shard(model, sharding.Layout(group=None, offload=False, precision=precision), torch.device("cpu"))
+    try:
+        if spoilt == "branches see each other":
+            attention.sees = lambda branch, position, other, others, window: position >= others
+        packed = packable(model, BRANCHES)
+    except RuntimeError as error:
+        return {"said": str(error)}
+    finally:
+        attention.sees = sees
+    values, _ = sequence_logps(model, branched(BRANCHES, packed=packed))
+    values.sum().backward()
+    again, _ = sequence_logps(model, branched(BRANCHES, packed=packed))
+    return {"said": packed, "off": ((values - plain) / plain).abs().max().item(), "same": torch.equal(values, again)}
+
+
 def several(directory: Path, processes: int) -> None:
     """What each process does."""
     device, told = sharding.join("cpu"), {}
@@ -105,6 +145,7 @@ def several(directory: Path, processes: int) -> None:
             told[kind]["logits"] = model(torch.arange(12)[None]).logits[0, :, :5].tolist()
         told[kind]["stops"] = model.generation_config.eos_token_id
         models.save(model, models.load_tokenizer(given(directory)[kind]), directory / f"{processes}-{kind}")
+    told["checked"] = {f"{precision}, {spoilt}": checked(precision, spoilt) for precision, spoilt in CHECKED}
     parts.FILE_BYTES = 2e7
     with Peak() as reading:
         large, tokenizer = models.load(given(directory)["large"], device, layout=layout)
@@ -250,6 +291,19 @@ def test_each_reads_its_part_of_the_files_and_writes_it(directory, processes, ki
         ".safetensors",
         ".jinja",
     }
+
+
+@pytest.mark.parametrize("precision,spoilt", CHECKED)
+def test_a_sharded_model_is_checked_and_falls_back_on_all_ranks(directory, processes, precision, spoilt):
+    for rank in range(processes):
+        told = json.loads((directory / f"{processes}-rank-{rank}.json").read_text())["checked"]
+        told = told[f"{precision}, {spoilt}"]
+        if spoilt == "branches see each other":
+            assert "packed=false" in str(told["said"])
+        else:
+            assert told["said"] is SPOILT[spoilt]
+            assert told["off"] < (1e-5 if precision == "fp32" else 2e-2)
+            assert told["same"]
 
 
 def test_no_process_holds_the_model_whole(directory, processes):

@@ -14,6 +14,7 @@ from dpo.losses import PairLogps, dpo
 from dpo.policy import attention, logps
 from dpo.policy import model as models
 from dpo.policy.logps import HeadLogps, packable, sequence_kl, sequence_logps, token_kl, token_logps
+from dpo.training.sharding import blocks
 
 KINDS = ["gpt2", "llama", "mistral", "qwen2", "gpt_neox", "gemma2"]
 SEQUENCES = [([5, 6, 7], [8, 9]), ([10] * 12, [11, 12, 13, 14]), ([15], [16]), ([17, 18], [19] * 9)]
@@ -126,6 +127,19 @@ def test_gradients_of_pairs_are_those_of_the_separate_forward(sharp, kind, monke
         for layout in (True, False):
             found = gradient(model, pair_batch(packed=layout), weights)
             assert (found - alone).abs().max() < 1e-5 * alone.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_layer_feeds_forward_what_is_scored(sharp, kind):
+    """Each such position once: the first tokens of both responses are scored at the prompt's last."""
+    model, seen = sharp(kind), []
+    for block in blocks(model):
+        block.mlp.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[1]))
+    packed = pair_batch()
+    sequence_logps(model, packed)
+    assert seen == [packed.input_ids.shape[1], len(packed.labels) - len(PAIRS)]
+    sequence_logps(model, pair_batch(packed=False))
+    assert seen[2] == seen[3]
 
 
 def test_pairs_in_another_order_or_alone_are_the_same(sharp):
@@ -242,6 +256,15 @@ class TestPackable:
         said = capfd.readouterr().out
         assert said.count("1 of its 2 layers") == 1
         assert said.startswith("log-probs: of padded rows, since LlamaForCausalLM")
+
+    def test_a_forward_that_needs_a_mask_falls_back_and_says_why(self, sharp, capfd):
+        model = sharp("llama")
+        forward = model.model.forward
+        model.model.forward = lambda *given, attention_mask=None, **named: forward(
+            *given, attention_mask=attention_mask.to("cpu"), **named
+        )
+        assert not packable(model, ITEMS)
+        assert "cannot be given packed ones: AttributeError" in capfd.readouterr().out
 
     def test_another_head_falls_back(self, sharp):
         class Scaled(nn.Linear):

@@ -273,5 +273,5 @@ def test_recomputing_keeps_less_and_changes_no_gradient(tiny_model):
         logits.square().mean().backward()
         kept.append(sum(sizes.values()))
         gradients.append([weight.grad for weight in model.parameters()])
-    assert kept[1] < kept[0] / 2
+    assert kept[1] < 0.6 * kept[0]  # the last of two layers is kept
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))

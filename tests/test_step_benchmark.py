@@ -52,8 +52,13 @@ def test_arithmetic_by_hand(step):
     pair = step.Pair([1, 2], [3, 4], [0])
     weights = 4 * 4 + 3 * 6  # of the layer
     seen = 1 + 2 + 3  # positions that each of the 3 tokens fed attends to
-    forward = 2 * 3 * weights + 2 * seen * (2 + 2) + 2 * 3 * 10  # scores and mixing of width 2; 3 tokens scored
-    assert step.arithmetic(policy, [pair]) == 3 * forward
+    unread = 2 * 18  # the feed-forward part at the prompt's first token
+    forward = (
+        2 * 3 * weights - unread + 2 * seen * (2 + 2) + 2 * 3 * 10
+    )  # scores and mixing of width 2; 3 tokens scored
+    assert step.arithmetic(policy, [pair.branches]) == 3 * forward
+    again = 2 * 2 * weights - unread + 2 * (1 + 2) * (2 + 2)  # the prompt for the second response
+    assert step.arithmetic(policy, [([1, 2], [[3, 4]]), ([1, 2], [[0]])]) == 3 * (forward + again)
 
 
 def test_the_sweep_counts_scoring_as_often_as_it_happens(step):

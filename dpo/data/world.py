@@ -53,8 +53,7 @@ _STYLES = {
     "medium": ("the {attribute} is {value} .", "the {attribute} of {name} is {value} ."),
     "terse": ("{attribute} {value} .",),
 }
-# Another grammar of the same words. A value still follows its attribute, which is how the base model looks facts up.
-_ALIEN = {"alien": ("{attribute} {value} here .", "{attribute} {value} always .")}
+_ALIEN = {"alien": ("{attribute} {value} here .", "{attribute} {value} always .")}  # words in the order of facts
 _TAILS = ("and so on .", "there is more to say .", "that is all for now .", "as always there is more .")
 Writer = Literal["human", "clean", "alien", "alien_clean"]  # of summaries
 

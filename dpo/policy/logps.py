@@ -2,10 +2,12 @@
 
 Two ways to one number, and the batch decides. Padded rows go through the model's own forward: a few plain lines, for
 any model. A packed row goes the fast way: attention on trees, so that a prompt is computed once for the responses
-that share it, and the head only where a token is scored, a tile of tokens at a time.
+that share it, and the last feed-forward part and the head only where a token is scored, the head a tile of tokens at a
+time.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from types import MethodType
 from typing import Any, TypeVar, cast
@@ -84,13 +86,37 @@ def _whole(model: PreTrainedModel, function: Callable[[PreTrainedModel, Batch], 
 def _states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """What the head sees where a token is scored.  # (N, hidden)"""
     forest = Forest(batch.trees, batch.input_ids.device)
-    with attending(model, NAME):
+    with attending(model, NAME), _narrowed(model, batch):
         output = model.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, forest=forest, use_cache=False
         )
     if len(forest.layers) < len(blocks(model)):
         raise Unsupported(f"{len(forest.layers)} of its {len(blocks(model))} layers attend by the library's interface")
     return output.last_hidden_state[0].index_select(0, batch.scored)
+
+
+@contextlib.contextmanager
+def _narrowed(model: PreTrainedModel, batch: Batch) -> Iterator[None]:
+    """Inside, the feed-forward part of the last layer, where a model calls it `mlp`, works at scored positions only.
+
+    Nothing reads what the layer puts out elsewhere.
+    """
+    mlp: Any = getattr(next(reversed(blocks(model)), None), "mlp", None)
+    places = batch.scored.unique()  # the first tokens of all responses to a prompt are scored at one place
+
+    def narrow(_: nn.Module, given: tuple[Tensor, ...]) -> Tensor:  # (1, T, hidden) -> (1, places, hidden)
+        if len(given) != 1:
+            raise Unsupported("its feed-forward parts take more than states")
+        return given[0].index_select(1, places)
+
+    def widen(_: nn.Module, __: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        return out.new_zeros(1, batch.input_ids.shape[1], out.shape[-1]).index_copy(1, places, out)
+
+    with contextlib.ExitStack() as hooks:
+        if mlp is not None:
+            hooks.enter_context(mlp.register_forward_pre_hook(narrow))
+            hooks.enter_context(mlp.register_forward_hook(widen))
+        yield
 
 
 def _head(model: PreTrainedModel) -> tuple[nn.Linear, float | None]:
@@ -228,8 +254,9 @@ def _states_and_head(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tens
 
 
 def packable(model: PreTrainedModel, items: Sequence[Branches]) -> bool:
-    """Whether packed batches give this model's own log-probs: tried, in float32, on four items, the longest among them,
-    when a model is first asked about; of a sharded model all ranks must ask.
+    """Whether packed batches give this model's own log-probs: tried on four items, the longest among them, when a model
+    is first asked about; in float32, or the dtype that sharded weights are gathered in. Of a sharded model all ranks
+    must ask.
 
     Says so once if the model does not let its attention be replaced.
 
@@ -247,17 +274,22 @@ def _packable(model: PreTrainedModel, items: Sequence[Branches]) -> bool:
     packed, padded = (branched(some, packed=one).to(device_of(model)) for one in (True, False))
     try:
         fast, _ = sequence_logps(model, packed)
-    except Unsupported as reason:
-        _say(f"log-probs: of padded rows, since {type(model).__name__} cannot be given packed ones: {reason}")
+    except (Unsupported, AttributeError, TypeError, ValueError) as reason:  # the others: what a model makes of no mask
+        what = str(reason) if isinstance(reason, Unsupported) else repr(reason)
+        _say(f"log-probs: of padded rows, since {type(model).__name__} cannot be given packed ones: {what}")
         return False
     plain, _ = sequence_logps(model, padded)
     off = ((fast - plain).abs() / plain.abs().clamp(min=1)).max().item()
-    if not off <= 1e-4:
+    if not off <= (1e-4 if _whole(model, _dtype, packed) == torch.float32 else 2e-2):
         raise RuntimeError(
             f"log-probs of packed rows must be those of {type(model).__name__}'s own forward, found a relative error "
             f"of {off:.1e}; set packed=false to use the forward"
         )
     return True
+
+
+def _dtype(model: PreTrainedModel, _: Batch) -> torch.dtype:
+    return _head(model)[0].weight.dtype
 
 
 @cache

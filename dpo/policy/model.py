@@ -177,13 +177,16 @@ def check_length(path: str, key: str, length: int, trust_remote_code: bool = Fal
 
 
 def recompute(model: PreTrainedModel) -> None:
-    """Keep only what goes into each layer for the backward pass, and compute the rest again there."""
+    """Keep only what goes into each layer for the backward pass, and compute the rest again there.
+
+    Not of the last layer: its backward pass comes first, and would have all of it in memory again at once.
+    """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), attending(model, model.config._attn_implementation)  # the same again as in the forward
 
     again = {"use_reentrant": False, "context_fn": contexts, "preserve_rng_state": False}  # there is no dropout
-    for block in sharding.blocks(model):
+    for block in sharding.blocks(model)[:-1]:
         block.forward = partial(cast(Any, checkpoint), block.forward, **again)
 
 
