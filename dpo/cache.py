@@ -35,7 +35,7 @@ def remember(
     kind: str,
     key: dict[str, Any],
     build: Callable[[Path], None],
-    any_true: Callable[[bool], bool] | None = None,
+    any_true: Callable[[bool], bool] = bool,
     about: Callable[[], dict[str, Any]] = dict,
 ) -> tuple[Path, bool]:
     """The folder that `build` filled for this key, and whether it was there already.
@@ -47,22 +47,21 @@ def remember(
     appears whole or not at all. `build` may get the folder as a process that was stopped or killed left it, and goes on
     from there or writes all files anew; after an error it is empty.
 
-    Of the processes of one run rank 0 builds. any_true, whether a flag is set on any rank, is given where all of them
-    must build together, since a sharded model needs them; what rank 0 built is kept.
+    any_true: whether a flag is set on any process of this run; bool: it is the only one. All build together, since a
+    sharded model needs them, and what rank 0 built is kept.
 
     Raises: RuntimeError if the folder is there, but not as it was written.
     """
     folder = Path(root) / kind / digest(key)[:20]
     if int(os.environ.get("RANK", "0")) > 0:  # the launcher ends every rank when rank 0 fails
-        return folder, _beside(folder, build, any_true)
-    tell = any_true or bool
+        return folder, _beside(build, any_true)
     if folder.is_dir():
-        tell(False)
+        any_true(False)
         return _intact(folder), True
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         found = folder.is_dir()
-        tell(not found)
+        any_true(not found)
         if found:
             return _intact(folder), True
         told = about()
@@ -80,17 +79,12 @@ def remember(
         except Exception:  # and not KeyboardInterrupt: what was stopped goes on there
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
-        tell(False)  # now it is there
+        any_true(False)  # now it is there
         return folder, False
 
 
-def _beside(folder: Path, build: Callable[[Path], None], any_true: Callable[[bool], bool] | None) -> bool:
+def _beside(build: Callable[[Path], None], any_true: Callable[[bool], bool]) -> bool:
     """What ranks other than 0 do in `remember`; returns whether the folder was there already."""
-    if any_true is None:
-        found = folder.is_dir()
-        while not folder.is_dir():
-            time.sleep(0.2)
-        return found
     if not any_true(False):
         return True
     with tempfile.TemporaryDirectory() as thrown_away:

@@ -60,6 +60,8 @@ def _guarded(directory: Path) -> int:
         return 0
     except BaseException as error:  # those of torch.distributed.checkpoint are no Exception
         if isinstance(error, KeyboardInterrupt):  # or Stopped, dpo.training.loop's, which has more to say
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # one more must not keep us from saying so
+                signal.signal(number, signal.SIG_IGN)
             message = str(error) or "stopped on a signal; the same command resumes"
             if _rank() == 0:
                 print(message, flush=True)

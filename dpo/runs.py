@@ -7,9 +7,10 @@ says where a sweep stands, and draws its table and figure again.
 
 import json
 import os
+import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from dpo.config import HOMES, decisive
+from dpo.queue import queued
 
 DASH = "-"
 MEASURED = (  # columns of the tables, without those that carry an interval: title, metric, format
@@ -29,13 +31,15 @@ MEASURED = (  # columns of the tables, without those that carry an interval: tit
 )
 
 
-def status(directory: str | Path) -> str:
-    """finished | running | failed | stopped | planned."""
+def status(directory: str | Path, queued: Collection[Path] = ()) -> str:
+    """finished | running | queued | failed | stopped | planned."""
     directory = Path(directory)
     if (directory / "evaluation.json").exists():
         return "finished"
     if _running(directory):
         return "running"
+    if directory.resolve() in queued:
+        return "queued"
     if error := _error(directory):
         return "stopped" if error["type"] == "Stopped" else "failed"
     return "stopped" if (directory / "metrics.jsonl").exists() else "planned"
@@ -267,9 +271,16 @@ def main() -> None:
         sys.exit("usage: python -m dpo.runs runs/<name>")
     path = Path(sys.argv[1])
     try:
-        states = {run: status(path / run) for run in configs(path)}
+        found = configs(path)
     except ValueError as error:
         sys.exit(str(error))
+    waiting: set[Path] = set()
+    if shutil.which("squeue"):
+        try:
+            waiting = queued()
+        except RuntimeError as error:
+            print(error)
+    states = {run: status(path / run, waiting) for run in found}
     counts = Counter(states.values())
     print(
         f"{path}: {len(states)} run{'s' if len(states) != 1 else ''}: "

@@ -92,9 +92,8 @@ def prepare(
             if split in preferences
         }
 
-    pairs, device = tokenized(dataset.preferences), sharding.device(config.device)
+    pairs, device = tokenized(dataset.preferences), sharding.join(config.device)
     start = initial_policy(config, dataset, device)
-    sharding.join(device)
     policy, _ = models.load(start, device, trusted, layout=sharding.layout(config))
     if not pairs:
         weights = models.fingerprint(policy)

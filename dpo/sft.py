@@ -75,8 +75,8 @@ def run(config: DictConfig, directory: Path) -> None:
 
 def cached_policy(config: Any, demonstrations: list[Demonstration], device: torch.device) -> tuple[str, bool]:
     """Folder of the SFT policy that `dpo.train` starts from, made once per recipe; and whether it was there."""
-    chosen = config.policy
-    model, tokenizer = models.load(chosen.base, device, chosen.trust_remote_code, chosen.chat_template)
+    chosen, layout = config.policy, sharding.layout(config)
+    model, tokenizer = models.load(chosen.base, device, chosen.trust_remote_code, chosen.chat_template, layout)
     items = tokenize_demonstrations(demonstrations, tokenizer, config.max_length, config.on_too_long)
     key = {
         "weights": models.fingerprint(model),
@@ -90,15 +90,17 @@ def cached_policy(config: Any, demonstrations: list[Demonstration], device: torc
     }
 
     def build(folder: Path) -> None:
+        folder = sharding.gathered([folder])[0]  # rank 0's: each writes its part of checkpoint and policy there
         with Log(folder) as log:
             packed = packs(model, items, config)
             if config.recompute:
                 models.recompute(model)
             train(model, tokenizer, items, packed, config, folder / "checkpoint", log, None, config.checkpoint_every)
         models.save(model, tokenizer, folder / "policy")
-        shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # a policy needs nothing to resume from
+        if sharding.is_main():
+            shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # a policy needs nothing to resume from
 
-    folder, cached = remember(config.cache, "sft", key, build)
+    folder, cached = remember(config.cache, "sft", key, build, sharding.any_true)
     return str(folder / "policy"), cached
 
 

@@ -1,13 +1,10 @@
 """Submit a sweep's runs to Slurm, as one array job, and return.
 
-A task of the array is `slurm/execute.sh` on one run directory: one python per rank, requeued when it is stopped. What
-is queued is asked of Slurm and never remembered: a job names its manifest, a file of run directories, one a line.
+A task of the array is `slurm/execute.sh` on one run directory: one python per rank, requeued when it is stopped.
 """
 
-import getpass
 import hashlib
 import shlex
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +14,7 @@ from pathlib import Path
 from dpo import runs
 from dpo.launch import Sweep, count
 from dpo.plan import Run
+from dpo.queue import ask, queued
 
 EXECUTE = Path(__file__).resolve().parent.parent / "slurm" / "execute.sh"
 
@@ -67,9 +65,12 @@ class Slurm(Sweep):
 
     def start(self, planned: Sequence[Run]) -> int:
         """Freeze and submit what is neither finished, running nor queued."""
-        queued = _queued() if self.submit else set()
-        states = {run.directory: runs.status(run.directory) for run in planned}
-        states |= {path: "queued" for path, state in states.items() if path.resolve() in queued and state != "running"}
+        try:
+            waiting = queued() if self.submit else set()
+        except RuntimeError as error:
+            print(f"{error}; nothing was submitted", file=sys.stderr)
+            return 1
+        states = {run.directory: runs.status(run.directory, waiting) for run in planned}
         todo = [run for run in planned if states[run.directory] not in ("finished", "running", "queued")]
         folders = list(dict.fromkeys(run.directory.parent for run in planned))
         tally = Counter(state for state in states.values() if state in ("finished", "running", "queued"))
@@ -97,7 +98,7 @@ class Slurm(Sweep):
         if not self.submit:
             print(f"not submitted; sbatch {script} does\n  {count(tasks)} in {script.with_suffix('.txt')}")
             return True
-        done = _slurm("sbatch", "--parsable", str(script))
+        done = ask("sbatch", "--parsable", str(script))
         if done.returncode:
             print(f"sbatch refused {script}: {done.stderr.strip()}", file=sys.stderr)
             return False
@@ -108,7 +109,7 @@ class Slurm(Sweep):
 
     def _refused(self, planned: Sequence[Run]) -> list[str]:
         """What Slurm says to such a job, without submitting it."""
-        done = _slurm("sbatch", "--test-only", text=self._script(planned, Path("manifest.txt")))
+        done = ask("sbatch", "--test-only", text=self._script(planned, Path("manifest.txt")))
         if done.returncode:
             return [f"Slurm refuses these settings of hydra.launcher: {done.stderr.strip()}"]
         return []
@@ -141,7 +142,7 @@ class Slurm(Sweep):
             "open-mode": "append",
             "output": manifest.with_name("%A_%a.log"),
         }
-        options = [f"--{key}={value}" for key, value in settings.items() if value is not None]
+        options = [f"--{key}={shlex.quote(str(value))}" for key, value in settings.items() if value is not None]
         start = [*shlex.split(self.container or ""), self.python or ("python" if self.container else sys.executable)]
         return "\n".join(
             (
@@ -155,23 +156,3 @@ class Slurm(Sweep):
                 "",
             )
         )
-
-
-def _queued() -> set[Path]:
-    """Run directories of this user's jobs that wait, run or end."""
-    done = _slurm("squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%K|%Z|%o")
-    found = set()
-    for line in done.stdout.splitlines():
-        task, folder, command = line.split("|", 2)
-        manifest = Path(folder, command.split()[-1]).with_suffix(".txt") if command.strip() else Path()
-        if task.isdigit() and manifest.is_file():
-            directories = manifest.read_text().splitlines()
-            found |= {Path(folder, name).resolve() for name in directories[int(task) :][:1]}
-    return found
-
-
-def _slurm(*command: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(command, input=text, capture_output=True, text=True)
-    except OSError as error:
-        return subprocess.CompletedProcess(command, 127, "", f"{error}; Slurm's commands must be on the path")

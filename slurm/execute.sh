@@ -29,7 +29,8 @@ srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 bash -c '
     exec "$@"' _ "${@:-python}" -m dpo.run "$directory"
 code=$?
 
-if [ $code -eq 75 ]; then
+# The highest exit code is srun's: that of a rank which was still ending when it was killed, maybe.
+if [ $code -eq 75 ] || { [ $code -gt 128 ] && grep -qs '"type": "Stopped"' "$directory/error.json"; }; then
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "${RESTARTS:-100}" ]; then
         echo "not requeued: ${RESTARTS:-100} restarts are enough; submit it again to go on"
     elif scontrol show job --oneliner "$SLURM_JOB_ID" | grep -qE "JobState=(RUNNING|PREEMPTED)" \

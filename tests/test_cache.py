@@ -82,15 +82,6 @@ def test_concurrent_processes_build_once(tmp_path):
     assert sum(not cached for _, cached in answers) == 1
 
 
-def test_other_ranks_wait_for_rank_zero(tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        os.environ["RANK"] = "0"
-        waiting = pool.apply_async(_ask, (str(tmp_path),))
-        remember(tmp_path, "kind", {"a": 1}, _slow_build)
-        assert waiting.get(timeout=30)[0] == str(os.getpid())
-
-
 def _write(folder: Path) -> None:
     (folder / "scores").write_text("1 2 3")
 

@@ -119,7 +119,7 @@ def test_all_problems_are_said_at_once():
 
 def test_sft_divides_its_own_batch():
     assert "sft.batch_size must be at least 1 for each" in problems("processes=33", command="sft")
-    check(config("processes=33", "batch_size=33"))  # inside dpo.train one process makes the SFT policy
+    check(config("processes=33", "batch_size=33"))  # inside dpo.train a process may have no demonstration of a step
 
 
 def test_sft_needs_a_base():

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 import dpo
 from dpo import launch, runs
+from dpo import run as executing
 from dpo.plan import Composed, name, plan, resolve
 
 ROOT = Path(dpo.__file__).parents[1]
@@ -52,6 +53,9 @@ def run(config, directory):
                 file.write(json.dumps({"step": step, "split": "train", "loss": 0.69}) + "\\n")
         if config.steps and not os.path.exists("finish"):
             time.sleep(0.02)
+        if received and rank == 1 and config.beta == 0.69:  # slow to end
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(60)
         if received:
             raise Stopped(f"stopped at step {step + 1}; the same command resumes there")
     if rank == 0:
@@ -77,7 +81,7 @@ NOUNS = {
 }
 PROJECT = (
     *("__init__", "alpaca_eval", "cache", "config", "drawing", "launch", "plan", "run", "runs", "signature"),
-    "slurm",
+    *("queue", "slurm"),
 )
 
 
@@ -213,6 +217,22 @@ def test_stop_and_resume(tree, number):
     assert rows == list(range(2000))
     assert steps < 2000
     assert OmegaConf.load(run / "config.yaml").micro_batch_tokens == 512
+
+
+def test_a_second_signal_while_it_stops(tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    (tmp_path / "config.yaml").write_text("command: train\nthreads: 1\n")
+    monkeypatch.setattr("dpo.train.run", stopped)
+    monkeypatch.setattr(executing, "_record", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    former = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        assert executing.execute(tmp_path) == executing.STOPPED
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def test_processes_under_torchrun(tree):

@@ -15,11 +15,12 @@ from test_train import frozen, losses, other_model, own
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dpo import evaluate, train
+from dpo import evaluate, sft, train
 from dpo.data.batches import branched
 from dpo.policy import attention, parts
 from dpo.policy import model as models
 from dpo.policy.logps import packable, sequence_logps
+from dpo.signature import call
 from dpo.training import sharding
 from dpo.training.loop import Stopped
 
@@ -35,6 +36,7 @@ LAYOUTS = {
     "moving": ["reference=moving", "reference.every=2"],
     "other": ["reference=other"],
     "selected": ["select=validation_loss", "evaluate_every=1"],
+    "sft": ["policy.path=null", "sft.steps=4", "checkpoint_every=2"],
     "bf16": ["precision=bf16"],
 }
 STOPPED = ("copies", "offload")
@@ -49,6 +51,8 @@ def given(directory: Path) -> dict[str, str]:
 def config(directory: Path, name: str, processes: int):
     overrides = [*own(directory, given(directory)["llama"]), *LAYOUTS[name], "batch_size=12", "micro_batch_tokens=100"]
     overrides += ["steps=4", "epochs=9", f"processes={processes}"]  # 24 pairs
+    if name == "sft":
+        overrides.append(f"policy.base={given(directory)['llama']}")
     if name == "other":
         overrides.append(f"reference.path={given(directory)['other']}")
     if processes == 1:
@@ -150,13 +154,14 @@ def several(directory: Path, processes: int) -> None:
         models.save(large, tokenizer, directory / f"{processes}-large")
     size = sum(weight.nbytes for weight in large.parameters())
     told["peaks"] = [reading.most / size, writing.most / size]
-    (directory / f"{processes}-rank-{sharding.rank()}.json").write_text(json.dumps(told))
     leave, sharding.leave = sharding.leave, lambda: None  # one group for all runs: under torchrun a second one hangs
     for name in LAYOUTS if processes == 2 else FEWER:
         run(directory, name, processes)
     if processes == 2:
         for name in STOPPED:
             stopped_and_resumed(directory, name)
+        told["sft"] = stopped_sft(directory)
+    (directory / f"{processes}-rank-{sharding.rank()}.json").write_text(json.dumps(told))
     leave()
 
 
@@ -176,6 +181,29 @@ def stopped_and_resumed(directory: Path, name: str) -> None:
         raise AssertionError("it was not stopped")
     evaluate.show = show
     run(directory, f"{name}, stopped", 2)
+
+
+def stopped_sft(directory: Path) -> tuple[bool, list[str]]:
+    """SFT of a run, of which one process is told to stop: whether it is sharded, and both outcomes."""
+    settings, seen = config(directory, "sft", 2), []
+    demonstrations = call(settings.data).demonstrations
+    whole, cached = sft.cached_policy(settings, demonstrations, torch.device("cpu"))
+    assert cached
+
+    def stop(model, batch):
+        seen.append(sharding.is_sharded(model))
+        if len(seen) == 5 and sharding.rank() == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return sequence_logps(model, batch)
+
+    settings.cache, sft.sequence_logps = str(directory / "stopped SFT"), stop
+    with contextlib.suppress(Stopped):
+        sft.cached_policy(settings, demonstrations, torch.device("cpu"))
+        raise AssertionError("it was not stopped")
+    sft.sequence_logps = sequence_logps
+    again, cached = sft.cached_policy(settings, demonstrations, torch.device("cpu"))
+    assert not cached
+    return all(seen), [models.fingerprint(models.load(path)[0]) for path in (whole, again)]
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +260,13 @@ def test_stopped_on_one_rank_it_resumes_bit_equal(directory, processes, name):
         stopped, whole = (losses(rows(directory, one, 2)) for one in (f"{name}, stopped", name))
         assert stopped == whole
         assert not (place(directory, f"{name}, stopped", 2) / "checkpoint").exists()
+
+
+def test_sft_of_a_run_is_sharded_and_resumes_bit_equal(directory, processes):
+    if processes == 2:
+        sharded, [whole, again] = json.loads((directory / "2-rank-1.json").read_text())["sft"]
+        assert sharded
+        assert whole == again
 
 
 @pytest.mark.parametrize("kind", KINDS)

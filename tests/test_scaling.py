@@ -7,6 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dpo.policy.logps import TILE
+
 PAGE = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text()
 SIZES = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000}
@@ -49,7 +51,7 @@ def figures(name: str) -> dict[str, str]:
         "activations, all kept": KEPT[name] * h * layers * tokens,
         "activations with": 2 * h * layers * tokens,
         "and the one layer": KEPT[name] * h * tokens,
-        "logits held whole": (4 * tokens + 12 * tokens / 2) * vocabulary,
+        "logits of a tile": 6 * TILE + 2 * vocabulary * h,
         "a reference that moves": 4 * parameters / GPUS[name],
     }
     lines["**sum**"] = sum(lines.values()) - lines["activations, all kept"] - lines["a reference that moves"]

@@ -164,13 +164,27 @@ def test_scripts_without_the_launcher(slurm, project):
     assert runs.status(run) == "finished", (run / "log.txt").read_text()
 
 
-def test_queued_and_running_are_not_submitted_again(slurm, project):
+def silent_squeue(folder: Path) -> Path:
+    program = folder / "squeue"
+    program.write_text("#!/bin/sh\necho no answer >&2\nexit 1\n")
+    program.chmod(0o755)
+    return folder
+
+
+def test_queued_and_running_are_not_submitted_again(slurm, project, tmp_path, monkeypatch):
     sweep = ["-m", "beta=0.1,0.2,0.66", "steps=2000", *SLURM, "hydra.launcher.array_limit=1", "name=q"]
     text = said(project, *sweep, code=0)
     job = submitted(text)
     assert "3 runs, 1 at a time" in text
     wait((project / "runs/q/beta=0.1,steps=2000/metrics.jsonl").exists)
     assert "3 runs: 1 running, 2 queued, 0 to submit" in said(project, *sweep, code=0)
+    text = said(project, "runs/q", verb="runs", code=0)
+    assert "runs/q: 3 runs: 1 running, 2 queued" in text
+    assert "queued   beta=0.66,steps=2000" in text
+    with monkeypatch.context() as patch:  # what is queued is not guessed
+        patch.setenv("PATH", f"{silent_squeue(tmp_path)}:{os.environ['PATH']}")
+        assert "found instead: no answer; try again; nothing was submitted" in said(project, *sweep, code=1)
+        assert "found instead: no answer" in said(project, "runs/q", verb="runs", code=0)
     (project / "finish").touch()
     wait(lambda: not queue())
     text = said(project, "runs/q", verb="runs", code=0)
@@ -183,9 +197,21 @@ def test_queued_and_running_are_not_submitted_again(slurm, project):
     assert set(states(project / "runs" / "q").values()) == {"finished"}
 
 
+def test_paths_with_spaces(slurm, project):
+    sweep = ["-m", "beta=0.1,0.2", "steps=2000", *SLURM, "hydra.launcher.array_limit=1", "runs='my runs'"]
+    submitted(said(project, *sweep, code=0))
+    wait((project / "my runs/dev/beta=0.1,steps=2000/metrics.jsonl").exists)
+    assert "2 runs: 1 running, 1 queued, 0 to submit" in said(project, *sweep, code=0)
+    (project / "finish").touch()
+    wait(lambda: not queue())
+    assert set(states(project / "my runs" / "dev").values()) == {"finished"}
+    assert [log.suffix for log in (project / "my runs/dev/manifests").glob("*_*")] == [".log"] * 2
+
+
 def test_restarts_are_counted(slurm, project):
-    said(project, "steps=2000", *SLURM, "hydra.launcher.restarts=0", code=0)
-    run = project / "runs" / "dev" / "steps=2000"
+    """Of a run whose rank 1 is killed by srun, since rank 0 has ended before it."""
+    said(project, "steps=2000", "beta=0.69", "processes=2", *SLURM, "hydra.launcher.restarts=0", code=0)
+    run = project / "runs" / "dev" / "beta=0.69,steps=2000"
     wait((run / "metrics.jsonl").exists)
     subprocess.run(["scancel", "--signal=TERM", "--name=dev"], check=True, timeout=20)
     wait(lambda: not queue())
