@@ -81,7 +81,8 @@ def score(
             "digests": torch.from_numpy(np.frombuffer(b"".join(distinct), dtype=np.uint8).reshape(-1, 16).copy()),
             "logps": torch.stack([logps.sum() for logps in values]),
             "lengths": torch.tensor([len(logps) for logps in values]),
-            # Asked for or not, so that scores serve both: 4 bytes a token, 0.2 GB for UltraFeedback's 61,135 pairs.
+            # Asked for or not, so that one pass serves both. 4 bytes a token: 1.6 GB for 100,000 pairs of 2 x 2,000
+            # tokens, of the 29 GB that a 7B policy has; read only when asked for.
             "token_logps": torch.cat(values),
         }
         save_file(table, folder / "scores.safetensors")
