@@ -241,7 +241,7 @@ def table(name: str, found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer steps: 10 minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="fewer steps: seven minutes on two cores")
     parser.add_argument("--hh", type=Path, default=HH, help="a JSONL file of HH; without one A_real is left out")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
