@@ -158,9 +158,18 @@ def test_notebooks(inside, study):
     shows_all(notebook)
 
 
+@pytest.mark.parametrize("study", ["kl_strength", "reference_compatibility", "token_level"])
+def test_saved_outputs(study):
+    """What a reader on the web sees: every table and figure, and nothing else."""
+    notebook = nbformat.read(ROOT / f"analysis/{study}.ipynb", as_version=4)
+    shows_all(notebook)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type in ("stream", "error")]
+
+
 def shows_all(notebook: Any) -> None:
     """Tables are HTML and figures images, not the names of objects."""
     for cell in notebook.cells:
-        if cell.cell_type == "code" and cell.source.startswith(("tables[", "figures[", "published.")):
+        if cell.cell_type == "code" and cell.source.startswith(("tables[", "figures[", "published.", "pd.")):
             kind = "image/png" if cell.source.startswith("figures[") else "text/html"
             assert [kind in output.get("data", {}) for output in cell.outputs] == [True], cell.source
