@@ -149,20 +149,21 @@ def figure(final: pd.DataFrame, history: pd.DataFrame) -> Figure:
     return drawing
 
 
-def of_one_policy(path: str | Path, only: Mapping[str, str]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`finished` and `runs.load` of the same runs.
+def of_one_policy(path: str | Path, only: Mapping[str, str]) -> pd.DataFrame:
+    """`finished`.
 
-    Raises: ValueError if they are of several policies.
+    Raises: ValueError if the runs are of several policies.
     """
-    final, history = finished(path, KEYS, only), runs.load(path, KEYS)
+    final = finished(path, KEYS, only)
     if len(policies := sorted(set(final.get("policy", ())))) > 1:
         raise ValueError(f"one policy at a time: say policy={' or policy='.join(policies)}")
-    return final, history[history["run"].isin(final["run"])]
+    return final
 
 
 def study(path: str | Path, **only: str) -> tuple[dict[str, pd.DataFrame], dict[str, Figure]]:
     """Tables and figures of a sweep by `figure=kl_strength`, by name. only: values of keys, such as policy."""
-    final, history = of_one_policy(path, only)
+    final, history = of_one_policy(path, only), runs.load(path, KEYS)
+    history = history[history["run"].isin(final["run"])]
     tables = {"table_1": table_1(final), "table_2": table_2(final, history), "claims": claims(final, history)}
     return tables, {"frontier": figure(final, history)} if "kl" in final and "win_rate" in final else {}
 

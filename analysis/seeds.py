@@ -80,7 +80,7 @@ def finished(path: str | Path, keys: Sequence[str], only: Mapping[str, str]) -> 
     """`runs.final` where each key of `only` has that value, with a column `score`: the length-controlled win rate of
     AlpacaEval where `dpo.alpaca_eval` has added it to the runs, else the win rate.
 
-    Raises: ValueError if there is no such run or score, or runs of several policies.
+    Raises: ValueError if there is no such run or score.
     """
     frame = runs.final(path, [*keys, "policy"])
     for key, value in only.items():

@@ -170,12 +170,10 @@ def end_against_rivals(items: pd.DataFrame) -> tuple[Interval, list[str]]:
 
 def claims_of_ends(ends: pd.DataFrame) -> pd.DataFrame:
     """The part of the paper's fourth claim that is about EOS. ends: of `end_of_text`."""
-    of_method: dict[Any, pd.DataFrame] = dict(tuple(ends.groupby("method")))
-    posterior = of_method["posterior"]
-    found = []
+    posterior, found = ends[ends["method"] == "posterior"], []
     for method in ("DPO", "likelihood"):
-        lower = paired(of_method[method], posterior, "log-prob")
-        parted = paired(of_method[method], posterior, "chosen minus rejected")
+        other = ends[ends["method"] == method]
+        lower, parted = (paired(other, posterior, value) for value in ("log-prob", "chosen minus rejected"))
         found += [
             holds(
                 f"4d. The posterior reward has the lowest log-prob of EOS (against {method})",
@@ -250,7 +248,7 @@ def study(
 
     only: values of keys, such as policy.
     """
-    found = of_runs(strength, at_best_lr(of_one_policy(strength, only)[0]), ["beta", "seed"])
+    found = of_runs(strength, at_best_lr(of_one_policy(strength, only)), ["beta", "seed"])
     items = by_token(found, ["beta"])
     tables = {"figure_1": bins(items), "figure_2": most_moved(items), "claims_of_tokens": claims(found)}
     tables["extension_position"] = by_position(found)

@@ -38,9 +38,6 @@ class Rate:
     low: float
     high: float
 
-    def parts(self) -> dict[str, float]:
-        return {"": self.value, "/low": self.low, "/high": self.high}
-
     def __str__(self) -> str:
         return f"{100 * self.value:.2f} [{100 * self.low:.2f}, {100 * self.high:.2f}]"
 
@@ -63,9 +60,7 @@ def write_outputs(directory: Path, instructions: Sequence[Row], answers: Sequenc
         }
         for one, answer in zip(instructions, answers, strict=True)
     ]
-    unfinished = directory / "alpaca_eval.json.unfinished"
-    unfinished.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(directory / "alpaca_eval.json")
+    _write(directory / "alpaca_eval.json", rows)
 
 
 def read_annotations(path: str | Path) -> list[Row]:
@@ -209,16 +204,22 @@ def _rows(path: str | Path, *columns: str) -> list[Row]:
     return rows
 
 
+def _write(path: Path, value: Any) -> None:
+    """Whole, or not at all."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
 def keep(annotations: Path, scores: dict[str, Rate]) -> None:
     """Write the scores into the run that the annotations lie in, if they do."""
     for folder in annotations.absolute().parents[:2]:
         if (folder / "evaluation.json").exists():
             kept: dict[str, float] = {}
             for name, rate in scores.items():
-                kept |= {f"alpaca_eval/{name}{part}": value for part, value in rate.parts().items()}
-            unfinished = folder / f"{SCORES}.unfinished"
-            unfinished.write_text(json.dumps(kept, indent=1) + "\n")
-            unfinished.replace(folder / SCORES)
+                key = f"alpaca_eval/{name}"
+                kept |= {key: rate.value, f"{key}/low": rate.low, f"{key}/high": rate.high}
+            _write(folder / SCORES, kept)
 
 
 def main() -> None:

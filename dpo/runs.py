@@ -18,6 +18,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
+from dpo.alpaca_eval import SCORES
 from dpo.config import HOMES, decisive
 from dpo.queue import queued
 
@@ -232,7 +233,7 @@ def _metrics(directory: Path) -> list[dict[str, Any]]:
 
 def _evaluation(directory: Path) -> dict[str, Any]:
     """What was measured after training, and AlpacaEval's scores if `dpo.alpaca_eval` has put them there; {} before."""
-    files = [directory / name for name in ("evaluation.json", "alpaca_eval_scores.json")]
+    files = [directory / name for name in ("evaluation.json", SCORES)]
     if not files[0].exists():
         return {}
     return {key: value for file in files if file.exists() for key, value in json.loads(file.read_text()).items()}
