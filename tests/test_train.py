@@ -270,11 +270,15 @@ def test_a_wrong_cache_is_noticed(tmp_path, tiny_model, monkeypatch):
     with pytest.raises(RuntimeError, match=r"scores\.safetensors changed; delete that folder"):
         run(tmp_path / "b", *given, "beta=0.3")
     hide()  # as if written so
-    with pytest.raises(RuntimeError, match="cached log-probs must agree with those of the model"):
+    with pytest.raises(RuntimeError, match=r"must hold the log-probs that the model gives, .*; it is damaged"):
         run(tmp_path / "b", *given, "beta=0.3")
     with monkeypatch.context() as patch:
         patch.setattr(dpo.reference, "off_by", lambda *_: 0.0)
-        with pytest.raises(RuntimeError, match="policy and reference are the same model"):
+        with pytest.raises(RuntimeError, match=r"the same model .* scores in \S+ are damaged: delete it to score again"):
+            run(tmp_path / "b", *given, "beta=0.3")
+        patch.setattr("dpo.policy.attention.sees", lambda branch, position, other, others, window: position >= others)
+        patch.setattr(train, "packable", lambda *_: True)
+        with pytest.raises(RuntimeError, match=r"the same model .*; the policy's own .* packed rows: set packed=false"):
             run(tmp_path / "b", *given, "beta=0.3")
     spoil(lambda logps: logps * math.nan)
     hide()
