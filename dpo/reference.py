@@ -30,8 +30,8 @@ from dpo.training import sharding
 
 TOO_LONG = (
     "Raise reference.max_length if the model has more positions, or lower max_length with on_too_long=truncate or "
-    "drop. These go by the policy's tokens alone: every reference scores the text that the policy is trained on, or their "
-    "runs would not compare."
+    "drop. These go by the policy's tokens alone: every reference scores the text that the policy is trained on, or "
+    "their runs would not compare."
 )
 ROUNDING = 2e-2  # by which two bf16 passes over a text differ at most, relative to its log-prob or to 10 nats
 
