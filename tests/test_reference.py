@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from dpo import cache
 from dpo.data.batches import Pair, collate_pairs, tokenize
-from dpo.data.records import Preference, row, write_rows
+from dpo.data.records import Preference, TokenIds, row, write_rows
+from dpo.data.tokens import decode, vocabulary
 from dpo.policy import model as models
 from dpo.policy.logps import sequence_logps
 from dpo.policy.scoring import off_by, score
@@ -295,6 +297,47 @@ def test_given_scores_are_found_by_text(tmp_path, tiny_model, llama):
         reference.prepare("", llama, {"train": pairs}, settings(tmp_path))
     with pytest.raises(ValueError, match="found none at"):
         Given(str(tmp_path / "nowhere"))
+
+
+def test_sampled_pairs_are_found_by_their_tokens(tmp_path, tiny_model, llama):
+    """One text may be sampled as several rows of tokens; a reference that reads text cannot read half a character."""
+    tokenizer = models.load_tokenizer(tiny_model("llama"))
+    prompt, rome, letters = (
+        tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in ("Is it", " Rome", " R o m e".replace(" ", "_"))
+    )
+    prompt = [tokenizer.bos_token_id, *prompt]
+    split = [
+        *tokenizer(" R", add_special_tokens=False)["input_ids"],
+        *tokenizer("ome", add_special_tokens=False)["input_ids"],
+    ]
+    half = tokenizer("☃", add_special_tokens=False)["input_ids"][:1]
+    texts = [
+        Preference(
+            "Is it", " Rome", decode(prompt, bad, tokenizer), False, False, token_ids=TokenIds(own, prompt, good, bad)
+        )
+        for own, good, bad in ((vocabulary(tokenizer), rome, letters), (vocabulary(tokenizer), split, [*half, *rome]))
+    ]
+    pairs = tokenize(texts, tokenizer, 60, "error")
+    assert [pair.chosen_ids for pair in pairs] == [rome, split]
+    assert [pair.unwritten for pair in pairs] == [False, True]
+    scores = [{"chosen_logprob": -1.0 - n, "rejected_logprob": -5.0 - n} for n in range(2)]
+    write_rows(tmp_path / "ids.jsonl", [row(pair.text) | one for pair, one in zip(pairs, scores, strict=True)])
+    (reference := Given(str(tmp_path / "ids.jsonl"))).prepare("", llama, {"train": pairs}, settings(tmp_path))
+    assert reference.table["train"].tolist() == [[-1.0, -5.0], [-2.0, -6.0]]
+    write_rows(tmp_path / "text.jsonl", [row(replace(texts[0], token_ids=None)) | scores[0]])
+    (reference := Given(str(tmp_path / "text.jsonl"))).prepare("", llama, {"train": pairs[:1]}, settings(tmp_path))
+    assert reference.table["train"].tolist() == [[-1.0, -5.0]]  # of a reference that reads text
+    for known in (tmp_path / "text.jsonl", None):
+        with pytest.raises(ValueError, match=r"found none for 1 of 2|broken characters within:\n  row 1"):
+            (Given(str(known)) if known else OtherTokenizer(tiny_model("gpt2"), None)).prepare(
+                tiny_model("llama"), llama, {"train": pairs}, settings(tmp_path)
+            )
+    itself = OtherTokenizer(tiny_model("llama"), None)  # the same tokenizer reads the tokens
+    itself.prepare(tiny_model("llama"), llama, {"train": pairs}, settings(tmp_path))
+    with torch.no_grad():
+        own, _ = sequence_logps(llama, batch_of([pair.chosen for pair in pairs]))
+    assert torch.allclose(itself.table["train"][:, 0], own, atol=1e-4)
 
 
 def conversation(asked: str, answer: str) -> list[dict[str, str]]:
