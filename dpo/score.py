@@ -36,7 +36,8 @@ def run(config: DictConfig, directory: Path) -> None:
     A line is a pair, of chats as whole conversations, with `chosen_logprob` and `rejected_logprob` (nats, sums over the
     response; the layout of yale-nlp/RefDPO), `chosen_tokens` and `rejected_tokens` (how many the reference scored: it
     may read other tokens than the policy, and of given log-probs nobody knows), and with per_token=true the log-probs
-    of the tokens.
+    of the tokens. Where on_too_long=truncate cut a pair, the line holds the text that is left, which is what was
+    scored, and `cut` says of what: prompt, chosen, rejected.
     """
     began = time.monotonic()
     reference = call(config.reference)
@@ -62,9 +63,10 @@ def run(config: DictConfig, directory: Path) -> None:
             if config.per_token:
                 both = reference.tokens[split][number :: len(items)]
                 scores |= named("token_logprobs", [values.tolist() for values in both])
-            rows.append(row(pair.text) | scores)
+            rows.append(row(pair.text) | ({"cut": list(pair.cut)} if pair.cut else {}) | scores)
         write_rows(directory / f"{split}.jsonl", rows)
     result = {f"{split} pairs": len(items) for split, items in pairs.items()}
+    result |= {f"{split} pairs cut": sum(bool(pair.cut) for pair in items) for split, items in pairs.items()}
     evaluate.finish(directory, {**result, "seconds": time.monotonic() - began})
 
 

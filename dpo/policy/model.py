@@ -169,11 +169,16 @@ def check_length(path: str, key: str, length: int, trust_remote_code: bool = Fal
 
     Reads the model's config alone. Rotary positions could go on, but past what it was trained on they mean nothing.
     """
-    positions = getattr(_config(path, trust_remote_code).get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(path, trust_remote_code)
     if positions is not None and length > positions:
         raise ValueError(
             f"{key} must be at most the {positions} positions of {path}, got {length}; set {key}={positions} or less"
         )
+
+
+def positions_of(path: str, trust_remote_code: bool = False) -> int | None:
+    """How many tokens the model at `path` can read, if its config says."""
+    return getattr(_config(path, trust_remote_code).get_text_config(), "max_position_embeddings", None)
 
 
 def recompute(model: PreTrainedModel) -> None:
