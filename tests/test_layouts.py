@@ -146,7 +146,7 @@ def several(directory: Path, processes: int) -> None:
         told[kind]["stops"] = model.generation_config.eos_token_id
         models.save(model, models.load_tokenizer(given(directory)[kind]), directory / f"{processes}-{kind}")
     told["checked"] = {f"{precision}, {spoilt}": checked(precision, spoilt) for precision, spoilt in CHECKED}
-    parts.FILE_BYTES = 2e7
+    sharding.FILE_BYTES = 2e7
     with Peak() as reading:
         large, tokenizer = models.load(given(directory)["large"], device, layout=layout)
     with Peak() as writing:
