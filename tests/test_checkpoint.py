@@ -200,7 +200,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     toy.save(tmp_path, 2)
     with torch.no_grad():
         next(toy.model.parameters())[0] = math.inf
-    with pytest.raises(RuntimeError, match="weights after step 3 must be finite.*step 2 is intact"):
+    with pytest.raises(RuntimeError, match=r"weights after step 3 must be finite.*step 2 is intact"):
         toy.save(tmp_path, 3)
     assert names(tmp_path) == ["step-2"]
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dpo import evaluate, sft, train
 from dpo.data.batches import branched
-from dpo.policy import attention, parts
+from dpo.policy import attention
 from dpo.policy import model as models
 from dpo.policy.logps import packable, sequence_logps
 from dpo.signature import call
