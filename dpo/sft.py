@@ -91,12 +91,15 @@ def cached_policy(config: Any, demonstrations: list[Demonstration], device: torc
 
     def build(folder: Path) -> None:
         folder = sharding.gathered([folder])[0]  # rank 0's: each writes its part of checkpoint and policy there
-        with Log(folder) as log:
-            packed = packs(model, items, config)
-            if config.recompute:
-                models.recompute(model)
-            train(model, tokenizer, items, packed, config, folder / "checkpoint", log, None, config.checkpoint_every)
-        models.save(model, tokenizer, folder / "policy")
+        # The policy appears whole: where it is, a former attempt failed after it.
+        if not sharding.any_true(sharding.is_main() and (folder / "policy").is_dir()):
+            with Log(folder) as log:
+                packed = packs(model, items, config)
+                if config.recompute:
+                    models.recompute(model)
+                every = config.checkpoint_every
+                train(model, tokenizer, items, packed, config, folder / "checkpoint", log, None, every)
+            models.save(model, tokenizer, folder / "policy")
         if sharding.is_main():
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # a policy needs nothing to resume from
 

@@ -16,8 +16,6 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from dpo.training import sharding
 
-FILE_BYTES = 4e9
-
 
 def read(
     layout: sharding.Layout, device: torch.device, source: str, config: PreTrainedConfig, trust_remote_code: bool
@@ -61,11 +59,8 @@ def read(
 
 def write(model: PreTrainedModel, folder: Path) -> None:
     """Weights, config and generation config: each rank its own parts first, which rank 0 then joins on disk."""
-    state, files, file, size = {}, {}, 1, 0
-    for names, tensor in distinct(model):
-        if size > 0 and size + tensor.nbytes > FILE_BYTES:
-            file, size = file + 1, 0
-        state[names[0]], files[names[0]], size = tensor, file, size + tensor.nbytes
+    state = {names[0]: tensor for names, tensor in distinct(model)}
+    files = sharding.in_files(state)
     writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True, enable_consolidation=True)
     dcp.save(state, storage_writer=writer)
     if sharding.is_main():
