@@ -81,7 +81,7 @@ NOUNS = {
 }
 PROJECT = (
     *("__init__", "alpaca_eval", "cache", "config", "drawing", "launch", "plan", "run", "runs", "signature"),
-    *("queue", "slurm"),
+    *("directory", "slurm", "squeue"),
 )
 
 
@@ -151,7 +151,7 @@ def test_sweep(tree):
     assert {path.name for path in tree.iterdir()} - before == {"runs"}  # nothing of Hydra's
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     assert (folder / "beta=0.01" / "log.txt").read_text() == f"threads {threads} gpus None\n"
-    assert "10.00 ± 0.10" in text
+    assert "10.00 [9.80, 10.20]" in text
     assert len((folder / "table.csv").read_text().splitlines()) == 3
     assert (folder / "figure.png").exists()
     error = json.loads((folder / "beta=0.66" / "error.json").read_text())
