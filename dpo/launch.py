@@ -132,15 +132,16 @@ class Execution:
 
     def __init__(self, planned: Sequence[Run], jobs: int, gpus: Sequence[str]) -> None:
         self.planned, self.gpus = planned, gpus
-        self.todo = [run for run in planned if runs.status(run.directory) != "finished"]
+        states = {run.directory: runs.status(run.directory) for run in planned}
+        self.todo = [run for run in planned if states[run.directory] not in ("finished", "damaged")]
         self.jobs = max(1, min(jobs, len(self.todo)))
         self.active: dict[int, tuple[str, Run, subprocess.Popen[bytes], float]] = {}  # by slot
-        self.problems: dict[Path, str] = {}
+        self.problems = {path: runs.reason(path) or "" for path, state in states.items() if state == "damaged"}
         self.received: list[int] = []
 
     def run(self) -> int:
         """Returns the exit code: 0 if all are finished, 1 if some are not, 128 + n after signal n."""
-        done, todo = len(self.planned) - len(self.todo), len(self.todo)
+        done, todo = len(self.planned) - len(self.todo) - len(self.problems), len(self.todo)
         folders = list(dict.fromkeys(run.directory.parent for run in self.planned))
         where = ", ".join(map(str, folders))
         print(f"{where}: {count(len(self.planned))}: {done} finished, {todo} to do", flush=True)
@@ -164,7 +165,12 @@ class Execution:
         while (waiting and not stopped_by) or self.active:
             for slot in range(self.jobs):
                 if waiting and not stopped_by and slot not in self.active:
-                    self._start(slot, *waiting.pop(0))
+                    title, run = waiting.pop(0)
+                    try:
+                        self._start(slot, title, run)
+                    except OSError as error:
+                        self.problems[run.directory] = f"could not be started: {error}"
+                        print(f"{title} {self.problems[run.directory]}", flush=True)
             time.sleep(0.05)
             while self.received:
                 self._pass_on(number := self.received.pop(0), again=bool(stopped_by))
@@ -174,7 +180,7 @@ class Execution:
         for number, handler in former.items():
             signal.signal(number, handler)
         for folder in folders:
-            runs.report(folder)
+            runs.report(folder, named={path.name for path in self.problems})
         if stopped_by:
             print(f"stopped, {count(len(waiting))} not started; the same command resumes", flush=True)
         for directory, problem in self.problems.items():
