@@ -37,7 +37,8 @@ def latest(directory: Path) -> Path | None:
 class Checkpoints:
     """The newest `keep` checkpoints of one training, in `directory`. All ranks make, call and leave it together.
 
-    extra: a module with state of its own. run: what the training is; a checkpoint of another one is refused.
+    extra: a module with state of its own. run: what the training is, in words such as policy=0f12; a checkpoint of
+    another one is refused.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class Checkpoints:
             dcp.load(state, storage_reader=reader, no_dist=self.group is None)
             about = state["about"]
             if about["run"] != self.run:
-                raise ValueError(f"its settings and inputs are {about['run']}, those of this run are {self.run}")
+                raise ValueError(_other(about["run"], self.run))
         except (Exception, CheckpointException) as error:  # a CheckpointException is no Exception
             raise RuntimeError(
                 f"{path} must be a checkpoint of this run: {_cause(error)}; delete it to resume from an earlier one, "
@@ -186,6 +187,12 @@ def _step(path: Path) -> int:
     """The step of a whole checkpoint, -1 for anything else: PyTorch writes .metadata last."""
     name = re.fullmatch(r"step-(\d+)", path.name)
     return int(name[1]) if name and (path / ".metadata").is_file() else -1
+
+
+def _other(there: str | None, run: str | None) -> str:
+    changed = [word.partition("=")[0] for word in (run or "").split() if word not in (there or "").split()]
+    named = f" ({' and '.join(changed)} changed)" if "=" in (there or "") else ""
+    return f"its settings and inputs are {there}, those of this run are {run}{named}"
 
 
 def _remove(paths: Iterable[Path]) -> None:
