@@ -3,13 +3,15 @@
 Shared notation: a margin is (log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected)), in nats.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+TRIED = 100.0  # nats between chosen and rejected at which a loss is tried before any run
 ROUNDING = {"fp32": 1e-5, "bf16": 2e-2}  # of matrix products in either; see `rounding`
 
 
@@ -37,7 +39,7 @@ class PairLogps:
 
     @classmethod
     def zeros(cls, pairs: int) -> Self:
-        """All log-probs 0, all responses one token: what a loss can be tried on."""
+        """All log-probs 0, all responses one token."""
         return cls(*torch.zeros(4, pairs), *torch.ones(2, pairs, dtype=torch.int64))
 
     @property
@@ -61,6 +63,26 @@ class Loss:
     chosen_rewards: Tensor  # (B,)
     rejected_rewards: Tensor  # (B,)
     rounding: Tensor | float = 0.0  # (B,), rewards that differ by no more are a tie
+
+
+def try_out(loss: Callable[..., Loss], beta: float) -> None:
+    """Try a loss on three pairs, with margins of 0, 100 and -100 nats.
+
+    Raises: ValueError if it does not give a loss to each, or one that training could not use.
+    """
+    policy = -TRIED * torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]])  # (2, 3): chosen and rejected
+    chosen, rejected = policy.requires_grad_()
+    pair = replace(PairLogps.zeros(3), policy_chosen_logps=chosen, policy_rejected_logps=rejected)
+    losses = loss(pair, beta=beta).losses
+    if losses.shape != (3,):
+        raise ValueError(f"a loss must return one number per pair, (3,) for three pairs, got {tuple(losses.shape)}")
+    gradient = torch.autograd.grad(losses.sum(), policy)[0] if losses.requires_grad else torch.zeros(0)
+    if not (losses.isfinite().all() and gradient.isfinite().all()):
+        shown = ", ".join(f"{value:g}" for value in losses.tolist())
+        raise ValueError(
+            f"the loss and its gradient must be finite on margins of 0, {TRIED:g} and {-TRIED:g} nats, got losses of "
+            f"{shown} at beta {beta:g}; take another beta, or mend the loss"
+        )
 
 
 def dpo(pair: PairLogps, beta: float, label_smoothing: float) -> Loss:

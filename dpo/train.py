@@ -3,6 +3,11 @@
 python -m dpo.train -m beta=0.01,0.02,0.1
 """
 
+if __name__ == "__main__":
+    from dpo import launch
+
+    launch.command("train")  # ends here: a run is `python -m dpo.run`, and what it imports is slow
+
 import math
 import time
 from collections.abc import Sequence
@@ -10,17 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dpo import evaluate, launch
+from dpo import evaluate
 from dpo.alpaca_eval import read_instructions, write_outputs
 from dpo.cache import digest
 from dpo.data.batches import Batch, Batches, Pair, branched, collate_pairs, size
-from dpo.data.records import Dataset, write_rows
+from dpo.data.records import write_rows
+from dpo.inputs import load
 from dpo.losses import PairLogps, dpo, metrics
 from dpo.policy import model as models
 from dpo.policy.logps import differing, forward_tokens, packable, sequence_logps
@@ -41,7 +46,7 @@ def run(config: DictConfig, directory: Path) -> None:
     responses with their judgements) and, last, `evaluation.json`.
     """
     began = time.monotonic()
-    dataset: Dataset = call(config.data)  # bad records stop here, before any model is loaded
+    dataset = load(config)  # bad records stop here, before any model is loaded
     instructions = read_instructions(config.evaluation.instructions)
     judge, loss = call(config.judge), call(config.loss)
     reference: Reference = call(config.reference)
@@ -120,7 +125,7 @@ def run(config: DictConfig, directory: Path) -> None:
             evaluate=look,
             evaluate_every=config.evaluate_every,
             extra=reference if isinstance(reference, nn.Module) else None,
-            inputs=digest([weights, reference.origin])[:16],
+            inputs={"policy": weights, "reference": reference.origin, "pairs": _tokens(pairs)},
         )
         if config.select == "last" or steps == 0:
             selection.offer(steps, validate(), policy, tokenizer)
@@ -138,6 +143,11 @@ def run(config: DictConfig, directory: Path) -> None:
         write_rows(directory / "responses.jsonl", responses)
         evaluate.finish(directory, result)
     sharding.leave()
+
+
+def _tokens(pairs: dict[str, list[Pair]]) -> str:
+    """Digest of all pairs as they are trained on."""
+    return digest({split: [pair.branches for pair in items] for split, items in pairs.items()})
 
 
 def pair_logps(policy: PreTrainedModel, reference: Reference, batch: Batch, split: str) -> PairLogps:
@@ -177,12 +187,3 @@ def self_check(
         )
     worst = (ours - theirs).abs().max().item()
     return f"self-check: |loss - ln 2| = {off:.1e}, policy equal to reference (log-probs within {worst:.1e} nats)"
-
-
-@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
-def main(config: DictConfig) -> None:
-    launch.single(config)
-
-
-if __name__ == "__main__":
-    main()

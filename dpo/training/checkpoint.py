@@ -44,7 +44,8 @@ def latest(directory: Path) -> Path | None:
 class Checkpoints:
     """The newest `keep` checkpoints of one training, in `directory`. All ranks make, call and leave it together.
 
-    extra: a module with state of its own. run: what the training is; a checkpoint of another one is refused.
+    extra: a module with state of its own. run: what the training is, in words such as policy=0f12; a checkpoint of
+    another one is refused.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class Checkpoints:
         try:
             about = _about(path)
             if about["run"] != self.run:
-                raise ValueError(f"its settings and inputs are {about['run']}, those of this run are {self.run}")
+                raise ValueError(_other(about["run"], self.run))
             model, optimizer = get_state_dict(self.model, self.optimizer)
             tensors = self._tensors(model, optimizer)
             reader = HuggingFaceStorageReader(str(path))
@@ -243,6 +244,12 @@ def _step(path: Path) -> int:
     """The step of a whole checkpoint, -1 for anything else; one that was pickled counts, and is refused when read."""
     name = re.fullmatch(r"step-(\d+)", path.name)
     return int(name[1]) if name and any((path / last).is_file() for last in (ABOUT, ".metadata")) else -1
+
+
+def _other(there: str | None, run: str | None) -> str:
+    changed = [word.partition("=")[0] for word in (run or "").split() if word not in (there or "").split()]
+    named = f" ({' and '.join(changed)} changed)" if "=" in (there or "") else ""
+    return f"its settings and inputs are {there}, those of this run are {run}{named}"
 
 
 def _remove(paths: Iterable[Path]) -> None:
