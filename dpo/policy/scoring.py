@@ -12,7 +12,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from dpo.cache import digest, remember
@@ -20,6 +19,7 @@ from dpo.data.batches import Branches, Tokens, branched, dealt, size
 from dpo.data.records import listed
 from dpo.losses import ROUNDING
 from dpo.policy.logps import differing, forward_tokens, packable, token_logps
+from dpo.policy.model import broken
 from dpo.training import sharding
 from dpo.training.log import progress
 from dpo.training.loop import autocast
@@ -69,14 +69,14 @@ def score(
 
     def build(folder: Path) -> None:
         items = [(prompt, [response]) for prompt, response in distinct.values()]
-        broken = _broken(model)  # no layout of rows would help
-        packed = settings.packed and not broken and packable(model, items)
+        faulty = broken(model)  # no layout of rows would help
+        packed = settings.packed and not faulty and packable(model, items)
         values = _score(model, list(distinct.values()), settings, packed, name)
         finite = {content for content, logps in zip(distinct, values, strict=True) if logps.sum().isfinite()}
         if bad := [origin for origin, content in zip(origins, contents, strict=True) if content not in finite]:
             cause = f"The weights are finite; precision=fp32 or packed=false may help (precision={settings.precision})."
-            if broken:
-                cause = f"{len(broken)} of the weights are not finite, such as {broken[0]}: take another checkpoint."
+            if faulty:
+                cause = f"{len(faulty)} of the weights are not finite, such as {faulty[0]}: take another checkpoint."
             found = f"found none for {len(bad)} of {len(contents)} responses"
             raise RuntimeError(f"{name} must be finite numbers, {found}:{listed(bad)}\n{cause}")
         table = {
@@ -147,12 +147,6 @@ def _content(tokens: Tokens) -> bytes:
     prompt_ids, response_ids = tokens
     ids = np.array([len(prompt_ids), *prompt_ids, *response_ids], dtype="<i8")
     return hashlib.sha256(ids.tobytes()).digest()[:16]
-
-
-def _broken(model: PreTrainedModel) -> list[str]:
-    """Weights with values that are not finite; of a sharded model all ranks must ask."""
-    local = ((name, one.to_local() if isinstance(one, DTensor) else one) for name, one in model.named_parameters())
-    return [name for name, weight in local if sharding.any_true(not weight.isfinite().all())]
 
 
 @torch.no_grad()
