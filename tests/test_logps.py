@@ -90,8 +90,8 @@ def test_bfloat16_logits_are_summed_in_float32():
 
 
 @pytest.mark.parametrize("vocabulary", [50_000, 128_256])
-def test_peaked_logits_of_large_vocabularies(vocabulary, monkeypatch):
-    """Both layouts to the last places of float32, in value and gradient, and so KL, where torch's own form is biased."""
+def test_peaked_logits_of_large_vocabularies(vocabulary):
+    """To the last places of float32 in both layouts, values and gradients, and KL, where torch's own form is biased."""
     generator = torch.Generator().manual_seed(0)
     logits, others = (4 * torch.randn(1, 12, vocabulary, generator=generator) for _ in range(2))
     likely = logits[0, 1:].topk(3).indices[:, 1].tolist()  # of each position the second

@@ -421,7 +421,9 @@ def test_wrong_scores_of_packed_rows_are_found_out_by_the_plain_forward(tmp_path
     monkeypatch.setattr("dpo.policy.attention.sees", lambda branch, position, other, others, window: others <= position)
     long = [Pair([5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15])]
     for _ in range(2):  # computed now, and then from the cache: it is not to blame either time
-        with pytest.raises(RuntimeError, match=r"log-probs scored in packed rows must be .*; set packed=false") as error:
+        with pytest.raises(
+            RuntimeError, match=r"log-probs scored in packed rows must be .*; set packed=false"
+        ) as error:
             Initial().prepare(tiny_model("llama"), llama, {"train": long}, settings(tmp_path))
         assert "damaged" not in str(error.value)
 

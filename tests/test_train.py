@@ -310,7 +310,9 @@ def test_a_wrong_cache_is_noticed(tmp_path, tiny_model, monkeypatch):
         run(tmp_path / "b", *given, "beta=0.3")
     with monkeypatch.context() as patch:
         patch.setattr(dpo.reference, "off_by", lambda *_: 0.0)
-        with pytest.raises(RuntimeError, match=r"the same model .* scores in \S+ are damaged: delete it to score again"):
+        with pytest.raises(
+            RuntimeError, match=r"the same model .* scores in \S+ are damaged: delete it to score again"
+        ):
             run(tmp_path / "b", *given, "beta=0.3")
         patch.setattr("dpo.policy.attention.sees", lambda branch, position, other, others, window: position >= others)
         patch.setattr(train, "packable", lambda *_: True)
