@@ -35,7 +35,7 @@ def settings(tmp_path, **changed: Any) -> Any:
         "micro_batch_tokens": 12,
         "sharding": {"group": None, "offload": False},
     }
-    return SimpleNamespace(**values, **changed, policy=SimpleNamespace(trust_remote_code=False, chat_template=None))
+    return SimpleNamespace(**values, **changed, policy=SimpleNamespace(trust_remote_code=False, chat_template=None, date=None))
 
 
 @pytest.fixture
