@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import evaluate, generate, launch, sft
-from dpo.data.batches import TOO_LONG, Pair, told_apart, tokenize
+from dpo.data.batches import TOO_LONG, Pair, tokenize, told_apart
 from dpo.data.records import Dataset, Preference, row, write_rows
 from dpo.judges import Judge
 from dpo.policy import model as models

@@ -13,7 +13,7 @@ from transformers import AddedToken, GenerationConfig, pipeline
 
 from dpo.data.batches import encode_prompts, tokenize, tokenize_demonstrations
 from dpo.data.chats import dated, ends, turn
-from dpo.data.records import Demonstration, Preference, write
+from dpo.data.records import Demonstration, Preference
 from dpo.data.tokens import usable
 from dpo.policy import model as models
 from dpo.policy.sampling import sample
@@ -111,9 +111,8 @@ def test_the_end_that_the_template_alone_knows_stops_sampling_and_stays_with_the
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     prompts = encode_prompts([ASKED], tokenizer, 64)
     with torch.no_grad():  # its head is tied to its embeddings: what it has read is likely
-        model.get_input_embeddings().weight[end] = 3 * model(torch.tensor(prompts), output_hidden_states=True)[
-            "hidden_states"
-        ][-1][0, -1]
+        read = model(torch.tensor(prompts), output_hidden_states=True).hidden_states[-1][0, -1]
+        model.get_input_embeddings().weight[end] = 3 * read
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id != end
     [one] = sample(model, tokenizer, prompts, max_new_tokens=8, temperature=0, seed=0, batch_size=1)
     assert (one.response_ids, one.ended, one.text) == ([end], True, "")
@@ -231,8 +230,8 @@ def test_control_tokens_that_are_typed_in_a_chat_stay_text(name):
 
 
 def test_text_that_a_vocabulary_has_for_a_control_token_is_a_fault():
-    """A tokenizer of whole words knows the word </s>."""
-    tokenizer, _ = models.load_tokenizer("world"), None
+    """A tokenizer of whole words knows the word <eos>."""
+    tokenizer = models.load_tokenizer("world")
     some = [Preference("about anna .", "anna .", "about"), Preference("about anna .", "anna <eos> .", "about")]
     with pytest.raises(ValueError, match="row 1, counted from 0: this tokenizer makes control tokens of its text"):
         tokenize(some, tokenizer, 50, "error")

@@ -77,7 +77,11 @@ def test_failed_write_leaves_what_was_there(tmp_path, name):
 def test_files_of_other_makers(tmp_path):
     path = tmp_path / "other.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(row(score=3, metadata={"a": None})).encode() + b"\r\n\r\n  \n")
-    chat = row([{"role": "user", "content": "hi", "name": None, "tool_calls": []}], [{"role": "assistant", "content": "ho"}], "he")
+    chat = row(
+        [{"role": "user", "content": "hi", "name": None, "tool_calls": []}],
+        [{"role": "assistant", "content": "ho"}],
+        "he",
+    )
     path.write_bytes(path.read_bytes() + json.dumps(chat).encode())  # no line end
     assert read(path) == [
         Preference("p", "c", "r"),
@@ -112,16 +116,17 @@ USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "cont
         (row([ASSISTANT, USER], *[[USER, ASSISTANT]] * 2), "chosen must be one message of the assistant"),
         (row(7, *[[USER, ASSISTANT]] * 2), "prompt must be text or a list of chat messages, found a number"),
         (row(prompt="hi", chosen=[ASSISTANT]), "chosen is chat messages, so prompt must be, too"),
-        (row([USER | {"name": "Ann"}]), "prompt: message 1 must have a role and a content and nothing else, found name"),
+        (row([USER | {"name": "Ann"}]), "prompt: message 1 must have a role and a content and nothing else"),
         (row([USER], [ASSISTANT | {"tool_calls": [{}], "x": 0}]), "chosen: message 1 must have a role and a content"),
         (row(tools=[{"type": "function"}]), "must say all that the policy reads in prompt, found tools"),
         (row(system="Be brief."), "must say all that the policy reads in prompt, found system"),
         ("[" * 100_000, "nested too deeply"),
         ('{"x":' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
-        ({"chosen": DIALOGUE + " a", "rejected": DIALOGUE + " b"}, HINTED + "no prompt; dialogues like those of hh-rlhf"),
-        ({"prompt": "p", "completion": "c", "label": True}, HINTED + "no chosen and no rejected; this is data of single"),
+        ({"chosen": DIALOGUE + " a", "rejected": DIALOGUE + " b"}, HINTED + "no prompt; dialogues like those of"),
+        ({"prompt": "p", "completion": "c", "label": True}, HINTED + "no chosen and no rejected; this is data of s"),
         ({"messages": [USER, ASSISTANT]}, HINTED + "no prompt and no chosen and no rejected; this is data of demonstr"),
-        ({"prompt": "p", "completion": "c"}, HINTED + "no chosen and no rejected; this is data of demonstrations (SFT)"),
+        ({"prompt": "p", "chosen": "c", "text": "t"}, HINTED + "no rejected"),
+        ({"prompt": "p", "completion": "c"}, HINTED + "no chosen and no rejected; this is data of demonstr"),
         (row(chosen_ended="no"), "chosen_ended and rejected_ended must be true or false"),
         ('{"prompt": "p", "chosen": "\\ud83d", "rejected": "r"}', "chosen must be Unicode"),
     ],

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from dpo.data import records
-from dpo.data.batches import Pair, encode_prompts, told_apart, tokenize, tokenize_demonstrations
+from dpo.data.batches import Pair, encode_prompts, tokenize, tokenize_demonstrations, told_apart
 from dpo.data.records import Demonstration, Preference, write
 
 KINDS = ["gpt2", "gpt_neox", "llama", "mistral", "qwen2"]

@@ -1,4 +1,4 @@
-"""Chats to text: what a template makes of messages, which tokens are its own to write, and which of them ends a turn."""
+"""Chats to text: what a template makes of messages, which tokens are its own to write, and which one ends a turn."""
 
 import re
 from collections.abc import Iterable, Sequence

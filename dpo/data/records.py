@@ -266,8 +266,8 @@ def preference(row: dict[str, Any]) -> Preference:
     unread = [name for name in READ if row.get(name)]
     if unread:
         raise ValueError(
-            f"must say all that the policy reads in prompt, found {' and '.join(unread)}, too; write it into the prompt, "
-            "as a message of the system for example, or remove it"
+            f"must say all that the policy reads in prompt, found {' and '.join(unread)}, too; write it into the "
+            "prompt, as a message of the system for example, or remove it"
         )
     if conversations(row):
         before, other = (row[name][:-1] for name in ("chosen", "rejected"))
@@ -303,13 +303,14 @@ def _other_data(row: dict[str, Any]) -> str:
         return "; dialogues like those of hh-rlhf are read by data=hh"
     if "label" in row and "completion" in row:
         return (
-            "; this is data of single responses with a label (KTO), and pairs are needed: put a good and a bad response "
-            "to the same prompt in one line"
+            "; this is data of single responses with a label (KTO), and pairs are needed: put a good and a bad "
+            "response to the same prompt in one line"
         )
-    if {"messages", "completion", "response", "conversations", "output", "text"} & row.keys() and "rejected" not in row:
+    if {"messages", "completion", "response", "conversations"} & row.keys() and "rejected" not in row:
         return (
-            "; this is data of demonstrations (SFT), and pairs are needed: a policy made from demonstrations elsewhere is "
-            "given as policy.path, and a function of yours that returns a dpo.data.records.Dataset as data._target_"
+            "; this is data of demonstrations (SFT), and pairs are needed: dpo.sft learns from the chosen responses of "
+            "pairs, or from the demonstrations of a dpo.data.records.Dataset that a function of yours returns "
+            "(data._target_)"
         )
     return ""
 
@@ -332,7 +333,7 @@ def _text(value: Any, name: str) -> Text:
         if more:
             raise ValueError(
                 f"{name}: message {position} must have a role and a content and nothing else, found "
-                f"{' and '.join(map(str, more))}; write into the content what the policy shall read, and remove the rest"
+                f"{' and '.join(map(str, more))}; write into the content what the policy shall read; remove the rest"
             )
         _check_unicode(message["content"], name)
         messages.append({"role": message["role"], "content": message["content"]})

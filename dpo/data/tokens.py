@@ -251,10 +251,12 @@ def _tokens(texts: Sequence[str], literal: Literal, special: bool) -> Iterator[t
     for first in range(0, len(texts), 1000):
         chunk = list(texts[first : first + 1000])
         try:
-            encodings = literal.tokenizer(chunk, add_special_tokens=special, verbose=False).encodings or []
-            broken = [row for row, text in enumerate(chunk) if BREAK in text]
-            for row in broken:
-                encodings[row] = literal.encoder().encode(chunk[row], add_special_tokens=special)
+            plain = [text for text in chunk if BREAK not in text]
+            encoded = iter(literal.tokenizer(plain, add_special_tokens=special).encodings if plain else ())
+            encodings = [
+                literal.encoder().encode(text, add_special_tokens=special) if BREAK in text else next(encoded)
+                for text in chunk
+            ]
         except Exception as error:  # the tokenizers library raises nothing more specific
             raise ValueError(
                 f"the tokenizer must know every word, found one it cannot encode ({error}); a policy "

@@ -128,7 +128,8 @@ def save(
 ) -> None:
     """Write a Hugging Face folder, whole or not at all; it replaces the one that was there.
 
-    Its generation config lists all ends of a response, so that other programs stop where sampling does. Of a sharded model all ranks must ask.
+    Its generation config lists all ends of a response, so that other programs stop where sampling does. Of a sharded
+    model all ranks must ask.
     """
     target = Path(directory)
     name = uuid.uuid4().hex[:8]
