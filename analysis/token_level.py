@@ -23,6 +23,7 @@ from analysis.reference_compatibility import methods
 from analysis.report import main
 from analysis.seeds import Interval, findings, finished, holds, interval, paired
 from dpo import score
+from dpo.data.chats import ends
 from dpo.data.world import values_told
 from dpo.drawing import COLOURS, tidy
 from dpo.reference import Frozen, Initial
@@ -38,7 +39,7 @@ METHODS = ["DPO", "posterior", "likelihood"]  # of Figure 3
 def tokens(run: str | Path, split: str = "validation") -> pd.DataFrame:
     """A row per response token of the held-out pairs, chosen and rejected, of one finished run.
 
-    Columns: pair, response, position (from 0), token (its text), end (is EOS), before and after (log-probs in nats
+    Columns: pair, response, position (from 0), token (its text), end (of turn), before and after (log-probs in nats
     under the initial policy and the trained one), difference. Where the articles are the embedded world's also `value`:
     "right" or "wrong" for the value that a clause states.
     """
@@ -50,7 +51,7 @@ def tokens(run: str | Path, split: str = "validation") -> pd.DataFrame:
     before, after = Initial(), Frozen(str(run / "policy"))
     for reference in (before, after):
         reference.prepare(start, policy, asked, config)
-    rows = []
+    rows, stops = [], ends(tokenizer, policy.generation_config)
     of_world = config.data._target_.endswith("world.world")
     for kind, name in enumerate(("chosen", "rejected")):
         for number, pair in enumerate(pairs[split]):
@@ -61,7 +62,7 @@ def tokens(run: str | Path, split: str = "validation") -> pd.DataFrame:
                     "response": name,
                     "position": range(len(ids)),
                     "token": [tokenizer.decode([id]) for id in ids],
-                    "end": [id == tokenizer.eos_token_id for id in ids],
+                    "end": [id in stops for id in ids],
                     "before": before.tokens[split][kind * len(pairs[split]) + number].numpy(),
                     "after": after.tokens[split][kind * len(pairs[split]) + number].numpy(),
                 }

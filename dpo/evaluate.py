@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo.cache import digest, remember
 from dpo.data.batches import Batch, Batches, Branches, Pair, branched, dealt, encode_prompts, size
 from dpo.data.records import Dataset, Text
+from dpo.data.tokens import usable
 from dpo.judges import Judge
 from dpo.policy.logps import forward_tokens, packable, sequence_kl
 from dpo.policy.sampling import Sample, inputs, sample
@@ -96,9 +97,12 @@ def wilson(rate: float, n: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def test_prompts(dataset: Dataset, settings: Any) -> list[Text]:
-    """The first `evaluation.prompts` of the test prompts, or all if there are fewer, which is said."""
-    found, asked = dataset.prompts["test"], settings.evaluation.prompts
+def test_prompts(dataset: Dataset, settings: Any, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
+    """The first `evaluation.prompts` of the test prompts, or all if there are fewer, which is said; without those that
+    are faulty under the tokenizer's chat template, see `dpo.data.tokens.usable`.
+    """
+    found = usable(dataset.prompts["test"], tokenizer, dataset.on_faulty, "test prompts")
+    asked = settings.evaluation.prompts
     if len(found) < asked and is_main():
         print(f"evaluation: on all {len(found)} test prompts; evaluation.prompts asks for {asked}", flush=True)
     return found[:asked]

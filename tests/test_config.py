@@ -103,6 +103,7 @@ def test_both_pages_have_one_sft_recipe():
             "data.on_faulty must be one of error, drop, keep, got 'foo'",
         ),
         (["data=hh", "data.on_faulty=foo"], "data.on_faulty must be one of error, drop, keep, got 'foo'"),
+        (["policy.date=yesterday"], "policy.date must be a day such as 2024-07-26, got yesterday"),
         (
             ["data=ultrafeedback", "data.validation_fraction=2"],
             "data.validation_fraction must be between 0 and 1, got 2",

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import tiny_tokenizer
 from omegaconf import OmegaConf
 
 from dpo import evaluate, judges
@@ -76,9 +77,10 @@ def test_the_interval_covers_the_true_rate(wins, ties):
 
 def test_fewer_test_prompts_than_asked_for_are_said(capsys):
     data = Dataset([], {}, {"test": ["a", "b", "c"]})
-    assert evaluate.test_prompts(data, OmegaConf.create({"evaluation": {"prompts": 2}})) == ["a", "b"]
+    words = tiny_tokenizer("gpt2")
+    assert evaluate.test_prompts(data, OmegaConf.create({"evaluation": {"prompts": 2}}), words) == ["a", "b"]
     assert capsys.readouterr().out == ""
-    assert evaluate.test_prompts(data, OmegaConf.create({"evaluation": {"prompts": 4}})) == ["a", "b", "c"]
+    assert evaluate.test_prompts(data, OmegaConf.create({"evaluation": {"prompts": 4}}), words) == ["a", "b", "c"]
     assert capsys.readouterr().out == "evaluation: on all 3 test prompts; evaluation.prompts asks for 4\n"
 
 

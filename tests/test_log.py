@@ -136,9 +136,7 @@ def test_offline(run_directory, mode):
 
 
 def test_dead_server_turns_the_mirror_off(run_directory):
-    said, _, used = mirrored(
-        run_directory, "auto", WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9"
-    )
+    said, _, used = mirrored(run_directory, "auto", WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
     assert not used
     assert len(said) == 1
     assert said[0].startswith("wandb: off, the run goes on without it: ")

@@ -39,7 +39,8 @@ def settings(tmp_path, **changed: Any) -> Any:
         "micro_batch_tokens": 12,
         "sharding": {"group": None, "offload": False},
     }
-    return SimpleNamespace(**values, **changed, policy=SimpleNamespace(trust_remote_code=False, chat_template=None))
+    policy = SimpleNamespace(trust_remote_code=False, chat_template=None, date=None)
+    return SimpleNamespace(**values, **changed, policy=policy)
 
 
 @pytest.fixture
