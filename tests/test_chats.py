@@ -9,11 +9,12 @@ import transformers.utils.chat_template_utils as rendering
 from conftest import SENTENCES, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_train import run
 from transformers import AddedToken, GenerationConfig, pipeline
 
 from dpo.data.batches import encode_prompts, tokenize, tokenize_demonstrations
 from dpo.data.chats import dated, ends, turn
-from dpo.data.records import Demonstration, Preference
+from dpo.data.records import Demonstration, Preference, write
 from dpo.data.tokens import usable
 from dpo.policy import model as models
 from dpo.policy.sampling import sample
@@ -199,7 +200,7 @@ def test_what_a_template_raises_names_the_record(capsys):
         assert "1 of 2 test prompts are faulty, 1 dropped" in capsys.readouterr().out
     with pytest.raises(ValueError, match="prompt 1, counted from 0: the chat template does not render it"):
         usable([ASKED, told], tokenizer, "error", "test prompts")
-    with pytest.raises(ValueError, match="System role not supported"):
+    with pytest.raises(ValueError, match=r"prompt 1, counted from 0: .* System role not supported"):
         encode_prompts([ASKED, told], tokenizer, 200)
     with pytest.raises(ValueError, match="all of them faulty"):
         tokenize(some[1:], tokenizer, 200, "error", on_faulty="drop")
@@ -238,6 +239,41 @@ def test_text_that_a_vocabulary_has_for_a_control_token_is_a_fault():
     assert len(tokenize(some, tokenizer, 50, "error", on_faulty="drop")) == 1
     with pytest.raises(ValueError, match="prompt 0, counted from 0: this tokenizer makes control tokens"):
         encode_prompts(["about <sep> anna ."], tokenizer, 50)
+
+
+def test_a_template_that_renders_no_chat_is_nothing_to_plain_text():
+    tokenizer = chatting("llama", "{{ raise_exception('give me tools') }}")
+    plain = [Preference("how are you?", " I am well", " I")]
+    assert tokenize(plain, tokenizer, 200, "error") == tokenize(plain, tiny_tokenizer("llama"), 200, "error")
+    assert ends(tokenizer, None) == [tokenizer.eos_token_id]
+    with pytest.raises(ValueError, match="the chat template does not render it: give me tools"):
+        tokenize([Preference(ASKED, answer("a"), "b")], tokenizer, 200, "error")
+
+
+def test_a_run_follows_the_rule_for_faulty_pairs(tmp_path, tiny_model):
+    """A record that the template refuses, among the held-out pairs and test prompts, and one whose responses it makes
+    the same.
+    """
+    model, _ = models.load(tiny_model("qwen2"))
+    template = CHATML.replace("m.content", "m.content | trim")
+    models.save(
+        model, chatting("qwen2", GEMMA[GEMMA.index("{% if") : GEMMA.index("{% for")] + template), tmp_path / "m"
+    )
+    told = [{"role": "system", "content": "Be brief."}, *ASKED]
+    write(tmp_path / "train.jsonl", [Preference(ASKED, answer("a"), answer(f"b{n}")) for n in range(3)])
+    same, other = Preference(ASKED, answer("a "), answer(" a")), [{"role": "user", "content": "hello?"}]
+    sound = [Preference(ASKED, "c", "d"), Preference(other, "c", "d")]
+    write(tmp_path / "held.jsonl", [Preference(told, answer("a"), answer("b")), same, *sound])
+    given = [f"data.path={tmp_path / 'train.jsonl'}", f"data.validation_path={tmp_path / 'held.jsonl'}"]
+    given += ["data=file", f"policy.path={tmp_path / 'm'}", "steps=1", "max_length=64", "max_new_tokens=4"]
+    with pytest.raises(
+        ValueError, match=r"1 of 4 validation pairs are faulty:\n  .*held.jsonl, line 1: the chat templ"
+    ):
+        run(tmp_path / "error", *given)
+    _, result = run(tmp_path / "drop", *given, "data.on_faulty=drop")
+    assert result["n"] == 2  # test prompts
+    policy = models.load_tokenizer(str(tmp_path / "drop" / "policy"))
+    assert turn(policy).end == policy.eos_token_id
 
 
 words = st.text(st.one_of(st.sampled_from("<|>/s_imend\n "), st.characters(exclude_categories=["Cs"])), max_size=30)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from json import dumps, loads
 from typing import Any
 
@@ -56,18 +56,24 @@ def ends(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> list[int
     """
     listed = getattr(generation_config, "eos_token_id", None)
     more = listed if isinstance(listed, list) else [] if listed is None else [listed]
-    of_template = turn(tokenizer)
-    return sorted({_eos(tokenizer), *more, *([] if of_template is None else [of_template.end])})
+    return sorted({_eos(tokenizer), *more, *_of_template(tokenizer)})
 
 
 def control(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """The tokens that a text never becomes, by what they are written as: special tokens, and the end of turn."""
     found = {str(token): id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     found |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    of_template = turn(tokenizer)
-    if of_template is not None:
-        found[str(tokenizer.convert_ids_to_tokens(of_template.end))] = of_template.end
-    return found
+    found |= {str(tokenizer.convert_ids_to_tokens(id)): id for id in _of_template(tokenizer)}
+    return {token: id for token, id in found.items() if len(token) > 1}  # no character is kept from a text
+
+
+def _of_template(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end of turn; none where the template cannot render a chat, which matters, and is said, to chats alone."""
+    try:
+        found = turn(tokenizer)
+    except ValueError:
+        return []
+    return [] if found is None else [found.end]
 
 
 class Literal:
@@ -86,6 +92,7 @@ class Literal:
             return self._broken(value)
         return [{key: self._broken(words) for key, words in message.items()} for message in value]
 
+    @cached_property
     def encoder(self) -> Tokenizer:
         """The tokenizer for texts with breaks."""
         return _encoder(self.tokenizer.backend_tokenizer.to_str(), frozenset(self.control))

@@ -141,25 +141,26 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def encode_alone(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """Prompts as a policy is fed them. Raises: ValueError if some cannot be: see `usable`."""
-    encoded, _ = _alone(prompts, tokenizer, "keep")
-    missing = sorted({*range(len(prompts))} - encoded.keys())
-    if missing:
-        usable([prompts[number] for number in missing], tokenizer, "error", "prompts")
+    encoded, faults = _alone(prompts, tokenizer, "keep")
+    if len(encoded) < len(prompts):
+        faults = {number: fault for number, fault in faults.items() if number not in encoded}
+        report(_named(faults), len(prompts), len(faults), "error", "tokens", "prompts")
+    if faults:
+        print(
+            f"tokens: the chat template drops or rewrites part of {len(faults)} of {len(prompts)} prompts", flush=True
+        )
     return list(encoded.values())
 
 
 def usable(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, on_faulty: str, what: str) -> list[Text]:
     """The prompts that a policy can be fed: by the rules for pairs, see `encode`."""
     encoded, faults = _alone(prompts, tokenizer, on_faulty)
-    report(
-        [(f"prompt {number}, counted from 0", faults[number]) for number in sorted(faults)],
-        len(prompts),
-        len(prompts) - len(encoded),
-        on_faulty,
-        "tokens",
-        what,
-    )
+    report(_named(faults), len(prompts), len(prompts) - len(encoded), on_faulty, "tokens", what)
     return [prompts[number] for number in encoded]
+
+
+def _named(faults: dict[int, str]) -> list[tuple[str, str]]:
+    return [(f"prompt {number}, counted from 0", faults[number]) for number in sorted(faults)]
 
 
 def _alone(
@@ -296,7 +297,7 @@ def _tokens(texts: Sequence[str], literal: Literal, special: bool) -> Iterator[t
             plain = [text for text in chunk if BREAK not in text]
             encoded = iter(literal.tokenizer(plain, add_special_tokens=special).encodings if plain else ())
             encodings = [
-                literal.encoder().encode(text, add_special_tokens=special) if BREAK in text else next(encoded)
+                literal.encoder.encode(text, add_special_tokens=special) if BREAK in text else next(encoded)
                 for text in chunk
             ]
         except Exception as error:  # the tokenizers library raises nothing more specific
