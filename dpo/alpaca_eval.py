@@ -23,13 +23,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dpo.data.records import listed
+from dpo.directory import SCORES
 
 Floats = NDArray[np.float64]
 Row = dict[str, Any]
 
 GAMED_WEIGHT = 0.1  # of a row of df_gamed.csv: 0.2, shared by the two rewritten baselines
 RESAMPLES = 500
-SCORES = "alpaca_eval_scores.json"  # in the folder of a run
 
 
 @dataclass(frozen=True)

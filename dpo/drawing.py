@@ -8,6 +8,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from dpo.runs import short
+
 COLOURS = ("#2a6f97", "#d1495b", "#e09f3e", "#3c8d53", "#7b5ea7", "#8c6d46", "#5f6b76", "#d16ba5")
 
 
@@ -17,7 +19,9 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
     Seeds are averaged: dots are single runs, bars one standard deviation between seeds. Without seeds, bars
     are the 95 % interval of the measurement. Without a judge, held-out accuracy replaces the win rate.
     """
+    swept = frame.attrs["swept"]
     x, y = _axis(frame), "win_rate" if "win_rate" in frame else "rewards/accuracies"
+    frame = frame.assign(**{x: pd.to_numeric(frame[x], errors="coerce")})  # what is no number has no place on an axis
     labels = {
         x: x,
         "kl": "KL to the initial policy (nats per response)",
@@ -34,14 +38,14 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
         if up == "win_rate":
             axis.axhline(0.5, color="0.5", lw=1, ls="--", zorder=0)
 
-    others = [key for key in frame.attrs["swept"] if key not in (x, "seed")]
+    others = [key for key in swept if key not in (x, "seed")]
     groups = list(frame.groupby(others, dropna=False, sort=False)) if others else [((), frame)]
     for number, (values, rows) in enumerate(groups):
         style: dict[str, Any] = {
             "color": COLOURS[number % len(COLOURS)],
             "marker": "osD^v"[number // len(COLOURS) % 5],
         }
-        label = ", ".join(f"{key}={value}" for key, value in zip(others, values, strict=True))
+        label = ", ".join(f"{key}={short(value)}" for key, value in zip(others, values, strict=True))
         quality, distance = _points(rows, x, y), _points(rows, x, "kl")
         for axis, name, points in ((axes[0], y, quality), (axes[1], "kl", distance)):
             _curve(axis, points.index, points, label=label, **style)
@@ -57,7 +61,7 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
     if others:
         handles = axes[0].get_legend_handles_labels()
         drawing.legend(*handles, loc="outside lower center", ncols=min(len(groups), 4), frameon=False)
-    seeds = frame["seed"].nunique() if "seed" in frame.attrs["swept"] else 1
+    seeds = frame["seed"].nunique() if "seed" in swept else 1
     bars = "95 % interval" if seeds == 1 else f"one standard deviation of {seeds} seeds"
     drawing.suptitle(f"{path.parent.name}, bars: {bars}", x=0.005, ha="left", fontsize=9, color="0.35")
     unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
@@ -75,9 +79,15 @@ def tidy(axis: Any, title: str, across: str, up: str) -> None:
 
 
 def _axis(frame: pd.DataFrame) -> str:
-    """beta, or if it is the same everywhere another number that is swept."""
-    numeric = [key for key in frame.attrs["swept"] if key != "seed" and pd.api.types.is_numeric_dtype(frame[key])]
-    return "beta" if "beta" in numeric or not numeric else numeric[0]
+    """beta, or if it is the same everywhere another number that is swept, and that every run has."""
+    types = pd.api.types
+    numeric = [
+        key
+        for key in frame.attrs["swept"]
+        if key != "seed" and types.is_numeric_dtype(frame[key]) and not types.is_bool_dtype(frame[key])
+    ]
+    whole = [key for key in numeric if frame[key].notna().all()]
+    return "beta" if "beta" in numeric or not whole else whole[0]
 
 
 def _points(rows: pd.DataFrame, x: str, name: str) -> pd.DataFrame:
@@ -94,8 +104,8 @@ def _points(rows: pd.DataFrame, x: str, name: str) -> pd.DataFrame:
             mean = row[name]
             half = 1.96 * row.get(f"{name}/se", 0.0)
             low, high = row.get(f"{name}/low", mean - half), row.get(f"{name}/high", mean + half)
-        points[value] = {"mean": mean, "low": low, "high": high}
-    return pd.DataFrame.from_dict(points, orient="index", dtype=float)
+        points[value] = (mean, low, high)
+    return pd.DataFrame.from_dict(points, orient="index", dtype=float, columns=["mean", "low", "high"])
 
 
 def _curve(axis: Any, x: Any, points: pd.DataFrame, across: pd.DataFrame | None = None, **style: Any) -> None:
@@ -126,7 +136,7 @@ def plain(axis: Any) -> None:
 
 def _ticks(axes: Any, values: pd.Series) -> None:
     """The values that were run, where there are few."""
-    distinct = sorted(values.unique())
+    distinct = sorted(values.dropna().unique())
     for axis in axes if 1 < len(distinct) <= 8 else ():
         axis.set_xticks(distinct, [f"{value:g}" for value in distinct])
         axis.tick_params(axis="x", which="minor", bottom=False)

@@ -6,16 +6,18 @@ own, under torchrun if it asks for several.
 
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -29,14 +31,25 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo import runs
-from dpo.config import incidental
+from dpo.config import OPEN_GROUPS, incidental
 from dpo.plan import Composed, Refused, Run, message, plan
 from dpo.run import IN_USE, THREADS
 from dpo.signature import binds
 
+CONF = Path(__file__).resolve().parent.parent / "conf"
+MOST = 10_000  # runs of a sweep
+
+
+def command(verb: str) -> NoReturn:
+    """What `python -m dpo.VERB` does with the command line: --help, a plan of one, or with -m a sweep."""
+    if problem := _null(sys.argv[1:]):
+        sys.exit(problem)
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)(single)()
+    sys.exit()
+
 
 def single(config: DictConfig) -> NoReturn:
-    """What a verb's `main` calls: the same road as a sweep, with a plan of one."""
+    """The same road as a sweep, with a plan of one."""
     launcher: Sweep = instantiate(HydraConfig.get().launcher)
     launcher.execute([_composed(config, HydraConfig.get())], [])
 
@@ -62,11 +75,15 @@ class Grid(Sweeper):
             if not override.is_sweep_override():
                 axes[key] = [override.input_line or ""]
             elif override.is_discrete_sweep():
-                axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+                values = itertools.islice(override.sweep_string_iterator(), MOST + 1)
+                axes[key] = [f"{key}={value}" for value in values]
             else:
                 raise ConfigCompositionException(
                     f"{key} must be a list of values, like {key}=1,2,3; got {override.input_line}"
                 )
+        if math.prod(map(len, axes.values())) > MOST:
+            sizes = ", ".join(f"{key} has {len(values)}" for key, values in axes.items() if len(values) > 1)
+            raise ConfigCompositionException(f"a sweep must have at most {MOST} runs; {sizes} values: sweep in parts")
         return self.launcher.launch([list(combination) for combination in itertools.product(*axes.values())], 0)
 
 
@@ -78,10 +95,15 @@ class Sweep(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         composed, refused = [], []
+        swept = {*(self.config.hydra.sweeper.get("params") or {})}  # an experiment's, though the command line fixes one
+        for alike in zip(*job_overrides, strict=True):
+            swept |= {alike[0].partition("=")[0].lstrip("+")} if len({*alike}) > 1 else set()
         for overrides in job_overrides:
             try:
+                if problem := _null(overrides):
+                    raise ConfigCompositionException(problem)
                 config = self.loader.load_sweep_config(self.config, list(overrides))
-                composed.append(_composed(config, config.hydra))
+                composed.append(_composed(config, config.hydra, swept))
             except (HydraException, OmegaConfBaseException) as error:
                 refused.append(Refused(overrides, message(error)))
         self.execute(composed, refused)
@@ -132,15 +154,16 @@ class Execution:
 
     def __init__(self, planned: Sequence[Run], jobs: int, gpus: Sequence[str]) -> None:
         self.planned, self.gpus = planned, gpus
-        self.todo = [run for run in planned if runs.status(run.directory) != "finished"]
+        states = {run.directory: runs.status(run.directory) for run in planned}
+        self.todo = [run for run in planned if states[run.directory] not in ("finished", "damaged")]
         self.jobs = max(1, min(jobs, len(self.todo)))
         self.active: dict[int, tuple[str, Run, subprocess.Popen[bytes], float]] = {}  # by slot
-        self.problems: dict[Path, str] = {}
+        self.problems = {path: runs.reason(path) or "" for path, state in states.items() if state == "damaged"}
         self.received: list[int] = []
 
     def run(self) -> int:
         """Returns the exit code: 0 if all are finished, 1 if some are not, 128 + n after signal n."""
-        done, todo = len(self.planned) - len(self.todo), len(self.todo)
+        done, todo = len(self.planned) - len(self.todo) - len(self.problems), len(self.todo)
         folders = list(dict.fromkeys(run.directory.parent for run in self.planned))
         where = ", ".join(map(str, folders))
         print(f"{where}: {count(len(self.planned))}: {done} finished, {todo} to do", flush=True)
@@ -164,7 +187,12 @@ class Execution:
         while (waiting and not stopped_by) or self.active:
             for slot in range(self.jobs):
                 if waiting and not stopped_by and slot not in self.active:
-                    self._start(slot, *waiting.pop(0))
+                    title, run = waiting.pop(0)
+                    try:
+                        self._start(slot, title, run)
+                    except OSError as error:
+                        self.problems[run.directory] = f"could not be started: {error}"
+                        print(f"{title} {self.problems[run.directory]}", flush=True)
             time.sleep(0.05)
             while self.received:
                 self._pass_on(number := self.received.pop(0), again=bool(stopped_by))
@@ -174,7 +202,7 @@ class Execution:
         for number, handler in former.items():
             signal.signal(number, handler)
         for folder in folders:
-            runs.report(folder)
+            runs.report(folder, named={path.name for path in self.problems})
         if stopped_by:
             print(f"stopped, {count(len(waiting))} not started; the same command resumes", flush=True)
         for directory, problem in self.problems.items():
@@ -237,10 +265,20 @@ class Execution:
         print(f"{title} {verdict} after {spent}: {problem}", flush=True)
 
 
-def _composed(config: DictConfig, settings: Any) -> Composed:
+def _composed(config: DictConfig, settings: Any, swept: Collection[str] = ()) -> Composed:
     chosen = settings.runtime.choices.items()
     choices = {group: str(option) for group, option in chosen if "/" not in group and not incidental(group)}
-    return Composed(config, list(settings.overrides.task), choices)
+    return Composed(config, list(settings.overrides.task), choices, frozenset(swept))
+
+
+def _null(arguments: Sequence[str]) -> str | None:
+    """What to say of `loss=null`, where Hydra speaks of a NoneType."""
+    for argument in arguments:
+        group, _, option = argument.partition("=")
+        if group in (*OPEN_GROUPS, "policy", "figure", "table") and "null" in option.lower().split(","):
+            how = {"judge": "judge=none is no judge", "reference": "reference=uniform is no reference"}
+            return f"{group} must be one of its options, got null; {how.get(group, f'leave out {argument}')}"
+    return None
 
 
 def _list(refused: Sequence[Refused]) -> None:

@@ -79,6 +79,7 @@ class Frozen(Tabled):
 
     same_tokens = True  # it reads the policy's token ids
     sees_prompt = True
+    folder: Path  # where its scores are kept
 
     def __init__(self, path: str | None) -> None:
         if path is not None:
@@ -114,7 +115,7 @@ class Frozen(Tabled):
         about = partial(self.about, pairs, of_pairs if self.same_tokens else tokenizer, settings)
         scores = score(model, asked, weights, settings, "reference log-probs", origins, per_token, about)
         origin = "from the cache" if scores.cached else f"computed in {time.monotonic() - began:.1f} s"
-        off = off_by(model, asked, scores.logps, settings)
+        off, self.folder = off_by(model, asked, scores, settings), scores.folder
         self.table, self.lengths, self.tokens, first = {}, {}, {}, 0
         for split, items in pairs.items():
             rows = slice(first, first := first + 2 * len(items))
@@ -124,7 +125,7 @@ class Frozen(Tabled):
         counts = " and ".join(f"{len(items)} {split}" for split, items in pairs.items())
         return (
             f"{self.name()}, weights {weights[:12]}, log-probs of {counts} pairs {origin}; {LIVE} scored again differ "
-            f"by {off:.0e} at most (relative)"
+            f"by {off:.0e} nats at most"
         )
 
     def name(self) -> str:

@@ -18,6 +18,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
+from dpo.directory import damage
+
 FAILED, IN_USE, STOPPED = 1, 73, 75
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
@@ -26,6 +28,9 @@ def execute(directory: Path) -> int:
     """Run the verb of the directory's config; returns the exit code."""
     if not (directory / "config.yaml").is_file():
         print(f"{directory} must hold a config.yaml, found none; python -m dpo.train makes run directories")
+        return FAILED
+    if wrong := damage(directory):
+        print(wrong, file=sys.stderr, flush=True)
         return FAILED
     if (directory / "evaluation.json").exists():
         print(f"{directory} is finished")

@@ -5,23 +5,24 @@
 says where a sweep stands, and draws its table and figure again.
 """
 
-import json
 import os
 import shutil
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from filelock import FileLock, Timeout
-from omegaconf import OmegaConf
 
-from dpo.alpaca_eval import SCORES
+from dpo import directory
 from dpo.config import HOMES, decisive
-from dpo.queue import queued
+from dpo.directory import reason, status
+from dpo.squeue import queued
 
+__all__ = ["configs", "figure", "final", "load", "over_seeds", "reason", "report", "status", "swept", "table"]
 DASH = "-"
 MEASURED = (  # columns of the tables, without those that carry an interval: title, metric, format
     ("accuracy", "rewards/accuracies", ".3f"),
@@ -32,40 +33,19 @@ MEASURED = (  # columns of the tables, without those that carry an interval: tit
 )
 
 
-def status(directory: str | Path, queued: Collection[Path] = ()) -> str:
-    """finished | running | queued | failed | stopped | planned."""
-    directory = Path(directory)
-    if (directory / "evaluation.json").exists():
-        return "finished"
-    if _running(directory):
-        return "running"
-    if directory.resolve() in queued:
-        return "queued"
-    if error := _error(directory):
-        return "stopped" if error["type"] == "Stopped" else "failed"
-    return "stopped" if (directory / "metrics.jsonl").exists() else "planned"
-
-
-def reason(directory: str | Path) -> str | None:
-    """Why the run failed, or where it stopped; None if it did not say."""
-    error = _error(Path(directory))
-    if error is None:
-        return None
-    return error["message"] if error["type"] == "Stopped" else f"{error['type']}: {error['message']}"
-
-
 def load(path: str | Path, always: Sequence[str] = ("beta",)) -> pd.DataFrame:
     """One row per (run, split, step) of every run in `path`.
 
     Columns: run, the config keys that vary between runs and those of `always`, step, split, metrics.
     `evaluation.json` is the row of split "test". A metric called like a varied key is under "logged/lr" (say).
+    A damaged run is left out, with a warning.
     """
     path, rows = Path(path), []
-    keys, settings = _settings(configs(path), always)
+    keys, settings = _settings(_sound(path), always)
     for run, values in settings.items():
-        evaluation = _evaluation(path / run)
+        evaluation = directory.evaluation(path / run)
         last = {"step": evaluation.pop("steps", None), "split": "test"}
-        for row in _metrics(path / run):
+        for row in directory.metrics(path / run):
             where = {"step": row.pop("step"), "split": row.pop("split")}
             if where != last:  # evaluation.json says the same and more
                 rows.append({"run": run, **values, **where, **_apart(row, values)})
@@ -83,10 +63,13 @@ def degenerate(frame: pd.DataFrame) -> pd.Series:
 
 
 def final(path: str | Path, always: Sequence[str] = ("beta",)) -> pd.DataFrame:
-    """One row per finished run: the config keys that vary and those of `always`, and `evaluation.json`."""
+    """One row per finished run: the config keys that vary and those of `always`, and `evaluation.json`.
+
+    A damaged run is left out, with a warning.
+    """
     path = Path(path)
-    frozen = configs(path)
-    evaluations = {run: _evaluation(path / run) for run in frozen}
+    frozen = _sound(path)
+    evaluations = {run: directory.evaluation(path / run) for run in frozen}
     keys, settings = _settings({run: config for run, config in frozen.items() if evaluations[run]}, always)
     rows = [{"run": run, **values, **_apart(evaluations[run], values)} for run, values in settings.items()]
     return _frame(rows, keys)
@@ -100,6 +83,9 @@ def swept(frame: pd.DataFrame) -> list[str]:
 def table(frame: pd.DataFrame) -> pd.DataFrame:
     """What a reader compares, as text: one row per run of `final`."""
     always = ["beta"] if "beta" in frame else []
+    if {"kl", "kl/se"} <= {*frame}:
+        half = 1.96 * frame["kl/se"]
+        frame = frame.assign(**{"kl/low": frame["kl"] - half, "kl/high": frame["kl"] + half})
     columns = {key: frame[key].map(short) for key in dict.fromkeys([*always, *swept(frame)])}
 
     def text(name: str, pattern: str, *keys: str) -> None:
@@ -109,7 +95,7 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
 
     text("n", "{:.0f}", "n")
     text("win rate [95 %]", "{:.3f} [{:.3f}, {:.3f}]", "win_rate", "win_rate/low", "win_rate/high")
-    text("KL", "{:.2f} ± {:.2f}", "kl", "kl/se")
+    text("KL [95 %]", "{:.2f} [{:.2f}, {:.2f}]", *(f"kl{end}" for end in ("", "/low", "/high")))
     for title, name, form in MEASURED:
         text(title, f"{{:{form}}}", name)
     return pd.DataFrame(columns)
@@ -119,7 +105,7 @@ def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
     """As `table`, with a row per setting of the other keys: mean ± standard deviation over its seeds."""
     keys = [key for key in dict.fromkeys(["beta", *swept(frame)]) if key in frame and key != "seed"]
     rows = []
-    for values, same in frame.groupby(keys, dropna=False):
+    for values, same in frame.groupby(keys, dropna=False, sort=False):
         row = dict(zip(keys, map(short, values), strict=True)) | {"seeds": str(len(same))}
         for title, name, form in (("win rate", "win_rate", ".3f"), ("KL", "kl", ".2f"), *MEASURED):
             known = same.get(name, pd.Series(dtype=float)).dropna()
@@ -135,14 +121,22 @@ def figure(frame: pd.DataFrame, path: str | Path) -> None:
     draw(frame, Path(path))
 
 
-def report(path: str | Path) -> None:
-    """Print the table over the finished runs of `path`; write `table.csv` and `figure.png` there."""
-    path, frame = Path(path), final(path)
+def report(path: str | Path, named: Collection[str] = ()) -> None:
+    """Print the table over the finished runs of `path`; write `table.csv` and `figure.png` there.
+
+    named: damaged runs that the reader is told of elsewhere; the others are listed.
+    """
+    path = Path(path)
+    for run, wrong in damaged(path).items():
+        if run not in named:
+            print(f"{run} is damaged and left out: {wrong}", flush=True)
+    with warnings.catch_warnings(action="ignore", category=DamagedRun):
+        frame = final(path)
     if frame.empty:
         return
     print(f"\n{table(frame).to_string(index=False)}\n")
     if "seed" in swept(frame):
-        print(f"Over seeds:\n{over_seeds(frame).to_string(index=False)}\n")
+        print(f"Mean ± standard deviation over seeds:\n{over_seeds(frame).to_string(index=False)}\n")
     written = [path / "table.csv"]
     unfinished = path / f"table.{os.getpid()}.unfinished"
     frame.to_csv(unfinished, index=False)
@@ -154,18 +148,46 @@ def report(path: str | Path) -> None:
 
 
 def short(value: Any) -> str:
-    """A swept value as a reader writes it."""
+    """A swept value as a reader writes it; a run that has none, as of another option's knob, has a dash."""
+    if value is None or value != value:
+        return DASH
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def configs(path: Path) -> dict[str, dict[str, Any]]:
-    """The frozen config of each run in `path`."""
+    """The frozen config of each run in `path` that has one which can be read."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in _runs(path):
+        with suppress(ValueError):
+            found[run.name] = directory.config(run)
+    return {run: config for run, config in found.items() if config}
+
+
+def damaged(path: Path) -> dict[str, str]:
+    """The runs in `path` of which a file is not as a run writes it, and what is wrong with it."""
+    return {run.name: wrong for run in _runs(path) if (wrong := directory.damage(run))}
+
+
+class DamagedRun(UserWarning):
+    """A run that no frame shows."""
+
+
+def _sound(path: Path) -> dict[str, dict[str, Any]]:
+    wrong = damaged(path)
+    for run, why in wrong.items():
+        warnings.warn(f"{run} is damaged and left out: {why}", DamagedRun, stacklevel=3)
+    return {run: config for run, config in configs(path).items() if run not in wrong}
+
+
+def _runs(path: Path) -> list[Path]:
+    """The run directories in `path`.
+
+    Raises: ValueError if it is no folder.
+    """
     if not path.is_dir():
         raise ValueError(f"{path} must be a folder of run directories, such as runs/dev; it does not exist")
-    found: dict[str, Any] = {}
-    for file in sorted(path.glob("*/config.yaml")):
-        found[file.parent.name] = OmegaConf.to_container(OmegaConf.load(file))
-    return found
+    names = ("config.yaml", "evaluation.json", "metrics.jsonl")
+    return sorted({file.parent for name in names for file in path.glob(f"*/{name}")})
 
 
 def _settings(frozen: dict[str, dict[str, Any]], always: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
@@ -220,51 +242,10 @@ def _apart(metrics: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     return {f"logged/{key}" if key in settings else key: value for key, value in metrics.items()}
 
 
-def _metrics(directory: Path) -> list[dict[str, Any]]:
-    rows = []
-    if (directory / "metrics.jsonl").exists():
-        for line in (directory / "metrics.jsonl").read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:  # the last line of a run that is writing, or was killed
-                continue
-    return rows
-
-
-def _evaluation(directory: Path) -> dict[str, Any]:
-    """What was measured after training, and AlpacaEval's scores if `dpo.alpaca_eval` has put them there; {} before."""
-    files = [directory / name for name in ("evaluation.json", SCORES)]
-    if not files[0].exists():
-        return {}
-    return {key: value for file in files if file.exists() for key, value in json.loads(file.read_text()).items()}
-
-
 def _frame(rows: list[dict[str, Any]], keys: list[str]) -> pd.DataFrame:
     frame = pd.DataFrame(rows).dropna(axis="columns", how="all")
     frame.attrs["swept"] = [key for key in keys if key in frame]
     return frame
-
-
-def _error(directory: Path) -> dict[str, str] | None:
-    try:
-        return json.loads((directory / "error.json").read_text())
-    except FileNotFoundError:
-        return None
-    except json.JSONDecodeError:
-        return {"type": "Failed", "message": f"{directory / 'error.json'} is cut short (is the disk full?)"}
-
-
-def _running(directory: Path) -> bool:
-    """Whether a process holds the lock of the directory."""
-    if not (directory / ".lock").exists():
-        return False
-    try:
-        with FileLock(directory / ".lock", timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:  # a folder that may only be read
-        return False
 
 
 def main() -> None:
@@ -272,7 +253,7 @@ def main() -> None:
         sys.exit("usage: python -m dpo.runs runs/<name>")
     path = Path(sys.argv[1])
     try:
-        found = configs(path)
+        found = _runs(path)
     except ValueError as error:
         sys.exit(str(error))
     waiting: set[Path] = set()
@@ -281,7 +262,7 @@ def main() -> None:
             waiting = queued()
         except RuntimeError as error:
             print(error)
-    states = {run: status(path / run, waiting) for run in found}
+    states = {run.name: status(run, waiting) for run in found}
     counts = Counter(states.values())
     print(
         f"{path}: {len(states)} run{'s' if len(states) != 1 else ''}: "
@@ -290,7 +271,7 @@ def main() -> None:
     for run, state in states.items():
         if state != "finished":
             print(f"  {state:9}{run}  {reason(path / run) or ''}".rstrip())
-    report(path)
+    report(path, named=states)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,24 @@ takes the settings of `dpo.train`, fills the cache that training with these pair
 the pairs, for other machines and programs: `reference=given reference.path=runs/scores/...` reads them again.
 """
 
+if __name__ == "__main__":
+    from dpo import launch
+
+    launch.command("score")  # ends here: a run is `python -m dpo.run`, and what it imports is slow
+
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo import evaluate, generate, launch, sft
+from dpo import evaluate, generate, sft
 from dpo.data.batches import Pair, tokenize
 from dpo.data.records import Dataset, Preference, row, write_rows
+from dpo.inputs import load
 from dpo.judges import Judge
 from dpo.policy import model as models
 from dpo.reference import Tabled
@@ -46,7 +51,7 @@ def run(config: DictConfig, directory: Path) -> None:
         if sharding.is_main():
             evaluate.finish(directory, {"seconds": time.monotonic() - began})
         return
-    dataset: Dataset = call(config.data)
+    dataset = load(config)
     start, policy, _, pairs = prepare(config, dataset, call(config.judge))
     say(f"reference: {reference.prepare(start, policy, pairs, config)}")
     sharding.leave()
@@ -119,12 +124,3 @@ def initial_policy(config: DictConfig, dataset: Dataset, device: torch.device) -
 def say(line: str) -> None:
     if sharding.is_main():
         print(line, flush=True)
-
-
-@hydra.main(version_base="1.3", config_path="../conf", config_name="score")
-def main(config: DictConfig) -> None:
-    launch.single(config)
-
-
-if __name__ == "__main__":
-    main()

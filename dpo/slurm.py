@@ -14,7 +14,7 @@ from pathlib import Path
 from dpo import runs
 from dpo.launch import Sweep, count
 from dpo.plan import Run
-from dpo.queue import ask, queued
+from dpo.squeue import ask, queued
 
 EXECUTE = Path(__file__).resolve().parent.parent / "slurm" / "execute.sh"
 
@@ -71,9 +71,11 @@ class Slurm(Sweep):
             print(f"{error}; nothing was submitted", file=sys.stderr)
             return 1
         states = {run.directory: runs.status(run.directory, waiting) for run in planned}
-        todo = [run for run in planned if states[run.directory] not in ("finished", "running", "queued")]
+        settled = ("finished", "running", "queued", "damaged")
+        todo = [run for run in planned if states[run.directory] not in settled]
+        damaged = {path.name: runs.reason(path) for path, state in states.items() if state == "damaged"}
         folders = list(dict.fromkeys(run.directory.parent for run in planned))
-        tally = Counter(state for state in states.values() if state in ("finished", "running", "queued"))
+        tally = Counter(state for state in states.values() if state in settled)
         where = ", ".join(map(str, folders))
         said = ", ".join(f"{n} {state}" for state, n in tally.items())
         print(f"{where}: {count(len(planned))}: {said or '0 finished'}, {len(todo)} to submit", flush=True)
@@ -90,9 +92,11 @@ class Slurm(Sweep):
                 return 1
         for folder in folders:
             if not todo:
-                runs.report(folder)
+                runs.report(folder, named=damaged)
             print(f"  python -m dpo.runs {folder}    where it stands: table, figure, what failed and why")
-        return 0
+        for name, wrong in damaged.items():
+            print(f"not submitted: {name}: {wrong}", file=sys.stderr, flush=True)
+        return int(bool(damaged))
 
     def _submit(self, script: Path, tasks: int) -> bool:
         if not self.submit:

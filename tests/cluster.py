@@ -43,6 +43,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf_interval=1
+SlurmdParameters=config_overrides
 ReturnToService=2
 JobRequeue=1
 KillWait=15
@@ -95,11 +96,11 @@ def running(cpus: int = 4) -> Iterator[dict[str, str]]:
         _answer(environment, "scancel", "--state=PENDING")
         _answer(environment, "scancel", "--full", "--signal=KILL", "--state=RUNNING")
         with contextlib.suppress(TimeoutError):
-            _until(lambda: not _answer(environment, "squeue", "-h"), at, seconds=10)
+            _until(lambda: not _answer(environment, "squeue", "-h"), at, seconds=60)
         for process in reversed(daemons):
             process.terminate()
             try:
-                process.wait(timeout=10)
+                process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -130,13 +131,13 @@ def _configure(at: Path, cpus: int) -> None:
 def _answer(environment: dict[str, str], *command: str) -> list[str]:
     """Lines of a client's answer; clients of a silent controller would wait for a minute."""
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=5)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
     except (subprocess.TimeoutExpired, OSError):
         return []
     return sorted(done.stdout.split())
 
 
-def _until(true: Callable[[], object], at: Path, seconds: float = 20) -> None:
+def _until(true: Callable[[], object], at: Path, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not true():
         if time.monotonic() > end:

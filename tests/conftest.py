@@ -1,10 +1,12 @@
 """Tiny models of several families with a tokenizer trained on the spot, as Hugging Face folders."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     Gemma2Config,
@@ -18,6 +20,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 torch.set_num_threads(1)  # with more, tiny models are several times slower on a busy machine
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # no test measures time
+settings.load_profile("busy")
 
 SENTENCES = [
     "\n\nHuman: What is the capital of Italy?\n\nAssistant: The capital of Italy is Rome.",
@@ -115,3 +119,21 @@ def tiny_model(tmp_path_factory) -> Callable[[str], str]:
         return str(made[kind])
 
     return make
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    return _skips_nothing((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    return _skips_nothing((yield))
+
+
+def _skips_nothing(report):
+    """Where SKIP_NOTHING is set, as in CI, what a test wants and does not find is an error."""
+    if report.skipped and os.environ.get("SKIP_NOTHING"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, where nothing may be: {report.longrepr}"
+    return report

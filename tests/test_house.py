@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # imports go to a lower layer, or to the same one where it says so
-    {"training", "cache", "signature", "queue"},
+    {"training", "cache", "signature", "squeue", "directory"},
     {"config", "data.records", "alpaca_eval"},
     {"runs", "drawing", "losses", "data.tokens", "data.world", "data.hub", "data.batches"},
     {"policy", "run", "plan"},

@@ -1,4 +1,5 @@
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -301,11 +302,12 @@ from test_loop import Run, Stopped
 torch = sys.modules["torch"]
 torch.set_num_threads(1)
 run = Run(Path(sys.argv[1]))
-def slow(batch):
-    time.sleep(float(sys.argv[2]))
+def held(batch):  # in step 30, until it may go on
+    while sys.argv[2] and run.steps_begun >= 29 and not Path(sys.argv[2]).exists():
+        time.sleep(0.01)
     return run.step(batch)
 try:
-    run.fit(steps=40, step=slow, checkpoint_every=15, evaluate=run.evaluate, evaluate_every=7)
+    run.fit(steps=40, step=held, checkpoint_every=15, evaluate=run.evaluate, evaluate_every=7)
 except Stopped as stopped:
     print(stopped)
     sys.exit(75)
@@ -313,33 +315,33 @@ torch.save(run.model.state_dict(), run.directory / "weights.pt")
 """
 
 
-def start(directory, pause):
+def start(directory, *, held):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(directory), str(pause)]
+    command = [sys.executable, "-c", SCRIPT, str(directory), str(directory / "go" if held else "")]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_process_is_ended_and_started_again(tmp_path, number):
     whole, cut = Run(tmp_path / "whole"), Run(tmp_path / "cut")
-    uninterrupted = start(whole.directory, 0)
-    process = start(cut.directory, 0.05)
+    uninterrupted = start(whole.directory, held=False)
+    process = start(cut.directory, held=True)
     metrics = cut.directory / "metrics.jsonl"
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 23):
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 32):  # 29 steps, evaluations before and in
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
+    (cut.directory / "go").touch()
+    said, _ = process.communicate(timeout=600)
     if number == signal.SIGTERM:
         assert process.returncode == 75
-        stopped_at = int(cut.saved.removeprefix("step-"))
-        assert 20 <= stopped_at < 40
-        assert f"stopped at step {stopped_at} of 40" in said
-    again = start(cut.directory, 0)
-    said, _ = again.communicate(timeout=60)
+        assert cut.saved == "step-30"
+        assert "stopped at step 30 of 40" in said
+    again = start(cut.directory, held=False)
+    said, _ = again.communicate(timeout=600)
     assert again.returncode == 0
-    assert f"training: resumes at step {stopped_at if number == signal.SIGTERM else 15} of 40" in said
-    assert uninterrupted.wait(timeout=60) == 0
+    assert f"training: resumes at step {30 if number == signal.SIGTERM else 15} of 40" in said
+    assert uninterrupted.wait(timeout=600) == 0
     uninterrupted.stdout.close()
     assert cut.rows == whole.rows
     ends = [torch.load(run.directory / "weights.pt") for run in (cut, whole)]
@@ -387,14 +389,14 @@ def test_metric_that_is_not_finite_is_null(run):
 
 
 def test_full_disk_stops_the_run_and_the_command_resumes(run, monkeypatch):
-    write = checkpoint.FileSystemWriter.write_data
+    write = checkpoint.HuggingFaceStorageWriter.write_data
 
     def full(writer, *rest):
         if "step-8" in str(writer.path):
             raise OSError(28, "No space left on device")
         return write(writer, *rest)
 
-    monkeypatch.setattr(checkpoint.FileSystemWriter, "write_data", full)
+    monkeypatch.setattr(checkpoint.HuggingFaceStorageWriter, "write_data", full)
     with pytest.raises(RuntimeError, match=r"could not save step 8.*No space.*step 4 is intact"):
         run.fit()
     assert [path.name for path in (run.directory / "checkpoint").iterdir()] == ["step-4"]
@@ -447,17 +449,23 @@ def test_extra_state_is_saved(run):
     assert fitted(Run(run.directory)) == 10
 
 
-def wait_for_change(path):
-    def seen():
-        return path.stat().st_mtime_ns if path.exists() else 0
+def end_at_a_file(number, pause):
+    """This process is killed when it asks for a file for the `number`-th time from now on, or a moment later."""
+    left = itertools.count(number, -1)
 
-    before, until = seen(), time.monotonic() + 20
-    while seen() == before and time.monotonic() < until:
-        time.sleep(0.001)
+    def killed():
+        time.sleep(pause)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def asked(event, _):
+        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") and next(left) == 0:
+            threading.Thread(target=killed).start() if pause else killed()
+
+    sys.addaudithook(asked)
 
 
 def test_killed_fifty_times(tmp_path):
-    """At a moment of chance, in training or in saving; rows and weights are those of a run that nobody disturbed."""
+    """Between any two uses of a file; rows and weights are those of a run that nobody disturbed."""
     whole, cut = Run(tmp_path / "whole"), tmp_path / "cut"
     whole.fit(steps=400, evaluate=whole.evaluate, evaluate_every=7)
     chance, reached, halves = random.Random(0), [], 0
@@ -468,17 +476,15 @@ def test_killed_fifty_times(tmp_path):
         torch.save(weights(run), tmp_path / "weights.pt")
 
     for kills in range(51):
+        number, pause = chance.randrange(60), chance.choice((0.0, 0.0, chance.uniform(0.0, 0.002)))
         child = os.fork()
         if child == 0:
             with contextlib.suppress(BaseException):
+                if kills < 50:
+                    end_at_a_file(number, pause)
                 train(kills)
                 os._exit(0)
             os._exit(1)
-        if kills < 50:
-            for _ in range(chance.randrange(5)):  # 0: perhaps before it has begun
-                wait_for_change(cut / "metrics.jsonl")
-            time.sleep(chance.uniform(0.0, 0.02))
-            os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == (signal.SIGKILL if kills < 50 else 0)
         newest = checkpoint.latest(cut / "checkpoint")
         reached.append(int(newest.name.removeprefix("step-")) if newest else 0)

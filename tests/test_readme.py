@@ -44,7 +44,7 @@ def test_the_main_command(tmp_path):
             f"runs={tmp_path}",
             f"cache={tmp_path / 'cache'}",
         ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

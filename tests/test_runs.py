@@ -67,7 +67,7 @@ def test_status(tmp_path):
     assert runs.reason(directory) == "at step 3"
     (directory / "error.json").write_text("{")
     assert runs.status(directory) == "failed"
-    (directory / "evaluation.json").write_text("{}")
+    (directory / "evaluation.json").write_text('{"steps": 2}')
     assert runs.status(directory) == "finished"
     (tmp_path / "new").mkdir()
     assert runs.status(tmp_path / "new") == "planned"
@@ -134,7 +134,7 @@ def test_table(tmp_path):
         "beta": "0.1",
         "n": "1000",
         "win rate [95 %]": "0.600 [0.550, 0.650]",
-        "KL": "10.00 ± 0.05",
+        "KL [95 %]": "10.00 [9.90, 10.10]",
         "accuracy": "0.700",
         "margin": "0.1",
         "length": "20.2",
@@ -149,7 +149,7 @@ def test_table_without_a_judge(tmp_path):
     (directory / "evaluation.json").write_text(json.dumps(result | {"kl": None}))
     table = runs.table(runs.final(tmp_path))
     assert table["win rate [95 %]"].tolist() == ["-"]
-    assert table["KL"].tolist() == ["-"]
+    assert table["KL [95 %]"].tolist() == ["-"]
 
 
 @pytest.mark.parametrize("betas,references,seeds", [([0.1], 1, 1), ([0.01, 0.1, 1.0], 2, 2), ([0.1, 0.2], 1, 3)])
@@ -187,6 +187,35 @@ def test_figure_shows_another_number_when_beta_is_fixed_and_kl_may_be_zero(tmp_p
     runs.figure(frame, tmp_path / "figure.png")
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        [{"knob": 0.5}, {}],  # a knob that only some runs have
+        [{"knob": 1}, {"knob": None}, {"knob": "all"}],  # numbers beside nothing and words
+        [{"knob": [0.9, 0.99]}, {"knob": []}, {"knob": 3}],
+        [{"knob": True}, {"knob": False}],
+        [{"loss": {"_target_": "dpo.losses.dpo", "beta": "weak"}, "beta": "weak"}, {}],  # beta is no number everywhere
+        [{"beta": "weak"}, {"beta": "strong"}],
+        [{"beta": float("nan")}, {}],
+        [{"seed": 1}, {"seed": None}, {"seed": "x"}],
+    ],
+)
+def test_table_and_figure_of_mixed_knobs(tmp_path, capsys, knobs):
+    for number, knob in enumerate(knobs):
+        directory = run(tmp_path, 0.1 * (1 + number))
+        config = OmegaConf.merge(OmegaConf.load(directory / "config.yaml"), knob)
+        OmegaConf.save(config, directory / "config.yaml")
+        (directory / "evaluation.json").write_text(json.dumps(evaluation(0.1) | {"kl": None if number else 1.0}))
+    runs.report(tmp_path)
+    said = capsys.readouterr().out
+    assert f"{len(knobs)} finished" in said
+    for value in (value for knob in knobs for key, value in knob.items() if key == "knob"):
+        assert f" {runs.short(value)} " in said
+    assert (tmp_path / "figure.png").read_bytes().startswith(PNG)
+    assert len(runs.load(tmp_path)) == 4 * len(knobs)
+
+
 def test_points_average_seeds():
     from dpo.drawing import _points
 
@@ -205,7 +234,7 @@ def test_command(tmp_path):
     assert said.returncode == 0
     assert "dev: 2 runs: 1 finished, 1 failed" in said.stdout
     assert "failed   beta=0.2,reference=initial  ValueError: no" in said.stdout
-    assert "10.00 ± 0.05" in said.stdout
+    assert "10.00 [9.90, 10.10]" in said.stdout
     assert pd.read_csv(tmp_path / "dev" / "table.csv")["kl"].tolist() == [10.0]
     assert (tmp_path / "dev" / "figure.png").exists()
     assert " torch" not in said.stderr  # at once: torch takes seconds

@@ -127,7 +127,7 @@ def test_two_processes_score_as_one_and_pass_over_what_has_no_scores(tmp_path, g
     alone = scored(tmp_path / "alone", *given, "per_token=true")
     command = [sys.executable, "-m", "dpo.score", "-m", "reference=initial,uniform,moving", *given, "per_token=true"]
     command += ["processes=2", f"runs={tmp_path}", f"cache={tmp_path / 'cache2'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     for reference in ("uniform", "moving"):
         assert done.stdout.count(f"reference={reference} has no scores to make") == 1

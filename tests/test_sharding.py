@@ -125,7 +125,7 @@ def fill_disk_of_rank_1(passes, index, losses):
         def full(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        checkpoint.FileSystemWriter.write_data = full
+        checkpoint.HuggingFaceStorageWriter.write_data = full
     return losses
 
 
@@ -187,7 +187,7 @@ def directory(tmp_path_factory):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [*launcher, __file__, str(directory)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-5000:]
     return directory
 

@@ -154,7 +154,7 @@ def test_notebooks(inside, study):
     assert "published" in text or study == "token_level"
     first: Any = next(cell for cell in notebook.cells if cell.cell_type == "code")
     first.source = first.source.replace("Path(analysis.__file__).parents[1]", repr(str(inside)))
-    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    NotebookClient(notebook, timeout=900, kernel_name="python3").execute()
     shows_all(notebook)
 
 

@@ -252,6 +252,42 @@ def test_a_stopped_sft_resumes_bit_for_bit(tmp_path, monkeypatch, capfd):
     assert {file.name for file in Path(path).parent.iterdir()} == {"policy", "metrics.jsonl", "key.json", "files.json"}
 
 
+@pytest.mark.parametrize("place", ["step", "save", "entry"])
+def test_a_failed_sft_keeps_what_it_has(tmp_path, monkeypatch, capfd, place):
+    """An error deletes nothing that was computed: the next attempt goes on from there, and ends bit for bit the same."""
+    (tmp_path / "whole").mkdir()
+    given = [*SMALL, "sft.steps=4", "checkpoint_every=1", "checkpoints_kept=1"]
+    config = frozen(tmp_path / "whole" / "run", *given)
+    demonstrations = call(config.data).demonstrations
+    whole, _ = sft.cached_policy(config, demonstrations, torch.device("cpu"))
+    calls: list[int] = []
+
+    def failing(real):
+        def ask(*values, **options):
+            calls.append(1)
+            if len(calls) == (3 if place == "step" else 1):
+                raise OSError(28, "No space left on device")
+            return real(*values, **options)
+
+        return ask
+
+    config.cache = str(tmp_path / "cache")
+    module, name = {"step": (sft, "sequence_logps"), "save": (models, "save"), "entry": (cache, "_files")}[place]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, failing(getattr(module, name)))
+        with pytest.raises(OSError, match="No space left"):
+            sft.cached_policy(config, demonstrations, torch.device("cpu"))
+    capfd.readouterr()
+    path, cached = sft.cached_policy(config, demonstrations, torch.device("cpu"))
+    assert not cached
+    said = capfd.readouterr().out
+    assert ("SFT: resumes at step 2 of 4" in said) == (place == "step")
+    assert ("SFT: resumes at step 4 of 4" in said) == (place == "save")
+    first, again = (load_file(Path(folder) / "model.safetensors") for folder in (whole, path))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert {file.name for file in Path(path).parent.iterdir()} == {"policy", "metrics.jsonl", "key.json", "files.json"}
+
+
 def test_a_wrong_cache_is_noticed(tmp_path, tiny_model, monkeypatch):
     """Reference scores that are not those of the policy stop the run before it trains, by three checks."""
 
@@ -270,11 +306,17 @@ def test_a_wrong_cache_is_noticed(tmp_path, tiny_model, monkeypatch):
     with pytest.raises(RuntimeError, match=r"scores\.safetensors changed; delete that folder"):
         run(tmp_path / "b", *given, "beta=0.3")
     hide()  # as if written so
-    with pytest.raises(RuntimeError, match="cached log-probs must agree with those of the model"):
+    with pytest.raises(RuntimeError, match=r"must hold the log-probs that the model gives, .*; it is damaged"):
         run(tmp_path / "b", *given, "beta=0.3")
     with monkeypatch.context() as patch:
         patch.setattr(dpo.reference, "off_by", lambda *_: 0.0)
-        with pytest.raises(RuntimeError, match="policy and reference are the same model"):
+        with pytest.raises(
+            RuntimeError, match=r"the same model .* scores in \S+ are damaged: delete it to score again"
+        ):
+            run(tmp_path / "b", *given, "beta=0.3")
+        patch.setattr("dpo.policy.attention.sees", lambda branch, position, other, others, window: position >= others)
+        patch.setattr(train, "packable", lambda *_: True)
+        with pytest.raises(RuntimeError, match=r"the same model .*; the policy's own .* packed rows: set packed=false"):
             run(tmp_path / "b", *given, "beta=0.3")
     spoil(lambda logps: logps * math.nan)
     hide()
@@ -292,7 +334,7 @@ def test_two_processes_are_one(tmp_path, tiny_model, reference, kind):
     alone, one = run(tmp_path / "alone", *given)
     command = [sys.executable, "-m", "dpo.train", *given, "processes=2", "recompute=true", "threads=1"]
     command += ["name=two", f"runs={tmp_path}", f"cache={tmp_path / 'cache2'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     (directory,) = (path.parent for path in (tmp_path / "two").glob("*/evaluation.json"))
     both = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -321,7 +363,7 @@ def test_bf16_stays_near_fp32(tmp_path, tiny_model):
 def test_sft_is_a_verb_of_its_own(tmp_path):
     command = [sys.executable, "-m", "dpo.sft", "sft.steps=4", "data.demonstrations=32", "evaluation.prompts=10"]
     command += ["threads=1", "evaluation.samples=2", f"runs={tmp_path}", "wandb.mode=disabled"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     directory = tmp_path / "sft" / next(path.name for path in (tmp_path / "sft").iterdir() if path.is_dir())
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -342,19 +384,25 @@ def test_killed_fifty_times(tmp_path):
         directory.mkdir()
         OmegaConf.save(frozen(directory, *SMALL, "steps=300", "checkpoint_every=1"), directory / "config.yaml")
     command, chance = [sys.executable, "-m", "dpo.run"], random.Random(0)
-    subprocess.run([*command, str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True, timeout=240)
-    reached = set()
-    for _ in range(50):
+    subprocess.run([*command, str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True, timeout=900)
+    reached: set[str] = set()
+
+    def saved() -> set[str]:
+        return {path.name for path in (tmp_path / "cut" / "checkpoint").glob("step-*")}
+
+    for kills in range(50):
         process = subprocess.Popen([*command, str(tmp_path / "cut")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         while process.poll() is None and "self-check" not in process.stdout.readline():
             pass
+        while kills % 2 and saved() <= reached and process.poll() is None:  # every other time it gets a step further
+            time.sleep(0.01)
         time.sleep(chance.uniform(0.0, 0.5))
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        reached |= {path.name for path in (tmp_path / "cut" / "checkpoint").glob("step-*")}
+        reached |= saved()
     assert len(reached) > 10
-    subprocess.run([*command, str(tmp_path / "cut")], cwd=ROOT, check=True, capture_output=True, timeout=240)
+    subprocess.run([*command, str(tmp_path / "cut")], cwd=ROOT, check=True, capture_output=True, timeout=900)
     rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut")]
     rows = [[json.loads(row) | {"items_per_second": 0} for row in kept] for kept in rows]
     assert rows[0] == rows[1]

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from dpo.cache import digest
+
 Text = str | list[dict[str, str]]  # plain text, or chat messages {"role", "content"}
 OnFaulty = Literal["error", "drop", "keep"]  # what to do with faulty pairs: see `sound`
 Record = TypeVar("Record")
@@ -59,6 +61,19 @@ class Dataset:
     demonstrations: list[Demonstration]
     preferences: dict[str, list[Preference]]  # {}: sample them from the policy, on `prompts`
     prompts: dict[str, list[Text]]
+
+
+def contents(dataset: Dataset) -> str:
+    """Digest of all texts and flags, in order; where they came from is no part of it. A field at its default is left
+    out, so that a new one changes no digest.
+    """
+
+    def rows(records: Sequence[Demonstration] | Sequence[Preference]) -> list[dict[str, Any]]:
+        told = [(one.name, one.default) for one in (fields(records[0]) if records else ()) if one.compare]
+        return [{name: getattr(row, name) for name, usual in told if getattr(row, name) != usual} for row in records]
+
+    preferences = {split: rows(pairs) for split, pairs in dataset.preferences.items()}
+    return digest([rows(dataset.demonstrations), preferences, dataset.prompts])[:16]
 
 
 def file(path: str, validation_path: str | None, validation_fraction: float, on_faulty: OnFaulty) -> Dataset:

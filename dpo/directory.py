@@ -1,0 +1,196 @@
+"""A run directory: what its files say, where the run stands, and what is wrong with a file that no run writes."""
+
+import json
+import sys
+from collections.abc import Callable, Collection
+from copy import deepcopy
+from functools import lru_cache
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+SCORES = "alpaca_eval_scores.json"  # what `dpo.alpaca_eval` adds to a run
+
+
+def status(directory: str | Path, queued: Collection[Path] = ()) -> str:
+    """finished | running | queued | failed | stopped | planned | damaged."""
+    directory = Path(directory)
+    if damage(directory):
+        return "damaged"
+    if (directory / "evaluation.json").exists():
+        return "finished"
+    if _running(directory):
+        return "running"
+    if directory.resolve() in queued:
+        return "queued"
+    if error := _error(directory):
+        return "stopped" if error["type"] == "Stopped" else "failed"
+    return "stopped" if (directory / "metrics.jsonl").exists() else "planned"
+
+
+def reason(directory: str | Path) -> str | None:
+    """Why the run failed or counts as damaged, or where it stopped; None if it did not say."""
+    directory = Path(directory)
+    if wrong := damage(directory):
+        return wrong
+    error = _error(directory)
+    if error is None:
+        return None
+    return error["message"] if error["type"] == "Stopped" else f"{error['type']}: {error['message']}"
+
+
+def damage(directory: Path) -> str | None:
+    """What is wrong with the first file that is not as a run writes it, and what to do; None if all are sound."""
+    try:
+        config(directory)
+        evaluation(directory)
+        metrics(directory)
+        _error(directory)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def config(directory: Path) -> dict[str, Any]:
+    """The frozen config; {} before there is one.
+
+    Raises: ValueError if `config.yaml` is damaged.
+    """
+    file = directory / "config.yaml"
+    cure = f"move {directory} away, and the same command makes the run again"
+    content = _content(file, _parsed, "the settings of a run", cure)
+    if content is None and not any((directory / name).exists() for name in ("evaluation.json", "metrics.jsonl")):
+        return {}
+    if content is None:
+        raise _damaged(file, "the settings of a run", "no such file", cure)
+    if not isinstance(content, dict) or all(value is None for value in content.values()):
+        raise _damaged(file, "the settings of a run", _kind(content), cure)
+    choices = content.get("choices", {})
+    if not isinstance(choices, dict) or not all(isinstance(one, str) for pair in choices.items() for one in pair):
+        raise _damaged(file, "the settings of a run", f"choices={choices!r}", cure)
+    return deepcopy(content)
+
+
+@lru_cache(maxsize=1024)
+def _parsed(text: str) -> Any:
+    """YAML takes ten milliseconds, and a sweep asks for each config several times."""
+    return OmegaConf.to_container(OmegaConf.load(StringIO(text)))
+
+
+def evaluation(directory: Path) -> dict[str, Any]:
+    """What was measured after training, and AlpacaEval's scores if they have been put there; {} before.
+
+    Raises: ValueError if one of the files is damaged.
+    """
+    cures = {
+        "evaluation.json": f"move {directory} away, and the same command makes the run again",
+        SCORES: "delete it, and have python -m dpo.alpaca_eval write it again",
+    }
+    found: dict[str, Any] = {}
+    for name, cure in cures.items():
+        file, must = directory / name, "a JSON object of numbers"
+        content = _content(file, json.loads, must, cure)
+        if content is None:
+            break
+        if not isinstance(content, dict) or not content:
+            raise _damaged(file, must, _kind(content), cure)
+        if odd := _odd(content):
+            raise _damaged(file, must, odd, cure)
+        found |= content
+    return found
+
+
+def metrics(directory: Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl`; a last line that is cut short, of a run that writes or was killed, is none.
+
+    Raises: ValueError if another line is damaged, or all are gone.
+    """
+    file, must = directory / "metrics.jsonl", "JSON objects of numbers, a line each, with step and split"
+    text = _content(file, str, must, cure := f"move {directory} away, and the same command makes the run again")
+    rows = []
+    for number, line in enumerate((text or "").splitlines(keepends=True), 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            if not line.endswith("\n"):
+                continue
+            raise _damaged(file, must, f"line {number}: {_cut(line.strip())}", cure) from None
+        step, split = (row.get("step"), row.get("split")) if isinstance(row, dict) else (None, None)
+        if type(step) is not int or not isinstance(split, str) or (_odd({**row, "split": 0})):
+            raise _damaged(file, must, f"line {number}: {_cut(line.strip())}", cure)
+        rows.append(row)
+    if text is not None and not rows and (directory / "evaluation.json").exists():
+        raise _damaged(file, must, "no row of a finished run", cure)
+    return rows
+
+
+def _content(file: Path, parse: Callable[[str], Any], must: str, cure: str) -> Any:
+    """What a file holds; None if there is no such file."""
+    try:
+        content = parse(file.read_text(encoding="utf-8"))
+        if content is not None:
+            return content
+        found = "null"
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        found = str(error.strerror or error)
+    except UnicodeDecodeError:
+        found = "bytes that are no text"
+    except (ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+        empty = file.stat().st_size == 0
+        found = "an empty file" if empty else f"otherwise ({_cut(' '.join(str(error).split()), 100)}); is it cut short?"
+    raise _damaged(file, must, found, cure)
+
+
+def _damaged(file: Path, must: str, found: str, cure: str) -> ValueError:
+    return ValueError(f"{file} must hold {must}, found {_cut(found, 200)}; {cure}")
+
+
+def _odd(values: dict[str, Any]) -> str | None:
+    """The first value that is neither a finite number nor null."""
+    for key, value in values.items():
+        number = isinstance(value, int | float) and abs(value) <= sys.float_info.max
+        if value is not None and not number:
+            return f"{key}={_cut(repr(value))}"
+    return None
+
+
+def _kind(value: Any) -> str:
+    return "no value in it" if isinstance(value, dict) else f"{_cut(repr(value))}, a {type(value).__name__}"
+
+
+def _cut(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _error(directory: Path) -> dict[str, str] | None:
+    """Why the run ended early. What is cut short says only that it did: starting the run again replaces it."""
+    file = directory / "error.json"
+    try:
+        error = _content(file, json.loads, "the reason of a failure", "delete it, and the same command resumes the run")
+    except ValueError as wrong:
+        if not file.is_file():
+            raise
+        error = {"type": "Failed", "message": str(wrong)}
+    if error is None or (isinstance(error, dict) and {type(error.get(key)) for key in ("type", "message")} == {str}):
+        return error
+    return {"type": "Failed", "message": f"{file} does not hold a reason, but {_kind(error)}"}
+
+
+def _running(directory: Path) -> bool:
+    """Whether a process holds the lock of the directory."""
+    if not (directory / ".lock").exists():
+        return False
+    try:
+        with FileLock(directory / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a folder that may only be read
+        return False

@@ -1,0 +1,170 @@
+"""A run directory whose files are not as a run writes them is named, once, and the other runs are shown."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_launch import ROOT, said, tree
+from test_runs import command, run
+
+from dpo import runs
+from dpo.directory import SCORES, damage
+
+__all__ = ["tree"]
+TEXTS = {
+    "empty": b"",
+    "cut": b'{"n": 1000, "win_ra',
+    "binary": bytes(range(256)),
+    "a list": b"[1, 2]\n",
+    "a text": b'"finished"\n',
+    "nothing": b"null\n",
+    "nested": b"[" * 100_000,
+}
+NUMBERS = {
+    "no number": b'{"win_rate": "high"}',
+    "a list in it": b'{"win_rate": [0.5]}',
+    "an object in it": b'{"win_rate": {"mean": 0.5}}',
+    "NaN": b'{"win_rate": NaN}',
+    "infinite": b'{"win_rate": 1e999}',
+    "too large": b'{"win_rate": 1' + b"0" * 400 + b"}",
+    "no value": b"{}",
+}
+ROW = b'{"step": 1, "split": "train", "loss": 0.7}\n'
+ROWS = {
+    "empty": b"",
+    "binary": bytes(range(256)),
+    "a line within": ROW + b'{"step": 2, "spl\n' + ROW,
+    "a list": ROW + b"[1]\n",
+    "no step": b'{"split": "train", "loss": 0.7}\n',
+    "step is no number": b'{"step": "1", "split": "train", "loss": 0.7}\n',
+    "split is no text": b'{"step": 1, "split": null, "loss": 0.7}\n',
+    "NaN": b'{"step": 1, "split": "train", "loss": NaN}\n',
+    "no number": b'{"step": 1, "split": "train", "loss": {}}\n',
+}
+SETTINGS = {
+    "empty": b"",
+    "cut": b'name: "dev\nbeta: 0.',
+    "binary": bytes(range(256)),
+    "a list": b"- 1\n",
+    "a text": b"finished\n",
+    "no mapping of choices": b"beta: 0.1\nchoices: [dpo]\n",
+    "a choice that is none": b"beta: 0.1\nchoices: {loss: [dpo]}\n",
+    "nested": b"a: " + b"[" * 200,
+}
+CASES = [
+    *(("evaluation.json", what, text) for what, text in {**TEXTS, **NUMBERS}.items()),
+    *((SCORES, what, text) for what, text in {**TEXTS, **NUMBERS}.items()),
+    *(("metrics.jsonl", what, text) for what, text in ROWS.items()),
+    *(("config.yaml", what, text) for what, text in SETTINGS.items()),
+    *((file, "a folder", None) for file in ("evaluation.json", SCORES, "metrics.jsonl", "config.yaml", "error.json")),
+    *((file, "not to be read", Path("/proc/self/mem")) for file in ("evaluation.json", "metrics.jsonl")),
+    ("config.yaml", "absent", Path("/nowhere")),
+]
+
+
+def spoil(file: Path, text: bytes | Path | None) -> None:
+    file.unlink(missing_ok=True)
+    if text is None:
+        file.mkdir()
+    elif isinstance(text, Path):
+        file.symlink_to(text)
+    else:
+        file.write_bytes(text)
+
+
+@pytest.mark.parametrize("file,what,text", CASES, ids=lambda value: value if isinstance(value, str) else "")
+def test_one_damaged_run(tmp_path, capsys, monkeypatch, file, what, text):
+    monkeypatch.setattr(runs, "figure", lambda *_: None)  # takes a second
+    run(tmp_path, 0.1)
+    run(tmp_path, 0.5)
+    bad = run(tmp_path, 0.2)
+    assert damage(bad) is None
+    spoil(bad / file, text)
+    assert runs.status(bad) == "damaged"
+    wrong = runs.reason(bad)
+    assert wrong.startswith(f"{bad / file} must hold ")
+    assert ", found " in wrong
+    assert "; " in wrong.split(", found ")[1]
+    assert len(wrong) < 600
+    for frame in (runs.load, runs.final):
+        with pytest.warns(runs.DamagedRun) as warned:
+            found = frame(tmp_path)
+        assert [str(one.message) for one in warned] == [f"{bad.name} is damaged and left out: {wrong}"]
+        assert set(found["beta"]) == {0.1, 0.5}
+    runs.report(tmp_path)
+    said = capsys.readouterr().out
+    assert said.count(wrong) == 1
+    assert "2 finished in" in said
+    if file == "config.yaml":
+        assert bad.name not in runs.configs(tmp_path)
+
+
+@pytest.mark.parametrize("text", [*TEXTS.values(), b'{"type": "ValueError"}', b'{"type": [], "message": "no"}'])
+def test_a_reason_that_cannot_be_read(tmp_path, text):
+    """The run has failed all the same, and may be started again."""
+    directory = run(tmp_path, 0.1, finished=False)
+    (directory / "error.json").write_bytes(text)
+    assert runs.status(directory) == "failed"
+    assert runs.reason(directory).startswith(f"Failed: {directory / 'error.json'} ")
+
+
+def test_a_last_line_that_is_cut_is_no_damage(tmp_path):
+    directory = run(tmp_path, 0.1, finished=False)
+    with open(directory / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "spl')
+    assert runs.status(directory) == "stopped"
+    (directory / "metrics.jsonl").write_text("")  # rewound to its beginning
+    assert runs.status(directory) == "stopped"
+
+
+def test_listing(tmp_path):
+    run(tmp_path / "dev", 0.1)
+    spoil(run(tmp_path / "dev", 0.2) / "evaluation.json", b"")
+    spoil(run(tmp_path / "dev", 0.5) / "config.yaml", None)
+    done = command(tmp_path, "dev")
+    assert done.returncode == 0, done.stderr
+    assert "dev: 3 runs: 1 finished, 2 damaged" in done.stdout
+    assert done.stdout.count("dev/beta=0.2,reference=initial/evaluation.json must hold") == 1
+    assert done.stdout.count("dev/beta=0.5,reference=initial/config.yaml must hold") == 1
+    assert "1 finished in dev" in done.stdout
+
+
+@pytest.mark.parametrize("file", ["evaluation.json", "config.yaml"])
+def test_a_sweep_in_its_folder(tree, file):
+    """It is named and not touched; every other run is made."""
+    said(tree, "-m", "beta=0.1,0.2", "device=cpu", code=0)
+    bad = tree / "runs" / "dev" / "beta=0.2"
+    spoil(bad / file, b"[")
+    text = said(tree, "-m", "beta=0.1,0.2,0.5", "device=cpu", code=1)
+    assert "runs/dev: 3 runs: 1 finished, 1 to do" in text
+    assert text.count("must hold") == 1
+    assert f"not finished: beta=0.2: runs/dev/beta=0.2/{file} must hold" in text
+    assert "2 finished in runs/dev" in text
+    assert (bad / file).read_bytes() == b"["
+    text = said(tree, "beta=0.5", code=0)  # a sweep without it
+    assert text.count("must hold") == 1
+    assert "must hold" in said(tree, "runs/dev/beta=0.2", verb="run", code=1)
+    slurm = ["-m", "beta=0.2,0.7", "hydra/launcher=slurm", "hydra.launcher.submit=false"]
+    text = said(tree, *slurm, code=1)
+    assert "2 runs: 1 damaged, 1 to submit" in text
+    assert f"not submitted: beta=0.2: runs/dev/beta=0.2/{file} must hold" in text
+    assert (bad / file).read_bytes() == b"["
+
+
+def test_a_log_that_cannot_be_opened_stops_one_run(tree):
+    said(tree, "beta=0.66", "device=cpu", code=1)
+    (tree / "runs/dev/beta=0.66/log.txt").mkdir()
+    text = said(tree, "-m", "beta=0.66,0.5,0.4", "device=cpu", "hydra.launcher.jobs=2", code=1)
+    assert "not finished: beta=0.66: could not be started: [Errno 21] Is a directory" in text
+    assert "2 finished in runs/dev" in text
+
+
+def test_names_are_nobody_elses():
+    """A file of dpo/ that is run as a script has the folder first on its path."""
+    modules = {path.stem for path in (ROOT / "dpo").rglob("*.py")} | {path.name for path in (ROOT / "dpo").iterdir()}
+    assert not modules & set(sys.stdlib_module_names)
+    code = "import queue, concurrent.futures, multiprocessing.queues; queue.SimpleQueue"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "dpo")}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
