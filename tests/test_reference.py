@@ -109,7 +109,7 @@ OTHER_TEMPLATE = (
     "change,field",
     [
         ({"chat_template": OTHER_TEMPLATE}, "chat_template"),
-        ({"max_length": 10}, "max_length"),
+        ({"max_length": 16}, "max_length"),
         ({"text": "Is it Rome?"}, "texts"),
         ({"weights": 1.1}, "weights"),
         ({}, None),
