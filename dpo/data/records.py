@@ -321,7 +321,7 @@ def preference(row: dict[str, Any]) -> Preference:
     ended = [row.get(f"{name}_ended", True) for name in ("chosen", "rejected")]
     if not all(isinstance(flag, bool) for flag in ended):
         raise ValueError(f"chosen_ended and rejected_ended must be true or false, found {ended}")
-    return Preference(prompt, chosen, rejected, *ended, token_ids=_token_ids(row, chosen, rejected))
+    return replace(Preference(prompt, chosen, rejected, *ended), token_ids=_token_ids(row, chosen, rejected))
 
 
 def _token_ids(row: dict[str, Any], chosen: Text, rejected: Text) -> TokenIds | None:
