@@ -152,7 +152,7 @@ def test_the_command_line_wins_over_what_data_brings():
 
 
 def test_no_number_is_beyond_arithmetic():
-    """Whichever key it is: neither NaN nor infinite, denormal or huge; infinity alone may say that nothing is clipped."""
+    """Neither NaN nor infinite, denormal or huge, whichever key it is; infinity may say that nothing is clipped."""
     base = config()
     for key, value in flatten(base).items():
         if isinstance(value, bool) or not isinstance(value, float | int) or HOMES.get(key) in base:

@@ -11,7 +11,7 @@ LAYERS = [  # imports go to a lower layer, or to the same one where it says so
     {"config", "data.records", "alpaca_eval"},
     {"runs", "drawing", "losses", "data.tokens", "data.world", "data.hub", "data.batches", "data.truncation"},
     {"policy", "run", "plan"},
-    {"reference", "judges", "launch", "selection", "slurm"},
+    {"reference", "judges", "launch", "selection", "slurm", "inputs", "rehearse"},
     {"evaluate", "generate", "pretrain"},
     {"sft"},
     {"score"},

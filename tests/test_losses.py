@@ -1,6 +1,7 @@
 """Every loss against plain numpy, exact values, finite differences; properties over every option of conf/loss."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from dpo.losses import Loss, PairLogps, dpo, hinge, ipo, metrics, orpo, simpo
+from dpo.losses import Loss, PairLogps, dpo, hinge, ipo, metrics, orpo, simpo, try_out
 
 OPTIONS = sorted((Path(__file__).parent.parent / "conf" / "loss").glob("*.yaml"))
 LN2 = math.log(2)
@@ -237,3 +238,18 @@ def test_what_rounding_makes_of_equal_models_is_a_tie(loss):
     found = metrics(p, loss(p))
     assert found["rewards/accuracies"].tolist() == [0.5, 0.5, 1.0, 0.0, 1.0, 0.0]
     assert found["rewards/ties"].tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "loss,said",
+    [
+        (lambda pair, beta: Loss(torch.exp(-beta * pair.margins), pair.margins, pair.margins), "must be finite"),
+        (lambda pair, beta: Loss(torch.sqrt(pair.margins**2), pair.margins, pair.margins), "must be finite"),
+        (lambda pair, beta: Loss(pair.margins.mean(), pair.margins, pair.margins), "one number per pair"),
+    ],
+)
+def test_a_loss_is_tried_before_any_run(loss, said):
+    """An overflow, a gradient that is not a number at equal models, a mean where there are three pairs."""
+    with pytest.raises(ValueError, match=said):
+        try_out(loss, beta=1.0)
+    try_out(partial(dpo, label_smoothing=0.0), beta=1e12)
