@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dpo.cache import digest
 from dpo.signature import binds
@@ -153,15 +155,17 @@ class Sft:
     command: str
 
 
-ConfigStore.instance().store(name="sft_schema", node=Sft)
-ConfigStore.instance().store(name="train_schema", node=Train)
-ConfigStore.instance().store(name="score_schema", node=Score)
+SCHEMAS = {"score": Score, "sft": Sft, "train": Train}  # by command, the verb that executes the run
+for verb, schema in SCHEMAS.items():
+    ConfigStore.instance().store(name=f"{verb}_schema", node=schema)
 
 # Group -> arguments that its function receives when it is called, not from the config.
 OPEN_GROUPS = {"data": (), "judge": ("prompt", "responses"), "loss": ("pair",), "reference": ()}
 
 # The home of a default -> the key that decides. A frozen config shows the value in force at both.
 HOMES = {"loss.beta": "beta"} | {f"policy.{key}": key for key in ("lr", "max_length", "max_new_tokens")}
+
+RECORDED = ("id", "choices", "provenance")  # added when the config is frozen, and by nobody else
 
 # What cannot change a number: these keys are no part of a run's identity or name.
 INCIDENTAL = (
@@ -170,7 +174,7 @@ INCIDENTAL = (
     *("evaluation.samples", "evaluation.instructions"),
     *("policy.micro_batch_tokens", "policy.sequences"),  # defaults of keys that are listed, or decide themselves
     *("figure", "table"),  # an experiment is what its keys say
-    *("id", "choices", "provenance"),  # added when the config is frozen
+    *RECORDED,
     "hydra",
 )
 
@@ -203,6 +207,8 @@ def check(config: dict[str, Any]) -> None:
 
     Raises: ValueError with one line per problem.
     """
+    if problems := _values(config):
+        raise ValueError("\n".join(problems))
     problems = [*_numbers(config), *_batches(config), *_sharding(config)]
     for group, given in OPEN_GROUPS.items():
         if config.get(group) is not None:
@@ -251,6 +257,20 @@ def _canonical(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _values(config: dict[str, Any]) -> list[str]:
+    """What has a verb's keys and types is a value: an interpolation would be resolved where the run is executed."""
+    if config.get("command") not in SCHEMAS:
+        return [f"command must be one of {', '.join(SCHEMAS)}, got {config.get('command')}"]
+    if found := [key for key, value in flatten(config).items() if "${" in str(value)]:
+        return [f"{key} must be a value, got an interpolation, ${{...}}" for key in found]
+    try:
+        ours = {key: value for key, value in config.items() if key not in RECORDED}
+        typed = OmegaConf.merge(OmegaConf.structured(SCHEMAS[config["command"]]), ours)
+    except OmegaConfBaseException as error:
+        return [str(error).split("\n    full_key:")[0]]
+    return [f"{key} must be given, found none" for key in sorted(OmegaConf.missing_keys(typed))]
 
 
 def _numbers(config: dict[str, Any]) -> list[str]:

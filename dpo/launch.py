@@ -24,7 +24,6 @@ from hydra.errors import ConfigCompositionException, HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -32,12 +31,12 @@ from dpo import runs
 from dpo.config import incidental
 from dpo.plan import Composed, Refused, Run, message, plan
 from dpo.run import IN_USE, THREADS
-from dpo.signature import binds
+from dpo.signature import binds, call
 
 
 def single(config: DictConfig) -> NoReturn:
     """What a verb's `main` calls: the same road as a sweep, with a plan of one."""
-    launcher: Sweep = instantiate(HydraConfig.get().launcher)
+    launcher: Sweep = call(HydraConfig.get().launcher)
     launcher.execute([_composed(config, HydraConfig.get())], [])
 
 

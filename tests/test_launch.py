@@ -70,10 +70,13 @@ if __name__ == "__main__":
     main()
 '''
 NOUNS = {
-    "losses": "class PairLogps:\n    zeros = int\ndef dpo(pair, beta: float, label_smoothing: float): ...",
-    "judges": "def gold(prompt, responses): ...",
-    "reference": "class Initial:\n    def __init__(self): ...",
-    "data/world": "def world(summaries, demonstrations: int, train: int, validation: int, test: int, seed: int): ...",
+    "losses": "class PairLogps:\n    zeros = int\nclass Loss: ...\n"
+    "def dpo(pair, beta: float, label_smoothing: float) -> Loss: ...",
+    "judges": "def gold(prompt, responses) -> list[dict[str, float]]: ...",
+    "reference": "class Initial:\n    prepare = logps = after_step = None\n    def __init__(self): ...",
+    "data/records": "class Dataset: ...",
+    "data/world": "from dpo.data.records import Dataset\n"
+    "def world(summaries, demonstrations: int, train: int, validation: int, test: int, seed: int) -> Dataset: ...",
     "data/__init__": "",
     "policy/__init__": "",
     "policy/model": "def whereabouts(path): ...",
