@@ -226,7 +226,9 @@ def test_a_second_signal_while_it_stops(tmp_path, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    (tmp_path / "config.yaml").write_text("command: train\nthreads: 1\n")
+    (tmp_path / "config.yaml").touch()
+    monkeypatch.setattr(executing, "_frozen", lambda file: {"command": "train", "threads": 1})
+    monkeypatch.setattr(executing, "_checked", lambda values, file: None)
     monkeypatch.setattr("dpo.train.run", stopped)
     monkeypatch.setattr(executing, "_record", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

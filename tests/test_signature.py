@@ -113,6 +113,7 @@ def test_a_function_of_another_group_is_refused():
         for other, node in ours.items():
             said = "\n".join(binds(group, node, given))
             assert ("_target_ must name a function" in said) == (group != other), (group, other)
+    assert "must name a function" in binds("hydra.launcher", {"_target_": "os.system", "command": "true"}, ())[0]
     metrics = {"_target_": "dpo.losses.metrics", "_partial_": True, "loss": 1}
     assert "which must return dpo.losses.Loss by its annotation" in binds("loss", metrics, ("pair",))[0]
     abstract = binds("reference", {"_target_": "dpo.reference.ABC"}, ())
