@@ -70,20 +70,21 @@ if __name__ == "__main__":
     launch.command("train")
 '''
 LOSSES = """
+class Loss: ...
 def try_out(loss, beta): ...
-def dpo(pair, beta: float, label_smoothing: float): ...
-def hinge(pair, beta: float): ...
+def dpo(pair, beta: float, label_smoothing: float) -> Loss: ...
+def hinge(pair, beta: float) -> Loss: ...
 """
 WORLD = """
 from dpo.data.records import Dataset
 
-def world(summaries, demonstrations: int, train: int, validation: int, test: int, seed: int):
+def world(summaries, demonstrations: int, train: int, validation: int, test: int, seed: int) -> Dataset:
     return Dataset([], {}, {"train": [str(seed)]})
 """
 NOUNS = {
     "losses": LOSSES,
-    "judges": "def gold(prompt, responses): ...",
-    "reference": "class Initial:\n    def __init__(self): ...",
+    "judges": "def gold(prompt, responses) -> list[dict[str, float]]: ...",
+    "reference": "class Initial:\n    prepare = logps = after_step = None\n    def __init__(self): ...",
     "data/world": WORLD,
     "data/__init__": "",
     "policy/__init__": "",
@@ -234,7 +235,9 @@ def test_a_second_signal_while_it_stops(tmp_path, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    (tmp_path / "config.yaml").write_text("command: train\nthreads: 1\n")
+    (tmp_path / "config.yaml").touch()
+    monkeypatch.setattr(executing, "_frozen", lambda file: {"command": "train", "threads": 1})
+    monkeypatch.setattr(executing, "_checked", lambda values, file: None)
     monkeypatch.setattr("dpo.train.run", stopped)
     monkeypatch.setattr(executing, "_record", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from dpo.losses import Loss, PairLogps, dpo, hinge, ipo, metrics, orpo, simpo, try_out
+from dpo.signature import call
 
 OPTIONS = sorted((Path(__file__).parent.parent / "conf" / "loss").glob("*.yaml"))
 LN2 = math.log(2)
@@ -32,7 +32,7 @@ def pair(
 
 def option(path: Path) -> tuple[Any, float]:
     node = OmegaConf.load(path)
-    return instantiate(node), node.beta
+    return call(node), node.beta
 
 
 def with_gradient(given: PairLogps) -> tuple[PairLogps, torch.Tensor, torch.Tensor]:

@@ -254,7 +254,7 @@ def test_a_stopped_sft_resumes_bit_for_bit(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("place", ["step", "save", "entry"])
 def test_a_failed_sft_keeps_what_it_has(tmp_path, monkeypatch, capfd, place):
-    """An error deletes nothing that was computed: the next attempt goes on from there, and ends bit for bit the same."""
+    """An error deletes nothing that was computed: the next attempt goes on from there, bit for bit."""
     (tmp_path / "whole").mkdir()
     given = [*SMALL, "sft.steps=4", "checkpoint_every=1", "checkpoints_kept=1"]
     config = frozen(tmp_path / "whole" / "run", *given)

@@ -105,8 +105,8 @@ def read(path: str | Path) -> list[Preference]:
     Each is text or chat messages; `chosen_ended` and `rejected_ended` may be false; `token_ids` holds the fields of
     `TokenIds`, of responses that a policy sampled; further keys are ignored, unless they are something to read for a
     policy (`tools`, `system`, ...): then the line is refused. `chosen` and `rejected` may be whole conversations of
-    chat messages, as those of UltraFeedback and yale-nlp/RefDPO are: the prompt is what comes before their last one, and
-    a `prompt` in plain text is not read.
+    chat messages, as those of UltraFeedback and yale-nlp/RefDPO are: the prompt is what comes before their last
+    message, and a `prompt` in plain text is not read.
     Raises a ValueError that counts the lines which are no such records and lists the first few.
     """
     return [replace(pair, origin=f"{path}, {where}") for where, pair in parse(path, preference)]

@@ -173,7 +173,9 @@ def save(
     finally:
         if sharding.is_main():
             shutil.rmtree(unfinished, ignore_errors=True)
-            if target.exists():
+            if replaced.exists() and not target.exists():
+                replaced.rename(target)
+            elif target.exists():
                 shutil.rmtree(replaced, ignore_errors=True)
 
 
