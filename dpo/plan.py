@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo import runs
+from dpo import HOME, runs
 from dpo.alpaca_eval import read_instructions
 from dpo.config import HOMES, check, decisive, identity, incidental
 from dpo.losses import PairLogps
@@ -190,7 +190,7 @@ def _provenance() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    root = Path(__file__).resolve().parent.parent
+    root = HOME
     if not (root / ".git").exists():  # installed somewhere inside another repository
         return None
     try:

@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo import evaluate, generate, launch, sft
+from dpo import HOME, evaluate, generate, launch, sft
 from dpo.data.batches import Pair, tokenize
 from dpo.data.records import Dataset, Preference, row, write_rows
 from dpo.judges import Judge
@@ -119,7 +119,7 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="score")
+@hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name="score")
 def main(config: DictConfig) -> None:
     launch.single(config)
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo import evaluate, launch
+from dpo import HOME, evaluate, launch
 from dpo.alpaca_eval import read_instructions, write_outputs
 from dpo.cache import digest, remember
 from dpo.data.batches import Batch, Batches, Tokens, collate, size, tokenize_demonstrations
@@ -165,7 +165,7 @@ def steps(config: Any, demonstrations: int) -> int:
     return config.sft.steps or config.sft.epochs * -(-demonstrations // config.sft.batch_size)
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="sft")
+@hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name="sft")
 def main(config: DictConfig) -> None:
     launch.single(config)
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dpo import evaluate, launch
+from dpo import HOME, evaluate, launch
 from dpo.alpaca_eval import read_instructions, write_outputs
 from dpo.cache import digest
 from dpo.data.batches import Batch, Batches, Pair, collate_pairs, size
@@ -166,7 +166,7 @@ def self_check(policy: PreTrainedModel, reference: Reference, batch: Batch, conf
     return f"self-check: |loss - ln 2| = {off:.1e} before training; the reference is not the initial policy"
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+@hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name="train")
 def main(config: DictConfig) -> None:
     launch.single(config)
 
