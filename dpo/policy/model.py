@@ -133,6 +133,7 @@ def save(
     unfinished = target.with_name(f"{target.name}.{name}.unfinished")
     replaced = target.with_name(f"{target.name}.{name}.replaced")
     try:
+        _use_cache(model.config, True)  # whoever loads the folder samples from it
         if sharding.is_sharded(model):
             parts.write(model, unfinished)
         else:
@@ -144,6 +145,7 @@ def save(
             target.rename(replaced)
         unfinished.rename(target)
     finally:
+        _use_cache(model.config, False)
         if sharding.is_main():
             shutil.rmtree(unfinished, ignore_errors=True)
             if target.exists():
@@ -254,9 +256,16 @@ def _no_model(path: str, what: str, error: Exception) -> str:
 
 def _silence(config: PreTrainedConfig) -> None:
     """Turn off dropout and the key-value cache, which training has no use for."""
-    config.use_cache = False
+    _use_cache(config, False)
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
             _silence(value)
         elif ("dropout" in name or "pdrop" in name) and isinstance(value, float):
             setattr(config, name, 0.0)
+
+
+def _use_cache(config: PreTrainedConfig, on: bool) -> None:
+    config.use_cache = on
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            _use_cache(value, on)
