@@ -33,6 +33,8 @@ def main() -> None:
         print(f"{USAGE}\ndpo VERB --help says more")
         sys.exit(0 if verb in ("", "-h", "--help") else f"\nVERB must be one of {', '.join(VERBS)}, got {verb}")
     sys.argv = [sys.argv[0], *rest]
+    if verb in SWEEPS:
+        importlib.import_module("dpo.launch").command(verb)
     importlib.import_module(f"dpo.{verb}").main()
 
 

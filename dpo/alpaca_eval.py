@@ -11,7 +11,7 @@ the regression. They are kept in the run, as `alpaca_eval_scores.json`, which `d
 import argparse
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from dpo.data.records import listed
 from dpo.directory import SCORES
 
 Floats = NDArray[np.float64]
@@ -64,25 +65,53 @@ def write_outputs(directory: Path, instructions: Sequence[Row], answers: Sequenc
     _write(directory / "alpaca_eval.json", rows)
 
 
-def read_annotations(path: str | Path) -> list[Row]:
-    """A judge's comparisons of one policy (output_2) with one baseline (output_1).
+def read_annotations(path: str | Path, instructions: Sequence[Row] = ()) -> list[Row]:
+    """One judge's comparisons of one policy (output_2) with one baseline (output_1), one of each instruction.
 
-    Raises: ValueError if the file is none, compares several policies, or holds a preference outside of [1, 2].
+    instructions: AlpacaEval's list, if known; what is there twice may be judged twice.
+    Raises: ValueError if the file is none, compares several policies, holds several judges, an instruction again, or a
+    preference outside of [1, 2].
     """
     rows = _rows(path, "instruction", "output_1", "output_2", "generator_1", "generator_2")
     compared = sorted({(row["generator_1"], row["generator_2"]) for row in rows})
     if len(compared) > 1:
         raise ValueError(f"{path} must compare one policy with one baseline, found {compared}; split the file")
+    judges = Counter(str(row.get("annotator")) for row in rows)
+    if len(judges) > 1:
+        found = ", ".join(f"{count} rows of {judge}" for judge, count in judges.most_common())
+        raise ValueError(f"{path} must hold the annotations of one judge, found {found}; split the file")
+    asked = Counter(one["instruction"] for one in instructions)
+    again = [
+        f"{times} x {instruction[:80]!r}"
+        for instruction, times in Counter(row["instruction"] for row in rows).items()
+        if times > max(1, asked[instruction])
+    ]
+    if again:
+        raise ValueError(
+            f"{path} must hold one annotation of each instruction, found more of {len(again)}:{listed(again)}\n"
+            "Keep the row of one annotation run for each of them."
+        )
     known = [row["preference"] for row in rows if row.get("preference") is not None]
-    wrong = [one for one in known if not (isinstance(one, int | float) and (one == 0 or 1 <= one <= 2))]
+    wrong = [one for one in known if not _is_preference(one)]
     if wrong or not known:
         found = f"{len(wrong)} others, such as {wrong[0]}" if wrong else "none"
         raise ValueError(f"{path}: preference must be from 1, baseline, to 2, policy, or 0 for a tie; found {found}")
     return rows
 
 
+def _is_preference(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and (value == 0 or 1 <= value <= 2)
+
+
+def judged(rows: Sequence[Row]) -> int:
+    """Rows with a preference. A judge that gave none (null) decides nothing: as in the package, the plain win rate is a
+    mean over the others alone, and the length-controlled one is predicted for all rows from what the others taught.
+    """
+    return sum(row.get("preference") is not None for row in rows)
+
+
 def win_rate(rows: Sequence[Row]) -> Rate:
-    """Mean preference for the policy, where there is one; ties one half."""
+    """Mean preference for the policy, over the rows with one (see `judged`); ties one half."""
     chances = _chances(rows)
     chances = chances[~np.isnan(chances)]
     half = 1.96 * chances.std(ddof=1) / np.sqrt(len(chances)) if len(chances) > 1 else np.inf
@@ -125,13 +154,13 @@ def length_controlled(rows: Sequence[Row], instructions: Sequence[Row], gamed: p
     features = np.concatenate([np.stack(rewritten, axis=1), own])
     chances = np.concatenate([gamed["preference"].to_numpy(np.float64), _chances(rows)])
     weights = np.concatenate([np.full(len(gamed), GAMED_WEIGHT), np.ones(len(rows))])
-    judged = ~np.isnan(chances)
-    features, chances, weights = features[judged], chances[judged], weights[judged]
+    known = ~np.isnan(chances)
+    features, chances, weights = features[known], chances[known], weights[known]
     penalty = min(np.logspace(-4, 4, 10), key=lambda one: _held_out_loss(features, chances, weights, one))
 
     def predicted(counts: Floats) -> float:
         """For a sample that holds each of the N rows so many times."""
-        times = np.concatenate([np.ones(len(gamed)), counts])[judged]
+        times = np.concatenate([np.ones(len(gamed)), counts])[known]
         coefficients = _fit(features[times > 0], chances[times > 0], (weights * times)[times > 0], penalty)
         return float(np.average(_sigmoid(same_length @ coefficients), weights=counts))
 
@@ -212,11 +241,11 @@ def _write(path: Path, value: Any) -> None:
     unfinished.replace(path)
 
 
-def keep(annotations: Path, scores: dict[str, Rate]) -> None:
-    """Write the scores into the run that the annotations lie in, if they do."""
+def keep(annotations: Path, scores: dict[str, Rate], judged: int) -> None:
+    """Write the scores, and how many judgements they are from, into the run that the annotations lie in, if they do."""
     for folder in annotations.absolute().parents[:2]:
         if (folder / "evaluation.json").exists():
-            kept: dict[str, float] = {}
+            kept: dict[str, float] = {"alpaca_eval/judged": judged}
             for name, rate in scores.items():
                 key = f"alpaca_eval/{name}"
                 kept |= {key: rate.value, f"{key}/low": rate.low, f"{key}/high": rate.high}
@@ -235,12 +264,13 @@ def main() -> None:
     try:
         instructions = read_instructions(options.instructions)
         for path in options.annotations:
-            rows = read_annotations(path)
-            row = {"policy": rows[0]["generator_2"], "baseline": rows[0]["generator_1"], "answers": len(rows)}
+            rows = read_annotations(path, instructions)
+            row = {"policy": rows[0]["generator_2"], "baseline": rows[0]["generator_1"]}
+            row["judged"] = f"{judged(rows)} of {len(instructions or rows)}"
             scores = {"win_rate": win_rate(rows)}
             if options.gamed is not None:
                 scores["length_controlled"] = length_controlled(rows, instructions, read_gamed(options.gamed))
-            keep(Path(path), scores)
+            keep(Path(path), scores, judged(rows))
             row |= {f"{name.replace('_', ' ')}, % [95 %]": rate for name, rate in scores.items()}
             table.append(row | {"characters": f"{np.mean([len(one['output_2']) for one in rows]):.0f}"})
     except (OSError, ValueError) as error:

@@ -22,6 +22,7 @@ from typing import Any
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 LARGE = 64 * 2**20  # bytes above which a file's content is checked by `--verify` alone
+FEW = 3  # fields in which an entry may differ to explain why there is none for others
 
 
 def digest(value: Any) -> str:
@@ -44,8 +45,8 @@ def remember(
     about: asked on a miss alone, further fields that say where the key's come from; kept as `about.json`, and shown
     when another key misses.
     Many processes may ask at once: one builds under a lock while the others wait and say what for, and a folder
-    appears whole or not at all. `build` may get the folder as a process that was stopped or killed left it, and goes on
-    from there or writes all files anew; after an error it is empty.
+    appears whole or not at all. `build` may get the folder as a process that was stopped, killed or ended by an error
+    left it, and goes on from there or writes all files anew: an error deletes nothing that was computed.
 
     any_true: whether a flag is set on any process of this run; bool: it is the only one. All build together, since a
     sharded model needs them, and what rank 0 built is kept.
@@ -69,16 +70,14 @@ def remember(
             print(f"{kind} {folder.name} is not in the cache: {missed}", flush=True)
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         unfinished.mkdir(exist_ok=True)
-        try:
-            build(unfinished)
-            for name, value in (("about.json", told), ("key.json", key)):
-                if value:
-                    (unfinished / name).write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-            (unfinished / "files.json").write_text(json.dumps(_files(unfinished), indent=1) + "\n")
-            unfinished.rename(folder)
-        except Exception:  # and not KeyboardInterrupt: what was stopped goes on there
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
+        build(unfinished)
+        for left in [path for path in unfinished.rglob("*") if path.suffix in (".unfinished", ".replaced")]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)  # by a writer that was killed
+        for name, value in (("about.json", told), ("key.json", key)):
+            if value:
+                (unfinished / name).write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+        (unfinished / "files.json").write_text(json.dumps(_files(unfinished), indent=1) + "\n")
+        unfinished.rename(folder)
         any_true(False)  # now it is there
         return folder, False
 
@@ -94,7 +93,7 @@ def _beside(build: Callable[[Path], None], any_true: Callable[[bool], bool]) -> 
 
 
 def why_missed(kind: str | Path, asked: dict[str, Any]) -> str | None:
-    """In which fields the nearest entry of that kind differs; None if there is no other."""
+    """In which fields the nearest entry of that kind differs; None if there is none near: more than a few say nothing."""
     found = []
     for file in sorted(Path(kind).glob("*/key.json")):
         with suppress(OSError, ValueError):  # damaged
@@ -102,6 +101,8 @@ def why_missed(kind: str | Path, asked: dict[str, Any]) -> str | None:
     if not found:
         return None
     differing, nearest = min(found, key=lambda one: len(one[0]))
+    if len(differing) > FEW:
+        return None
     return f"the nearest, {nearest}, differs in {', '.join(differing)}"
 
 

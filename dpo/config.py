@@ -1,13 +1,15 @@
 """The type of every config key, checks across keys, and the identity of a config. Values live in `conf/`."""
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 
 from dpo.cache import digest
-from dpo.signature import binds
+from dpo.signature import binds, fits, kind
 
 
 @dataclass
@@ -153,15 +155,17 @@ class Sft:
     command: str
 
 
-ConfigStore.instance().store(name="sft_schema", node=Sft)
-ConfigStore.instance().store(name="train_schema", node=Train)
-ConfigStore.instance().store(name="score_schema", node=Score)
+SCHEMAS = {"score": Score, "sft": Sft, "train": Train}  # by command, the verb that executes the run
+for verb, schema in SCHEMAS.items():
+    ConfigStore.instance().store(name=f"{verb}_schema", node=schema)
 
 # Group -> arguments that its function receives when it is called, not from the config.
 OPEN_GROUPS = {"data": (), "judge": ("prompt", "responses"), "loss": ("pair",), "reference": ()}
 
 # The home of a default -> the key that decides. A frozen config shows the value in force at both.
 HOMES = {"loss.beta": "beta"} | {f"policy.{key}": key for key in ("lr", "max_length", "max_new_tokens")}
+
+RECORDED = ("id", "choices", "provenance")  # added when the config is frozen, and by nobody else
 
 # What cannot change a number: these keys are no part of a run's identity or name.
 INCIDENTAL = (
@@ -170,7 +174,7 @@ INCIDENTAL = (
     *("evaluation.samples", "evaluation.instructions"),
     *("policy.micro_batch_tokens", "policy.sequences"),  # defaults of keys that are listed, or decide themselves
     *("figure", "table"),  # an experiment is what its keys say
-    *("id", "choices", "provenance"),  # added when the config is frozen
+    *RECORDED,
     "hydra",
 )
 
@@ -192,6 +196,9 @@ _ABOVE_ZERO = (
     *("evaluation.prompts", "evaluation.batch_size", "checkpoints_kept"),
     *("data.demonstrations", "data.train", "data.validation", "data.test"),
 )
+NAME_BYTES = 200  # of a directory's name; file systems allow 255
+_NO_CLIPPING = ("max_grad_norm", math.inf)
+_LEAST, _MOST = 1e-12, 1e12  # size of a number other than 0: what lies outside is a slip, or nothing in float32
 _NOT_BELOW_ZERO = (
     *("seed", "steps", "weight_decay", "warmup_steps", "sft.warmup_steps", "evaluate_every", "checkpoint_every"),
     *("evaluation.samples", "evaluation.temperature", "evaluate_prompts"),
@@ -203,16 +210,28 @@ def check(config: dict[str, Any]) -> None:
 
     Raises: ValueError with one line per problem.
     """
-    problems = [*_numbers(config), *_batches(config), *_sharding(config)]
-    for group, given in OPEN_GROUPS.items():
-        if config.get(group) is not None:
-            problems += binds(group, config[group], given)
+    if problems := [*faults(config), *misfits(config)]:
+        raise ValueError("\n".join(problems))
+
+
+def misfits(config: dict[str, Any]) -> list[str]:
+    """What keeps the options of the open groups from their functions, which are imported for it."""
+    nodes = [(group, config.get(group), given) for group, given in OPEN_GROUPS.items()]
+    return [problem for group, node, given in nodes if node is not None for problem in binds(group, node, given)]
+
+
+def faults(config: dict[str, Any]) -> list[str]:
+    """What is wrong with a resolved config as far as it can be told without importing any function that it names."""
+    if config.get("command") not in SCHEMAS:
+        return [f"command must be one of {', '.join(SCHEMAS)}, got {config.get('command')}"]
+    if problems := _keys(config, SCHEMAS[config["command"]]):
+        return problems
+    problems = [*_numbers(config), *_batches(config), *_sharding(config), *_places(config)]
     if config["policy"]["base"] is None and (config["policy"]["path"] is None or config["command"] == "sft"):
         sft = "policy.base, a model to make a policy from, must be given; add policy.base="
         train = "policy.path, an SFT policy, or policy.base, a model to make one from, must be given; add policy.path="
         problems.append((sft if config["command"] == "sft" else train) + "<Hugging Face folder or hub name>")
-    if problems:
-        raise ValueError("\n".join(problems))
+    return problems
 
 
 def identity(config: dict[str, Any]) -> str:
@@ -253,25 +272,54 @@ def _canonical(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _keys(node: Any, schema: type, prefix: str = "") -> list[str]:
+    """What keeps a node from having the keys of its schema, all of them and no others, in their types."""
+    if not isinstance(node, dict):
+        return [f"{prefix.rstrip('.')} must hold keys, got {node!r}"]
+    types, problems = get_type_hints(schema), []
+    for key in node:
+        if key not in types and (prefix or key not in RECORDED):
+            near = get_close_matches(str(key), types, 1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else "--help lists the keys"
+            problems.append(f"{prefix}{key} is not a key of this command; {hint}")
+    for key, expected in types.items():
+        if key not in node:
+            problems.append(f"{prefix}{key} must be given, found none; leave its default in place")
+        elif is_dataclass(expected) and isinstance(expected, type):
+            problems += _keys(node[key], expected, f"{prefix}{key}.")
+        elif not fits(node[key], expected):
+            problems.append(f"{prefix}{key} must be {kind(expected)}, got {node[key]!r}")
+        elif key in OPEN_GROUPS and node[key] is None and key != "judge":
+            problems.append(f"{key} must be an option, got null; choose one: {key}=..., --help lists them")
+    return problems
+
+
 def _numbers(config: dict[str, Any]) -> list[str]:
-    flat, problems = flatten(config), []
+    flat, problems = flatten({key: value for key, value in config.items() if key not in RECORDED}), []
     for key, choices in _CHOICES.items():
         if key in flat and flat[key] not in choices:
             problems.append(f"{key} must be one of {', '.join(choices)}, got {flat[key]}")
+    numbers = {}
+    for key, value in flat.items():
+        if HOMES.get(key) in flat:  # the same value again
+            continue
+        found = [one for one in (value if isinstance(value, list) else [value]) if _is_number(one)]
+        if odd := [one for one in found if one and not _LEAST <= abs(one) <= _MOST and (key, one) != _NO_CLIPPING]:
+            problems.append(f"{key} must be a number of size {_LEAST:g} to {_MOST:g}, got {odd[0]}")
+        elif found and found[0] is value:
+            numbers[key] = value
     for key in _ABOVE_ZERO:
-        value = flat.get(key)
-        if value is not None and not (value > 0 and (math.isfinite(value) or key == "max_grad_norm")):
+        if key in numbers and not numbers[key] > 0:
             hint = "; the limit of no constraint is a small beta such as 1e-4" if key == "beta" else ""
-            problems.append(f"{key} must be above 0 and finite, got {value}{hint}")
+            problems.append(f"{key} must be above 0, got {numbers[key]}{hint}")
     for key in _NOT_BELOW_ZERO:
-        value = flat.get(key)
-        if value is not None and not 0 <= value < math.inf:
-            problems.append(f"{key} must be at least 0 and finite, got {value}")
-        elif value is not None and key.endswith("warmup_steps") and value > 1 and value % 1:
-            problems.append(f"{key} must be a whole number of steps, or a share of them below 1, got {value}")
-    if not 0 < flat.get("data.validation_fraction", 0.5) < 1:
+        if key in numbers and numbers[key] < 0:
+            problems.append(f"{key} must be at least 0, got {numbers[key]}")
+        elif key in numbers and key.endswith("warmup_steps") and numbers[key] > 1 and numbers[key] % 1:
+            problems.append(f"{key} must be a whole number of steps, or a share of them below 1, got {numbers[key]}")
+    if not 0 < numbers.get("data.validation_fraction", 0.5) < 1:
         problems.append(f"data.validation_fraction must be between 0 and 1, got {flat['data.validation_fraction']}")
-    if flat.get("generation.top_p", 1) > 1:
+    if numbers.get("generation.top_p", 1) > 1:
         problems.append(f"generation.top_p must be in (0, 1], got {flat['generation.top_p']}; 1 is off")
     if len(betas := flat["betas"]) != 2 or not all(0 <= value < 1 for value in betas):
         problems.append(f"betas must be two numbers in [0, 1), got {betas}")
@@ -280,6 +328,27 @@ def _numbers(config: dict[str, Any]) -> list[str]:
             f"max_new_tokens must be below max_length, which holds prompt and response, "
             f"got {flat['max_new_tokens']} and {flat['max_length']}"
         )
+    return problems
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _places(config: dict[str, Any]) -> list[str]:
+    """Run directories lie in a folder of `runs`, and have names that file systems and lists of them can hold."""
+    problems, name = [], config["name"]
+    for key in ("name", "runs", "cache"):
+        if not config[key].strip() or any(ord(character) < 32 or ord(character) == 127 for character in config[key]):
+            problems.append(f"{key} must be a path without control characters, and not empty, got {config[key]!r}")
+    parts = name.split("/")
+    if any(part.strip() in ("", ".", "..") for part in parts):
+        problems.append(f"name must name a folder inside of runs={config['runs']}, such as dev, got {name!r}")
+    elif len(max(parts, key=lambda part: len(part.encode())).encode()) > NAME_BYTES:
+        problems.append(f"name must have at most {NAME_BYTES} bytes between two /, got {name!r}; take a shorter one")
+    for depth in range(1, len(parts)):
+        if (above := Path(config["runs"], *parts[:depth]) / "config.yaml").exists():
+            problems.append(f"name must not lie inside of a run, got {name!r}, and {above} is one; take another")
     return problems
 
 

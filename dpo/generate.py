@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.cache import digest, remember
-from dpo.data.batches import encode_prompts
-from dpo.data.records import Preference, Text, read, write, write_rows
+from dpo.data.batches import fed_prompts
+from dpo.data.records import Preference, Text, TokenIds, read, write, write_rows
+from dpo.data.tokens import decode, vocabulary
 from dpo.judges import JUDGES_VERSION, Judge
-from dpo.policy.sampling import inputs, sample
+from dpo.policy.sampling import Sample, inputs, sample
 from dpo.training.sharding import any_true
 
 
@@ -27,13 +29,14 @@ def preferences(
 ) -> dict[str, list[Preference]]:
     """On-policy preference pairs for the train and validation prompts, sampled once and shared by a sweep.
 
-    weights: the policy's fingerprint. Every response is kept with its judgement in `<split>.candidates.jsonl`.
+    They keep the token ids that were sampled, and of a prompt that was cut what the policy was fed. Every response is
+    kept with its judgement in `<split>.candidates.jsonl`. weights: the policy's fingerprint.
     """
     if judge is None:
         raise ValueError(f"data={config.data._target_} has prompts but no pairs, so judge must not be none")
     splits = ("train", "validation")
     limit = config.max_length - config.max_new_tokens
-    encoded = {split: encode_prompts(prompts[split], tokenizer, limit) for split in splits}
+    fed = {split: fed_prompts(prompts[split], tokenizer, limit) for split in splits}
     key = {
         "weights": weights,
         "prompts": digest([prompts[split] for split in splits]),
@@ -42,13 +45,13 @@ def preferences(
         "settings": OmegaConf.to_container(config.generation),
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
-        **inputs(model, tokenizer, [ids for split in splits for ids in encoded[split]]),
+        **inputs(model, tokenizer, [ids for split in splits for _, ids in fed[split]]),
     }
 
     def build(folder: Path) -> None:
         for split in splits:
-            seed, both = int(digest([config.seed, split])[:8], 16), (prompts[split], encoded[split])
-            pairs, candidates = _pairs(model, tokenizer, *both, judge, config, seed, split)
+            seed = int(digest([config.seed, split])[:8], 16)
+            pairs, candidates = _pairs(model, tokenizer, prompts[split], fed[split], judge, config, seed, split)
             write(folder / f"{split}.jsonl", pairs)
             write_rows(folder / f"{split}.candidates.jsonl", candidates)
 
@@ -60,7 +63,7 @@ def _pairs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Text],
-    encoded: Sequence[list[int]],
+    fed: Sequence[tuple[Text, list[int]]],
     judge: Judge,
     config: Any,
     seed: int,
@@ -71,7 +74,7 @@ def _pairs(
     samples = sample(
         model,
         tokenizer,
-        [ids for ids in encoded for _ in range(n)],
+        [ids for _, ids in fed for _ in range(n)],
         max_new_tokens=config.max_new_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
@@ -79,23 +82,48 @@ def _pairs(
         batch_size=settings.batch_size,
         name=f"sampling {split} pairs",
     )
+    samples = [_whole_characters(one, tokenizer) for one in samples]
+    known, own = set(tokenizer.get_vocab().values()), vocabulary(tokenizer)
     chance = random.Random(seed)
-    pairs, candidates = [], []
-    for row, prompt in enumerate(prompts):
+    pairs, candidates, foreign = [], [], 0
+    for row, (prompt, (start, _)) in enumerate(zip(prompts, fed, strict=True)):
         responses = samples[row * n : (row + 1) * n]
         judgements = judge(prompt, [response.text for response in responses])
         candidates += [
             {"prompt": prompt, "response": response.text, "ended": response.ended, **judgement}
             for response, judgement in zip(responses, judgements, strict=True)
         ]
-        scored = [(judgement["score"], sample) for judgement, sample in zip(judgements, responses, strict=True)]
+        scored = [
+            (judgement["score"], response)
+            for judgement, response in zip(judgements, responses, strict=True)
+            if known.issuperset(response.response_ids)
+        ]
+        foreign += n - len(scored)
         decisive = [pair for pair in combinations(scored, 2) if pair[0][0] != pair[1][0]]
         for pair in chance.sample(decisive, min(settings.pairs_per_prompt, len(decisive))):
             (_, worse), (_, better) = sorted(pair, key=lambda scored: scored[0])
-            pairs.append(Preference(prompt, better.text, worse.text, better.ended, worse.ended))
+            ids = TokenIds(own, better.prompt_ids, better.response_ids, worse.response_ids)
+            pairs.append(Preference(start, better.text, worse.text, better.ended, worse.ended, token_ids=ids))
+    if foreign:
+        print(
+            f"{foreign} of {len(samples)} responses hold tokens that the tokenizer does not know: in no pair",
+            flush=True,
+        )
     if not pairs:
         raise RuntimeError(
             f"no two of the {len(samples)} responses to {len(prompts)} prompts differ in score; sample more responses "
             f"(generation.samples, now {n}) or at a higher temperature (now {settings['temperature']})"
         )
     return pairs, candidates
+
+
+def _whole_characters(response: Sample, tokenizer: PreTrainedTokenizerBase) -> Sample:
+    """A cut response without the bytes of a character that it was cut inside: no text stands for these."""
+    if response.ended or not response.text.endswith("\ufffd"):
+        return response
+    for bytes_ in range(1, min(4, len(response.response_ids))):
+        ids = response.response_ids[:-bytes_]
+        text = decode(response.prompt_ids, ids, tokenizer)
+        if not text.endswith("\ufffd"):
+            return replace(response, response_ids=ids, text=text)
+    return response

@@ -6,16 +6,18 @@ own, under torchrun if it asks for several.
 
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -28,15 +30,25 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo import runs
-from dpo.config import incidental
+from dpo import HOME, runs
+from dpo.config import OPEN_GROUPS, incidental
 from dpo.plan import Composed, Refused, Run, message, plan
 from dpo.run import IN_USE, THREADS
 from dpo.signature import binds
 
+MOST = 10_000  # runs of a sweep
+
+
+def command(verb: str) -> NoReturn:
+    """What `python -m dpo.VERB` does with the command line: --help, a plan of one, or with -m a sweep."""
+    if problem := _null(sys.argv[1:]):
+        sys.exit(problem)
+    hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name=verb)(single)()
+    sys.exit()
+
 
 def single(config: DictConfig) -> NoReturn:
-    """What a verb's `main` calls: the same road as a sweep, with a plan of one."""
+    """The same road as a sweep, with a plan of one."""
     launcher: Sweep = instantiate(HydraConfig.get().launcher)
     launcher.execute([_composed(config, HydraConfig.get())], [])
 
@@ -62,11 +74,15 @@ class Grid(Sweeper):
             if not override.is_sweep_override():
                 axes[key] = [override.input_line or ""]
             elif override.is_discrete_sweep():
-                axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+                values = itertools.islice(override.sweep_string_iterator(), MOST + 1)
+                axes[key] = [f"{key}={value}" for value in values]
             else:
                 raise ConfigCompositionException(
                     f"{key} must be a list of values, like {key}=1,2,3; got {override.input_line}"
                 )
+        if math.prod(map(len, axes.values())) > MOST:
+            sizes = ", ".join(f"{key} has {len(values)}" for key, values in axes.items() if len(values) > 1)
+            raise ConfigCompositionException(f"a sweep must have at most {MOST} runs; {sizes} values: sweep in parts")
         return self.launcher.launch([list(combination) for combination in itertools.product(*axes.values())], 0)
 
 
@@ -78,10 +94,15 @@ class Sweep(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         composed, refused = [], []
+        swept = {*(self.config.hydra.sweeper.get("params") or {})}  # an experiment's, though the command line fixes one
+        for alike in zip(*job_overrides, strict=True):
+            swept |= {alike[0].partition("=")[0].lstrip("+")} if len({*alike}) > 1 else set()
         for overrides in job_overrides:
             try:
+                if problem := _null(overrides):
+                    raise ConfigCompositionException(problem)
                 config = self.loader.load_sweep_config(self.config, list(overrides))
-                composed.append(_composed(config, config.hydra))
+                composed.append(_composed(config, config.hydra, swept))
             except (HydraException, OmegaConfBaseException) as error:
                 refused.append(Refused(overrides, message(error)))
         self.execute(composed, refused)
@@ -243,10 +264,20 @@ class Execution:
         print(f"{title} {verdict} after {spent}: {problem}", flush=True)
 
 
-def _composed(config: DictConfig, settings: Any) -> Composed:
+def _composed(config: DictConfig, settings: Any, swept: Collection[str] = ()) -> Composed:
     chosen = settings.runtime.choices.items()
     choices = {group: str(option) for group, option in chosen if "/" not in group and not incidental(group)}
-    return Composed(config, list(settings.overrides.task), choices)
+    return Composed(config, list(settings.overrides.task), choices, frozenset(swept))
+
+
+def _null(arguments: Sequence[str]) -> str | None:
+    """What to say of `loss=null`, where Hydra speaks of a NoneType."""
+    for argument in arguments:
+        group, _, option = argument.partition("=")
+        if group in (*OPEN_GROUPS, "policy", "figure", "table") and "null" in option.lower().split(","):
+            how = {"judge": "judge=none is no judge", "reference": "reference=uniform is no reference"}
+            return f"{group} must be one of its options, got null; {how.get(group, f'leave out {argument}')}"
+    return None
 
 
 def _list(refused: Sequence[Refused]) -> None:

@@ -1,9 +1,11 @@
 """From composed configs to run directories: resolve, check, name, compare with what is on disk, freeze."""
 
+import json
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,11 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo import HOME, runs
-from dpo.alpaca_eval import read_instructions
-from dpo.config import HOMES, check, decisive, identity, incidental
-from dpo.losses import PairLogps
-from dpo.policy.model import whereabouts
-from dpo.signature import call
+from dpo.config import HOMES, NAME_BYTES, RECORDED, decisive, faults, flatten, identity, incidental
+
+INPUTS = {  # what a run is made from beside its settings: see dpo.inputs
+    "data": "the data",
+    "policy": "the model at policy.path or policy.base",
+    "reference": "what is at reference.path",
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Composed:
     config: DictConfig
     overrides: Sequence[str]
     choices: dict[str, str]  # group -> option
+    swept: frozenset[str] = frozenset()  # keys that were given as a list, here or in an experiment's file
 
 
 @dataclass(frozen=True)
@@ -63,32 +68,57 @@ def plan(composed: Sequence[Composed]) -> tuple[list[Run], list[Refused]]:
 
     Overrides that come to the same identity are one run, under the name that it has on disk if it is there.
     """
-    planned: dict[Path, Run] = {}
-    refused, provenance = [], _provenance()
-    on_disk: dict[Path, dict[str, Any]] = {}  # run directory -> its config
-    places: dict[Path, dict[str, Path]] = {}  # folder -> identity -> run directory
+    settled, refused = [], []
     for one in composed:
         try:
+            if reserved := [key for key in _keys(one.overrides) if key.split(".")[0] in (*RECORDED, "command")]:
+                raise ValueError(f"{reserved[0]} is what a run records of itself, and cannot be given; leave it out")
             config = resolve(one.config)
-            check(config)
-            _rehearse(config)
+            if problems := faults(config):
+                raise ValueError("\n".join(problems))
         except (OmegaConfBaseException, ValueError) as error:
             refused.append(Refused(one.overrides, message(error)))
+        else:
+            settled.append((one, config))
+    planned: dict[Path, Run] = {}
+    folders: dict[Path, Folder] = {}
+    remade: dict[tuple[Path, str], list[Run]] = {}  # folder and what changed -> runs that were made from something else
+    provenance = _provenance()
+    for (one, config), tried in zip(settled, rehearse([config for _, config in settled]), strict=True):
+        if tried["problems"]:
+            refused.append(Refused(one.overrides, "\n".join(tried["problems"])))
             continue
-        folder, id = Path(config["runs"], config["name"]), identity(config)
-        if folder not in places:
-            former = {folder / name: old for name, old in runs.configs(folder).items()} if folder.is_dir() else {}
-            on_disk |= former
-            places[folder] = {identity(old): directory for directory, old in former.items()}
-        frozen = {"id": id, **config, "choices": one.choices, "provenance": provenance}
-        asked = name(one.overrides, config, one.choices)
-        directory = places[folder].setdefault(id, folder / asked)
-        if directory in on_disk and identity(on_disk[directory]) != id:
-            refused.append(Refused(one.overrides, _differs(directory, on_disk[directory], frozen)))
+        path, id = Path(config["runs"], config["name"]), identity(config)
+        folder = folders.setdefault(path, Folder(path))
+        record = {**provenance, "inputs": tried["inputs"], "overrides": list(one.overrides)}
+        frozen = {"id": id, **config, "choices": one.choices, "provenance": record}
+        try:
+            name, asked = folder.place(frozen, one.swept)
+        except ValueError as error:
+            refused.append(Refused(one.overrides, str(error)))
             continue
-        on_disk[directory] = frozen
-        planned.setdefault(directory, Run(directory, frozen, asked))
+        run = planned.setdefault(path / name, Run(path / name, frozen, asked))
+        if (changed := _changed(folder.on_disk.get(name, {}), frozen)) and _begun(run.directory):
+            remade.setdefault((path, changed), []).append(run)
+    for (path, changed), made in remade.items():
+        names = [run.directory.name for run in made]
+        more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+        reason = f"{path} holds runs of these settings, but {changed} is not what they were made from: "
+        advice = f"use another name=..., or move these runs away: {', '.join(names[:3])}{more}"
+        refused += [Refused(run.config["provenance"]["overrides"], f"{reason}{advice}") for run in made]
     return list(planned.values()), refused
+
+
+def rehearse(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `dpo.rehearse` finds in each config, in a process that ends: this one imports no torch."""
+    if not configs:
+        return []
+    command = [sys.executable, "-m", "dpo.rehearse"]
+    done = subprocess.run(command, input=json.dumps(configs), stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} must try the settings, but ended with exit code {done.returncode}")
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
 
 
 def resolve(config: DictConfig) -> dict[str, Any]:
@@ -107,34 +137,84 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     return values
 
 
-def _rehearse(config: dict[str, Any]) -> None:
-    """Let files, models, the loss and the reference be refused now, not in the run.
+class Folder:
+    """The runs of one folder, by name: those on disk, and those that are planned into it."""
 
-    Raises: ValueError of the function that is asked.
-    """
-    for key, value in config["data"].items():
-        if key.endswith("path") and value is not None and not Path(value).exists():
-            raise ValueError(f"data.{key} must be a file of records, found none at {value}; check the path")
-    for value in (config["policy"]["path"], config["policy"]["base"]):
-        if value is not None:
-            whereabouts(value)
-    read_instructions(config["evaluation"]["instructions"])
-    if "loss" in config:
-        call(config["reference"])
-        call(config["loss"])(PairLogps.zeros(1), beta=config["beta"])
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.on_disk = runs.configs(path) if path.is_dir() else {}
+        self.runs = dict(self.on_disk)
+        self.names = {identity(config): name for name, config in self.on_disk.items()}
+        self.values: dict[str, set[str]] = {}  # what a key is in the runs on disk
+
+    def place(self, frozen: dict[str, Any], swept: Collection[str]) -> tuple[str, str]:
+        """The name of a run, which is the one on disk if it is there, and the name that its overrides ask for.
+
+        Raises: ValueError if the same overrides have made a run of other settings.
+        """
+        given = _given(frozen["provenance"]["overrides"], frozen)
+        names = self._names(frozen, given, swept)
+        if there := self.names.get(frozen["id"]):
+            return there, names[0]
+        for name in names:
+            other = self.runs.get(name)
+            if other is not None and _words(other) == given:
+                raise ValueError(_differs(self.path / name, other, frozen))
+            if other is None and not (self.path / name / "config.yaml").exists():
+                break
+        self.runs[name], self.names[frozen["id"]] = frozen, name
+        return name, name
+
+    def _names(self, frozen: dict[str, Any], given: dict[str, str], swept: Collection[str]) -> list[str]:
+        """Names for a run; the first that no other run has is the one to take.
+
+        The first holds what varies: the keys that are swept, and of the other overrides those in which the runs on disk
+        are not all like this one. The next holds all overrides, the third also what the run of that name was given.
+        """
+        varying = {key: value for key, value in given.items() if key in swept or self._on_disk(key) - {value}}
+        id, everything = frozen["id"], name(given, frozen["id"])
+        more = {key: _shown(frozen, key) for key in _words(self.runs.get(everything, {}))}
+        return [name(varying or given, id), everything, name({**more, **given}, id), name(given, id, cut=True)]
+
+    def _on_disk(self, key: str) -> set[str]:
+        if key not in self.values:
+            self.values[key] = {_shown(config, key) for config in self.on_disk.values()}
+        return self.values[key]
 
 
-def name(overrides: Sequence[str], config: dict[str, Any], choices: dict[str, str]) -> str:
-    """Directory name from the overrides, values as in the config: beta=0.10 and beta=1e-1 are beta=0.1."""
-    parts = {}
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        key = override.key_or_group
-        if not incidental(key, config):
-            value = choices[key] if key in choices else OmegaConf.select(OmegaConf.create(config), key)
-            parts[key] = f"{key}={_written(value)}"
-    text = ",".join(parts[key] for key in sorted(parts)) or "default"
+def name(values: dict[str, str], id: str, cut: bool = False) -> str:
+    """A directory's name from keys and values; where it is too long, or `cut` asks for it, it ends in the identity."""
+    text = ",".join(f"{key}={values[key]}" for key in sorted(values)) or "default"
     text = re.sub(r"[^\w.,+=@\[\]-]", "_", text.replace("/", "__"))
-    return text if len(text.encode()) <= 200 else f"{text[:60]}-{identity(config)}"  # file systems allow 255
+    if len(text.encode()) <= NAME_BYTES and not cut:
+        return text
+    return f"{text.encode()[:60].decode(errors='ignore')}-{id}"
+
+
+def _given(overrides: Sequence[str], frozen: dict[str, Any]) -> dict[str, str]:
+    """The overrides that decide a number, with the values that the config has: beta=0.10 and beta=1e-1 are beta=0.1."""
+    flat = flatten(frozen)
+    return {key: _shown(frozen, key) for key in _keys(overrides) if not incidental(key, flat)}
+
+
+def _words(frozen: dict[str, Any]) -> dict[str, str]:
+    return _given(frozen.get("provenance", {}).get("overrides", []), frozen)
+
+
+def _keys(overrides: Sequence[str]) -> list[str]:
+    return [str(override.key_or_group) for override in OverridesParser.create().parse_overrides(list(overrides))]
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What two runs of the same settings were made from that is not the same, in words."""
+    before, now = (config.get("provenance", {}).get("inputs", {}) for config in (old, new))
+    return " and ".join(INPUTS[key] for key in before if before[key] != now.get(key, before[key]))
+
+
+def _begun(directory: Path) -> bool:
+    """Whether a run has made something that can be resumed or read."""
+    made = (directory / "evaluation.json").exists() or any(directory.glob("checkpoint/step-*"))
+    return made or runs.status(directory) == "running"
 
 
 def message(error: Exception) -> str:
@@ -155,11 +235,8 @@ def _written(value: Any) -> str:
 
 def _differs(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> str:
     before, now = decisive(old), decisive(new)
-    changes = [
-        f"  {key}: {_shown(before, key)} there, {_shown(now, key)} asked for"
-        for key in {**before, **now}
-        if _shown(before, key) != _shown(now, key)
-    ]
+    shown = [(key, *(_written(values.get(key, "absent")) for values in (before, now))) for key in {**before, **now}]
+    changes = [f"  {key}: {there} there, {asked} asked for" for key, there, asked in shown if there != asked]
     return "\n".join(
         (
             f"{directory} holds a run of other settings; nothing was changed there. It differs in",
@@ -169,8 +246,14 @@ def _differs(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> str:
     )
 
 
-def _shown(values: dict[str, Any], key: str) -> str:
-    return _written(values[key]) if key in values else "absent"
+def _shown(frozen: dict[str, Any], key: str) -> str:
+    """The value of a key, or the option of a group."""
+    if key in frozen.get("choices", {}):
+        return str(frozen["choices"][key])
+    value: Any = frozen
+    for part in key.split("."):
+        value = value.get(part, "absent") if isinstance(value, dict) else "absent"
+    return _written(value)
 
 
 def _provenance() -> dict[str, Any]:

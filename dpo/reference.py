@@ -5,9 +5,11 @@ A reference gives the log-probability of each response of a batch. One that neve
 """
 
 import math
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -19,16 +21,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.cache import digest
 from dpo.data.batches import Batch, Pair, Tokens, encode_prompts, tokenize
-from dpo.data.records import Preference, parse, preference
+from dpo.data.records import Preference, listed, parse, preference
+from dpo.data.tokens import vocabulary
 from dpo.policy import model as models
 from dpo.policy.logps import sequence_logps
 from dpo.policy.scoring import LIVE, off_by, score
 from dpo.training import sharding
 
 TOO_LONG = (
-    "Raise reference.max_length, set on_too_long=truncate, or remove these pairs from the data. on_too_long=drop is "
-    "for the policy's tokens alone: every reference has to score the same pairs, or their runs would not compare."
+    "Raise reference.max_length if the model has more positions, or lower max_length with on_too_long=truncate or "
+    "drop. These go by the policy's tokens alone: every reference scores the text that the policy is trained on, or "
+    "their runs would not compare."
 )
+ROUNDING = 2e-2  # by which two bf16 passes over a text differ at most, relative to its log-prob or to 10 nats
 
 
 class Reference(Protocol):
@@ -74,6 +79,7 @@ class Frozen(Tabled):
 
     same_tokens = True  # it reads the policy's token ids
     sees_prompt = True
+    folder: Path  # where its scores are kept
 
     def __init__(self, path: str | None) -> None:
         if path is not None:
@@ -109,7 +115,7 @@ class Frozen(Tabled):
         about = partial(self.about, pairs, of_pairs if self.same_tokens else tokenizer, settings)
         scores = score(model, asked, weights, settings, "reference log-probs", origins, per_token, about)
         origin = "from the cache" if scores.cached else f"computed in {time.monotonic() - began:.1f} s"
-        off = off_by(model, asked, scores.logps, settings)
+        off, self.folder = off_by(model, asked, scores, settings), scores.folder
         self.table, self.lengths, self.tokens, first = {}, {}, {}, 0
         for split, items in pairs.items():
             rows = slice(first, first := first + 2 * len(items))
@@ -119,7 +125,7 @@ class Frozen(Tabled):
         counts = " and ".join(f"{len(items)} {split}" for split, items in pairs.items())
         return (
             f"{self.name()}, weights {weights[:12]}, log-probs of {counts} pairs {origin}; {LIVE} scored again differ "
-            f"by {off:.0e} at most (relative)"
+            f"by {off:.0e} nats at most"
         )
 
     def name(self) -> str:
@@ -131,7 +137,7 @@ class Frozen(Tabled):
             "reference": self.name(),
             "pairs": {split: len(items) for split, items in pairs.items()},
             "texts": digest([_contents(pair.text) for items in pairs.values() for pair in items if pair.text]),
-            "tokenizer": digest(tokenizer.get_vocab()),
+            "tokenizer": vocabulary(tokenizer),
             "chat_template": None if tokenizer.chat_template is None else digest(tokenizer.chat_template),
             "max_length": getattr(self, "max_length", settings.max_length),
             "on_too_long": settings.on_too_long,
@@ -154,13 +160,13 @@ class Initial(Frozen):
 class OtherTokenizer(Frozen):
     """A model that scores the text of each pair under its own tokenizer and chat template.
 
-    max_length: tokens of prompt and response under that tokenizer; a longer pair is an error, or truncated with
-        on_too_long=truncate.
+    max_length: tokens of prompt and response under that tokenizer; None: its positions. A longer pair is an error.
+    What on_too_long=truncate cuts is the text, at the policy's tokens, so this reference reads what is left of it.
     """
 
     same_tokens = False
 
-    def __init__(self, path: str, max_length: int) -> None:
+    def __init__(self, path: str, max_length: int | None) -> None:
         super().__init__(path)
         self.max_length = max_length
 
@@ -170,12 +176,25 @@ class OtherTokenizer(Frozen):
     def sequences(
         self, pairs: Sequence[Pair], split: str, tokenizer: PreTrainedTokenizerBase, settings: Any
     ) -> list[Tokens]:
-        models.check_length(str(self.path), "reference.max_length", self.max_length, settings.policy.trust_remote_code)
+        path, trusted = str(self.path), settings.policy.trust_remote_code
+        if self.max_length is not None:
+            models.check_length(path, "reference.max_length", self.max_length, trusted)
+        most = self.max_length or models.positions_of(path, trusted) or sys.maxsize
         texts = [pair.text for pair in pairs if pair.text is not None]
-        too_long = "truncate" if settings.on_too_long == "truncate" else "error"
-        what = f"{split} pairs in the tokens of the reference {self.path}"
-        pairs = tokenize(texts, tokenizer, self.max_length, too_long, what, TOO_LONG)
-        return super().sequences(pairs, split, tokenizer, settings)
+        own = tokenize(
+            texts, tokenizer, most, "error", f"{split} pairs in the tokens of the reference {path}", TOO_LONG
+        )
+        if unread := [
+            pair.origin or f"row {row}, counted from 0"
+            for row, (pair, read) in enumerate(zip(pairs, own, strict=True))
+            if pair.unwritten and not (read.text and read.text.token_ids)
+        ]:
+            raise ValueError(
+                f"a reference with another tokenizer must read what the policy sampled as text, found {len(unread)} "
+                f"{split} pairs with special tokens or broken characters within:{listed(unread)}\nTake a reference "
+                "with the policy's tokenizer, or leave these pairs out of the data."
+            )
+        return super().sequences(own, split, tokenizer, settings)
 
 
 class Prior(Frozen):
@@ -208,7 +227,9 @@ class Given(Tabled):
     """Log-probs from files, for a reference that no machine here can hold: `chosen_logprob` and `rejected_logprob`
     beside each pair, the columns of yale-nlp/RefDPO, whose files do as they are. `dpo.score` writes such files.
 
-    path: a JSONL file, or a folder of them. Look-up is by the text of prompt and response.
+    path: a JSONL file, or a folder with them inside, however deep. Look-up is by the text of prompt and response that
+    the policy is trained on, so of a pair that on_too_long=truncate cut by what is left of it; and by token ids where
+    a policy sampled them. Log-probs of a text that is there twice may differ by the rounding of bf16; the first counts.
     """
 
     def __init__(self, path: str) -> None:
@@ -220,21 +241,30 @@ class Given(Tabled):
         if getattr(settings, "per_token", False):
             raise ValueError("per_token=true needs a reference that is a model, not reference=given")
         path = Path(self.path)
-        files = sorted(path.glob("*.jsonl*")) if path.is_dir() else [path]
+        files = sorted([*path.rglob("*.jsonl"), *path.rglob("*.jsonl.gz")]) if path.is_dir() else [path]
         known: dict[str, float] = {}
         for file in files:
             for where, (pair, logps) in parse(file, _scored):
                 for content, logp in zip(_contents(pair), logps, strict=True):
-                    if abs(known.setdefault(content, logp) - logp) > 1e-3:
+                    if abs(known.setdefault(content, logp) - logp) > ROUNDING * max(abs(logp), 10):
                         raise ValueError(f"{file}, {where}: log-prob {logp}, but {known[content]} for the same text")
         self.table, self.lengths, self.origin = {}, {}, digest(known)
         for split, items in pairs.items():
-            asked = [_contents(pair.text) for pair in items if pair.text]
+            asked = []
+            for pair in items:
+                text = pair.text
+                if text and text.token_ids and not pair.unwritten and not known.keys() >= set(_contents(text)):
+                    text = replace(text, token_ids=None)  # scored from the text, elsewhere
+                asked += [_contents(text)] if text else []
             missing = [row for row, contents in enumerate(asked) if not known.keys() >= set(contents)]
             if missing:
+                cut = sum(bool(items[row].cut) for row in missing)
                 raise ValueError(
                     f"{self.path} must hold the log-probs of every pair, found none for {len(missing)} of {len(asked)} "
                     f"{split} pairs, such as {items[missing[0]].text}; score them with python -m dpo.score"
+                    + f". {cut} of them were cut by on_too_long=truncate, and log-probs of another text than what is "
+                    f"left are not theirs: score with this policy and max_length={settings.max_length}, or leave such "
+                    "pairs out with on_too_long=drop" * bool(cut)
                 )
             self.table[split] = torch.tensor([[known[content] for content in contents] for contents in asked])
         return f"given: {len(known)} log-probs from {self.path}"
@@ -304,7 +334,9 @@ def _scored(row: dict[str, Any]) -> tuple[Preference, list[float]]:
 
 
 def _contents(pair: Preference) -> tuple[str, str]:
-    """What a log-prob belongs to: the texts, and whether an end token follows."""
-    return digest([pair.prompt, pair.chosen, pair.chosen_ended]), digest(
-        [pair.prompt, pair.rejected, pair.rejected_ended]
+    """What a log-prob belongs to: the texts, whether an end token follows, and the ids if they were sampled."""
+    ids = pair.token_ids
+    chosen, rejected = ([], []) if ids is None else ([[ids.tokenizer, some]] for some in (ids.chosen, ids.rejected))
+    return digest([pair.prompt, pair.chosen, pair.chosen_ended, *chosen]), digest(
+        [pair.prompt, pair.rejected, pair.rejected_ended, *rejected]
     )

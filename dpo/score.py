@@ -6,19 +6,24 @@ takes the settings of `dpo.train`, fills the cache that training with these pair
 the pairs, for other machines and programs: `reference=given reference.path=runs/scores/...` reads them again.
 """
 
+if __name__ == "__main__":
+    from dpo import launch
+
+    launch.command("score")  # ends here: a run is `python -m dpo.run`, and what it imports is slow
+
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo import HOME, evaluate, generate, launch, sft
+from dpo import evaluate, generate, sft
 from dpo.data.batches import Pair, tokenize
 from dpo.data.records import Dataset, Preference, row, write_rows
+from dpo.inputs import load
 from dpo.judges import Judge
 from dpo.policy import model as models
 from dpo.reference import Tabled
@@ -36,7 +41,8 @@ def run(config: DictConfig, directory: Path) -> None:
     A line is a pair, of chats as whole conversations, with `chosen_logprob` and `rejected_logprob` (nats, sums over the
     response; the layout of yale-nlp/RefDPO), `chosen_tokens` and `rejected_tokens` (how many the reference scored: it
     may read other tokens than the policy, and of given log-probs nobody knows), and with per_token=true the log-probs
-    of the tokens.
+    of the tokens. Where on_too_long=truncate cut a pair, the line holds the text that is left, which is what was
+    scored, and `cut` says of what: prompt, chosen, rejected.
     """
     began = time.monotonic()
     reference = call(config.reference)
@@ -45,7 +51,7 @@ def run(config: DictConfig, directory: Path) -> None:
         if sharding.is_main():
             evaluate.finish(directory, {"seconds": time.monotonic() - began})
         return
-    dataset: Dataset = call(config.data)
+    dataset = load(config)
     start, policy, _, pairs = prepare(config, dataset, call(config.judge))
     say(f"reference: {reference.prepare(start, policy, pairs, config)}")
     sharding.leave()
@@ -62,9 +68,10 @@ def run(config: DictConfig, directory: Path) -> None:
             if config.per_token:
                 both = reference.tokens[split][number :: len(items)]
                 scores |= named("token_logprobs", [values.tolist() for values in both])
-            rows.append(row(pair.text) | scores)
+            rows.append(row(pair.text) | ({"cut": list(pair.cut)} if pair.cut else {}) | scores)
         write_rows(directory / f"{split}.jsonl", rows)
     result = {f"{split} pairs": len(items) for split, items in pairs.items()}
+    result |= {f"{split} pairs cut": sum(bool(pair.cut) for pair in items) for split, items in pairs.items()}
     evaluate.finish(directory, {**result, "seconds": time.monotonic() - began})
 
 
@@ -117,12 +124,3 @@ def initial_policy(config: DictConfig, dataset: Dataset, device: torch.device) -
 def say(line: str) -> None:
     if sharding.is_main():
         print(line, flush=True)
-
-
-@hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name="score")
-def main(config: DictConfig) -> None:
-    launch.single(config)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,6 +5,11 @@
 `dpo.train` does the same by itself, once per sweep, when it is given no policy.
 """
 
+if __name__ == "__main__":
+    from dpo import launch
+
+    launch.command("sft")  # ends here: a run is `python -m dpo.run`, and what it imports is slow
+
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -12,17 +17,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo import HOME, evaluate, launch
+from dpo import evaluate
 from dpo.alpaca_eval import read_instructions, write_outputs
 from dpo.cache import digest, remember
 from dpo.data.batches import Batch, Batches, Tokens, collate, size, tokenize_demonstrations
-from dpo.data.records import Dataset, Demonstration, write_rows
+from dpo.data.records import Demonstration, write_rows
+from dpo.inputs import load
 from dpo.policy import model as models
 from dpo.policy.logps import packable, sequence_logps
 from dpo.signature import call
@@ -39,7 +44,7 @@ def run(config: DictConfig, directory: Path) -> None:
     last, `evaluation.json`.
     """
     began = time.monotonic()
-    dataset: Dataset = call(config.data)
+    dataset = load(config)
     instructions = read_instructions(config.evaluation.instructions)
     judge = call(config.judge)
     base, trusted = config.policy.path or config.policy.base, config.policy.trust_remote_code
@@ -91,12 +96,15 @@ def cached_policy(config: Any, demonstrations: list[Demonstration], device: torc
 
     def build(folder: Path) -> None:
         folder = sharding.gathered([folder])[0]  # rank 0's: each writes its part of checkpoint and policy there
-        with Log(folder) as log:
-            packed = packs(model, items, config)
-            if config.recompute:
-                models.recompute(model)
-            train(model, tokenizer, items, packed, config, folder / "checkpoint", log, None, config.checkpoint_every)
-        models.save(model, tokenizer, folder / "policy")
+        # The policy appears whole: where it is, a former attempt failed after it.
+        if not sharding.any_true(sharding.is_main() and (folder / "policy").is_dir()):
+            with Log(folder) as log:
+                packed = packs(model, items, config)
+                if config.recompute:
+                    models.recompute(model)
+                every = config.checkpoint_every
+                train(model, tokenizer, items, packed, config, folder / "checkpoint", log, None, every)
+            models.save(model, tokenizer, folder / "policy")
         if sharding.is_main():
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # a policy needs nothing to resume from
 
@@ -136,6 +144,7 @@ def train(
         world_size=sharding.world_size(),
     )
     last = steps(config, len(items))
+    inputs = {"base": models.fingerprint(model), "demonstrations": digest(items)}
     optim = optimizer(model, config.optimizer, recipe.lr, config.betas, config.weight_decay)
     fit(
         model,
@@ -152,6 +161,7 @@ def train(
         checkpoints_kept=config.checkpoints_kept,
         evaluate=evaluation,
         evaluate_every=config.evaluate_every,
+        inputs=inputs,
         name="SFT",
     )
 
@@ -163,12 +173,3 @@ def packs(model: PreTrainedModel, items: Sequence[Tokens], config: Any) -> bool:
 def steps(config: Any, demonstrations: int) -> int:
     """Optimizer steps of the SFT recipe."""
     return config.sft.steps or config.sft.epochs * -(-demonstrations // config.sft.batch_size)
-
-
-@hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name="sft")
-def main(config: DictConfig) -> None:
-    launch.single(config)
-
-
-if __name__ == "__main__":
-    main()

@@ -37,27 +37,32 @@ def binds(group: str, node: Any, given: tuple[str, ...]) -> list[str]:
         if name not in options:
             if parameter.default is parameter.empty:
                 problems.append(f"{group}.{name} must be given for {node['_target_']}; add {group}.{name}=...")
-        elif not _fits(options[name], parameter.annotation):
-            kind = inspect.formatannotation(parameter.annotation)
-            if get_origin(parameter.annotation) is Literal:
-                kind = f"one of {', '.join(map(str, get_args(parameter.annotation)))}"
-            problems.append(f"{group}.{name} must be {kind}, got {options[name]!r}")
+        elif not fits(options[name], parameter.annotation):
+            problems.append(f"{group}.{name} must be {kind(parameter.annotation)}, got {options[name]!r}")
     return problems
 
 
-def _fits(value: Any, annotation: Any) -> bool:
+def kind(annotation: Any) -> str:
+    """A type as a reader writes it."""
+    if get_origin(annotation) is Literal:
+        return f"one of {', '.join(map(str, get_args(annotation)))}"
+    return inspect.formatannotation(annotation)
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value of a config is of a type; a whole number is a float, too."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation in (inspect.Parameter.empty, Any):
         return True
     if origin in (Union, UnionType):
-        return any(_fits(value, argument) for argument in arguments)
+        return any(fits(value, argument) for argument in arguments)
     if origin is Literal:
         return value in arguments
     if origin is not None:  # list[float], dict[str, int], ...
         if not isinstance(value, origin if isinstance(origin, type) else object) or isinstance(value, str):
             return False
         items: Any = value.values() if isinstance(value, dict) else value
-        return not arguments or all(_fits(item, arguments[-1]) for item in items)
+        return not arguments or all(fits(item, arguments[-1]) for item in items)
     if annotation in (None, NoneType):
         return value is None
     if isinstance(value, bool):

@@ -3,27 +3,33 @@
 python -m dpo.train -m beta=0.01,0.02,0.1
 """
 
+if __name__ == "__main__":
+    from dpo import launch
+
+    launch.command("train")  # ends here: a run is `python -m dpo.run`, and what it imports is slow
+
 import math
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dpo import HOME, evaluate, launch
+from dpo import evaluate
 from dpo.alpaca_eval import read_instructions, write_outputs
 from dpo.cache import digest
-from dpo.data.batches import Batch, Batches, Pair, collate_pairs, size
-from dpo.data.records import Dataset, write_rows
+from dpo.data.batches import Batch, Batches, Pair, branched, collate_pairs, size
+from dpo.data.records import write_rows
+from dpo.inputs import load
 from dpo.losses import PairLogps, dpo, metrics
 from dpo.policy import model as models
-from dpo.policy.logps import forward_tokens, packable, sequence_logps
-from dpo.reference import Reference
+from dpo.policy.logps import differing, forward_tokens, packable, sequence_logps
+from dpo.reference import Frozen, Reference
 from dpo.score import prepare, say
 from dpo.selection import Selection
 from dpo.signature import call
@@ -40,7 +46,7 @@ def run(config: DictConfig, directory: Path) -> None:
     responses with their judgements) and, last, `evaluation.json`.
     """
     began = time.monotonic()
-    dataset: Dataset = call(config.data)  # bad records stop here, before any model is loaded
+    dataset = load(config)  # bad records stop here, before any model is loaded
     instructions = read_instructions(config.evaluation.instructions)
     judge, loss = call(config.judge), call(config.loss)
     reference: Reference = call(config.reference)
@@ -75,7 +81,7 @@ def run(config: DictConfig, directory: Path) -> None:
     if config.recompute:
         models.recompute(policy)
     optim = optimizer(policy, config.optimizer, config.lr, config.betas, config.weight_decay)
-    say(self_check(policy, reference, train.at(0)[0][0].to(device), config))
+    say(self_check(policy, reference, train.at(0)[0][0].to(device), pairs["train"], config))
     optim.register_step_post_hook(lambda *_: reference.after_step(policy))
     steps = config.epochs * len(train) if config.steps is None else config.steps
 
@@ -119,7 +125,7 @@ def run(config: DictConfig, directory: Path) -> None:
             evaluate=look,
             evaluate_every=config.evaluate_every,
             extra=reference if isinstance(reference, nn.Module) else None,
-            inputs=digest([weights, reference.origin])[:16],
+            inputs={"policy": weights, "reference": reference.origin, "pairs": _tokens(pairs)},
         )
         if config.select == "last" or steps == 0:
             selection.offer(steps, validate(), policy, tokenizer)
@@ -139,37 +145,45 @@ def run(config: DictConfig, directory: Path) -> None:
     sharding.leave()
 
 
+def _tokens(pairs: dict[str, list[Pair]]) -> str:
+    """Digest of all pairs as they are trained on."""
+    return digest({split: [pair.branches for pair in items] for split, items in pairs.items()})
+
+
 def pair_logps(policy: PreTrainedModel, reference: Reference, batch: Batch, split: str) -> PairLogps:
     """Log-probabilities of a batch of pairs under policy and reference."""
     logps, lengths = sequence_logps(policy, batch)  # (2B,) each: chosen, then rejected
     return PairLogps(*logps.chunk(2), *reference.logps(batch, split).chunk(2), *lengths.chunk(2))
 
 
-def self_check(policy: PreTrainedModel, reference: Reference, batch: Batch, config: DictConfig) -> str:
-    """How far the DPO loss of the first batch is from ln 2 before training.
+@torch.no_grad()
+def self_check(
+    policy: PreTrainedModel, reference: Reference, batch: Batch, pairs: Sequence[Pair], config: DictConfig
+) -> str:
+    """How far the DPO loss of the first batch is from ln 2 before training. pairs: those that the batch is made of.
 
-    Raises RuntimeError when the reference is, or starts as, the initial policy, and the loss is not ln 2.
+    Raises RuntimeError when the reference is, or starts as, the initial policy, and their log-probs differ by more than
+    rounding explains.
     """
-    with torch.no_grad(), autocast(config.precision, batch.index.device):
+    with autocast(config.precision, batch.index.device):
         pair = pair_logps(policy, reference, batch, "train")
     off = dpo(pair, config.beta, label_smoothing=0.0).losses.mean().sub(math.log(2)).abs().item()
-    tokens = (pair.chosen_lengths + pair.rejected_lengths).max().item()
-    worst = max(pair.chosen_logratios.abs().max().item(), pair.rejected_logratios.abs().max().item())
-    if reference.is_initial:
-        tolerance = tokens * (1e-5 if config.precision == "fp32" else 1e-2)
-        if worst > tolerance:
-            raise RuntimeError(
-                "policy and reference are the same model before training, so their log-probs of a response must agree "
-                f"within {tolerance:.2g} nats, found {worst:.2g}; the scoring or the cache in {config.cache} is wrong"
-            )
-        return f"self-check: |loss - ln 2| = {off:.1e}, policy equal to reference (log-probs within {worst:.1e} nats)"
-    return f"self-check: |loss - ln 2| = {off:.1e} before training; the reference is not the initial policy"
-
-
-@hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name="train")
-def main(config: DictConfig) -> None:
-    launch.single(config)
-
-
-if __name__ == "__main__":
-    main()
+    if not reference.is_initial:
+        return f"self-check: |loss - ln 2| = {off:.1e} before training; the reference is not the initial policy"
+    ours = torch.cat([pair.policy_chosen_logps, pair.policy_rejected_logps])  # (2B,)
+    theirs = torch.cat([pair.reference_chosen_logps, pair.reference_rejected_logps])
+    if wrong := differing(ours, theirs, config.precision):
+        alike = branched([pairs[row].branches for row in batch.index.tolist()], packed=False).to(batch.index.device)
+        with autocast(config.precision, batch.index.device):
+            forward, _ = sequence_logps(policy, alike)
+        blamed = "the forward agrees with the policy; the reference is another model than it says"
+        if differing(ours, forward, config.precision):
+            blamed = "the policy's own forward gives others than its packed rows: set packed=false"
+        elif isinstance(reference, Frozen):
+            blamed = f"scores in {reference.folder} are damaged: delete it to score again"
+        raise RuntimeError(
+            "policy and reference are the same model before training, so their log-probs of a response must agree, "
+            f"found {wrong}; {blamed}"
+        )
+    worst = (ours - theirs).abs().max().item()
+    return f"self-check: |loss - ln 2| = {off:.1e}, policy equal to reference (log-probs within {worst:.1e} nats)"

@@ -1,7 +1,11 @@
 """AlpacaEval's files and win rates; the length-controlled one against numbers that the package itself gave."""
 
+import gzip
 import json
+import re
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -85,13 +89,14 @@ def test_rows_find_their_instruction_in_any_order():
         ({"preference": 2.5}, "found 1 others, such as 2.5"),
         ({"preference": 0.5}, "found 1 others, such as 0.5"),
         ({"preference": "2"}, "found 1 others, such as 2"),
+        ({"preference": True}, "found 1 others, such as True"),
         ({"generator_2": "another"}, "one policy with one baseline"),
         ({"output_2": None}, "instruction, output_1, output_2"),
     ],
 )
 def test_other_files_are_refused(tmp_path, change, message):
     path = tmp_path / "annotations.json"
-    path.write_text(json.dumps([*made_up(3), made_up(1)[0] | change]))
+    path.write_text(json.dumps([*made_up(3)[1:], made_up(1)[0] | change]))
     with pytest.raises(ValueError, match=message):
         alpaca_eval.read_annotations(path)
 
@@ -153,3 +158,49 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "df_gamed.csv").write_text("index\n1\n")
     with pytest.raises(SystemExit, match="found no column instruction_difficulty, preference, std_delta_len"):
         said("annotations.json", "--instructions", "instructions.json", "--gamed", "df_gamed.csv")
+
+
+DATA = Path(__file__).parents[2] / "shared/data"
+
+
+def real(model: str) -> list[dict]:
+    """The published annotations where they are at hand, else as many made-up ones."""
+    file = DATA / f"alpaca-eval-{model}.annotations.json.gz"
+    return json.loads(gzip.decompress(file.read_bytes())) if file.exists() else made_up(805)
+
+
+@pytest.mark.parametrize(
+    "model,published",
+    [("OpenHermes-2.5-Mistral-7B", 10.340415705751552), ("Mixtral-8x7B-Instruct-v0.1_concise", 13.744040154795034)],
+)
+def test_one_row_per_instruction_of_one_judge(tmp_path, model, published):
+    """The leaderboard's win rate from the published file; none where rows were appended or a second judge was."""
+    rows, path = real(model), tmp_path / "annotations.json"
+
+    def read(changed: list[dict], instructions: Sequence[dict] = ()) -> list[dict]:
+        path.write_text(json.dumps(changed))
+        return alpaca_eval.read_annotations(path, instructions)
+
+    if (DATA / "alpaca-eval-leaderboard.csv").exists():
+        assert 100 * alpaca_eval.win_rate(read(rows)).value == pytest.approx(published, rel=1e-12)
+    first = re.escape(repr(rows[0]["instruction"][:80]))
+    with pytest.raises(ValueError, match=f"found more of 1:\n  2 x {first}"):
+        read([*rows, rows[0] | {"preference": 2}])
+    with pytest.raises(ValueError, match="found more of 805:"):
+        read(rows * 2)
+    assert len(read([*rows, rows[0]], [*rows, rows[0]])) == 806  # AlpacaEval asks it twice
+    with pytest.raises(ValueError, match=f"found 805 rows of {rows[0]['annotator']}, 805 rows of second; split"):
+        read([*rows, *(row | {"annotator": "second"} for row in rows)])
+
+
+def test_rows_without_a_preference_are_counted(tmp_path, monkeypatch, capsys):
+    """As in the package: the rate is that of the others. How many they are is said and kept."""
+    rows = [annotation(f"task {n}", "a", "b", preference) for n, preference in enumerate([2, 1, None, 2, None])]
+    (tmp_path / "evaluation.json").write_text("{}")
+    (tmp_path / "annotations.json").write_text(json.dumps(rows))
+    assert alpaca_eval.judged(rows) == 3
+    assert alpaca_eval.win_rate(rows).value == pytest.approx(2 / 3)
+    monkeypatch.setattr(sys, "argv", ["dpo.alpaca_eval", str(tmp_path / "annotations.json")])
+    alpaca_eval.main()
+    assert "3 of 5" in capsys.readouterr().out
+    assert json.loads((tmp_path / alpaca_eval.SCORES).read_text())["alpaca_eval/judged"] == 3

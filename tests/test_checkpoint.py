@@ -1,5 +1,7 @@
 import errno
+import math
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -10,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
-from dpo.training import checkpoint
+from dpo.training import checkpoint, sharding
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.optim import optimizer, schedule
 
@@ -90,7 +94,7 @@ def test_only_the_latest_is_kept_and_found(tmp_path):
     toy.save(tmp_path, 10)
     assert checkpoint.latest(tmp_path) == tmp_path / "step-10"
     assert names(tmp_path) == ["step-10"]
-    for odd in ("step-99", "step-98.unfinished", "step-x", "other"):  # step-99 has no .metadata
+    for odd in ("step-99", "step-98.unfinished", "step-x", "other"):  # step-99 has no about.json
         (tmp_path / odd).mkdir()
     assert checkpoint.latest(tmp_path) == tmp_path / "step-10"
 
@@ -106,13 +110,13 @@ def test_the_newest_few_are_kept(tmp_path):
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     """What is saved is the state at the save, not what training made of it meanwhile."""
     toy, gate = Toy(steps=4), threading.Event()
-    write = FileSystemWriter.write_data
+    write = HuggingFaceStorageWriter.write_data
 
     def slow(*arguments):
         assert gate.wait(30)
         return write(*arguments)
 
-    monkeypatch.setattr(FileSystemWriter, "write_data", slow)
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", slow)
     with toy.checkpoints(tmp_path) as checkpoints:
         checkpoints.save(4)
         expected = toy.train(5)
@@ -133,6 +137,74 @@ def test_another_run_and_another_model_are_refused(tmp_path):
         Toy(width=9).restore(tmp_path, run="abc")
 
 
+class Bomb:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, crater):
+        self.crater = crater
+
+    def __reduce__(self):
+        return Path.touch, (self.crater,)
+
+
+@pytest.mark.parametrize("place", [".metadata", "about.json", "part", "rng", "about as a former version"])
+def test_nothing_in_a_checkpoint_is_executed(tmp_path, place):
+    crater = tmp_path / "crater"
+    Toy(steps=2).save(tmp_path / "checkpoint", 2)
+    folder = tmp_path / "checkpoint" / "step-2"
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+    (part,) = folder.glob("*.safetensors")
+    bomb = pickle.dumps(Bomb(crater))
+    if place == "rng":
+        with safe_open(part, "pt") as file:
+            tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        room = len(tensors["rng.0"])
+        tensors["rng.0"] = torch.frombuffer(bytearray(bomb.ljust(room)), dtype=torch.uint8)
+        save_file(tensors, part, about)
+    elif place == "part":
+        part.write_bytes(bomb.ljust(part.stat().st_size))
+    elif place == "about as a former version":
+        (folder / ".metadata").write_bytes(bomb)
+        (folder / "about.json").unlink()
+    else:
+        (folder / place).write_bytes(bomb)
+    if place == ".metadata":  # which nobody reads
+        assert Toy().restore(tmp_path / "checkpoint") == (2, False)
+    else:
+        with pytest.raises(RuntimeError, match=f"{folder} must be a checkpoint of this run"):
+            Toy().restore(tmp_path / "checkpoint")
+    assert not crater.exists()
+    pickle.loads(bomb)  # the plant works
+    assert crater.exists()
+
+
+def test_a_cut_or_missing_file_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "FILE_BYTES", 400)
+    toy = Toy(steps=2)
+    toy.save(tmp_path, 2)
+    assert Toy(seed=9).restore(tmp_path)[0] == 2
+    first, second, *_ = sorted((tmp_path / "step-2").glob("*.safetensors"))
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-1])
+    with pytest.raises(RuntimeError, match=f"{first.name} must have {len(whole)} bytes, found {len(whole) - 1}"):
+        Toy().restore(tmp_path)
+    first.write_bytes(whole)
+    second.unlink()
+    with pytest.raises(RuntimeError, match=f"{second.name} must have .* found no such file; delete it to resume"):
+        Toy().restore(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """Every attempt that resumed from them would fail."""
+    toy = Toy(steps=2)
+    toy.save(tmp_path, 2)
+    with torch.no_grad():
+        next(toy.model.parameters())[0] = math.inf
+    with pytest.raises(RuntimeError, match=r"weights after step 3 must be finite.*step 2 is intact"):
+        toy.save(tmp_path, 3)
+    assert names(tmp_path) == ["step-2"]
+
+
 def full(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -143,7 +215,7 @@ def test_full_disk_leaves_the_former_intact(tmp_path, monkeypatch, broken):
     toy.save(tmp_path, 2)
     toy.train(1)
     with monkeypatch.context() as patched:
-        patched.setattr(FileSystemWriter, broken, full)
+        patched.setattr(checkpoint._Writer, broken, full)
         with pytest.raises(RuntimeError) as raised:
             toy.save(tmp_path, 3)
     message = str(raised.value)
@@ -157,7 +229,7 @@ def test_full_disk_leaves_the_former_intact(tmp_path, monkeypatch, broken):
 
 
 def test_full_disk_at_the_first_save(tmp_path, monkeypatch):
-    monkeypatch.setattr(FileSystemWriter, "write_data", full)
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", full)
     with pytest.raises(RuntimeError, match="there is no earlier one"):
         Toy(steps=1).save(tmp_path, 1)
     assert names(tmp_path) == []
@@ -196,7 +268,7 @@ KILLED = """
 toy = Toy(steps=2)
 directory = Path(sys.argv[1])
 toy.save(directory, 2)
-FileSystemWriter.finish = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+checkpoint._Writer.finish = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 toy.save(directory, 3)
 """
 

@@ -1,5 +1,6 @@
 """Every option composes and fits its function; what cannot be run is refused with the reason; identity."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo.config import HOMES, INCIDENTAL, OPEN_GROUPS, Sft, Train, check, decisive, flatten, identity
+from dpo.config import HOMES, INCIDENTAL, OPEN_GROUPS, Sft, Train, check, decisive, faults, flatten, identity
 from dpo.plan import resolve
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -61,8 +62,8 @@ def test_both_pages_have_one_sft_recipe():
     [
         (["beta=0"], "beta must be above 0"),
         (["beta=-0.1"], "beta must be above 0"),
-        (["beta=nan"], "beta must be above 0"),
-        (["beta=inf"], "beta must be above 0"),
+        (["beta=nan"], "beta must be a number of size 1e-12 to 1e+12, got nan"),
+        (["beta=inf"], "beta must be a number of size"),
         (["lr=0"], "lr must be above 0"),
         (["batch_size=0"], "batch_size must be above 0"),
         (["processes=0"], "processes must be above 0"),
@@ -95,7 +96,7 @@ def test_both_pages_have_one_sft_recipe():
         (["reference=other"], "reference.path must be given"),
         (["data.train=true"], "data.train must be int, got True"),
         (["data.summaries=foo"], "data.summaries must be one of human, clean, alien, alien_clean, got 'foo'"),
-        (["data.train=-3"], "data.train must be above 0 and finite, got -3"),
+        (["data.train=-3"], "data.train must be above 0, got -3"),
         (["data.test=0"], "data.test must be above 0"),
         (
             ["data=file", "data.path=somewhere", "data.on_faulty=foo"],
@@ -106,7 +107,7 @@ def test_both_pages_have_one_sft_recipe():
             ["data=ultrafeedback", "data.validation_fraction=2"],
             "data.validation_fraction must be between 0 and 1, got 2",
         ),
-        (["beta=-1", "lr=-1"], "beta must be above 0 and finite, got -1.0"),
+        (["beta=-1", "lr=-1"], "beta must be above 0, got -1.0"),
     ],
 )
 def test_refused(overrides, said):
@@ -147,6 +148,63 @@ def test_the_command_line_wins_over_what_data_brings():
     own = config("data=file", "data.path=x.jsonl", "judge=shorter", "policy=tiny")
     assert own["judge"]["_target_"] == "dpo.judges.shorter"
     assert own["policy"]["base"] == "world"
+
+
+def test_no_number_is_beyond_arithmetic():
+    """Whichever key it is: neither NaN nor infinite, denormal or huge; infinity alone may say that nothing is clipped."""
+    base = config()
+    for key, value in flatten(base).items():
+        if isinstance(value, bool) or not isinstance(value, float | int) or HOMES.get(key) in base:
+            continue
+        for odd in (math.nan, math.inf, 1e-320, 1e30) if isinstance(value, float) else (10**13,):
+            changed: dict[str, Any] = copy.deepcopy(base)
+            node = changed
+            for part in key.split(".")[:-1]:
+                node = node[part]
+            node[key.split(".")[-1]] = odd
+            refused = any(f"{key} must be a number of size" in said for said in faults(changed))
+            assert refused != (key == "max_grad_norm" and odd == math.inf), (key, odd)
+
+
+@pytest.mark.parametrize(
+    "override,said",
+    [
+        ("+key=1", "key is not a key of this command"),
+        ("++key=1", "key is not a key of this command"),
+        ("+bata=1", "bata is not a key of this command; did you mean beta?"),
+        ("+sft.foo=1", "sft.foo is not a key"),
+        ("+policy.foo=1", "policy.foo is not a key"),
+        ("+evaluation={foo: 1}", "evaluation.foo is not a key"),
+        ("+loss.foo=1", "loss.foo is not an option"),
+        ("~lr", "lr must be given"),
+        ("~betas", "betas must be given"),
+        ("~sft.lr", "sft.lr must be given"),
+        ("loss.beta=[1]", "beta must be float, got [1]"),
+        ("command=foo", "command must be one of score, sft, train, got foo"),
+        ("command=score", "per_token must be given"),
+        ("betas=[0.9,nan]", "betas must be a number of size"),
+        ("loss.label_smoothing=nan", "loss.label_smoothing must be a number of size"),
+        ("data.train=1e13", "data.train must be a number of size"),
+        ("name=''", "name must be a path without control characters, and not empty"),
+        ("runs=' '", "runs must be a path"),
+        ('name="a\\tb"', "name must be a path without control characters"),
+        ("name=../x", "name must name a folder inside of runs=runs"),
+        ("name=/tmp/x", "name must name a folder inside of runs"),
+        ("name=.", "name must name a folder inside of runs"),
+        ("name=a//b", "name must name a folder inside of runs"),
+        ("name=a/..", "name must name a folder inside of runs"),
+        (f"name={'é' * 101}", "name must have at most 200 bytes"),
+    ],
+)
+def test_what_is_no_config_of_the_command(override, said):
+    assert said in problems(override.replace("\\t", "\t"))
+
+
+def test_names_may_nest_but_not_inside_of_a_run(tmp_path):
+    check(config("name=a/b", f"runs={tmp_path}"))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/config.yaml").touch()
+    assert "name must not lie inside of a run" in problems("name=a/b", f"runs={tmp_path}")
 
 
 @pytest.mark.parametrize("written", ["0.1", "0.10", "1e-1", "1.0e-1"])

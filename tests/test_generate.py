@@ -1,17 +1,23 @@
 """On-policy pairs: the better response is the chosen one, ties make no pair, cut responses say so; sampling."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import CHAT_TEMPLATE, CONFIGS, tiny_tokenizer
 from omegaconf import OmegaConf
+from test_tokens import sentencepiece
+from transformers import LlamaForCausalLM
 
 from dpo import generate
-from dpo.data.batches import encode_prompts
-from dpo.data.records import read
+from dpo.data.batches import collate_pairs, encode_prompts, tokenize
+from dpo.data.records import read, write
 from dpo.policy import model as models
 from dpo.policy import sampling
+from dpo.policy.logps import sequence_logps
 from dpo.policy.sampling import Sample, sample
 
 PROMPTS = [f"\n\nHuman: {n}?\n\nAssistant:" for n in range(6)]
@@ -151,7 +157,7 @@ def test_a_cut_response_has_no_end(monkeypatch):
     settings = SimpleNamespace(samples=2, temperature=1.0, top_p=1.0, pairs_per_prompt=2, batch_size=2)
     asked = SimpleNamespace(generation=settings, max_length=8, max_new_tokens=2)
     judge = lambda prompt, texts: [{"score": float(len(text))} for text in texts]  # noqa: E731
-    (pair,), _ = generate._pairs(None, None, ["p"], [[1]], judge, asked, 0, "train")
+    (pair,), _ = generate._pairs(None, tiny_tokenizer("gpt2"), ["p"], [("p", [1])], judge, asked, 0, "train")
     assert (pair.chosen, pair.chosen_ended, pair.rejected, pair.rejected_ended) == ("a c d", False, "a b", True)
 
 
@@ -161,3 +167,97 @@ def test_all_ties_are_an_error(tmp_path, llama):
 
     with pytest.raises(RuntimeError, match="differ in score"):
         generate.preferences(*llama, {"train": PROMPTS, "validation": PROMPTS}, same, config(tmp_path), "w")
+
+
+def policy(tokenizer):
+    """A random Llama with a row for each of its tokens, and no more."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return LlamaForCausalLM(CONFIGS["llama"](vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)).eval()
+
+
+@pytest.mark.parametrize("make", [sentencepiece, lambda: tiny_tokenizer("llama")], ids=["spaces", "bytes"])
+def test_pairs_are_trained_as_they_were_sampled(tmp_path, make, monkeypatch):
+    """From sampling through the file to the batch, with a decoder that leaves out leading spaces, and with one that has
+    no text of a response cut inside a character: the same tokens, and the same log-probs.
+    """
+    tokenizer, drawn = make(), []
+    model = policy(tokenizer)
+    monkeypatch.setattr(generate, "sample", lambda *a, **more: drawn.extend(sample(*a, **more)) or drawn[-24:])
+    long = [f"\n\nHuman: {' dogs' * 60} {n}?\n\nAssistant:" for n in range(2)]  # cut to what the policy can be fed
+    prompts = {"train": [*PROMPTS[:4], *long], "validation": PROMPTS}
+    made = generate.preferences(model, tokenizer, prompts, lengths, config(tmp_path, pairs_per_prompt=6), "w")
+    made = [*made["train"], *made["validation"]]
+    pairs = tokenize(made, tokenizer, 64, "error")
+    again = tokenize([replace(one, token_ids=None) for one in made], tokenizer, 64, "truncate")
+    assert sum(one != pair for one, pair in zip(again, pairs, strict=True)) > len(pairs) / 4  # as text they are others
+    with torch.no_grad():
+        index, real = torch.arange(len(pairs)), torch.ones(len(pairs), dtype=torch.bool)
+        logps, _ = sequence_logps(model, collate_pairs(pairs, index, real, pad_id=0, packed=False))
+    sides = [(pair.text.chosen, *pair.chosen) for pair in pairs] + [
+        (pair.text.rejected, *pair.rejected) for pair in pairs
+    ]
+    for (text, prompt_ids, ids), logp in zip(sides, logps.tolist(), strict=True):
+        [whole, *_] = [
+            one
+            for one in drawn
+            if one.prompt_ids == prompt_ids
+            and one.response_ids[: len(ids)] == ids
+            and len(one.response_ids) < len(ids) + 4
+        ]
+        assert whole.response_ids == ids or (whole.text.endswith("\ufffd") and not text.endswith("\ufffd"))
+        before, after = (tokenizer.decode(some, skip_special_tokens=True) for some in (prompt_ids, prompt_ids + ids))
+        assert after == before + text
+        with torch.no_grad():
+            every = model(torch.tensor([prompt_ids + ids])).logits[0].double().log_softmax(-1)
+        places = torch.arange(len(prompt_ids) - 1, len(prompt_ids) + len(ids) - 1)
+        assert logp == pytest.approx(every[places, torch.tensor(ids)].sum().item(), abs=1e-3)
+
+
+def test_a_response_cut_inside_a_character_ends_before_it():
+    tokenizer = tiny_tokenizer("gpt2")
+    prompt, ids = tokenizer("Is it")["input_ids"], tokenizer(" Rome ☃")["input_ids"]
+    for bytes_ in (1, 2):
+        one = sampling._cut(prompt, ids[:-bytes_], {tokenizer.eos_token_id}, tokenizer)
+        assert one.text.endswith("\ufffd")
+        whole = generate._whole_characters(one, tokenizer)
+        assert tokenizer.decode(whole.response_ids) == whole.text == " Rome "
+        assert whole.response_ids == ids[: len(whole.response_ids)]
+    one = sampling._cut(prompt, [*ids[-2:], *ids], {tokenizer.eos_token_id}, tokenizer)
+    assert generate._whole_characters(one, tokenizer) == one  # broken within: what follows stays
+
+
+def test_token_ids_are_used_where_they_fit(tmp_path, capsys):
+    tokenizer = tiny_tokenizer("qwen2")
+    chats = [[{"role": "user", "content": f"Is {n} even?"}] for n in range(6)]
+    found = generate.preferences(
+        policy(tokenizer), tokenizer, {"train": chats, "validation": chats[:2]}, lengths, config(tmp_path), "w"
+    )["train"]
+    write(tmp_path / "pairs.jsonl", found)
+    assert read(tmp_path / "pairs.jsonl") == found
+    capsys.readouterr()
+    pairs = tokenize(found, tokenizer, 64, "error")
+    assert [(pair.chosen_ids, pair.rejected_ids) for pair in pairs] == [
+        (one.token_ids.chosen, one.token_ids.rejected) for one in found
+    ]
+    assert capsys.readouterr().out == ""
+    for change in ("template", "tokenizer"):
+        other = tiny_tokenizer("qwen2" if change == "template" else "llama")
+        other.chat_template = "again: " + CHAT_TEMPLATE
+        read_as_text = tokenize(found, other, 200, "error")
+        assert (
+            f"{len(found)} of {len(found)} pairs that were sampled with another tokenizer or after"
+            in capsys.readouterr().out
+        )
+        assert read_as_text == tokenize([replace(one, token_ids=None) for one in found], other, 200, "error")
+        assert all(pair.text.token_ids is None for pair in read_as_text)
+    for change in ({"chosen": "other"}, {"token_ids": replace(found[0].token_ids, rejected=[100_000])}):
+        with pytest.raises(
+            ValueError, match=r"must be those of the text beside them, found others:\n  here \((ch|rej)"
+        ):
+            tokenize([replace(found[0], origin="here", **change)], tokenizer, 64, "error")
+    line = json.loads((tmp_path / "pairs.jsonl").read_text().splitlines()[0])
+    for wrong in (5, {}, line["token_ids"] | {"prompt": []}, line["token_ids"] | {"chosen": [1.5]}):
+        (tmp_path / "pairs.jsonl").write_text(json.dumps(line | {"token_ids": wrong}))
+        with pytest.raises(ValueError, match="line 1: token_ids"):
+            read(tmp_path / "pairs.jsonl")

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dpo import evaluate, sft, train
 from dpo.data.batches import branched
-from dpo.policy import attention, parts
+from dpo.policy import attention
 from dpo.policy import model as models
 from dpo.policy.logps import packable, sequence_logps
 from dpo.signature import call
@@ -146,7 +146,7 @@ def several(directory: Path, processes: int) -> None:
         told[kind]["stops"] = model.generation_config.eos_token_id
         models.save(model, models.load_tokenizer(given(directory)[kind]), directory / f"{processes}-{kind}")
     told["checked"] = {f"{precision}, {spoilt}": checked(precision, spoilt) for precision, spoilt in CHECKED}
-    parts.FILE_BYTES = 2e7
+    sharding.FILE_BYTES = 2e7
     with Peak() as reading:
         large, tokenizer = models.load(given(directory)["large"], device, layout=layout)
     with Peak() as writing:

@@ -13,7 +13,7 @@ from dpo.data.batches import Batch, Pair, collate, collate_pairs
 from dpo.losses import PairLogps, dpo
 from dpo.policy import attention, logps
 from dpo.policy import model as models
-from dpo.policy.logps import HeadLogps, packable, sequence_kl, sequence_logps, token_kl, token_logps
+from dpo.policy.logps import HeadLogps, log_softmax, packable, sequence_kl, sequence_logps, token_kl, token_logps
 from dpo.training.sharding import blocks
 
 KINDS = ["gpt2", "llama", "mistral", "qwen2", "gpt_neox", "gemma2"]
@@ -60,6 +60,14 @@ class Table:
         return SimpleNamespace(logits=self.logits)
 
 
+class Sized(Table):
+    """With the size of its vocabulary."""
+
+    def __init__(self, logits: torch.Tensor, vocabulary: int) -> None:
+        super().__init__(logits)
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=vocabulary))
+
+
 def test_five_tokens_by_hand():
     """Prompt [0, 1], response [2, 0, 1]: token t is scored by the logits at t - 1, first and last too."""
     p = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.6, 0.3, 0.1], [0.25, 0.5, 0.25], [0.2, 0.2, 0.6]])
@@ -79,6 +87,46 @@ def test_bfloat16_logits_are_summed_in_float32():
         at = logits[row].double().log_softmax(-1)
         exact.append(sum(at[len(prompt) + i - 1, token].item() for i, token in enumerate(response)))
     assert found.tolist() == pytest.approx(exact, abs=1e-4)
+
+
+@pytest.mark.parametrize("vocabulary", [50_000, 128_256])
+def test_peaked_logits_of_large_vocabularies(vocabulary):
+    """To the last places of float32 in both layouts, values and gradients, and KL, where torch's own form is biased."""
+    generator = torch.Generator().manual_seed(0)
+    logits, others = (4 * torch.randn(1, 12, vocabulary, generator=generator) for _ in range(2))
+    likely = logits[0, 1:].topk(3).indices[:, 1].tolist()  # of each position the second
+    given = batch([([0, 1], likely[:10])])
+    exact = logits.double().requires_grad_()
+    asked = torch.tensor(likely[:10])
+    expected = exact.log_softmax(-1)[0, 1:11].gather(-1, asked[:, None]).squeeze(-1)
+    (gradient,) = torch.autograd.grad(expected.sum(), exact)
+    plain = logits.clone().requires_grad_()
+    held: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: (held.append(one), one)[1], lambda one: one):
+        found = token_logps(Table(plain), given)
+    assert sum(one.numel() for one in held) < 1.01 * 10 * vocabulary  # one copy of the scored logits, no more
+    found.sum().backward()
+    assert (found - expected).abs().max() < 5e-7
+    assert (plain.grad - gradient).abs().max() < 5e-7
+    own = logits.log_softmax(-1)[0, 1:11].gather(-1, asked[:, None]).squeeze(-1)
+    assert (own - expected).mean().abs() > 10 * (found - expected).mean().abs()  # else it would do
+
+    states = logits[0, 1:11, :16].clone().requires_grad_()  # the head, from states of which four are the logits' scale
+    head = torch.randn(vocabulary, 16, generator=generator)
+    fused = HeadLogps.apply(states, head, None, asked, None)
+    wide = states.detach().double().requires_grad_()
+    right = (wide @ head.double().T).log_softmax(-1).gather(-1, asked[:, None]).squeeze(-1)
+    (slope,) = torch.autograd.grad(right.sum(), wide)
+    fused.sum().backward()
+    assert (fused - right).abs().max() < 1e-6 * right.abs().max()
+    assert (states.grad - slope).abs().max() < 1e-5
+
+    ours, theirs = (one.double().log_softmax(-1)[0, 1:11] for one in (logits, logits + others / 40))
+    right = (ours.exp() * (ours - theirs)).sum()
+    _, kl = sequence_kl(*(Sized(one, vocabulary) for one in (logits, logits + others / 40)), given)
+    assert kl.item() == pytest.approx(right.item(), abs=1e-5)
+    assert sequence_kl(Sized(logits, vocabulary), Sized(logits, vocabulary), given)[1].item() == 0.0
+    assert (log_softmax(logits[0, 1:11]) - ours).abs().max() < 1e-7 * ours.abs().max()
 
 
 ATTENTIONS = [  # the library has no soft-cap in sdpa

@@ -389,14 +389,14 @@ def test_metric_that_is_not_finite_is_null(run):
 
 
 def test_full_disk_stops_the_run_and_the_command_resumes(run, monkeypatch):
-    write = checkpoint.FileSystemWriter.write_data
+    write = checkpoint.HuggingFaceStorageWriter.write_data
 
     def full(writer, *rest):
         if "step-8" in str(writer.path):
             raise OSError(28, "No space left on device")
         return write(writer, *rest)
 
-    monkeypatch.setattr(checkpoint.FileSystemWriter, "write_data", full)
+    monkeypatch.setattr(checkpoint.HuggingFaceStorageWriter, "write_data", full)
     with pytest.raises(RuntimeError, match=r"could not save step 8.*No space.*step 4 is intact"):
         run.fit()
     assert [path.name for path in (run.directory / "checkpoint").iterdir()] == ["step-4"]

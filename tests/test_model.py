@@ -182,7 +182,7 @@ def test_missing_folders_and_hub_names(tmp_path, monkeypatch, offline):
     for path in ("/absent/folder", "./absent", "runs/absent", str(tmp_path / "absent")):
         with pytest.raises(ValueError, match=f"{path} must be a folder .* check the path"):
             models.load(path)
-    with pytest.raises(ValueError, match=r"nobody/nothing must be .* the hub did not give it.*HF_TOKEN"):
+    with pytest.raises(ValueError, match=r"nobody/nothing must be .* the hub did not give it.*run `hf download"):
         models.load("nobody/nothing")
 
 

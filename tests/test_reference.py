@@ -4,6 +4,8 @@ import copy
 import json
 import math
 import re
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from dpo import cache
 from dpo.data.batches import Pair, collate_pairs, tokenize
-from dpo.data.records import Preference, row, write_rows
+from dpo.data.records import Preference, TokenIds, row, write_rows
+from dpo.data.tokens import decode, vocabulary
+from dpo.losses import rounding
 from dpo.policy import model as models
 from dpo.policy.logps import sequence_logps
 from dpo.policy.scoring import off_by, score
@@ -58,7 +62,7 @@ def test_scores_are_those_of_the_model(tmp_path, llama):
     assert found[0] == found[3]  # duplicates are one entry
     assert scores.lengths.tolist() == [2, 4, 1, 2]
     assert scores.token_logps is not None
-    assert torch.equal(torch.stack([values.sum() for values in scores.token_logps]), found)
+    assert torch.equal(torch.stack([values.double().sum().float() for values in scores.token_logps]), found)
 
 
 def batch_of(sequences: Any) -> Any:
@@ -201,16 +205,54 @@ def test_another_tokenizer_scores_the_text(tmp_path, tiny_model):
         reference.prepare(tiny_model("gpt2"), policy, {"train": pairs}, settings(tmp_path, per_token=True))
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
+def test_a_policy_held_to_itself_reads_the_text_that_was_cut(tmp_path, tiny_model, kind):
+    """Through its text, as another tokenizer would: the log-ratio is 0 of every pair, cut or not."""
+    policy, tokenizer = models.load(tiny_model(kind))
+    asked, words = settings(tmp_path), "The capital of Italy is Rome ☃ and cats sleep. "
+    asked.on_too_long, asked.max_length = "truncate", 30
+
+    def text(prompt: int, chosen: int, rejected: int, ended: bool = True) -> Preference:
+        sides = [" ".join(words.split()[:n] * 4) for n in (prompt, chosen, rejected)]
+        if kind != "qwen2":
+            return Preference(sides[0], " " + sides[1], " no " + sides[2], ended)
+        answers = ([{"role": "assistant", "content": side}] for side in (sides[1], "no " + sides[2]))
+        return Preference([{"role": "user", "content": sides[0]}], *answers, ended)
+
+    some = [text(1, 1, 2), text(9, 1, 1), text(9, 9, 1), text(2, 3, 9), text(9, 9, 9), text(1, 9, 1, False)]
+    pairs = tokenize(some, tokenizer, 30, "truncate")
+    assert {name for pair in pairs for name in pair.cut} == {"prompt", "chosen", "rejected"}
+    assert not all(pair.cut for pair in pairs)
+    reference = OtherTokenizer(tiny_model(kind), None)
+    reference.prepare(tiny_model(kind), policy, {"train": pairs}, asked)
+    everything = collate_pairs(
+        pairs, torch.arange(len(pairs)), torch.ones(len(pairs), dtype=torch.bool), pad_id=0, packed=False
+    )
+    with torch.no_grad():
+        own, _ = sequence_logps(policy, everything)
+    assert (reference.logps(everything, "train") - own).abs().max() < 1e-4
+    rows = [row(pair.text) for pair in pairs]  # and log-probs of the whole text are not those of what is left
+    for scored, refused in ((rows, False), ([row(one) for one in some], True)):
+        write_rows(tmp_path / "scores.jsonl", [one | {"chosen_logprob": -1, "rejected_logprob": -2} for one in scored])
+        given = Given(str(tmp_path / "scores.jsonl"))
+        if not refused:
+            given.prepare("", policy, {"train": pairs}, asked)
+            continue
+        cut = sum(bool(pair.cut) for pair in pairs)
+        with pytest.raises(ValueError, match=rf"{cut} of them were cut by on_too_long=truncate.* max_length=30"):
+            given.prepare("", policy, {"train": pairs}, asked)
+
+
 def test_what_is_too_long_under_another_tokenizer_is_an_error(tmp_path, tiny_model, monkeypatch):
     policy, pairs = models.load(tiny_model("gpt2"))[0], own_pairs("gpt2", tiny_model)
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a model was loaded"))
-    for on_too_long in ("error", "drop"):  # dropped pairs would make it another data set
+    for on_too_long in ("error", "drop", "truncate"):  # it would score another data set, or another text
         asked = settings(tmp_path)
         asked.on_too_long = on_too_long
         with pytest.raises(ValueError, match=r"in the tokens of the reference .* more than 3 tokens") as error:
             OtherTokenizer(tiny_model("qwen2"), 3).prepare(tiny_model("gpt2"), policy, {"train": pairs}, asked)
         assert "Raise reference.max_length" in str(error.value)
-        assert "on_too_long=drop is for the policy's tokens alone" in str(error.value)
+        assert "every reference scores the text that the policy is trained on" in str(error.value)
 
 
 def test_a_reference_needs_the_positions_that_are_asked_of_it(tmp_path, tiny_model, monkeypatch):
@@ -259,6 +301,47 @@ def test_given_scores_are_found_by_text(tmp_path, tiny_model, llama):
         Given(str(tmp_path / "nowhere"))
 
 
+def test_sampled_pairs_are_found_by_their_tokens(tmp_path, tiny_model, llama):
+    """One text may be sampled as several rows of tokens; a reference that reads text cannot read half a character."""
+    tokenizer = models.load_tokenizer(tiny_model("llama"))
+    prompt, rome, letters = (
+        tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in ("Is it", " Rome", " R o m e".replace(" ", "_"))
+    )
+    prompt = [tokenizer.bos_token_id, *prompt]
+    split = [
+        *tokenizer(" R", add_special_tokens=False)["input_ids"],
+        *tokenizer("ome", add_special_tokens=False)["input_ids"],
+    ]
+    half = tokenizer("☃", add_special_tokens=False)["input_ids"][:1]
+    texts = [
+        Preference(
+            "Is it", " Rome", decode(prompt, bad, tokenizer), False, False, token_ids=TokenIds(own, prompt, good, bad)
+        )
+        for own, good, bad in ((vocabulary(tokenizer), rome, letters), (vocabulary(tokenizer), split, [*half, *rome]))
+    ]
+    pairs = tokenize(texts, tokenizer, 60, "error")
+    assert [pair.chosen_ids for pair in pairs] == [rome, split]
+    assert [pair.unwritten for pair in pairs] == [False, True]
+    scores = [{"chosen_logprob": -1.0 - n, "rejected_logprob": -5.0 - n} for n in range(2)]
+    write_rows(tmp_path / "ids.jsonl", [row(pair.text) | one for pair, one in zip(pairs, scores, strict=True)])
+    (reference := Given(str(tmp_path / "ids.jsonl"))).prepare("", llama, {"train": pairs}, settings(tmp_path))
+    assert reference.table["train"].tolist() == [[-1.0, -5.0], [-2.0, -6.0]]
+    write_rows(tmp_path / "text.jsonl", [row(replace(texts[0], token_ids=None)) | scores[0]])
+    (reference := Given(str(tmp_path / "text.jsonl"))).prepare("", llama, {"train": pairs[:1]}, settings(tmp_path))
+    assert reference.table["train"].tolist() == [[-1.0, -5.0]]  # of a reference that reads text
+    for known in (tmp_path / "text.jsonl", None):
+        with pytest.raises(ValueError, match=r"found none for 1 of 2|broken characters within:\n  row 1"):
+            (Given(str(known)) if known else OtherTokenizer(tiny_model("gpt2"), None)).prepare(
+                tiny_model("llama"), llama, {"train": pairs}, settings(tmp_path)
+            )
+    itself = OtherTokenizer(tiny_model("llama"), None)  # the same tokenizer reads the tokens
+    itself.prepare(tiny_model("llama"), llama, {"train": pairs}, settings(tmp_path))
+    with torch.no_grad():
+        own, _ = sequence_logps(llama, batch_of([pair.chosen for pair in pairs]))
+    assert torch.allclose(itself.table["train"][:, 0], own, atol=1e-4)
+
+
 def conversation(asked: str, answer: str) -> list[dict[str, str]]:
     return [{"content": asked, "role": "user"}, {"content": answer, "role": "assistant"}]
 
@@ -291,7 +374,7 @@ def test_a_damaged_cache_is_found_out(tmp_path, tiny_model, llama):
     [file] = (tmp_path / "cache" / "reference").glob("*/scores.safetensors")
     table = load_file(file)
     for change, said in (
-        (0.01, "relative error"),
+        (0.01, r"reference/\w+ must hold the log-probs that the model gives, found .* though scoring them again gives"),
         (math.nan, r"found none for 6 of 6:\n  train row 0, counted from 0 \(chosen\)"),
     ):
         save_file(table | {"logps": table["logps"] + change}, file)
@@ -337,13 +420,17 @@ def test_wrong_scores_of_packed_rows_are_found_out_by_the_plain_forward(tmp_path
     monkeypatch.setattr("dpo.policy.scoring.packable", lambda *_: True)
     monkeypatch.setattr("dpo.policy.attention.sees", lambda branch, position, other, others, window: others <= position)
     long = [Pair([5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15])]
-    with pytest.raises(RuntimeError, match="relative error"):
-        Initial().prepare(tiny_model("llama"), llama, {"train": long}, settings(tmp_path))
+    for _ in range(2):  # computed now, and then from the cache: it is not to blame either time
+        with pytest.raises(
+            RuntimeError, match=r"log-probs scored in packed rows must be .*; set packed=false"
+        ) as error:
+            Initial().prepare(tiny_model("llama"), llama, {"train": long}, settings(tmp_path))
+        assert "damaged" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 @pytest.mark.parametrize("sharpness", [1, 60])
-def test_cached_and_live_scores_agree_to_a_millionth(tmp_path, tiny_model, kind, sharpness):
+def test_cached_and_live_scores_agree_within_rounding(tmp_path, tiny_model, kind, sharpness):
     """In fp32, long responses and sure single tokens (logits up to 30), of every architecture, packed against plain."""
     model, _ = models.load(tiny_model(kind))
     head = copy.deepcopy(model.get_output_embeddings())  # embeddings that are tied to it stay
@@ -363,9 +450,12 @@ def test_cached_and_live_scores_agree_to_a_millionth(tmp_path, tiny_model, kind,
     scores = score(model, sequences, "weights", asked, "scoring", names)
     for first in range(0, len(sequences), 8):  # all of them, 8 at a time
         rows = slice(first, first + 8)
-        assert off_by(model, sequences[rows], scores.logps[rows], asked) <= 1e-6
-    with pytest.raises(RuntimeError, match="must agree with those of the model"):
-        off_by(model, sequences, scores.logps - 3e-6 * scores.logps.abs().clamp(min=10), asked)
+        part = replace(scores, logps=scores.logps[rows])
+        assert off_by(model, sequences[rows], part, asked) <= 1e-6 * part.logps.abs().clamp(min=10).max()
+    for factor, wrong in ((0.5, False), (2, True)):
+        moved = replace(scores, logps=scores.logps - factor * rounding(scores.logps), cached=True)
+        with pytest.raises(RuntimeError, match="damaged, so delete it") if wrong else nullcontext():
+            off_by(model, sequences, moved, asked)
 
 
 def test_uniform_is_zero():

@@ -75,11 +75,21 @@ def test_one_pass_serves_sums_and_tokens(tmp_path, given, capfd):
 
 
 def test_tokens_are_counted_as_the_reference_reads_them(tmp_path, given, tiny_model):
-    other = [f"reference.path={tiny_model('qwen2')}", "reference.max_length=5", "on_too_long=truncate"]
+    other = [f"reference.path={tiny_model('qwen2')}", "max_length=8", "max_new_tokens=4", "on_too_long=truncate"]
     rows = scored(tmp_path / "scores", *given, *other, reference="other_tokenizer")
-    for line in rows["train"]:  # cut to one token of the prompt and four of the response
-        assert line["chosen_tokens"] == min(4, len(tiny_tokenizer("qwen2")(line["chosen"])["input_ids"]) + 1)
-        assert line["rejected_tokens"] == 4
+    for number, line in enumerate(rows["train"]):  # what is left in eight tokens of the policy, and no more
+        assert f"Is {number} even?".endswith(line["prompt"])
+        assert "prompt" in line["cut"]
+        for name in ("chosen", "rejected"):
+            assert (name in line["cut"]) is not line.get(f"{name}_ended", True)
+            tokens = len(tiny_tokenizer("qwen2")(line[name])["input_ids"]) + line.get(f"{name}_ended", True)
+            assert line[f"{name}_tokens"] == tokens
+    assert any("rejected" in line["cut"] for line in rows["train"])
+    files = [f"reference.path={tmp_path / 'scores'}", *other[1:]]
+    again = scored(tmp_path / "again", *given, *files, reference="given")
+    assert [one["chosen_logprob"] for one in again["train"]] == [one["chosen_logprob"] for one in rows["train"]]
+    with pytest.raises(ValueError, match=r"found none for 8 of 8 train pairs.* 8 of them were cut"):
+        scored(tmp_path / "longer", *given, *files, "max_length=9", reference="given")
 
 
 def test_given_scores_are_those_that_were_written(tmp_path, given, tiny_model):

@@ -125,7 +125,7 @@ def fill_disk_of_rank_1(passes, index, losses):
         def full(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        checkpoint.FileSystemWriter.write_data = full
+        checkpoint.HuggingFaceStorageWriter.write_data = full
     return losses
 
 

@@ -39,7 +39,6 @@ def test_every_ablation_takes_the_same_steps(step):
 
 
 def test_trl_takes_the_same_steps(step):
-    pytest.importorskip("trl", reason="an extra of the benchmark")
     found = losses(step, [step.OURS, step.TRL, step.COMPACT, step.LIVE])
     for values in found.values():
         assert values == pytest.approx(found[step.OURS], rel=1e-4)

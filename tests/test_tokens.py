@@ -1,5 +1,7 @@
 """A response continues exactly the ids that a policy is fed, ends in one EOS, and is cut by one rule."""
 
+from dataclasses import replace
+
 import pytest
 from conftest import SENTENCES, tiny_tokenizer
 from hypothesis import given, settings
@@ -253,6 +255,74 @@ def test_truncation_rule(texts, max_length):
         if any(fits):
             dropped = tokenize(some, tokenizer, max_length, "drop")
             assert dropped == [pair for pair, fit in zip(whole, fits, strict=True) if fit]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(*[st.text("aé☃ Rome\n<", max_size=40)] * 3, st.booleans()), min_size=1, max_size=4),
+    st.integers(32, 60),
+)
+def test_what_is_left_of_a_pair_is_a_text_of_its_own(texts, max_length):
+    """It is a part of the text that was there, and whoever reads it, this tokenizer too, reads the same tokens."""
+    for kind in ("gpt2", "qwen2", "sentencepiece"):
+        tokenizer, chat = (sentencepiece() if kind == "sentencepiece" else tiny_tokenizer(kind)), kind == "qwen2"
+        some = [
+            Preference([*CHAT[:1], {**CHAT[1], "content": prompt}], answer("x" + chosen), answer("y" + rejected), ended)
+            if chat
+            else Preference("a" + prompt, "x" + chosen, "y" + rejected, ended)
+            for prompt, chosen, rejected, ended in texts
+        ]
+        # One that fits in any case: of a chat the template and the system message alone may fill all there is.
+        pairs = tokenize([*some, replace(some[0], **short(chat))], tokenizer, max_length, "truncate")[:-1]
+        assert tokenize([pair.text for pair in pairs], tokenizer, max_length, "error") == pairs
+        whole = {id(one): pair for one, pair in zip(some, tokenize(some, tokenizer, 10**6, "error"), strict=True)}
+        rows = iter(some)
+        for pair in pairs:
+            found, was = (
+                pair.text,
+                next(one for one in rows if content(one.chosen).startswith(content(pair.text.chosen))),
+            )
+            assert content(was.prompt).endswith(content(found.prompt))
+            assert content(was.rejected).startswith(content(found.rejected))
+            assert ("prompt" in pair.cut) == (found.prompt != was.prompt)
+            assert ("rejected" in pair.cut) == ((found.rejected, found.rejected_ended) != (was.rejected, True))
+            assert "rejected" not in pair.cut or not found.rejected_ended
+            if not pair.cut:
+                assert pair == whole[id(was)]
+
+
+def short(chat):
+    responses = {"chosen": answer("x"), "rejected": answer("y")} if chat else {"chosen": "x", "rejected": "y"}
+    return {"prompt": CHAT[1:2] if chat else "a", **responses}
+
+
+def content(text):
+    return text if isinstance(text, str) else text[-1]["content"]
+
+
+def test_a_chat_loses_its_oldest_turns(capsys):
+    tokenizer = tiny_tokenizer("qwen2")
+    turns = [{"role": "user", "content": "Tell me about cats and dogs."}, *answer("Cats sleep, dogs run.")]
+    prompt = [CHAT[0], *turns, *turns, {"role": "user", "content": "What is the capital of Italy?"}]
+    some = [Preference(prompt, answer("Rome"), answer("cats"))]
+    [whole] = tokenize(some, tokenizer, 1000, "error")
+    found = []
+    for length in range(len(whole.prompt_ids) + len(whole.chosen_ids), 2, -1):
+        try:
+            [pair] = tokenize(some, tokenizer, length, "truncate")
+        except ValueError:
+            break
+        assert tokenizer.decode(pair.prompt_ids).startswith(
+            "<|im_start|>system\nhello there<|im_end|>\n<|im_start|>user\n"
+        )
+        assert tokenizer.decode(pair.prompt_ids).endswith("<|im_end|>\n<|im_start|>assistant\n")
+        if pair.text.prompt not in found:
+            found.append(pair.text.prompt)
+    last = "What is the capital of Italy?"
+    assert found[:3] == [prompt, [CHAT[0], *prompt[3:]], [CHAT[0], *prompt[5:]]]
+    assert all(len(one) == 2 and last.endswith(one[1]["content"]) for one in found[3:])
+    assert found[-1][1]["content"] == "?"
+    assert "1 of 1 pairs have no room, cut or not: dropped:\n  row 0, counted from 0" in capsys.readouterr().out
 
 
 def test_too_long_pairs_are_counted(capsys):

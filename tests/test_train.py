@@ -252,6 +252,42 @@ def test_a_stopped_sft_resumes_bit_for_bit(tmp_path, monkeypatch, capfd):
     assert {file.name for file in Path(path).parent.iterdir()} == {"policy", "metrics.jsonl", "key.json", "files.json"}
 
 
+@pytest.mark.parametrize("place", ["step", "save", "entry"])
+def test_a_failed_sft_keeps_what_it_has(tmp_path, monkeypatch, capfd, place):
+    """An error deletes nothing that was computed: the next attempt goes on from there, and ends bit for bit the same."""
+    (tmp_path / "whole").mkdir()
+    given = [*SMALL, "sft.steps=4", "checkpoint_every=1", "checkpoints_kept=1"]
+    config = frozen(tmp_path / "whole" / "run", *given)
+    demonstrations = call(config.data).demonstrations
+    whole, _ = sft.cached_policy(config, demonstrations, torch.device("cpu"))
+    calls: list[int] = []
+
+    def failing(real):
+        def ask(*values, **options):
+            calls.append(1)
+            if len(calls) == (3 if place == "step" else 1):
+                raise OSError(28, "No space left on device")
+            return real(*values, **options)
+
+        return ask
+
+    config.cache = str(tmp_path / "cache")
+    module, name = {"step": (sft, "sequence_logps"), "save": (models, "save"), "entry": (cache, "_files")}[place]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, failing(getattr(module, name)))
+        with pytest.raises(OSError, match="No space left"):
+            sft.cached_policy(config, demonstrations, torch.device("cpu"))
+    capfd.readouterr()
+    path, cached = sft.cached_policy(config, demonstrations, torch.device("cpu"))
+    assert not cached
+    said = capfd.readouterr().out
+    assert ("SFT: resumes at step 2 of 4" in said) == (place == "step")
+    assert ("SFT: resumes at step 4 of 4" in said) == (place == "save")
+    first, again = (load_file(Path(folder) / "model.safetensors") for folder in (whole, path))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert {file.name for file in Path(path).parent.iterdir()} == {"policy", "metrics.jsonl", "key.json", "files.json"}
+
+
 def test_a_wrong_cache_is_noticed(tmp_path, tiny_model, monkeypatch):
     """Reference scores that are not those of the policy stop the run before it trains, by three checks."""
 
@@ -270,11 +306,17 @@ def test_a_wrong_cache_is_noticed(tmp_path, tiny_model, monkeypatch):
     with pytest.raises(RuntimeError, match=r"scores\.safetensors changed; delete that folder"):
         run(tmp_path / "b", *given, "beta=0.3")
     hide()  # as if written so
-    with pytest.raises(RuntimeError, match="cached log-probs must agree with those of the model"):
+    with pytest.raises(RuntimeError, match=r"must hold the log-probs that the model gives, .*; it is damaged"):
         run(tmp_path / "b", *given, "beta=0.3")
     with monkeypatch.context() as patch:
         patch.setattr(dpo.reference, "off_by", lambda *_: 0.0)
-        with pytest.raises(RuntimeError, match="policy and reference are the same model"):
+        with pytest.raises(
+            RuntimeError, match=r"the same model .* scores in \S+ are damaged: delete it to score again"
+        ):
+            run(tmp_path / "b", *given, "beta=0.3")
+        patch.setattr("dpo.policy.attention.sees", lambda branch, position, other, others, window: position >= others)
+        patch.setattr(train, "packable", lambda *_: True)
+        with pytest.raises(RuntimeError, match=r"the same model .*; the policy's own .* packed rows: set packed=false"):
             run(tmp_path / "b", *given, "beta=0.3")
     spoil(lambda logps: logps * math.nan)
     hide()

@@ -2,7 +2,7 @@
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dpo.data.records import Demonstration, Preference, Text
-from dpo.data.tokens import cut_left, encode, encode_alone
+from dpo.data.records import Demonstration, Preference, Text, listed
+from dpo.data.tokens import Encoded, decode, encode, encode_alone, vocabulary
+from dpo.data.truncation import cut_prompts, fitted
 
 TOO_LONG = "Raise max_length, or set on_too_long=truncate or on_too_long=drop."
 Tokens = tuple[list[int], list[int]]  # prompt ids, response ids; the response ends in EOS unless it was cut
@@ -28,7 +29,9 @@ class Pair:
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
-    text: Preference | None = field(default=None, compare=False)  # what was tokenized; None for made-up pairs
+    text: Preference | None = field(default=None, compare=False)  # what these tokens say; None for made-up pairs
+    cut: tuple[str, ...] = field(default=(), compare=False)  # which of prompt, chosen and rejected on_too_long cut
+    unwritten: bool = field(default=False, compare=False)  # sampled tokens that the text does not say: half a character
 
     @property
     def origin(self) -> str | None:
@@ -80,22 +83,80 @@ def tokenize(
     what: str = "pairs",
     advice: str = TOO_LONG,
 ) -> list[Pair]:
-    """Preferences in tokens, by the rules of `dpo.data.tokens`.
+    """Preferences in tokens, by the rules of `dpo.data.tokens`, or in those that they were sampled as.
 
     max_length: tokens of the prompt and the longer response. on_too_long: "error", "drop", or "truncate": the
     prompt is cut from the left down to one token (and BOS), alike for both responses; if that is not enough,
-    responses are cut from the right and lose their EOS. what, advice: see `dpo.data.tokens.encode`.
+    responses are cut from the right and lose their EOS. The text of a pair is cut with it, see `dpo.data.truncation`.
+    what, advice: for messages.
     """
     sides = [[(pair.chosen, pair.chosen_ended), (pair.rejected, pair.rejected_ended)] for pair in preferences]
-    prompts = [pair.prompt for pair in preferences]
-    encoded = encode(
-        prompts, sides, tokenizer, max_length, on_too_long, what, [pair.origin for pair in preferences], advice
-    )
-    pairs = [Pair(prompt, chosen, rejected, preferences[row]) for row, prompt, (chosen, rejected) in encoded]
+    origins = [pair.origin for pair in preferences]
+    encoded = encode([pair.prompt for pair in preferences], sides, tokenizer)
+    encoded = _as_sampled(encoded, preferences, tokenizer, what)
+    encoded = fitted(encoded, tokenizer, max_length, on_too_long, what, origins, advice)
+    pairs = [_pair(item, preferences[item.row], tokenizer) for item in encoded]
     same = sum(pair.chosen_ids == pair.rejected_ids for pair in pairs)
     if same:
         print(f"tokens: in {same} of {len(pairs)} {what} both responses have the same tokens", flush=True)
     return pairs
+
+
+def _as_sampled(
+    items: Sequence[Encoded], preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, what: str
+) -> list[Encoded]:
+    """With the ids of the sampled responses, where they are this tokenizer's and continue the same prompt ids.
+
+    Raises: ValueError if they are not in its vocabulary, or not those of the text.
+    """
+    sampled = sum(pair.token_ids is not None for pair in preferences)
+    if not sampled:
+        return list(items)
+    own, known, found, wrong = vocabulary(tokenizer), set(tokenizer.get_vocab().values()), [], []
+    for item in items:
+        pair = preferences[item.row]
+        ids = pair.token_ids
+        if ids is None or ids.tokenizer != own or ids.prompt != item.prompt_ids:
+            found.append(item)
+            continue
+        found.append(replace(item, response_ids=[ids.chosen, ids.rejected]))
+        sides = zip(("chosen", "rejected"), (ids.chosen, ids.rejected), item.responses, strict=True)
+        for name, some, (text, ended) in sides:
+            if not known.issuperset(some) or decode(ids.prompt, some[: len(some) - ended], tokenizer) != text:
+                wrong.append(f"{pair.origin or f'row {item.row}, counted from 0'} ({name})")
+    if wrong:
+        raise ValueError(
+            f"token_ids of {what} must be those of the text beside them, found others:{listed(wrong)}\nLeave "
+            "token_ids out where the text was changed, and it is encoded anew."
+        )
+    others = sampled - sum(new is not old for new, old in zip(found, items, strict=True))
+    if others:
+        print(
+            f"tokens: {others} of {sampled} {what} that were sampled with another tokenizer or after other prompt ids "
+            "are encoded from their text",
+            flush=True,
+        )
+    return found
+
+
+def _pair(item: Encoded, preference: Preference, tokenizer: PreTrainedTokenizerBase) -> Pair:
+    """A pair with the text that its tokens say, and the ids that it was sampled as if these are its tokens."""
+    names = ("chosen", "rejected")
+    texts = {"prompt": item.prompt, **dict(zip(names, (text for text, _ in item.responses), strict=True))}
+    ended = {f"{name}_ended": flag for name, (_, flag) in zip(names, item.responses, strict=True)}
+    changed = {name for name, value in {**texts, **ended}.items() if value != getattr(preference, name)}
+    cut = tuple(name for name in texts if changed & {name, f"{name}_ended"})
+    ids, unwritten = preference.token_ids, False
+    if ids is not None and (cut or item.response_ids != [ids.chosen, ids.rejected]):
+        ids = None
+    if ids is not None:
+        skipped = set(tokenizer.all_special_ids)  # by decoding
+        bodies = [some[: len(some) - flag] for some, (_, flag) in zip(item.response_ids, item.responses, strict=True)]
+        unwritten = any(skipped.intersection(body) for body in bodies) or any(
+            "\ufffd" in text for name, text in texts.items() if name != "prompt"
+        )
+    text = replace(preference, **texts, **ended, token_ids=ids)
+    return Pair(item.prompt_ids, *item.response_ids, text, cut, unwritten)
 
 
 def tokenize_demonstrations(
@@ -106,18 +167,37 @@ def tokenize_demonstrations(
 ) -> list[Tokens]:
     """Demonstrations in tokens, by the rules of `tokenize`."""
     sides = [[(one.response, one.ended)] for one in demonstrations]
-    prompts, origins = [one.prompt for one in demonstrations], [one.origin for one in demonstrations]
-    encoded = encode(prompts, sides, tokenizer, max_length, on_too_long, "demonstrations", origins, TOO_LONG)
-    return [(prompt_ids, response_ids) for _, prompt_ids, (response_ids,) in encoded]
+    encoded = encode([one.prompt for one in demonstrations], sides, tokenizer)
+    origins = [one.origin for one in demonstrations]
+    encoded = fitted(encoded, tokenizer, max_length, on_too_long, "demonstrations", origins, TOO_LONG)
+    return [(item.prompt_ids, item.response_ids[0]) for item in encoded]
 
 
 def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
     """Prompt ids to sample from, the same as in `tokenize`; longer ones are cut from the left and counted."""
+    return [ids for _, ids in fed_prompts(prompts, tokenizer, max_length)]
+
+
+def fed_prompts(
+    prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[tuple[Text, list[int]]]:
+    """What is left of each prompt in at most max_length tokens, and its ids: see `encode_prompts`.
+
+    Raises: ValueError if a chat is longer with a single token of its last turn.
+    """
     encoded = [prompt.ids for prompt in encode_alone(prompts, tokenizer)]
-    long = sum(len(ids) > max_length for ids in encoded)
-    if long:
-        print(f"tokens: {long} of {len(encoded)} prompts cut from the left to {max_length} tokens", flush=True)
-    return [cut_left(ids, max_length, tokenizer.bos_token_id) for ids in encoded]
+    long = [row for row, ids in enumerate(encoded) if len(ids) > max_length]
+    if not long:
+        return list(zip(prompts, encoded, strict=True))
+    cut = cut_prompts([prompts[row] for row in long], tokenizer, [max_length] * len(long))
+    shorter = {row: (text, start.ids) for row, text, start in zip(long, cut, encode_alone(cut, tokenizer), strict=True)}
+    if (least := max(len(ids) for _, ids in shorter.values())) > max_length:
+        raise ValueError(
+            f"prompts must leave room for a response, found one of {least} tokens, cut as far as can be, where "
+            f"{max_length} are left for it; raise max_length, or lower max_new_tokens"
+        )
+    print(f"tokens: {len(long)} of {len(encoded)} prompts cut from the left to {max_length} tokens", flush=True)
+    return [shorter.get(row, (prompt, encoded[row])) for row, prompt in enumerate(prompts)]
 
 
 def collate(tokens: Sequence[Tokens], index: Tensor, real: Tensor, *, pad_id: int, packed: bool) -> Batch:

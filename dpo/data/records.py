@@ -8,9 +8,11 @@ import uuid
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from dpo.cache import digest
 
 Text = str | list[dict[str, str]]  # plain text, or chat messages {"role", "content"}
 OnFaulty = Literal["error", "drop", "keep"]  # what to do with faulty pairs: see `sound`
@@ -30,6 +32,16 @@ class Demonstration:
 
 
 @dataclass(frozen=True)
+class TokenIds:
+    """A pair as it was sampled: its responses continue these prompt ids, and end in an end token if they ended."""
+
+    tokenizer: str  # `dpo.data.tokens.vocabulary` of it
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+@dataclass(frozen=True)
 class Preference:
     """Two responses to one prompt. *_ended: False when the response was cut, so that no EOS is scored."""
 
@@ -39,6 +51,7 @@ class Preference:
     chosen_ended: bool = True
     rejected_ended: bool = True
     origin: str | None = field(default=None, compare=False)  # where it came from: "pairs.jsonl, line 12"
+    token_ids: TokenIds | None = None  # of responses that a policy sampled: their text may have other ids, too
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,19 @@ class Dataset:
     demonstrations: list[Demonstration]
     preferences: dict[str, list[Preference]]  # {}: sample them from the policy, on `prompts`
     prompts: dict[str, list[Text]]
+
+
+def contents(dataset: Dataset) -> str:
+    """Digest of all texts and flags, in order; where they came from is no part of it. A field at its default is left
+    out, so that a new one changes no digest.
+    """
+
+    def rows(records: Sequence[Demonstration] | Sequence[Preference]) -> list[dict[str, Any]]:
+        told = [(one.name, one.default) for one in (fields(records[0]) if records else ()) if one.compare]
+        return [{name: getattr(row, name) for name, usual in told if getattr(row, name) != usual} for row in records]
+
+    preferences = {split: rows(pairs) for split, pairs in dataset.preferences.items()}
+    return digest([rows(dataset.demonstrations), preferences, dataset.prompts])[:16]
 
 
 def file(path: str, validation_path: str | None, validation_fraction: float, on_faulty: OnFaulty) -> Dataset:
@@ -68,9 +94,10 @@ def file(path: str, validation_path: str | None, validation_fraction: float, on_
 def read(path: str | Path) -> list[Preference]:
     """Preferences of a JSONL file, .gz or not: an object a line with `prompt`, `chosen` and `rejected`.
 
-    Each is text or chat messages; `chosen_ended` and `rejected_ended` may be false; further keys are ignored. `chosen`
-    and `rejected` may be whole conversations of chat messages, as those of UltraFeedback and yale-nlp/RefDPO are: the
-    prompt is what comes before their last message, and a `prompt` in plain text is not read.
+    Each is text or chat messages; `chosen_ended` and `rejected_ended` may be false; `token_ids` holds the fields of
+    `TokenIds`, of responses that a policy sampled; further keys are ignored. `chosen` and `rejected` may be whole
+    conversations of chat messages, as those of UltraFeedback and yale-nlp/RefDPO are: the prompt is what comes before
+    their last message, and a `prompt` in plain text is not read.
     Raises a ValueError that counts the lines which are no such records and lists the first few.
     """
     return [replace(pair, origin=f"{path}, {where}") for where, pair in parse(path, preference)]
@@ -260,7 +287,23 @@ def preference(row: dict[str, Any]) -> Preference:
     ended = [row.get(f"{name}_ended", True) for name in ("chosen", "rejected")]
     if not all(isinstance(flag, bool) for flag in ended):
         raise ValueError(f"chosen_ended and rejected_ended must be true or false, found {ended}")
-    return Preference(prompt, chosen, rejected, *ended)
+    return Preference(prompt, chosen, rejected, *ended, token_ids=_token_ids(row, chosen, rejected))
+
+
+def _token_ids(row: dict[str, Any], chosen: Text, rejected: Text) -> TokenIds | None:
+    given = row.get("token_ids")
+    if given is None:
+        return None
+    names = {one.name for one in fields(TokenIds)}
+    if not isinstance(given, dict) or set(given) != names or not isinstance(given["tokenizer"], str):
+        raise ValueError(f"token_ids must be an object of {', '.join(sorted(names))}, as they were sampled")
+    for name in sorted(names - {"tokenizer"}):
+        ids = given[name]
+        if not isinstance(ids, list) or not ids or not all(type(one) is int and one >= 0 for one in ids):
+            raise ValueError(f"token_ids.{name} must be a list of token ids, at least one")
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        raise ValueError("token_ids belong to responses in plain text, found chat messages")
+    return TokenIds(**given)
 
 
 def _text(value: Any, name: str) -> Text:
@@ -300,7 +343,8 @@ def row(pair: Preference) -> dict[str, Any]:
     if not any(isinstance(text, str) for text in texts.values()):
         texts |= {name: texts["prompt"] + texts[name] for name in ("chosen", "rejected")}
     flags = {"chosen_ended": pair.chosen_ended, "rejected_ended": pair.rejected_ended}
-    return texts | {name: flag for name, flag in flags.items() if not flag}
+    sampled = {} if pair.token_ids is None else {"token_ids": asdict(pair.token_ids)}
+    return texts | {name: flag for name, flag in flags.items() if not flag} | sampled
 
 
 def _fault(pair: Preference) -> str | None:

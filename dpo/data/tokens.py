@@ -16,7 +16,8 @@ from typing import Any
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
-from dpo.data.records import Text, listed
+from dpo.cache import digest
+from dpo.data.records import Text
 
 
 @dataclass(frozen=True)
@@ -27,27 +28,28 @@ class Prompt:
     closed: bool  # ends in a special token that the tokenizer adds, so text after it starts afresh
 
 
-def encode(
-    prompts: Sequence[Text],
-    responses: Sequence[Sequence[tuple[Text, bool]]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    on_too_long: str,
-    what: str,
-    origins: Sequence[str | None],
-    advice: str,
-) -> list[tuple[int, list[int], list[list[int]]]]:
-    """Row, prompt ids and the ids of each response, without dropped rows; responses come with whether they ended.
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt and responses to it in tokens, and the text that these stand for."""
 
-    max_length and on_too_long: see `dpo.data.batches.tokenize`. For messages, what: what the items are; origins: where
-    each came from; advice: what to do when some are too long.
-    """
+    row: int
+    prompt: Text
+    responses: Sequence[tuple[Text, bool]]  # and whether each ended
+    prompt_ids: list[int]
+    response_ids: list[list[int]]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and the longest response."""
+        return len(self.prompt_ids) + max(map(len, self.response_ids))
+
+
+def encode(
+    prompts: Sequence[Text], responses: Sequence[Sequence[tuple[Text, bool]]], tokenizer: PreTrainedTokenizerBase
+) -> list[Encoded]:
+    """Each prompt with its responses, which come with whether they ended; nothing is cut."""
     if not prompts:
         return []
-    if on_too_long not in ("error", "drop", "truncate"):
-        raise ValueError(f'on_too_long must be "error", "drop" or "truncate", got {on_too_long!r}')
-    if max_length < 3:
-        raise ValueError(f"max_length must hold BOS, a prompt token and a response token, got {max_length}")
     starts = encode_alone(prompts, tokenizer)
     texts = [
         (start, _continuation(prompt, start.text, response, ended, tokenizer))
@@ -56,12 +58,26 @@ def encode(
     ]
     ids = iter(_response_ids(texts, tokenizer))
     eos = [tokenizer.eos_token_id]
-    encoded = [
-        (row, start.ids, [next(ids) + eos * ended for _, ended in sides])
-        for row, (start, sides) in enumerate(zip(starts, responses, strict=True))
+    return [
+        Encoded(row, prompt, sides, start.ids, [next(ids) + eos * ended for _, ended in sides])
+        for row, (prompt, start, sides) in enumerate(zip(prompts, starts, responses, strict=True))
     ]
-    names = [origin or f"row {row}, counted from 0" for row, origin in enumerate(origins)]
-    return _fitted(encoded, max_length, on_too_long, what, names, advice, tokenizer.bos_token_id)
+
+
+def decode(prompt_ids: list[int], response_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a response as it follows its prompt's: some decoders leave out a space that begins a text."""
+    before, both = (
+        str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        for ids in (prompt_ids, prompt_ids + response_ids)
+    )
+    if both.startswith(before):
+        return both[len(before) :]
+    return str(tokenizer.decode(response_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of what each token id means."""
+    return digest(tokenizer.get_vocab())
 
 
 def encode_alone(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
@@ -166,43 +182,3 @@ def _tokens(
 
 def _rendered(messages: list[Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-
-
-def _fitted(
-    encoded: list[tuple[int, list[int], list[list[int]]]],
-    max_length: int,
-    on_too_long: str,
-    what: str,
-    names: Sequence[str],
-    advice: str,
-    bos_token_id: int | None,
-) -> list[tuple[int, list[int], list[list[int]]]]:
-    """Prompts and responses of at most max_length tokens, by the rule of `dpo.data.batches.tokenize`."""
-    lengths = [len(prompt) + max(map(len, responses)) for _, prompt, responses in encoded]
-    long = [row for row, length in enumerate(lengths) if length > max_length]
-    if not long:
-        return encoded
-    found = f"{len(long)} of {len(encoded)} {what} have more than {max_length} tokens"
-    if on_too_long == "error":
-        rows = [f"{names[row]}: {lengths[row]} tokens" for row in long]
-        raise ValueError(f"{found}, up to {max(lengths)}:{listed(rows)}\n{advice}")
-    if on_too_long == "drop":
-        print(f"tokens: {found}: dropped", flush=True)
-        if len(long) == len(encoded):
-            raise ValueError(f"{found}, so none is left. {advice}")
-        return [item for item, length in zip(encoded, lengths, strict=True) if length <= max_length]
-    fitted, cut = list(encoded), 0
-    for row in long:
-        _, prompt, responses = encoded[row]
-        prompt = cut_left(prompt, max_length - max(map(len, responses)), bos_token_id)
-        fitted[row] = row, prompt, [response[: max_length - len(prompt)] for response in responses]
-        cut += sum(len(prompt) + len(response) > max_length for response in responses)
-    print(f"tokens: {found}: prompts cut from the left, {cut} responses from the right", flush=True)
-    return fitted
-
-
-def cut_left(ids: list[int], length: int, bos_token_id: int | None) -> list[int]:
-    """The last `length` ids; BOS stays, and so does at least one more."""
-    head = ids[:1] if ids[0] == bos_token_id else []
-    kept = max(length - len(head), 1)
-    return ids if len(ids) <= len(head) + kept else head + ids[-kept:]

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain
-from typing import Literal
-
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Literal
 
 from dpo.data.records import Dataset, Demonstration, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 VALUES = {
     "home": "york rome oslo lima cairo delhi",
@@ -177,11 +177,14 @@ def utility(verdict: Verdict) -> float:
     return ENOUGH + 1 - verdict.words / MAX_WORDS
 
 
-def tokenizer(phrases: bool = False) -> PreTrainedTokenizerFast:
+def tokenizer(phrases: bool = False) -> "PreTrainedTokenizerFast":
     """One token a word; an article is encoded as <bos> article <sep>, and a summary ends in <eos>.
 
     phrases: another tokenizer of the same text, with one token for `the home`, `of anna`, `is rome` and the like.
     """
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors  # not needed for articles or the judge
+    from transformers import PreTrainedTokenizerFast
+
     words = sorted(
         {
             word

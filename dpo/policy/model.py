@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import huggingface_hub.constants
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -25,10 +27,13 @@ from transformers.utils import logging
 
 from dpo.policy import parts
 from dpo.policy.attention import attending
+from dpo.policy.folder import check, check_config
 from dpo.training import sharding
 
 logging.disable_progress_bar()  # of loading and saving: runs show their own
 
+MODEL = "a causal language model in safetensors"
+RANDOM = ("dropout", "pdrop", "layerdrop", "jitter")  # in the names of a config's shares
 WORLD_BASE = Path(__file__).parents[1] / "data" / "world_base"
 
 
@@ -53,13 +58,19 @@ def load(
     _silence(config)
     try:
         read: Any = partial(parts.read, parted, torch.device(device)) if parted else _read_whole
-        model, missing = read(source, config, trust_remote_code)
-    except OSError as error:
-        raise ValueError(_no_model(path, "a causal language model in safetensors", error)) from error
-    if missing:
+        model, faults = read(source, config, trust_remote_code)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise ValueError(_no_model(path, MODEL, error)) from error
+    for what, names in faults.items():
+        if names:
+            raise ValueError(
+                f"{path} must hold every weight of a {config.model_type}, and no other, found {len(names)} {what}, "
+                f"such as {names[0]}; save the model again, or take another"
+            )
+    if names := broken(model):
         raise ValueError(
-            f"{path} must hold every weight of a {config.model_type}, found {len(missing)} missing, such as "
-            f"{missing[0]}; save the model again{', from one process' if parted else ''}, or take another"
+            f"the weights of {path} must be finite, found {len(names)} that are not, such as {names[0]}; take another "
+            "checkpoint"
         )
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -77,17 +88,25 @@ def load(
     return model, tokenizer
 
 
-def _read_whole(source: str, config: PreTrainedConfig, trust_remote_code: bool) -> tuple[PreTrainedModel, list[str]]:
-    """The model, and the weights that it lacks."""
+def _read_whole(
+    source: str, config: PreTrainedConfig, trust_remote_code: bool
+) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+    """The model, and the names of weights that do not fit it, by what is the matter."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source,
         config=config,
         dtype=torch.float32,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
+        ignore_mismatched_sizes=True,  # to be told of them
         output_loading_info=True,
     )
-    return loaded[0], sorted(loaded[1]["missing_keys"])
+    told = loaded[1]
+    return loaded[0], {
+        "missing": sorted(told["missing_keys"]),
+        "of another shape": sorted(name for name, *_ in told["mismatched_keys"]),
+        "that it has no place for": sorted(told["unexpected_keys"]),
+    }
 
 
 def load_tokenizer(
@@ -100,7 +119,7 @@ def load_tokenizer(
     source = whereabouts(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the library of tokenizers raises no other
         raise ValueError(_no_model(path, "a tokenizer", error)) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -155,7 +174,7 @@ def save(
 def whereabouts(path: str) -> str:
     """Where to load from; a missing folder is found out here, not after asking the hub for it.
 
-    Raises: ValueError if `path` can only be a folder, and is none.
+    Raises: ValueError if `path` can only be a folder, and is none, or if what it holds cannot be loaded.
     """
     folder = WORLD_BASE if path == "world" else Path(path).expanduser()
     parent = folder.parent
@@ -163,7 +182,10 @@ def whereabouts(path: str) -> str:
     local = not named or (parent != Path(".") and parent.is_dir())
     if local and not folder.is_dir():
         raise ValueError(f"{path} must be a folder with a model and its tokenizer, found none; check the path")
-    return str(folder) if folder.is_dir() else path
+    if not folder.is_dir():
+        return path
+    check(folder)
+    return str(folder)
 
 
 def check_length(path: str, key: str, length: int, trust_remote_code: bool = False) -> None:
@@ -171,11 +193,16 @@ def check_length(path: str, key: str, length: int, trust_remote_code: bool = Fal
 
     Reads the model's config alone. Rotary positions could go on, but past what it was trained on they mean nothing.
     """
-    positions = getattr(_config(path, trust_remote_code).get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(path, trust_remote_code)
     if positions is not None and length > positions:
         raise ValueError(
             f"{key} must be at most the {positions} positions of {path}, got {length}; set {key}={positions} or less"
         )
+
+
+def positions_of(path: str, trust_remote_code: bool = False) -> int | None:
+    """How many tokens the model at `path` can read, if its config says."""
+    return getattr(_config(path, trust_remote_code).get_text_config(), "max_position_embeddings", None)
 
 
 def recompute(model: PreTrainedModel) -> None:
@@ -214,6 +241,12 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def broken(model: nn.Module) -> list[str]:
+    """Names of weights with values that are not finite; of a sharded model all ranks must ask."""
+    local = ((name, one.to_local() if isinstance(one, DTensor) else one) for name, one in model.named_parameters())
+    return [name for name, weight in local if sharding.any_true(not weight.isfinite().all())]
+
+
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """What fills a padded row: EOS where there is no padding token, since masks never look at token ids."""
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
@@ -233,10 +266,16 @@ def check_same_tokenizer(
 
 
 def _config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
+    source = whereabouts(path)
     try:
-        return AutoConfig.from_pretrained(whereabouts(path), trust_remote_code=trust_remote_code)
+        found, _ = PreTrainedConfig.get_config_dict(source)
     except OSError as error:
-        raise ValueError(_no_model(path, "a causal language model in safetensors", error)) from error
+        raise ValueError(_no_model(path, MODEL, error)) from error
+    check_config(path, found)
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(_no_model(path, MODEL, error)) from error
 
 
 def _digest(tensor: Tensor) -> str:
@@ -245,23 +284,32 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _no_model(path: str, what: str, error: Exception) -> str:
-    reason = str(error).strip().split("\n")[0]
-    if Path(whereabouts(path)).is_dir():
+    reason = f"{str(error).strip().split(chr(10))[0] or type(error).__name__}"
+    if "trust_remote_code" in str(error):
+        reason = "code of its own; read it, and where you trust it set policy.trust_remote_code=true"
+    if Path(path).expanduser().is_dir():
         return f"{path} must hold {what} as a Hugging Face folder, found otherwise: {reason}"
+    advice = "Check the spelling, the network and HF_TOKEN."
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        advice = f"HF_HUB_OFFLINE forbids to ask it: run `hf download {path}` where there is a network, or unset that."
     return (
         f"{path} must be a folder with {what}, or the name of one on the Hugging Face hub; there is no such "
-        f"folder, and the hub did not give it: {reason} Check the spelling, the network and HF_TOKEN."
+        f"folder, and the hub did not give it: {reason} {advice}"
     )
 
 
 def _silence(config: PreTrainedConfig) -> None:
-    """Turn off dropout and the key-value cache, which training has no use for."""
+    """Turn off what is random in training mode (dropout, dropped layers, a router's jitter), the key-value cache, and
+    the router logits that an auxiliary loss would take: the objective is the loss of the config, and nothing beside.
+    """
     _use_cache(config, False)
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
             _silence(value)
-        elif ("dropout" in name or "pdrop" in name) and isinstance(value, float):
+        elif any(word in name for word in RANDOM) and isinstance(value, float):
             setattr(config, name, 0.0)
+        elif name == "output_router_logits":
+            setattr(config, name, False)
 
 
 def _use_cache(config: PreTrainedConfig, on: bool) -> None:

@@ -1,6 +1,8 @@
 """A sharded model from and to Hugging Face folders; no process ever holds it whole. All ranks must call."""
 
+import re
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,27 +12,30 @@ import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from dpo.policy.folder import check
 from dpo.training import sharding
-
-FILE_BYTES = 4e9
 
 
 def read(
     layout: sharding.Layout, device: torch.device, source: str, config: PreTrainedConfig, trust_remote_code: bool
-) -> tuple[PreTrainedModel, list[str]]:
-    """A float32 model of a folder or hub name, and the weights that it lacks.
+) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+    """A float32 model of a folder or hub name, and the names of weights that do not fit it, by what is the matter.
 
     It is made without memory, sharded, and then filled with this rank's rows of every weight.
     """
     if not Path(source).is_dir():
         source = snapshot_download(source, allow_patterns=["*.safetensors", "*.json"])
+        check(Path(source))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    renamed = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    mapping = get_model_conversion_mapping(model)
+    renamed = [one for one in mapping if isinstance(one, WeightRenaming)]
+    joined = [one for one in mapping if isinstance(one, WeightConverter)]
     sharding.shard(model, layout, device)
     model.to_empty(device="cpu" if layout.offload else device)
     for weight in model.parameters():
@@ -41,31 +46,67 @@ def read(
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     reader, ours = HuggingFaceStorageReader(source), model.state_dict()
-    in_files = {  # our name -> that in the files
-        rename_source_key(name, renamed, [], model.base_model_prefix, ours)[0]: name
-        for name in reader.read_metadata().state_dict_metadata
-    }
-    wanted, missing = {}, []
+    stored = reader.read_metadata().state_dict_metadata
+    in_files: dict[str, list[tuple[str, str | None]]] = {}  # our name -> those in the files, and the part that each is
+    for name in sorted(stored, key=dot_natural_key):
+        our, part = rename_source_key(name, renamed, joined, model.base_model_prefix, ours)
+        in_files.setdefault(our, []).append((name, part))
+    wanted: dict[str, Tensor] = {}
+    faults = {"missing": [], "of another shape": [], "that it has no place for": _unknown(model, in_files)}
     for names, tensor in distinct(model):
-        found = next((in_files[name] for name in names if name in in_files), None)
-        if found is None:
-            missing.append(names[0])
+        found = next((in_files[name] for name in names if name in in_files), [])
+        if not found:
+            faults["missing"].append(names[0])
+        elif found[0][1] is not None:  # an expert of many, say
+            by = next(one for one in joined if found[0][1] in one.source_patterns)
+            whole = _joined(source, names[0], found, by, stored)
+            if whole.shape == tensor.shape:
+                _fill(tensor, whole)
+            else:
+                faults["of another shape"].append(names[0])
+        elif stored[found[0][0]].size != tensor.shape:
+            faults["of another shape"].append(names[0])
         else:
-            wanted[found] = tensor
-    if not missing:
+            wanted[found[0][0]] = tensor
+    if not any(faults.values()):
         dcp.load(wanted, storage_reader=reader)
     with suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(source)
-    return model, sorted(missing)
+    return model, faults
+
+
+def _unknown(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Those of no weight or buffer of the model, and not of what the library passes over, too."""
+    passed = "|".join([*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"])
+    return sorted(name for name in {*names} - model.state_dict().keys() if not re.search(passed, name))
+
+
+def _joined(
+    source: str, name: str, found: list[tuple[str, str | None]], by: WeightConverter, stored: dict[str, Any]
+) -> Tensor:
+    """One weight that the files hold in several; the one thing that a process reads whole."""
+    read = {part: torch.empty(stored[part].size) for part, _ in found}
+    dcp.load(read, storage_reader=HuggingFaceStorageReader(source), no_dist=True)
+    for part, pattern in found:
+        by.add_tensor(name, part, str(pattern), read[part])  # type: ignore[arg-type]  # as when it saves
+    whole = by.convert(name)[name]
+    return whole[0] if isinstance(whole, list) else whole
+
+
+@torch.no_grad()
+def _fill(tensor: Tensor, whole: Tensor) -> None:
+    """Put this rank's part of `whole` in place."""
+    if isinstance(tensor, DTensor):
+        part = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor.to_local().copy_(part.to_local())
+    else:
+        tensor.copy_(whole)
 
 
 def write(model: PreTrainedModel, folder: Path) -> None:
     """Weights, config and generation config: each rank its own parts first, which rank 0 then joins on disk."""
-    state, files, file, size = {}, {}, 1, 0
-    for names, tensor in distinct(model):
-        if size > 0 and size + tensor.nbytes > FILE_BYTES:
-            file, size = file + 1, 0
-        state[names[0]], files[names[0]], size = tensor, file, size + tensor.nbytes
+    state = {names[0]: tensor for names, tensor in distinct(model)}
+    files = sharding.in_files(state)
     writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True, enable_consolidation=True)
     dcp.save(state, storage_writer=writer)
     if sharding.is_main():

@@ -10,15 +10,16 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.cache import digest
+from dpo.data.tokens import decode
 from dpo.training.log import progress
 from dpo.training.sharding import device_of, world_size
 
-SAMPLING_VERSION = 2  # part of cache keys: raise it when a change of the code changes what is sampled
+SAMPLING_VERSION = 3  # part of cache keys: raise it when a change of the code changes what is sampled
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One response: its tokens end in EOS when `ended`, else they were cut at the limit."""
+    """One response: its tokens end in EOS when `ended`, else they were cut at the limit. text: see `tokens.decode`."""
 
     prompt_ids: list[int]
     response_ids: list[int]
@@ -122,5 +123,4 @@ def _left_padded(prompts: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Ten
 def _cut(prompt_ids: list[int], row: list[int], stops: set[int], tokenizer: PreTrainedTokenizerBase) -> Sample:
     end = next((position for position, token in enumerate(row) if token in stops), None)
     response_ids = row if end is None else row[: end + 1]
-    text = tokenizer.decode(response_ids if end is None else row[:end], skip_special_tokens=True)
-    return Sample(prompt_ids, response_ids, str(text), ended=end is not None)
+    return Sample(prompt_ids, response_ids, decode(prompt_ids, row[:end], tokenizer), ended=end is not None)

@@ -12,18 +12,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from dpo.cache import digest, remember
 from dpo.data.batches import Branches, Tokens, branched, dealt, size
 from dpo.data.records import listed
-from dpo.policy.logps import forward_tokens, packable, token_logps
+from dpo.losses import ROUNDING
+from dpo.policy.logps import differing, forward_tokens, packable, token_logps
+from dpo.policy.model import broken
 from dpo.training import sharding
 from dpo.training.log import progress
 from dpo.training.loop import autocast
 
-SCORING_VERSION = 3  # part of the cache key: raise it when a change of the scoring code changes its numbers
+SCORING_VERSION = 4  # part of the cache key: raise it when a change of the scoring code changes its numbers
 LIVE = 8  # sequences that are scored again, to compare what is cached with what the model says now
 BRANCHES = 4  # responses that share a prompt at most: attention is worked out, and hidden, between them, too
 
@@ -36,6 +37,7 @@ class Scores:
     lengths: Tensor  # (N,) int64 tokens
     token_logps: list[Tensor] | None  # N x (tokens,) float32; None: not asked for
     cached: bool  # all of them were there already
+    folder: Path  # where they are kept
 
 
 def score(
@@ -67,19 +69,19 @@ def score(
 
     def build(folder: Path) -> None:
         items = [(prompt, [response]) for prompt, response in distinct.values()]
-        broken = _broken(model)  # no layout of rows would help
-        packed = settings.packed and not broken and packable(model, items)
+        faulty = broken(model)  # no layout of rows would help
+        packed = settings.packed and not faulty and packable(model, items)
         values = _score(model, list(distinct.values()), settings, packed, name)
         finite = {content for content, logps in zip(distinct, values, strict=True) if logps.sum().isfinite()}
         if bad := [origin for origin, content in zip(origins, contents, strict=True) if content not in finite]:
             cause = f"The weights are finite; precision=fp32 or packed=false may help (precision={settings.precision})."
-            if broken:
-                cause = f"{len(broken)} of the weights are not finite, such as {broken[0]}: take another checkpoint."
+            if faulty:
+                cause = f"{len(faulty)} of the weights are not finite, such as {faulty[0]}: take another checkpoint."
             found = f"found none for {len(bad)} of {len(contents)} responses"
             raise RuntimeError(f"{name} must be finite numbers, {found}:{listed(bad)}\n{cause}")
         table = {
             "digests": torch.from_numpy(np.frombuffer(b"".join(distinct), dtype=np.uint8).reshape(-1, 16).copy()),
-            "logps": torch.stack([logps.sum() for logps in values]),
+            "logps": _sums(values),
             "lengths": torch.tensor([len(logps) for logps in values]),
             # Asked for or not, so that one pass serves both. 4 bytes a token: 1.6 GB for 100,000 pairs of 2 x 2,000
             # tokens, of the 29 GB that a 7B policy has; read only when asked for.
@@ -103,37 +105,48 @@ def score(
     if per_token:
         parts = table["token_logps"].split(table["lengths"].tolist())
         tokens = [parts[row] for row in order]
-    return Scores(table["logps"][order], table["lengths"][order], tokens, cached)
+    return Scores(table["logps"][order], table["lengths"][order], tokens, cached, folder)
 
 
-def off_by(model: PreTrainedModel, sequences: Sequence[Tokens], logps: Tensor, settings: Any) -> float:
-    """The largest relative error of given log-probs of a few sequences against what the model's own forward says now,
-    of 10 nats where a log-prob is less: a float32 logit of 30 is itself known to 2e-6 only, and so is a sure token.
+def off_by(model: PreTrainedModel, sequences: Sequence[Tokens], scores: Scores, settings: Any) -> float:
+    """By how many nats scores of a few sequences differ at most from what the model's own forward says now.
 
-    Raises: RuntimeError if it is more than rounding explains: 1e-6 in fp32.
+    Raises: RuntimeError if that is more than rounding explains, which says what is to blame: what is kept, if scoring
+    in the same way gives the right numbers now, and else the way.
     """
-    some = range(0, len(sequences), max(1, len(sequences) // LIVE))[:LIVE]
-    found = _score(model, [sequences[row] for row in some], settings, packed=False, name="")
-    live = torch.stack([values.sum() for values in found])
-    off = ((live - logps[list(some)]).abs() / live.abs().clamp(min=10)).max().item()
-    if not off <= (1e-6 if settings.precision == "fp32" else 2e-2):
+    rows = list(range(0, len(sequences), max(1, len(sequences) // LIVE)))[:LIVE]
+    some, kept, precision = [sequences[row] for row in rows], scores.logps[rows], settings.precision
+    live = _sums(_score(model, some, settings, packed=False, name=""))
+    wrong = differing(kept, live, precision)
+    if not wrong:
+        return (kept - live).abs().max().item()
+    packed = settings.packed and packable(model, [(prompt, [response]) for prompt, response in some])
+    again = _sums(_score(model, some, settings, packed, name="")) if scores.cached else kept
+    if scores.cached and not differing(again, live, precision):
         raise RuntimeError(
-            f"cached log-probs must agree with those of the model, found a relative error of {off:.1e}; the cache in "
-            f"{settings.cache} is damaged (python -m dpo.cache {settings.cache} --verify) or the scoring is wrong"
+            f"{scores.folder} must hold the log-probs that the model gives, found {wrong}, though scoring them again "
+            "gives the right ones; it is damaged, so delete it to score all of them again"
         )
-    return off
+    where, remedy = "another batch", "such a model cannot be scored ahead of training"
+    if packed:
+        where, remedy = "packed rows", "set packed=false to use the forward"
+    elif precision != "fp32":
+        remedy = "set precision=fp32"
+    raise RuntimeError(
+        f"log-probs scored in {where} must be those of the model's own forward within {ROUNDING[precision]:g} of their "
+        f"size, found {wrong}; {remedy}"
+    )
+
+
+def _sums(token_logps: Sequence[Tensor]) -> Tensor:
+    """Over each response, rounded once.  # N x (tokens,) -> (N,) float32"""
+    return torch.stack([values.double().sum() for values in token_logps]).float()
 
 
 def _content(tokens: Tokens) -> bytes:
     prompt_ids, response_ids = tokens
     ids = np.array([len(prompt_ids), *prompt_ids, *response_ids], dtype="<i8")
     return hashlib.sha256(ids.tobytes()).digest()[:16]
-
-
-def _broken(model: PreTrainedModel) -> list[str]:
-    """Weights with values that are not finite; of a sharded model all ranks must ask."""
-    local = ((name, one.to_local() if isinstance(one, DTensor) else one) for name, one in model.named_parameters())
-    return [name for name, weight in local if sharding.any_true(not weight.isfinite().all())]
 
 
 @torch.no_grad()

@@ -1,32 +1,39 @@
 """Save and resume everything, at any world size.
 
 A checkpoint is a folder `step-<n>` that appears whole, by a rename. It is written by a thread, from a copy of the state
-in CPU memory, while training goes on.
+in CPU memory, while training goes on. It holds safetensors and JSON, so that a file from elsewhere can be wrong, but
+can execute nothing: tensors in parts as the processes hold them, and in `about.json`, written last, all else.
 """
 
-import pickle
+import json
+import os
 import random
 import re
 import shutil
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import Future, wait
+from itertools import chain
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dpo.training.sharding import any_true, is_main, rank
+from dpo.training.sharding import any_true, in_files, is_main, rank, world_size
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process saves alone
+
+ABOUT = "about.json"
 
 
 def latest(directory: Path) -> Path | None:
@@ -37,7 +44,8 @@ def latest(directory: Path) -> Path | None:
 class Checkpoints:
     """The newest `keep` checkpoints of one training, in `directory`. All ranks make, call and leave it together.
 
-    extra: a module with state of its own. run: what the training is; a checkpoint of another one is refused.
+    extra: a module with state of its own. run: what the training is, in words such as policy=0f12; a checkpoint of
+    another one is refused.
     """
 
     def __init__(
@@ -68,18 +76,25 @@ class Checkpoints:
     def save(self, step: int, evaluated: bool = False) -> None:
         """Copy the state after `step` optimizer steps, and begin to write it. evaluated: whether this step was.
 
-        Raises what `finish` raises of the save before.
+        Raises what `finish` raises of the save before; RuntimeError if the weights are not finite, since every attempt
+        that resumed from them would fail.
         """
         self.finish()
         self.step = step
-        state = self._state()
-        state["about"] = {"step": step, "evaluated": evaluated, "run": self.run}
-        state[f"rng-{rank()}"] = pickle.dumps(get_rng())
+        local = (one.to_local() if isinstance(one, DTensor) else one for one in self.model.parameters())
+        if any_true(not all(weight.isfinite().all() for weight in local)):
+            raise RuntimeError(f"weights after step {step} must be finite, found otherwise; {self._kept()}")
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        tensors = self._tensors(model, optimizer)
+        tensors[f"rng.{rank()}"] = torch.frombuffer(bytearray(json.dumps(get_rng()).encode()), dtype=torch.uint8)
+        about = {"step": step, "evaluated": evaluated, "run": self.run, "optimizer": optimizer["param_groups"]}
+        about["scheduler"] = self.scheduler.state_dict()
+        files = in_files(tensors) | {f"rng.{number}": 1 for number in range(world_size())}
         if is_main():
             _remove(self.directory.glob("*.unfinished"))  # left by a process that was killed
         written: Any = dcp.async_save(
-            state,
-            storage_writer=_Writer(self.directory / f"step-{step}", self.keep),
+            tensors,
+            storage_writer=_Writer(self.directory / f"step-{step}", files, about, self.keep),
             process_group=self.group,
             no_dist=self.group is None,
         )
@@ -100,12 +115,14 @@ class Checkpoints:
         if any_true(error is not None):
             if is_main():
                 _remove(self.directory.glob("*.unfinished"))
-            former, kept = latest(self.directory), "there is no earlier one: the same command starts again"
-            if former:
-                kept = f"the one of step {_step(former)} is intact: the same command resumes from it"
             raise RuntimeError(
-                f"could not save step {self.step} in {self.directory}: {_cause(error)} (no space?); {kept}"
+                f"could not save step {self.step} in {self.directory}: {_cause(error)} (no space?); {self._kept()}"
             ) from error
+
+    def _kept(self) -> str:
+        if former := latest(self.directory):
+            return f"the one of step {_step(former)} is intact: the same command resumes from it"
+        return "there is no earlier one: the same command starts again"
 
     def restore(self) -> tuple[int, bool]:
         """Load the newest checkpoint in place, if there is one; returns its step and whether that was evaluated.
@@ -115,66 +132,107 @@ class Checkpoints:
         path = latest(self.directory)
         if path is None:
             return 0, False
-        state = self._state()
-        state["about"] = {"step": 0, "evaluated": False, "run": None}
+        mine = f"rng.{rank()}"
         try:
-            reader, mine = FileSystemReader(path), f"rng-{rank()}"
-            if mine in reader.read_metadata().state_dict_metadata:
-                state[mine] = b""
-            dcp.load(state, storage_reader=reader, no_dist=self.group is None)
-            about = state["about"]
+            about = _about(path)
             if about["run"] != self.run:
-                raise ValueError(f"its settings and inputs are {about['run']}, those of this run are {self.run}")
+                raise ValueError(_other(about["run"], self.run))
+            model, optimizer = get_state_dict(self.model, self.optimizer)
+            tensors = self._tensors(model, optimizer)
+            reader = HuggingFaceStorageReader(str(path))
+            if saved := reader.read_metadata().state_dict_metadata.get(mine):
+                tensors[mine] = torch.empty(cast(TensorStorageMetadata, saved).size, dtype=torch.uint8)
+            dcp.load(tensors, storage_reader=reader, no_dist=self.group is None)  # in place
+            optimizer["param_groups"] = about["optimizer"]
+            set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+            self.scheduler.load_state_dict(about["scheduler"])
+            if mine in tensors:
+                set_rng(json.loads(bytes(tensors[mine].tolist())))
         except (Exception, CheckpointException) as error:  # a CheckpointException is no Exception
             raise RuntimeError(
                 f"{path} must be a checkpoint of this run: {_cause(error)}; delete it to resume from an earlier one, "
                 f"or {self.directory} to start again"
             ) from error
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        if self.extra is not None:
-            self.extra.load_state_dict(state["extra"])
-        if mine in state:
-            set_rng(pickle.loads(state[mine]))
         return about["step"], about["evaluated"]
 
-    def _state(self) -> dict[str, Any]:
-        # Before extra's: PyTorch fills an empty optimizer state by a step at learning rate 0, hooks included.
-        model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
-        return {
-            "model": model_state,
-            "optimizer": optimizer_state,
-            "scheduler": self.scheduler.state_dict(),
-            "extra": self.extra.state_dict() if self.extra is not None else {},
-        }
+    def _tensors(self, model: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Tensor]:
+        """All that is trained and its optimizer's, where it lies in memory."""
+        # After the optimizer's, which PyTorch makes, if it is empty, by a step at learning rate 0, hooks included.
+        found = {f"model.{name}": model[name] for name in _distinct(self.model) if name in model}
+        for name, values in optimizer["state"].items():
+            found |= {f"optimizer.{name}.{key}": tensor for key, tensor in values.items()}
+        if self.extra is not None:
+            extra = self.extra.state_dict()
+            found |= {f"extra.{name}": extra[name] for name in _distinct(self.extra) if name in extra}
+        return found
 
 
-class _Writer(FileSystemWriter):
+class _Writer(HuggingFaceStorageWriter):
     """Writes under another name, and renames when all ranks have written; then removes what is no longer kept."""
 
-    def __init__(self, target: Path, keep: int) -> None:
+    def __init__(self, target: Path, files: dict[str, int], about: dict[str, Any], keep: int) -> None:
         self.unfinished, self.target, self.keep = target.with_name(f"{target.name}.unfinished"), target, keep
-        super().__init__(self.unfinished)
+        self.about = json.dumps(about)  # now: training goes on
+        super().__init__(str(self.unfinished), files, save_distributed=True)
 
     def finish(self, metadata: Any, results: Any) -> None:
         """PyTorch calls it on one rank, and tells the others if it fails."""
-        super().finish(metadata, results)
+        about = json.loads(self.about) | {"files": {file.name: file.stat().st_size for file in _parts(self.unfinished)}}
+        with open(self.unfinished / ABOUT, "x") as file:
+            json.dump(about, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
         self.unfinished.rename(self.target)
         _remove(_whole(self.target.parent)[: -self.keep])
 
 
+def _about(path: Path) -> dict[str, Any]:
+    """What a checkpoint is beside its tensors, if its files are there as they were written.
+
+    Raises: ValueError that names the files that are not.
+    """
+    if not (path / ABOUT).exists():
+        raise ValueError("it was written by a former version, which pickled it, and is not read")
+    try:
+        about = json.loads((path / ABOUT).read_text())
+        sizes = dict(about["files"])
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path / ABOUT} is damaged: {error}") from error
+    found = {file.name: file.stat().st_size for file in _parts(path)}
+    damaged = [
+        f"{name} must have {sizes.get(name, 0)} bytes, found {found.get(name, 'no such file')}"
+        for name in sorted({*sizes, *found})
+        if sizes.get(name) != found.get(name)
+    ]
+    if damaged:
+        raise ValueError(f"{'; '.join(damaged[:3])}")
+    return about
+
+
+def _parts(path: Path) -> list[Path]:
+    return sorted(path.glob("*.safetensors"))
+
+
+def _distinct(module: nn.Module) -> list[str]:
+    """The names in a module's state; of tied weights the first."""
+    return [name for name, _ in chain(module.named_parameters(), module.named_buffers())]
+
+
 def get_rng() -> dict[str, Any]:
-    """State of every random generator of this process: Python, NumPy, PyTorch, the current CUDA device."""
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    """State of every random generator of this process, as JSON can hold it: Python, NumPy, PyTorch, the CUDA device."""
+    kind, keys, *rest = np.random.get_state()
+    state = {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
+    state["torch"] = torch.get_rng_state().tolist()
+    return state | ({"cuda": torch.cuda.get_rng_state().tolist()} if torch.cuda.is_available() else {})
 
 
 def set_rng(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
 
 
 def _whole(directory: Path) -> list[Path]:
@@ -183,9 +241,15 @@ def _whole(directory: Path) -> list[Path]:
 
 
 def _step(path: Path) -> int:
-    """The step of a whole checkpoint, -1 for anything else: PyTorch writes .metadata last."""
+    """The step of a whole checkpoint, -1 for anything else; one that was pickled counts, and is refused when read."""
     name = re.fullmatch(r"step-(\d+)", path.name)
-    return int(name[1]) if name and (path / ".metadata").is_file() else -1
+    return int(name[1]) if name and any((path / last).is_file() for last in (ABOUT, ".metadata")) else -1
+
+
+def _other(there: str | None, run: str | None) -> str:
+    changed = [word.partition("=")[0] for word in (run or "").split() if word not in (there or "").split()]
+    named = f" ({' and '.join(changed)} changed)" if "=" in (there or "") else ""
+    return f"its settings and inputs are {there}, those of this run are {run}{named}"
 
 
 def _remove(paths: Iterable[Path]) -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NoReturn, Protocol, Self, TypeVar
@@ -69,7 +69,7 @@ def fit(
     evaluate: Callable[[int], None] | None = None,
     evaluate_every: int = 0,
     extra: nn.Module | None = None,
-    inputs: str = "",
+    inputs: Mapping[str, str] | None = None,
     name: str = "training",
 ) -> None:
     """Train `model` for `steps` optimizer steps, from the latest checkpoint in `directory` if there is one.
@@ -83,15 +83,14 @@ def fit(
         case: what comes after training can be stopped, too.
     checkpoints_kept: the newest so many stay.
     extra: a module with state of its own that belongs in the checkpoint.
-    inputs: what training depends on beside the run's settings, in a word; a checkpoint with other inputs is refused.
+    inputs: what training depends on beside the run's settings, as digests; a checkpoint with other inputs is refused.
     """
     device, directory = device_of(model), Path(directory)
     products = autocast(precision, device)
     if not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be above 0 (.inf: no clipping), got {max_grad_norm}")
-    checkpoints = Checkpoints(
-        directory, model, optimizer, scheduler, extra=extra, run=f"{log.run_id} {inputs}", keep=checkpoints_kept
-    )
+    run = " ".join([f"settings={log.run_id}", *(f"{what}={value[:16]}" for what, value in (inputs or {}).items())])
+    checkpoints = Checkpoints(directory, model, optimizer, scheduler, extra=extra, run=run, keep=checkpoints_kept)
     saved, evaluated = checkpoints.restore()
     done = saved
     log.epoch_steps = len(batches)

@@ -1,6 +1,7 @@
 """Join the process group, shard a model over it, agree over ranks. All of it does nothing for one process."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 
 Model = TypeVar("Model", bound=nn.Module)
+FILE_BYTES = 4e9
 TIMEOUT = timedelta(days=1)  # ranks may wait for what another run makes for both; one that dies is noticed at once
 
 
@@ -114,6 +116,16 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """A transformer's layers: of the ModuleLists with children of one class, the one with most parameters."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(c) for c in m}) == 1]
     return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=()))
+
+
+def in_files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The number, from 1, of the file that each tensor goes in: a file is put together in memory, so it has a limit."""
+    files, file, size = {}, 1, 0
+    for name, tensor in tensors.items():
+        if size > 0 and size + tensor.nbytes > FILE_BYTES:
+            file, size = file + 1, 0
+        files[name], size = file, size + tensor.nbytes
+    return files
 
 
 def all_sum(tensor: Tensor) -> Tensor:

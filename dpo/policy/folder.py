@@ -1,0 +1,150 @@
+"""Whether a Hugging Face folder can be a policy or a reference, told from its small files and the heads of large ones.
+
+Planning and loading both ask, so that what cannot be loaded stops a sweep before its first run. Errors name the file.
+"""
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+JSON = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+FLOATS = ("F64", "F32", "F16", "BF16")
+OTHERS = {"*.bin": "pickled weights", "*.pt*": "pickled weights", "*.gguf": "GGUF weights"}
+
+
+def check(folder: Path) -> None:
+    """Raise a ValueError if a file of `folder` is missing, damaged, or of what is no plain causal language model."""
+    with os.scandir(folder) as files:
+        state = [(file.name, file.stat() if file.is_file() else None) for file in files]
+    _check(folder, frozenset((name, told and (told.st_size, told.st_mtime_ns)) for name, told in state))
+
+
+@cache  # a sweep asks for each of its runs
+def _check(folder: Path, state: frozenset[Any]) -> None:
+    names = {name for name, _ in state}
+    if "adapter_config.json" in names:
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise ValueError(
+            f"{folder} must hold a whole model, found adapter_config.json, an adapter of {base}; merge them with peft: "
+            "AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload().save_pretrained(folder), and save "
+            "the tokenizer there, too"
+        )
+    if "config.json" not in names:
+        raise ValueError(
+            f"{folder} must hold a model's config.json, found {_some(names)} there; take the folder that "
+            "save_pretrained wrote, such as policy/ of a run"
+        )
+    check_config(str(folder), read_json(folder / "config.json"))
+    for name in JSON:
+        if name in names:
+            read_json(folder / name)
+    if WEIGHTS in names:
+        _check_weights(folder / WEIGHTS)
+    elif INDEX in names:
+        _check_shards(folder / INDEX)
+    else:
+        other = next((what for pattern, what in OTHERS.items() if any(folder.glob(pattern))), _some(names))
+        raise ValueError(
+            f"{folder} must hold its weights in {WEIGHTS}, or in several such files with a {INDEX}, found {other}; "
+            "copy all of the folder, or load the model with transformers where you trust it, and save it again"
+        )
+
+
+def check_config(path: str, config: dict[str, Any]) -> None:
+    """Raise a ValueError if a model's config.json is not of a causal language model with plain float weights."""
+    if (quantized := config.get("quantization_config")) is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ValueError(
+            f"{path} must have float weights, found quantization_config of {method} in its config.json; all of them "
+            "are trained and scored in float32: take the model that was quantized, or dequantize it and save it again"
+        )
+    kind, named = config.get("model_type"), config.get("architectures") or []
+    if not isinstance(kind, str):
+        raise ValueError(f"the config.json of {path} must have a model_type, found {kind}; take a transformers model")
+    if kind not in CONFIG_MAPPING_NAMES or "AutoModelForCausalLM" in (config.get("auto_map") or {}):
+        return  # the folder's own code, or a model that was registered: the library knows
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, ())
+    known = [causal] if isinstance(causal, str) else list(causal)
+    found = f"a {named[0] if named else kind} in its config.json"
+    if config.get("is_encoder_decoder"):
+        found += ", an encoder with a decoder"
+    elif kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder"):
+        found += ", an encoder, whose tokens see those after them"
+    elif known and (not named or {one.casefold() for one in known} & {one.casefold() for one in named}):
+        return
+    raise ValueError(
+        f"{path} must be a causal language model{f' (a {known[0]})' if known else ''}, found {found}; "
+        "take the language model, without another head or other inputs"
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises: ValueError if there is none.
+    """
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        _refuse(file, "a JSON object", str(error).split("\n")[0])
+    if not isinstance(found, dict):
+        _refuse(file, "a JSON object", f"a {type(found).__name__}")
+    return found
+
+
+def _check_shards(index: Path) -> None:
+    found = read_json(index)
+    places = found.get("weight_map")
+    plain = isinstance(places, dict) and all(isinstance(one, str) for one in places.values())
+    if not plain or not places or "metadata" not in found:
+        _refuse(index, "metadata, and the file of every weight in weight_map", _some(set(found)))
+    for name in sorted(set(places.values())):
+        file = index.with_name(Path(name).name)  # of this folder
+        there = _check_weights(file)
+        if absent := sorted(weight for weight, place in places.items() if place == name and weight not in there):
+            _refuse(file, f"the weights that {index.name} places there", f"no {absent[0]} (and {len(absent) - 1} more)")
+
+
+def _check_weights(file: Path) -> set[str]:
+    """The names in a safetensors file, whose head must cover it and hold no integer in place of a weight."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            head = json.loads(opened.read(length)) if 8 < 8 + length <= size else None
+        tensors = {name: tensor for name, tensor in head.items() if name != "__metadata__"} if head else {}
+        needed = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        _refuse(file, "whole safetensors", str(error))
+    if not tensors or needed != size:
+        _refuse(file, "whole safetensors", f"{size} bytes where its head says {needed}" if tensors else "no such head")
+    whole = [f"{name} ({one['dtype']})" for name, one in tensors.items() if name.endswith("weight")]
+    if other := [one for one in whole if not one.endswith(tuple(f"({dtype})" for dtype in FLOATS))]:
+        _refuse(file, "float weights", f"{len(other)} others, such as {other[0]}", "take the model before quantization")
+    return set(tensors)
+
+
+def _refuse(file: Path, must: str, found: str, advice: str = "copy or download that file again") -> NoReturn:
+    """Say what is the matter with a file, in the words of its beginning where that tells more."""
+    try:
+        with open(file, "rb") as opened:
+            beginning = opened.read(64).lstrip()
+    except OSError:
+        beginning, found = b"?", "no file that can be read"
+    if beginning.startswith(b"version https://git-lfs"):
+        found, advice = "the pointer of a file that Git LFS holds", "run git lfs pull"
+    elif beginning.startswith(b"<"):
+        found = "a web page"
+    elif not beginning:
+        found = "an empty file"
+    raise ValueError(f"{file} must hold {must}, found {found}; {advice}")
+
+
+def _some(names: set[str]) -> str:
+    return f"{', '.join(sorted(names)[:4])}{', ...' if len(names) > 4 else ''}" if names else "nothing"

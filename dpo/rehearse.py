@@ -1,0 +1,86 @@
+"""Try what a plan would run, in a process of its own, which writes nothing: python -m dpo.rehearse < configs.json
+
+The process that plans imports no torch, so that --help, completion and other Hydra applications are quick. It sends its
+resolved configs as a JSON list, and gets for each {"problems": [...], "inputs": {...}}, see `dpo.inputs`. What many
+configs share is tried once: their data are parsed once, and a bad file is one problem.
+"""
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from dpo import inputs
+from dpo.alpaca_eval import read_instructions
+from dpo.config import misfits
+from dpo.data.records import contents
+from dpo.losses import try_out
+from dpo.policy.model import whereabouts
+from dpo.signature import call
+
+
+class Rehearsal:
+    """What was tried so far, and what came of it."""
+
+    def __init__(self) -> None:
+        self.tried: dict[str, tuple[Any, str | None]] = {}
+
+    def of(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What speaks against a config, and what its run would be made from."""
+        if problems := misfits(config):
+            return {"problems": problems, "inputs": {}}
+        attempts: list[tuple[Callable[..., Any], ...]] = [
+            (_data, config["data"]),
+            (_located, config["policy"]["path"], config["policy"]["base"]),
+            (read_instructions, config["evaluation"]["instructions"]),
+            (call, config["judge"]),
+        ]
+        if "loss" in config:
+            attempts += [(call, config["reference"]), (_loss, config["loss"], config["beta"])]
+        results, problems = zip(*(self._once(*attempt) for attempt in attempts), strict=True)
+        if found := [problem for problem in problems if problem is not None]:
+            return {"problems": found, "inputs": {}}
+        return {"problems": [], "inputs": {"data": results[0], **inputs.models(config)}}
+
+    def _once(self, function: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
+        key = f"{function.__name__} {json.dumps(arguments)}"
+        if key not in self.tried:
+            try:
+                self.tried[key] = function(*arguments), None
+            except ValueError as error:
+                self.tried[key] = None, str(error)
+            except Exception as error:  # of a function that somebody else wrote
+                self.tried[key] = None, f"{type(error).__name__}: {error}"
+        return self.tried[key]
+
+
+def _data(node: dict[str, Any]) -> str:
+    for key, value in node.items():
+        if key.endswith("path") and value is not None and not Path(value).exists():
+            raise ValueError(f"data.{key} must be a file of records, found none at {value}; check the path")
+    return contents(call(node))
+
+
+def _located(*paths: str | None) -> None:
+    for path in paths:
+        if path is not None:
+            whereabouts(path)
+
+
+def _loss(node: dict[str, Any], beta: float) -> None:
+    try_out(call(node), beta)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the planner has it, too, and says so
+    configs, rehearsal = json.load(sys.stdin), Rehearsal()
+    with redirect_stdout(sys.stderr):
+        found = [rehearsal.of(config) for config in configs]
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
