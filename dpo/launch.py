@@ -29,13 +29,12 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo import runs
+from dpo import HOME, runs
 from dpo.config import OPEN_GROUPS, incidental
 from dpo.plan import Composed, Refused, Run, message, plan
 from dpo.run import IN_USE, THREADS
 from dpo.signature import binds, call
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 MOST = 10_000  # runs of a sweep
 
 
@@ -43,7 +42,7 @@ def command(verb: str) -> NoReturn:
     """What `python -m dpo.VERB` does with the command line: --help, a plan of one, or with -m a sweep."""
     if problem := _null(sys.argv[1:]):
         sys.exit(problem)
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)(single)()
+    hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name=verb)(single)()
     sys.exit()
 
 

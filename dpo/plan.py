@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo import runs
+from dpo import HOME, runs
 from dpo.config import HOMES, NAME_BYTES, RECORDED, decisive, faults, flatten, identity, incidental
 
 INPUTS = {  # what a run is made from beside its settings: see dpo.inputs
@@ -279,7 +279,7 @@ def _provenance() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    root = Path(__file__).resolve().parent.parent
+    root = HOME
     if not (root / ".git").exists():  # installed somewhere inside another repository
         return None
     try:

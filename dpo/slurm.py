@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo import runs
+from dpo import HOME, runs
 from dpo.launch import Sweep, count
 from dpo.plan import Run
 from dpo.squeue import ask, queued
 
-EXECUTE = Path(__file__).resolve().parent.parent / "slurm" / "execute.sh"
+EXECUTE = HOME / "slurm" / "execute.sh"
 
 
 @dataclass

@@ -85,9 +85,9 @@ from types import SimpleNamespace
 from pathlib import Path
 from dpo.training import log
 from dpo.training.log import Log
-log.WANDB_TIMEOUT = 2
-settings = SimpleNamespace(mode=sys.argv[2], project="toy", entity=None)
-with Log(Path(sys.argv[1]), settings, run_id="abc", group="sweep", config={"beta": 0.1}) as log:
+log.WANDB_TIMEOUT = int(sys.argv[3])
+settings = SimpleNamespace(mode=sys.argv[2], project="toys/of: me?", entity=None)
+with Log(Path(sys.argv[1]), settings, run_id="a'b/c", group="sweeps/" + 150 * "x", config={"beta": 0.1}) as log:
     for step in range(3):
         log.write(step, "train", {"loss": 0.5})
     mirrored = log.mirror is not None
@@ -96,16 +96,16 @@ print(json.dumps([imported, mirrored]))
 """
 
 
-def mirrored(directory, mode, **environment):
+def mirrored(directory, mode, timeout=600, **environment):
     """Output lines, and whether wandb was imported and used; in a process without a terminal or stdin."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_ERROR_REPORTING": "false", **environment}
     run = subprocess.run(
-        f'exec "{sys.executable}" -c "$SCRIPT" "{directory}" {mode} <&-',
+        f'exec "{sys.executable}" -c "$SCRIPT" "{directory}" {mode} {timeout} <&-',
         shell=True,
         capture_output=True,
         text=True,
         env={**environment, "SCRIPT": SCRIPT},
-        timeout=600,
+        timeout=900,
     )
     assert run.returncode == 0, run.stderr
     *lines, last = run.stdout.splitlines()
@@ -133,11 +133,13 @@ def test_offline(run_directory, mode):
     assert used
     assert len(said) == (mode == "online")
     assert all("wandb: offline, for want of a key" in line for line in said)
-    assert len(list(run_directory.glob("wandb/offline-run-*-abc/run-abc.wandb"))) == 1
+    assert len(list(run_directory.glob("wandb/offline-run-*-a-b-c/run-a-b-c.wandb"))) == 1
 
 
 def test_dead_server_turns_the_mirror_off(run_directory):
-    said, _, used = mirrored(run_directory, "auto", WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
+    said, _, used = mirrored(
+        run_directory, "auto", timeout=2, WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9"
+    )
     assert not used
     assert len(said) == 1
     assert said[0].startswith("wandb: off, the run goes on without it: ")

@@ -1,6 +1,7 @@
 """Every loss against plain numpy, exact values, finite differences; properties over every option of conf/loss."""
 
 import math
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from dpo import losses
 from dpo.losses import Loss, PairLogps, dpo, hinge, ipo, metrics, orpo, simpo, try_out
 from dpo.signature import call
 
-OPTIONS = sorted((Path(__file__).parent.parent / "conf" / "loss").glob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+EXAMPLE, ITS_PAGE = re.search(  # the loss that README adds
+    r"## Add a loss.*?```python\n(.*?)```.*?```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+).groups()
+OPTIONS = {"exponential": ITS_PAGE} | {page.stem: page.read_text() for page in (ROOT / "conf" / "loss").glob("*.yaml")}
+POWERS = ("dpo", "hinge", "ipo", "orpo", "simpo")  # grow no faster than a power of the margin
 LN2 = math.log(2)
 
 
@@ -30,8 +37,8 @@ def pair(
     )
 
 
-def option(path: Path) -> tuple[Any, float]:
-    node = OmegaConf.load(path)
+def option(name: str) -> tuple[Any, float]:
+    node = OmegaConf.create(OPTIONS[name])
     return call(node), node.beta
 
 
@@ -147,47 +154,56 @@ def test_simpo_gamma_is_in_units_of_beta():
     assert simpo(p, 2.0, 0.5).losses.item() == pytest.approx(-log_sigmoid(2.0 * (-2 + 3) - 2.0 * 0.5))
 
 
-@pytest.mark.parametrize("path", OPTIONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", sorted(OPTIONS))
 class TestEveryOption:
     """A new loss is tested on arrival."""
+
+    @pytest.fixture(autouse=True)
+    def example(self, monkeypatch):
+        scope = dict(vars(losses))
+        exec(EXAMPLE, scope)
+        monkeypatch.setattr(losses, "exponential", scope["exponential"], raising=False)
 
     def random(self, size: int = 6) -> PairLogps:
         chance = torch.Generator().manual_seed(0)
         logps = [-100 * torch.rand(size, generator=chance, dtype=torch.float64) for _ in range(4)]
         return PairLogps(*logps, *(torch.randint(1, 60, (size,), generator=chance) for _ in range(2)))
 
-    def test_gradient_is_the_finite_difference(self, path):
-        loss, beta = option(path)
+    def test_gradient_is_the_finite_difference(self, name):
+        loss, beta = option(name)
         given_pair = self.random()
         leaf, chosen, rejected = with_gradient(given_pair)
         loss(leaf, beta=beta).losses.sum().backward()
-        for name, gradient in (("policy_chosen_logps", chosen.grad), ("policy_rejected_logps", rejected.grad)):
+        for what, gradient in (("policy_chosen_logps", chosen.grad), ("policy_rejected_logps", rejected.grad)):
             sides = []
             for step in (1e-6, -1e-6):
-                moved = {**vars(given_pair), name: getattr(given_pair, name) + step}
+                moved = {**vars(given_pair), what: getattr(given_pair, what) + step}
                 sides.append(loss(PairLogps(**moved), beta=beta).losses)
             assert torch.allclose((sides[0] - sides[1]) / 2e-6, gradient, rtol=1e-4, atol=1e-5)
 
-    def test_a_pair_is_on_its_own_and_order_does_not_matter(self, path):
-        loss, beta = option(path)
+    def test_a_pair_is_on_its_own_and_order_does_not_matter(self, name):
+        loss, beta = option(name)
         given_pair = self.random()
         order = torch.tensor([3, 0, 5, 1, 4, 2])
         permuted = PairLogps(*(value[order] for value in vars(given_pair).values()))
         assert torch.equal(loss(given_pair, beta=beta).losses[order], loss(permuted, beta=beta).losses)
 
-    @pytest.mark.parametrize("margin", [1e4, -1e4])
-    def test_extreme_margins_stay_finite(self, path, margin):
-        loss, beta = option(path)
+    @pytest.mark.parametrize("margin", [1e4, -1e4, "largest", "smallest"])
+    def test_large_margins_stay_finite(self, name, margin):
+        """Up to 1e4 nats; of a loss that outgrows floats, up to 50 / beta: beyond, a run stops and names the pair."""
+        loss, beta = option(name)
+        if isinstance(margin, str):
+            margin = {"largest": 50, "smallest": -50}[margin] / beta
         extreme = PairLogps(*(value.float() for value in vars(pair([min(margin, 0.0)], [min(-margin, 0.0)])).values()))
         leaf, chosen, rejected = with_gradient(extreme)
-        losses = loss(leaf, beta=beta).losses
-        losses.sum().backward()
-        assert losses.isfinite().all()
-        assert chosen.grad.isfinite().all()
-        assert rejected.grad.isfinite().all()
+        found = loss(leaf, beta=beta).losses
+        found.sum().backward()
+        for values in (found, chosen.grad, rejected.grad):
+            assert not values.isnan().any()
+            assert values.isfinite().all() or (name not in POWERS and abs(beta * margin) > 51)
 
-    def test_nothing_flows_into_reference_or_rewards(self, path):
-        loss, beta = option(path)
+    def test_nothing_flows_into_reference_or_rewards(self, name):
+        loss, beta = option(name)
         leaf, _, _ = with_gradient(self.random())
         result = loss(leaf, beta=beta)
         assert isinstance(result, Loss)
@@ -195,8 +211,8 @@ class TestEveryOption:
         assert not result.rejected_rewards.requires_grad
         assert {result.losses.shape, result.chosen_rewards.shape, result.rejected_rewards.shape} == {(6,)}
 
-    def test_lower_for_a_better_policy(self, path):
-        loss, beta = option(path)
+    def test_lower_for_a_better_policy(self, name):
+        loss, beta = option(name)
         worse, better = (
             loss(pair([chosen], [-2.0], lengths=(2, 2)), beta=beta).losses.item() for chosen in (-2.0, -1.9)
         )

@@ -72,6 +72,8 @@ def test_dropout_that_no_config_knows_is_off(tiny_model, monkeypatch):
 def test_saved_model_is_the_same(tiny_model, tmp_path, kind):
     model, tokenizer = models.load(tiny_model(kind))
     models.save(model, tokenizer, tmp_path / "policy")
+    assert json.loads((tmp_path / "policy" / "config.json").read_text())["use_cache"] is True
+    assert not model.config.use_cache  # training goes on without
     again, its_tokenizer = models.load(str(tmp_path / "policy"))
     assert models.fingerprint(again) == models.fingerprint(model)
     assert its_tokenizer("Human: cats ☃")["input_ids"] == tokenizer("Human: cats ☃")["input_ids"]
@@ -89,6 +91,7 @@ def test_generation_config_is_kept(tiny_model, tmp_path):
     kept = models.load(str(tmp_path / "policy"))[0].generation_config
     assert (kept.eos_token_id, kept.temperature) == ([0, 1], 0.6)
     assert kept.use_cache is not False  # training turns the cache off, sampling wants it
+    assert json.loads((tmp_path / "policy" / "generation_config.json").read_text()).get("use_cache") is not False
 
 
 def test_save_replaces_whole_or_not_at_all(tiny_model, tmp_path, monkeypatch):

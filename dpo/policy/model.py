@@ -160,6 +160,7 @@ def save(
         first, *more = ends(tokenizer, model.generation_config)
         model.generation_config.eos_token_id = [first, *more] if more else first
     try:
+        _use_cache(model.config, True)  # whoever loads the folder samples from it
         if sharding.is_sharded(model):
             parts.write(model, unfinished)
         else:
@@ -171,6 +172,7 @@ def save(
             target.rename(replaced)
         unfinished.rename(target)
     finally:
+        _use_cache(model.config, False)
         if sharding.is_main():
             shutil.rmtree(unfinished, ignore_errors=True)
             if replaced.exists() and not target.exists():
@@ -310,7 +312,7 @@ def _silence(config: PreTrainedConfig) -> None:
     """Turn off what is random in training mode (dropout, dropped layers, a router's jitter), the key-value cache, and
     the router logits that an auxiliary loss would take: the objective is the loss of the config, and nothing beside.
     """
-    config.use_cache = False
+    _use_cache(config, False)
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
             _silence(value)
@@ -318,3 +320,10 @@ def _silence(config: PreTrainedConfig) -> None:
             setattr(config, name, 0.0)
         elif name == "output_router_logits":
             setattr(config, name, False)
+
+
+def _use_cache(config: PreTrainedConfig, on: bool) -> None:
+    config.use_cache = on
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            _use_cache(value, on)

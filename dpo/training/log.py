@@ -7,6 +7,7 @@ import json
 import math
 import netrc
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -136,11 +137,11 @@ def _mirror(
         import wandb
 
         run = wandb.init(
-            project=settings.project,
+            project=_accepted(settings.project),
             entity=settings.entity,
-            group=group,
-            id=run_id,
-            name=directory.name,
+            group=group and _accepted(group),
+            id=run_id and _accepted(run_id),
+            name=_accepted(directory.name),
             config=config,
             dir=directory,
             mode=mode,
@@ -153,6 +154,11 @@ def _mirror(
     except Exception as error:
         print(f"wandb: off, the run goes on without it: {_short(error)}", flush=True)
         return None
+
+
+def _accepted(name: str) -> str:
+    """A name as W&B takes it: no slash and the like, 128 characters, of which the last tell runs apart."""
+    return re.sub(r"[^\w.,+=@\[\] -]", "-", name).strip()[-128:].strip() or "-"
 
 
 def _has_key() -> bool:

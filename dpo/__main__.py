@@ -1,0 +1,54 @@
+"""The commands under one name: `dpo VERB ...` is `python -m dpo.VERB ...`.
+
+    dpo train -m beta=0.01,0.1
+
+`eval "$(dpo -sc install=bash)"` has the shell complete verbs, keys, groups and options.
+"""
+
+import importlib
+import os
+import sys
+
+SWEEPS = {  # take key=value
+    "train": "train a policy on preference pairs, or with -m a sweep of them",
+    "sft": "make a policy from demonstrations",
+    "score": "score pairs under a reference ahead of time",
+}
+VERBS = SWEEPS | {
+    "runs": "where a sweep stands: states, table, figure",
+    "run": "execute one run directory from its frozen config",
+    "cache": "list and check what is computed once: SFT policies, pairs, reference log-probs",
+    "alpaca_eval": "win rates from AlpacaEval's annotation files",
+}
+USAGE = "usage: dpo VERB ...\n\n" + "".join(f"  {verb:12} {what}\n" for verb, what in VERBS.items())
+
+
+def main() -> None:
+    verb, rest = sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]
+    if verb == "-sc" and rest[:1] != ["query=bash"]:  # Hydra writes what a shell evaluates
+        verb, rest = "train", sys.argv[1:]
+    elif verb == "-sc":
+        verb, rest = _completed(), sys.argv[1:]
+    elif verb not in VERBS:
+        print(f"{USAGE}\ndpo VERB --help says more")
+        sys.exit(0 if verb in ("", "-h", "--help") else f"\nVERB must be one of {', '.join(VERBS)}, got {verb}")
+    sys.argv = [sys.argv[0], *rest]
+    if verb in SWEEPS:
+        importlib.import_module("dpo.launch").command(verb)
+    importlib.import_module(f"dpo.{verb}").main()
+
+
+def _completed() -> str:
+    """The verb of the line that a shell asks about; of a line that has none yet, the verbs are the answer."""
+    name, *words = os.environ.get("COMP_LINE", "").split(" ")
+    if len(words) < 2:
+        print(" ".join(VERBS))
+        sys.exit(0)
+    if words[0] not in SWEEPS:  # files, which the shell completes by itself
+        sys.exit(0)
+    os.environ["COMP_LINE"] = " ".join([name, *words[1:]])
+    return words[0]
+
+
+if __name__ == "__main__":
+    main()
