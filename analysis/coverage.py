@@ -4,8 +4,8 @@
 
 prints the share of 95 % intervals of "the best beta of one method minus the best of another" that hold it, in worlds
 like those of the studies: by number of seeds and betas, in ties and apart, with noise that the runs of a seed share,
-with betas that differ in spread, and with one that collapses for some seeds. Beside it stands the interval that takes, for
-each seed, the beta that is best for the others: it looks fair and is too narrow.
+with betas that differ in spread, and with one that collapses for some seeds. Beside it stands the interval that takes,
+for each seed, the beta that is best for the others: it looks fair and is too narrow.
 """
 
 from collections.abc import Callable, Sequence

@@ -28,6 +28,7 @@ from analysis.seeds import (
     holds,
     interval,
     margin,
+    measures,
     more_often,
     paired,
     to_decide,
@@ -208,8 +209,9 @@ def figure(final: pd.DataFrame, history: pd.DataFrame) -> Figure:
 def study(frames: Frames) -> tuple[dict[str, pd.DataFrame], dict[str, Figure]]:
     """Tables and figures of what `read` has read, by name."""
     final, history = frames["runs"], frames["history"]
-    tables = {"table_1": table_1(final), "table_2": table_2(final, history), "claims": claims(final, history)}
     trained, _ = parted(final)
+    tables = {"table_1": table_1(final), "measures": measures(trained, ["lr", "beta"])}
+    tables |= {"table_2": table_2(final, history), "claims": claims(final, history)}
     drawn = {"kl", "win_rate"} <= set(trained.dropna(axis="columns", how="all")) and len(trained)
     return tables, {"frontier": figure(trained, history)} if drawn else {}
 

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from analysis.report import Frames, main
 from analysis.seeds import (
+    MEASURES,
     UNMEASURED,
     Finding,
     Interval,
@@ -29,6 +30,7 @@ from analysis.seeds import (
     holds,
     interval,
     margin,
+    measures,
     paired,
     unmeasured,
     wide,
@@ -52,15 +54,6 @@ METHODS = {
     ("dpo", "prior"): "likelihood",
     ("simpo", "uniform"): "SimPO",
     ("orpo", "uniform"): "ORPO",
-}
-COLUMNS = {  # of Table 3, beside the score: title, measure and format
-    "policy accuracy": ("logps/accuracies", ".3f"),
-    "length": ("length", ".1f"),
-    "correct": ("correct", ".2f"),
-    "wrong": ("wrong", ".2f"),
-    "valid": ("valid", ".3f"),
-    "KL": ("kl", ".1f"),
-    "ended": ("ended", ".3f"),
 }
 
 
@@ -127,7 +120,7 @@ def table_3(final: pd.DataFrame) -> pd.DataFrame:
     for method, same in methods(final).groupby("method", sort=False):
         start, shown = method == UNTUNED, same if method == UNTUNED else at_best(same)
         row = {"score": cell(shown, "score", found=None if start else best(same))}
-        row |= {title: cell(shown, value, form) for title, (value, form) in COLUMNS.items()}
+        row |= {title: cell(shown, value, form) for title, (value, form) in MEASURES.items()}
         rows[method] = row | {"beta": "" if start else short(shown["beta"].iloc[0])}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
 
@@ -340,8 +333,10 @@ def study(frames: Frames) -> tuple[dict[str, pd.DataFrame], dict[str, Figure]]:
         "table_3": table_3(needed),
         "table_3_by_beta": table_3_by_beta(needed),
         "table_4": table_4(fitting),
+        "table_4_measures": measures(trained(fitting), [policies(fitting), "reference", "beta"]),
         "table_5": table_5(fitting),
         "table_7": table_7(after),
+        "table_7_measures": measures(of_tuned(after), ["held", "beta"]),
         "claims_of_references": pd.concat(claims),
     }
     figures = {

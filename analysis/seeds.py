@@ -26,6 +26,16 @@ Floats = NDArray[np.float64]
 # What a run's score may be, the first that every run has: how it is shown, its unit, and the margin within which two
 # settings count as equivalent. Win rates here lie 0.1 to 0.4 apart, length-controlled ones in 2407.13709 2 to 9 points.
 SCORES = {"alpaca_eval/length_controlled": (".2f", 100.0, 1.0), "win_rate": (".3f", 1.0, 0.05)}
+MEASURES = {  # beside the score: title, measure and format
+    "policy accuracy": ("logps/accuracies", ".3f"),
+    "length": ("length", ".1f"),
+    "correct": ("correct", ".2f"),
+    "wrong": ("wrong", ".2f"),
+    "any wrong": ("any_wrong", ".3f"),
+    "valid": ("valid", ".3f"),
+    "KL": ("kl", ".1f"),
+    "ended": ("ended", ".3f"),
+}
 COLLAPSED = "degenerate"  # a state of a cell, neither a number nor missing
 UNDECIDED = "undecided"
 MOST_SEEDS = 1000  # beyond which the seeds that a verdict would take are not counted
@@ -326,6 +336,15 @@ def grid(
         table[title] = {short(at): cell(same, value, form) for at, same in of_column.groupby(row)}
     order = [short(at) for at in sorted(frame[row].unique(), reverse=True)]
     return pd.DataFrame(table).reindex(order).fillna("").rename_axis(row)
+
+
+def measures(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """A row per setting of `keys`: score, and what else was measured, without which a score says little."""
+    rows = {}
+    for setting, same in frame.groupby(list(keys), sort=False):
+        found = {title: cell(same, value, form) for title, (value, form) in MEASURES.items()}
+        rows[", ".join(map(short, setting))] = {"score": cell(same, "score")} | found
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(", ".join(keys))
 
 
 def findings(found: Sequence[Finding]) -> pd.DataFrame:

@@ -87,8 +87,8 @@ def describe(
 
 
 def is_broken(one: Sample, against: str | None = None) -> bool:
-    """Whether a response did not end, is mostly repetition, or hardly says a word: none, or less than a tenth of those of
-    the baseline's response. A terse one that says what it is asked for is not broken.
+    """Whether a response did not end, is mostly repetition, or hardly says a word: none, or less than a tenth of those
+    of the baseline's response. A terse one that says what it is asked for is not broken.
     """
     words = len(one.text.split())
     silent = words == 0 or (against is not None and words < EMPTY * len(against.split()))
@@ -199,7 +199,7 @@ def kl(
     """Per response, two unbiased estimates of sequence KL(policy || anchor) in nats: the log-ratio, and the sum over
     positions of the full-vocabulary KL (Rao-Blackwellized).  # (N,), (N,)
 
-    Responses must be the policy's own, sampled at temperature 1 without top-p. KL is that of the process which is cut at
+    Responses must be the policy's own, sampled at temperature 1 without top-p. KL is that of the process cut at
     `max_new_tokens`, so a policy that never ends has less of it than its endless responses would. The second mostly has
     less spread over responses, but need not: where policies are far apart its sum varies with the length and the path
     as much as the log-ratio does.

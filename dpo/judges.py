@@ -18,8 +18,8 @@ def gold(prompt: Text, responses: list[str]) -> list[dict[str, float]]:
     """The embedded world's exact judge: Anyscale's preference rule over the article's five questions.
 
     Measures: `correct` (how many of 5 questions the summary answers rightly), `enough` (whether three or more), `wrong`
-    (how many false statements it makes), `any_wrong` (whether it makes one) and `valid` (share of clauses that follow the
-    world's grammar). In `evaluation.json` the first and third are mean numbers, the second and fourth shares.
+    (how many false statements it makes), `any_wrong` (whether it makes one) and `valid` (share of clauses that follow
+    the world's grammar). In `evaluation.json` the first and third are mean numbers, the second and fourth shares.
     """
     if not isinstance(prompt, str):
         raise ValueError(

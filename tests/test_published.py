@@ -1,5 +1,5 @@
-"""The studies on fabricated runs that hold the published numbers, which must come out as published, cell by cell; and on
-sweeps that lack something.
+"""The studies on fabricated runs that hold the published numbers, which must come out as published, cell by cell; and
+on sweeps that lack something.
 """
 
 import json
@@ -183,7 +183,8 @@ def sweep(folder: Path, betas: tuple[float, ...] = (0.01, 0.1, 1.0), seeds: int 
 
 
 @pytest.mark.parametrize(
-    "betas,seeds,untrained", [((0.1,), 1, True), ((0.1,), 3, False), ((0.1, 1.0), 3, True), ((0.01, 0.1, 1.0), 1, False)]
+    "betas,seeds,untrained",
+    [((0.1,), 1, True), ((0.1,), 3, False), ((0.1, 1.0), 3, True), ((0.01, 0.1, 1.0), 1, False)],
 )
 def test_small_sweeps(tmp_path, betas, seeds, untrained):
     """Every claim is listed, whatever is missing: here also the rewards, KL, a judge, and what was before training."""
@@ -207,15 +208,19 @@ def test_a_key_that_no_run_has(tmp_path):
             kl_strength.read(tmp_path, **wrong)
     with pytest.raises(ValueError, match="they differ in beta, lr, policy, seed"):
         kl_strength.read(tmp_path, xyz="1")
-    assert len(kl_strength.read(tmp_path, lr="1e-6")["runs"]) == len(kl_strength.read(tmp_path, lr="0.000001")["runs"]) == 9
+    assert (
+        len(kl_strength.read(tmp_path, lr="1e-6")["runs"])
+        == len(kl_strength.read(tmp_path, lr="0.000001")["runs"])
+        == 9
+    )
     assert len(kl_strength.read(tmp_path, epochs="3")["runs"]) == 18  # a key that does not vary
 
 
-@pytest.mark.parametrize("arguments", [["polcy=mistral_7b"], [".", "."], ["path=x"], [".", "xyz=1"]])
+@pytest.mark.parametrize("arguments", [["polcy=mistral_7b"], ["."], ["path=x"], ["nowhere"]])
 def test_the_command_line_of_a_study(tmp_path, monkeypatch, arguments):
     sweep(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["study", ".", *arguments][0 if "." in arguments else 0 :])
+    monkeypatch.setattr(sys, "argv", ["study", ".", *arguments])
     with pytest.raises(SystemExit) as stopped:
         main("usage", kl_strength.read, kl_strength.study)
     assert stopped.value.code
@@ -225,7 +230,7 @@ def test_the_command_line_of_a_study(tmp_path, monkeypatch, arguments):
 def test_two_runs_are_no_two_seeds(tmp_path):
     sweep(tmp_path)
     run(tmp_path, 12.0, beta=0.1, seed=0, epochs=1)
-    with pytest.raises(ValueError, match="must differ in beta, lr, seed, found .* one epochs at a time: say epochs="):
+    with pytest.raises(ValueError, match=r"must differ in beta, lr, seed, found .* one epochs at a time: say epochs="):
         kl_strength.read(tmp_path)
     assert len(kl_strength.read(tmp_path, epochs="3")["runs"]) == 9
 
@@ -290,7 +295,7 @@ def test_numbers_of_runs_outlive_them(tmp_path, sweeps):
 
 
 def spoken(run: Path, split: str = "validation") -> pd.DataFrame:
-    """As `token_level.tokens`: EOS falls by 3, `sure` by 2, others little; wherever the run was not trained, nothing."""
+    """As `token_level.tokens`: EOS falls by 3, `sure` by 2, others little; without training, nothing."""
     config = OmegaConf.load(run / "config.yaml")
     falls = {"</s>": 3.0, "sure": 2.0, "null": 0.5, "a": 0.1}
     rows = [

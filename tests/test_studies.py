@@ -83,6 +83,7 @@ def inside(folder, monkeypatch):
 def test_strength(inside):
     tables, figures = kl_strength.study(kl_strength.read("runs/kl_strength"))
     assert tables["table_1"].index.tolist() == ["inf", "1", "0.1"]
+    assert (tables["measures"].loc["0.001, 0.1", ["correct", "wrong", "any wrong", "valid", "KL"]] != "").all()
     assert tables["table_2"].loc["inf"].str.match(r"0\.\d{3}$").all()
     assert {*tables["claims"]["verdict"]} <= {"supports", "refutes", "equivalent", "undecided"}
     [axis] = figures["frontier"].axes
