@@ -39,7 +39,13 @@ from dpo.drawing import COLOURS, plain, tidy
 from dpo.runs import short
 
 SUMMARIES = "data.summaries"  # what makes one policy another in the embedded world: the language of its demonstrations
-KEYS = ("beta", "seed", "reference", "loss", "epochs", SUMMARIES)
+SETTING = ("beta", "seed", "reference", SUMMARIES)
+KEYS = {  # in which the runs of each sweep may differ
+    "necessity": (*SETTING, "loss"),
+    "compatibility": SETTING,
+    "tuned": (*SETTING, "epochs"),
+}
+ALL_KEYS = (*SETTING, "loss", "epochs")
 ITSELF = "initial"
 FITTING = {  # policy: a stronger reference that is related to it, one that is not, and one with another tokenizer
     "human": ("world_clean", "world_alien", "world_other_tokenizer"),
@@ -67,13 +73,13 @@ def read(
     Raises: ValueError as `finished`, or if the first or third sweep is of several policies.
     """
     names = {"necessity": necessity, "compatibility": compatibility, "tuned": tuned}
-    frames = {name: finished(path, KEYS, only) for name, path in names.items()}
+    frames = {name: finished(path, KEYS[name], only, ALL_KEYS) for name, path in names.items()}
     for name in ("necessity", "tuned"):
         if len(found := frames[name][policies(frames[name])].unique()) > 1:
             raise ValueError(f"one policy at a time in {names[name]}: say policy={' or policy='.join(map(str, found))}")
     if strength is None:
         return frames
-    more = finished(strength, KEYS, only)
+    more = finished(strength, SETTING, only, ALL_KEYS)
     frames["necessity"] = joined(frames["necessity"], more[more["untrained"]])
     return frames | {name: joined(frames[name], more) for name in ("compatibility", "tuned")}
 
@@ -89,7 +95,7 @@ def joined(own: pd.DataFrame, more: pd.DataFrame) -> pd.DataFrame:
     if ways := {*more["scored_by"]} ^ {*own["scored_by"]}:
         raise ValueError(f"runs of one table must be scored alike, found {own['run'].iloc[0]} and others by {ways}")
     both = pd.concat([own, more], ignore_index=True)
-    return both.drop_duplicates([*(key for key in (*KEYS, "policy") if key in both), "untrained"])
+    return both.drop_duplicates([*(key for key in (*ALL_KEYS, "policy") if key in both), "untrained"])
 
 
 def policies(final: pd.DataFrame) -> str:

@@ -239,14 +239,16 @@ def all_of(verdicts: Sequence[str]) -> str:
     return "supports" if known == {"supports"} else "equivalent"
 
 
-def finished(path: str | Path, keys: Sequence[str], only: Mapping[str, str]) -> pd.DataFrame:
+def finished(path: str | Path, keys: Sequence[str], only: Mapping[str, str], shown: Sequence[str] = ()) -> pd.DataFrame:
     """`runs.final` where each key of `only` has that value, with columns `score`, the length-controlled win rate of
     AlpacaEval (in percent) where `dpo.alpaca_eval` has added it to the runs, else the win rate, `scored_by`, which of
     them, and `untrained`, whether the run has measured a policy before training (steps=0).
 
+    shown: further settings that are columns.
+
     Raises: ValueError if there is no such run, key or score, or two runs differ in none of `keys`.
     """
-    frame = runs.final(path, [*dict.fromkeys([*keys, "policy", *only])])
+    frame = runs.final(path, [*dict.fromkeys([*keys, *shown, "policy", *only])])
     for key, value in only.items():
         if key not in frame and len(frame):
             known = sorted(column for column in {*runs.swept(frame), *keys, "policy"} if column in frame)

@@ -18,8 +18,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from analysis.kl_strength import at_best_lr, of_one_policy, parted
-from analysis.reference_compatibility import KEYS as NECESSITY
-from analysis.reference_compatibility import methods, trained
+from analysis.reference_compatibility import KEYS, methods, trained
 from analysis.report import Frames, main
 from analysis.seeds import Interval, best_minus_best, findings, finished, holds, interval, paired, unmeasured
 from dpo import score
@@ -103,7 +102,7 @@ def read(strength: str | Path, necessity: str | Path | None = None, **only: str)
         frames["values"] = means(found.assign(kind=kind), ["beta", "seed", "kind"])
     if necessity is None:
         return frames
-    needed = methods(trained(finished(necessity, NECESSITY, only)))
+    needed = methods(trained(finished(necessity, KEYS["necessity"], only)))
     needed = needed[needed["method"].isin(METHODS)]
     if needed.empty:
         raise ValueError(f"{necessity} must hold trained runs of {', '.join(METHODS)}, found none")

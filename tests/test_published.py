@@ -255,11 +255,16 @@ def test_a_measure_of_some_seeds(tmp_path):
 
 def test_a_policy_of_ones_own(tmp_path):
     """Its claim is listed, though nobody said which reference fits it; other losses have rows, too."""
-    for reference in ("initial", "other"):
-        run(tmp_path, 12.0, {"length": 300.0}, policy="mine", reference=reference)
-    run(tmp_path, 12.0, policy="mine", loss="hinge")
-    tables, _ = reference_compatibility.study(reference_compatibility.read(tmp_path, tmp_path, tmp_path))
+    needed, fitting = tmp_path / "needed", tmp_path / "fitting"
+    for folder in (needed, fitting):
+        for reference in ("initial", "other"):
+            run(folder, 12.0, {"length": 300.0}, policy="mine", reference=reference)
+    run(needed, 12.0, policy="mine", loss="hinge")
+    tables, _ = reference_compatibility.study(reference_compatibility.read(needed, fitting, fitting))
     assert tables["claims_of_references"].index.str.contains("(mine)", regex=False).sum() == 1
+    assert tables["table_3"].index.tolist() == ["DPO", "dpo, other", "hinge, initial"]
+    with pytest.raises(ValueError, match="one loss at a time: say loss=dpo or loss=hinge"):
+        reference_compatibility.read(needed, needed, fitting)
 
 
 @pytest.mark.parametrize("control", [False, True])
