@@ -269,6 +269,11 @@ def _numbers(config: dict[str, Any]) -> list[str]:
             problems.append(f"{key} must be at least 0 and finite, got {value}")
         elif value is not None and key.endswith("warmup_steps") and value > 1 and value % 1:
             problems.append(f"{key} must be a whole number of steps, or a share of them below 1, got {value}")
+    for key, value in flat.items():
+        said = key in HOMES or any(problem.startswith(f"{key} ") for problem in problems)
+        said = said or (key == "max_grad_norm" and value == math.inf)
+        if isinstance(value, float) and not (said or value == 0 or 1e-30 <= abs(value) <= 1e30):
+            problems.append(f"{key} must be 0, or of a size that float32 computes with (1e-30 to 1e30), got {value}")
     if not 0 < flat.get("data.validation_fraction", 0.5) < 1:
         problems.append(f"data.validation_fraction must be between 0 and 1, got {flat['data.validation_fraction']}")
     if flat.get("generation.top_p", 1) > 1:

@@ -44,6 +44,7 @@ def run(config: DictConfig, directory: Path) -> None:
     instructions = read_instructions(config.evaluation.instructions)
     judge, loss = call(config.judge), call(config.loss)
     reference: Reference = call(config.reference)
+    reference.check(config.policy.path or config.policy.base, config)
     start, policy, tokenizer, pairs = prepare(config, dataset, judge)
     weights, device, layout = models.fingerprint(policy), sharding.device_of(policy), sharding.layout(config)
     test = evaluate.test_prompts(dataset, config)
@@ -157,7 +158,7 @@ def self_check(policy: PreTrainedModel, reference: Reference, batch: Batch, conf
     worst = max(pair.chosen_logratios.abs().max().item(), pair.rejected_logratios.abs().max().item())
     if reference.is_initial:
         tolerance = tokens * (1e-5 if config.precision == "fp32" else 1e-2)
-        if worst > tolerance:
+        if not worst <= tolerance:  # nor NaN
             raise RuntimeError(
                 "policy and reference are the same model before training, so their log-probs of a response must agree "
                 f"within {tolerance:.2g} nats, found {worst:.2g}; the scoring or the cache in {config.cache} is wrong"

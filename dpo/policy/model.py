@@ -245,6 +245,11 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Ids of all tokens, sorted. A model may have rows to spare, or between them, that are no token's.  # (K,) int64"""
+    return torch.tensor(sorted(set(tokenizer.get_vocab().values())))
+
+
 def check_same_tokenizer(
     path: str, tokenizer: PreTrainedTokenizerBase, policy_path: str, policy_tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.cache import digest
+from dpo.policy.model import vocabulary
 from dpo.training.log import progress
 from dpo.training.sharding import device_of, world_size
 
-SAMPLING_VERSION = 2  # part of cache keys: raise it when a change of the code changes what is sampled
+SAMPLING_VERSION = 3  # part of cache keys: raise it when a change of the code changes what is sampled
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,12 @@ def sample(
 
     The same seed, prompts and batch_size give the same responses, and the caller's random state stays as it was. Of the
     model's generation config only the ends of turn count: penalties, top_k and such would make it another policy.
+    Ids that are no token's are never drawn: a model may have rows to spare.
+
+    Raises: RuntimeError if the model gives no finite logits.
     """
     stops = _stop_ids(model, tokenizer)
+    tokens = vocabulary(tokenizer).tolist()
     config = GenerationConfig(
         do_sample=temperature > 0,
         temperature=temperature if temperature > 0 else None,
@@ -53,6 +58,7 @@ def sample(
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(stops),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops),
+        suppress_tokens=sorted(set(range(model.config.get_text_config().vocab_size)).difference(tokens)) or None,
         use_cache=True,
     )
     device = device_of(model)
@@ -69,6 +75,7 @@ def sample(
                 input_ids.to(device),
                 attention_mask=attention_mask.to(device),
                 generation_config=config,
+                logits_processor=[_finite],
                 synced_gpus=world_size() > 1,  # of a sharded model no rank can make a pass alone
             )
             for prompt_ids, row in zip(batch, generated[:, width:].tolist(), strict=True):
@@ -107,6 +114,16 @@ def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set
     listed = getattr(model.generation_config, "eos_token_id", None)
     more = listed if isinstance(listed, list) else [] if listed is None else [listed]
     return {tokenizer.eos_token_id, *more}
+
+
+def _finite(_: Tensor, logits: Tensor) -> Tensor:
+    """The logits as they are. Greedy sampling would take those that are not finite without a word."""
+    if not logits.amax(-1).isfinite().all():
+        raise RuntimeError(
+            "the logits of a policy must be finite where it is sampled from, found some that are not; its training "
+            "diverged: lower the learning rate, or take another checkpoint (precision=fp32 may help)"
+        )
+    return logits
 
 
 def _left_padded(prompts: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
