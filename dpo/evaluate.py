@@ -190,14 +190,14 @@ def kl(
     anchor: PreTrainedModel,
     samples: Sequence[Sample],
     settings: Any,
-    tokens: Tensor | None = None,
+    vocabulary: Tensor | None = None,
     name: str = "kl",
 ) -> tuple[Tensor, Tensor]:
     """Per response, two unbiased estimates of sequence KL(policy || anchor) in nats: the log-ratio, and the sum over
     positions of the full-vocabulary KL (Rao-Blackwellized).  # (N,), (N,)
 
     Responses must be the policy's own, sampled at temperature 1 without top-p; a cut response counts up to its cut.
-    tokens: see `sequence_kl`.
+    vocabulary: the `tokens` of `sequence_kl`.
 
     Raises: RuntimeError if one of them is not finite.
     """
@@ -209,7 +209,7 @@ def kl(
     with torch.no_grad(), bar:
         for share in dealt([size(item) for item in items], tokens, 1):
             batch = branched([items[place] for place in share], packed=packed).to(device_of(policy))
-            log_ratios, exact = sequence_kl(policy, anchor, batch, tokens)
+            log_ratios, exact = sequence_kl(policy, anchor, batch, vocabulary)
             plain[share], rao_blackwell[share] = log_ratios.cpu(), exact.cpu()
             bar.update(len(share))
     if bad := (~(plain + rao_blackwell).isfinite()).nonzero().flatten().tolist():

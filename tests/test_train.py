@@ -410,16 +410,19 @@ def test_a_reference_that_cannot_serve_stops_before_sft(tmp_path, tiny_model, mo
         train.run(config, tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite_names_its_pair(tmp_path, tiny_model, monkeypatch):
+@pytest.mark.parametrize("split,advice", [("train", "The last checkpoint"), ("validation", "Training diverged, if")])
+def test_a_loss_that_is_not_finite_names_its_pair(tmp_path, tiny_model, monkeypatch, split, advice):
     def spoilt(model, batch):
         logps, lengths = sequence_logps(model, batch)
+        if torch.is_grad_enabled() is not (split == "train"):
+            return logps, lengths
         bad = (batch.index == 5).repeat(2)  # chosen and rejected
         return logps.masked_fill(bad, math.nan), lengths
 
     monkeypatch.setattr(train, "sequence_logps", spoilt)
     given = own(tmp_path, tiny_model("llama"))
-    pair = call(frozen(tmp_path / "run", *given).data).preferences["train"][5]
+    pair = call(frozen(tmp_path / "run", *given).data).preferences[split][5]
     assert pair.origin.startswith(f"{tmp_path / 'pairs.jsonl'}, line ")
     with pytest.raises(RuntimeError, match="must be finite") as error:
         run(tmp_path / "run", *given)
-    assert f"from\n  {pair.origin}\nThe last checkpoint" in str(error.value)
+    assert f"from\n  {pair.origin}\n{advice}" in str(error.value)
