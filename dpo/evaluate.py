@@ -16,11 +16,14 @@ from dpo.data.batches import Batch, Batches, Branches, Pair, branched, dealt, en
 from dpo.data.records import Dataset, Text
 from dpo.data.tokens import usable
 from dpo.judges import Judge
+from dpo.policy import model as models
 from dpo.policy.logps import forward_tokens, packable, sequence_kl
 from dpo.policy.sampling import Sample, inputs, sample
 from dpo.training.log import progress
+from dpo.training.loop import refuse
 from dpo.training.sharding import all_sum, any_true, device_of, is_main
 
+DIVERGED = "Training diverged, if it was finite before: lower the learning rate. Else look at these items."
 TEXTS = ("prompt", "response", "baseline")  # columns of a row that have no mean
 EMPTY = 0.1  # share of the baseline's words below which a response counts as broken
 
@@ -48,7 +51,7 @@ def measure(
         else respond(policy, tokenizer, prompts, settings, "policy at temperature 1", temperature=1.0)
     )
     for anchor, model in anchors.items():
-        plain, rao_blackwell = kl(policy, model, at_one, settings)
+        plain, rao_blackwell = kl(policy, model, at_one, settings, models.vocabulary(tokenizer), anchor)
         for name, values in ((anchor, rao_blackwell), (f"{anchor}_plain", plain)):
             result[name] = values.mean().item()
             result[f"{name}/se"] = values.std().item() / math.sqrt(len(values))
@@ -198,7 +201,12 @@ def baseline(
 
 
 def kl(
-    policy: PreTrainedModel, anchor: PreTrainedModel, samples: Sequence[Sample], settings: Any
+    policy: PreTrainedModel,
+    anchor: PreTrainedModel,
+    samples: Sequence[Sample],
+    settings: Any,
+    vocabulary: Tensor | None = None,
+    name: str = "kl",
 ) -> tuple[Tensor, Tensor]:
     """Per response, two unbiased estimates of sequence KL(policy || anchor) in nats: the log-ratio, and the sum over
     positions of the full-vocabulary KL (Rao-Blackwellized).  # (N,), (N,)
@@ -207,6 +215,9 @@ def kl(
     `max_new_tokens`, so a policy that never ends has less of it than its endless responses would. The second mostly has
     less spread over responses, but need not: where policies are far apart its sum varies with the length and the path
     as much as the log-ratio does.
+    vocabulary: the `tokens` of `sequence_kl`.
+
+    Raises: RuntimeError if one of them is not finite.
     """
     items: list[Branches] = [(one.prompt_ids, [one.response_ids]) for one in samples]
     packed = settings.packed and packable(policy, items) and packable(anchor, items)
@@ -216,28 +227,36 @@ def kl(
     with torch.no_grad(), bar:
         for share in dealt([size(item) for item in items], tokens, 1):
             batch = branched([items[place] for place in share], packed=packed).to(device_of(policy))
-            log_ratios, exact = sequence_kl(policy, anchor, batch)
+            log_ratios, exact = sequence_kl(policy, anchor, batch, vocabulary)
             plain[share], rao_blackwell[share] = log_ratios.cpu(), exact.cpu()
             bar.update(len(share))
+    if bad := (~(plain + rao_blackwell).isfinite()).nonzero().flatten().tolist():
+        refuse(name, "another number", bad, lambda row: f"the response to test prompt {row}, counted from 0", DIVERGED)
     return plain, rao_blackwell
 
 
 def on_pairs(
     step: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]], batches: Batches[Pair, Batch], device: torch.device
 ) -> dict[str, float]:
-    """Means of loss and metrics over the pairs of all ranks; every rank calls it."""
+    """Means of loss and metrics over the pairs of all ranks; every rank calls it.
+
+    Raises: RuntimeError, with the pairs at fault, if a loss is not finite: no mean could be compared with another.
+    """
     sums: dict[str, Tensor] = {}
-    count = 0
+    count, bad = 0, []
     for number in range(len(batches)):
         micro_batches, real = batches.at(number)
         count += real
         for batch in micro_batches:
             batch = batch.to(device)
             losses, values = step(batch)
+            bad += batch.index[batch.real & ~losses.isfinite()].tolist()
             for name, value in {"loss": losses, **values}.items():
                 sums[name] = sums.get(name, 0) + (value.double() * batch.real).sum()
-    means = all_sum(torch.stack([*sums.values()])) / count
-    return dict(zip(sums, means.tolist(), strict=True))
+    means = dict(zip(sums, (all_sum(torch.stack([*sums.values()])) / count).tolist(), strict=True))
+    if not math.isfinite(means["loss"]):
+        refuse("the validation loss", str(means["loss"]), bad, batches.name, DIVERGED)
+    return means
 
 
 def show(

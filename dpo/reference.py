@@ -43,6 +43,12 @@ class Reference(Protocol):
     is_initial: bool  # starts as the initial policy: then the DPO loss is ln 2 before training
     origin: str  # digest of what gives its log-probs; empty if that is the initial policy, or nothing
 
+    def check(self, initial: str, settings: Any) -> None:
+        """Refuse what small files alone can tell, before SFT or sampling. initial: the policy, or its base.
+
+        Raises: ValueError.
+        """
+
     def prepare(self, initial: str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any) -> str:
         """Get ready before the policy is sharded or trained; returns what is held, in words, for the user."""
 
@@ -62,6 +68,10 @@ class Tabled(ABC):
     table: dict[str, Tensor]  # split -> (N, 2) float32 nats, of chosen and rejected
     lengths: dict[str, Tensor]  # split -> (N, 2) int64, the tokens that were scored; {} where nobody knows
     tokens: dict[str, list[Tensor]]  # split -> 2N x (tokens,), chosen first, where settings.per_token asks for it
+
+    @abstractmethod
+    def check(self, initial: str, settings: Any) -> None:
+        """See `Reference`."""
 
     @abstractmethod
     def prepare(self, initial: str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any) -> str:
@@ -86,18 +96,26 @@ class Frozen(Tabled):
             models.whereabouts(path)  # a folder that is missing is found out before the first run
         self.path = path
 
-    def prepare(self, initial: str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any) -> str:
-        trusted, per_token = settings.policy.trust_remote_code, getattr(settings, "per_token", False)
-        if per_token and not self.same_tokens:
+    def check(self, initial: str, settings: Any) -> None:
+        trusted = settings.policy.trust_remote_code
+        if getattr(settings, "per_token", False) and not self.same_tokens:
             raise ValueError(f"per_token=true needs a reference with the policy's tokens, found {self.name()}")
+        if self.path is not None:
+            policy = settings.policy
+            tokenizer = models.load_tokenizer(self.path, trusted, None, policy.date)
+            if self.same_tokens:
+                of_pairs = models.load_tokenizer(initial, trusted, policy.chat_template, policy.date)
+                models.check_same_tokenizer(self.path, tokenizer, initial, of_pairs)
+                models.check_length(self.path, "max_length", settings.max_length, trusted)
+
+    def prepare(self, initial: str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any) -> str:
+        self.check(initial, settings)
+        trusted, per_token = settings.policy.trust_remote_code, getattr(settings, "per_token", False)
         tokenizer = of_pairs = models.load_tokenizer(
             initial, trusted, settings.policy.chat_template, settings.policy.date
         )
         if self.path is not None:
             tokenizer = models.load_tokenizer(self.path, trusted, None, settings.policy.date)
-        if self.path is not None and self.same_tokens:
-            models.check_same_tokenizer(self.path, tokenizer, initial, of_pairs)
-            models.check_length(self.path, "max_length", settings.max_length, trusted)
         sequences = {split: self.sequences(items, split, tokenizer, settings) for split, items in pairs.items()}
         model = policy
         if self.path is not None:
@@ -172,16 +190,20 @@ class OtherTokenizer(Frozen):
         super().__init__(path)
         self.max_length = max_length
 
+    def check(self, initial: str, settings: Any) -> None:
+        super().check(initial, settings)
+        if self.max_length is not None:
+            trusted = settings.policy.trust_remote_code
+            models.check_length(str(self.path), "reference.max_length", self.max_length, trusted)
+
     def name(self) -> str:
         return f"{self.path} under its own tokenizer"
 
     def sequences(
         self, pairs: Sequence[Pair], split: str, tokenizer: PreTrainedTokenizerBase, settings: Any
     ) -> list[Tokens]:
-        path, trusted = str(self.path), settings.policy.trust_remote_code
-        if self.max_length is not None:
-            models.check_length(path, "reference.max_length", self.max_length, trusted)
-        most = self.max_length or models.positions_of(path, trusted) or sys.maxsize
+        path = str(self.path)
+        most = self.max_length or models.positions_of(path, settings.policy.trust_remote_code) or sys.maxsize
         texts = [pair.text for pair in pairs if pair.text is not None]
         own = tokenize(
             texts, tokenizer, most, "error", f"{split} pairs in the tokens of the reference {path}", TOO_LONG
@@ -239,9 +261,12 @@ class Given(Tabled):
             raise ValueError(f"reference.path must be a file of log-probs or a folder of them, found none at {path}")
         self.path = path
 
-    def prepare(self, initial: str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any) -> str:
+    def check(self, initial: str, settings: Any) -> None:
         if getattr(settings, "per_token", False):
             raise ValueError("per_token=true needs a reference that is a model, not reference=given")
+
+    def prepare(self, initial: str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any) -> str:
+        self.check(initial, settings)
         path = Path(self.path)
         files = sorted([*path.rglob("*.jsonl"), *path.rglob("*.jsonl.gz")]) if path.is_dir() else [path]
         known: dict[str, float] = {}
@@ -278,6 +303,9 @@ class Uniform:
     anchor, origin = None, ""
     is_initial = False
 
+    def check(self, initial: str, settings: Any) -> None:
+        pass
+
     def prepare(self, initial: str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any) -> str:
         return "uniform: every response equally likely (reference-free)"
 
@@ -306,6 +334,9 @@ class Moving(nn.Module):
         self.alpha, self.every = alpha, every
         self.steps: Tensor  # optimizer steps so far, checkpointed
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def check(self, initial: str, settings: Any) -> None:
+        pass
 
     def prepare(self, initial: str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any) -> str:
         device, trusted = sharding.device_of(policy), settings.policy.trust_remote_code

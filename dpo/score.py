@@ -51,6 +51,7 @@ def run(config: DictConfig, directory: Path) -> None:
         if sharding.is_main():
             evaluate.finish(directory, {"seconds": time.monotonic() - began})
         return
+    reference.check(config.policy.path or config.policy.base, config)
     dataset = load(config)
     start, policy, _, pairs = prepare(config, dataset, call(config.judge))
     say(f"reference: {reference.prepare(start, policy, pairs, config)}")

@@ -50,6 +50,7 @@ def run(config: DictConfig, directory: Path) -> None:
     instructions = read_instructions(config.evaluation.instructions)
     judge, loss = call(config.judge), call(config.loss)
     reference: Reference = call(config.reference)
+    reference.check(config.policy.path or config.policy.base, config)
     start, policy, tokenizer, pairs = prepare(config, dataset, judge)
     weights, device, layout = models.fingerprint(policy), sharding.device_of(policy), sharding.layout(config)
     test = evaluate.test_prompts(dataset, config, tokenizer)

@@ -14,6 +14,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
@@ -42,6 +43,7 @@ SPECIAL = {
     "gpt_neox": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
     "llama": {"bos_token": "<s>", "eos_token": "</s>"},
     "mistral": {"bos_token": "<s>", "eos_token": "</s>"},
+    "mixtral": {"bos_token": "<s>", "eos_token": "</s>"},
     "qwen2": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
 }
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 2048}
@@ -58,6 +60,9 @@ CONFIGS = {
     ),
     "llama": lambda **ids: LlamaConfig(attention_dropout=0.1, **GROUPED, **ids),
     "mistral": lambda **ids: MistralConfig(sliding_window=8, **GROUPED, **ids),
+    "mixtral": lambda **ids: MixtralConfig(
+        num_local_experts=4, output_router_logits=True, router_jitter_noise=0.1, **GROUPED, **ids
+    ),
     "gemma2": lambda **ids: Gemma2Config(
         head_dim=8,
         query_pre_attn_scalar=8,
@@ -85,7 +90,7 @@ def tiny_tokenizer(kind: str) -> PreTrainedTokenizerFast:
         ),
     )
     bpe.post_processor = processors.ByteLevel(trim_offsets=False)
-    if kind in ("llama", "mistral"):
+    if kind in ("llama", "mistral", "mixtral"):
         bpe.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
         )

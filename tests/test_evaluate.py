@@ -98,9 +98,14 @@ def test_means_over_pairs_weigh_every_pair_once():
                 return self
 
         batch = One()
-        batch.real, batch.values = real, torch.tensor(items)
+        batch.index, batch.real, batch.values = index, real, torch.tensor(items)
         return batch
 
+    faulty = Batches(
+        [0.0, math.nan, 1.0, math.inf], collate, size=lambda _: 1, batch_size=4, micro_batch_tokens=2, seed=0
+    )
+    with pytest.raises(RuntimeError, match=r"validation loss must be finite, got nan from\n  row 1.*\n  row 3"):
+        evaluate.on_pairs(lambda batch: (batch.values, {}), faulty, torch.device("cpu"))
     for size in (1, 3, 4, 10):
         batches = Batches(values, collate, size=lambda _: 1, batch_size=size, micro_batch_tokens=2, seed=0)
         means = evaluate.on_pairs(
@@ -150,6 +155,16 @@ def test_kl_of_each_response_whatever_the_batches(tiny_model, packed, tokens):
         ratios = (mine - theirs).gather(-1, ids[0, first + 1 :, None])
         assert plain[row].item() == pytest.approx(ratios.sum().item(), rel=1e-4)
         assert exact[row].item() == pytest.approx((mine.exp() * (mine - theirs)).sum().item(), rel=1e-4)
+
+
+def test_kl_that_is_no_number_names_the_response(tiny_model):
+    policy, anchor = models.load(tiny_model("llama"))[0], models.load(tiny_model("llama"))[0]
+    with torch.no_grad():
+        anchor.get_input_embeddings().weight[9] = math.nan
+    samples = [Sample([5], [8, 7, 6], "", True), Sample([5], [9, 7, 6], "", True)]
+    settings = SimpleNamespace(packed=False, micro_batch_tokens=100)
+    with pytest.raises(RuntimeError, match=r"kl must be finite, .* from\n  the response to test prompt 1,.*\nTraining"):
+        evaluate.kl(policy, anchor, samples, settings)
 
 
 class TestGold:

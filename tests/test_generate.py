@@ -67,6 +67,27 @@ def test_samples_follow_the_policy(llama):
     assert torch.allclose(counts[top], p[top], atol=4 * (0.25 / 4000) ** 0.5)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_that_are_no_tokens_are_never_drawn(llama, temperature):
+    model, tokenizer = llama
+    likely = torch.zeros(model.config.vocab_size)
+    likely[len(tokenizer) :] = 50.0
+    model.lm_head.bias = torch.nn.Parameter(likely)
+    assert len(likely) > len(tokenizer)
+    drawn = draw(llama, temperature=temperature)
+    assert max(token for one in drawn for token in one.response_ids) < len(tokenizer)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_refused(llama, temperature, value):
+    """Drawn from, they are an error of the library's; greedy, token 0 for ever."""
+    with torch.no_grad():
+        llama[0].model.norm.weight[:] = value
+    with pytest.raises(RuntimeError, match=r"logits of a policy must be finite .* lower the learning rate"):
+        draw(llama, temperature=temperature)
+
+
 def test_ended_means_eos(llama):
     model, tokenizer = llama
     with torch.no_grad():

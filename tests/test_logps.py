@@ -4,6 +4,7 @@ import itertools
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -330,14 +331,14 @@ class TestKl:
 
     EOS, LENGTH = 3, 4
 
-    def models(self) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
+    def models(self, rows=(4, 4)) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
         made = []
         for seed in (0, 1):
             torch.manual_seed(seed)
             made.append(
                 LlamaForCausalLM(
                     LlamaConfig(
-                        vocab_size=4,
+                        vocab_size=rows[seed],
                         hidden_size=16,
                         intermediate_size=16,
                         num_hidden_layers=1,
@@ -371,6 +372,33 @@ class TestKl:
         assert spread[1] < spread[0]
         assert rao_blackwell.min() >= 0
         assert plain.min() < 0
+
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize("rows", [(7, 5), (5, 7), (6, 6), (4, 7)])
+    def test_rows_that_are_no_tokens_count_for_neither_model(self, packed, rows, monkeypatch):
+        """Against plain logits in NumPy: the process that is sampled never draws such a row."""
+        monkeypatch.setattr(logps, "TILE", 7 * 50)
+        policy, reference = self.models(rows)
+        strings = self.strings()
+        everything = batch([([0], response) for response in strings], packed)
+
+        def by_token(model, response: list[int]) -> np.ndarray:  # (tokens, 4)
+            with torch.no_grad():
+                z = model(torch.tensor([[0, *response[:-1]]])).logits[0, :, :4].double().numpy()
+            return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+        p, log_ratios, by_rule = [], [], []
+        for response in strings:
+            mine, theirs = by_token(policy, response), by_token(reference, response)
+            at = range(len(response)), response
+            p.append(np.exp(mine[at].sum()))
+            log_ratios.append((mine[at] - theirs[at]).sum())
+            by_rule.append((np.exp(mine) * (mine - theirs)).sum())
+        assert sum(p) == pytest.approx(1)
+        plain, rao_blackwell = sequence_kl(policy, reference, everything, torch.arange(4))
+        assert plain.tolist() == pytest.approx(log_ratios, rel=1e-5, abs=1e-5)
+        assert rao_blackwell.tolist() == pytest.approx(by_rule, rel=1e-5, abs=1e-5)
+        assert np.dot(p, rao_blackwell.numpy()) == pytest.approx(np.dot(p, log_ratios), abs=1e-4)  # KL, both ways
 
     def test_no_distance_to_itself(self):
         policy, _ = self.models()

@@ -13,7 +13,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from dpo.data.batches import branched
 from dpo.policy import model as models
-from dpo.policy.logps import sequence_logps
+from dpo.policy.logps import packable, sequence_logps
 
 KINDS = ["gpt2", "gpt_neox", "llama", "mistral", "qwen2"]
 
@@ -66,6 +66,19 @@ def test_dropout_that_no_config_knows_is_off(tiny_model, monkeypatch):
     monkeypatch.setattr(GPT2MLP, "__init__", with_dropout)
     model, _ = models.load(tiny_model("gpt2"))
     assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
+
+
+def test_experts_have_nothing_random_and_no_loss_of_their_own(tiny_model):
+    """In training mode Mixtral's router would jitter; and what it puts out is no part of any objective."""
+    model, _ = models.load(tiny_model("mixtral"))
+    assert (model.config.output_router_logits, model.config.router_jitter_noise) == (False, 0.0)
+    items = [([5, 6, 7] * 4, [[8, 9], [10, 11, 12]]), ([13], [[14], [15, 16]])]
+    assert packable(model, items)
+    plain, _ = sequence_logps(model, branched(items, packed=False))
+    model.train()
+    for packed in (True, False):
+        logps, _ = sequence_logps(model, branched(items, packed=packed))
+        assert logps.tolist() == pytest.approx(plain.tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -127,12 +127,13 @@ def test_every_reference_trains(tmp_path, tiny_model, reference):
     assert first != second
     at_start = first == pytest.approx(math.log(2), abs=1e-6)
     assert at_start is (reference in ("initial", "moving"))
-    assert result["kl"] >= 0
+    assert all(result[name] >= 0 for name in ("kl", *(["kl_reference"] if reference == "other" else [])))
 
 
 def other_model(path: Path, tiny_model) -> str:
-    """The tiny Llama with other weights."""
+    """The tiny Llama with other weights, and more rows that are no tokens."""
     model, tokenizer = models.load(tiny_model("llama"))
+    model.resize_token_embeddings(model.config.vocab_size + 5, mean_resizing=False)
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)), alpha=0.02)
@@ -456,16 +457,36 @@ def test_long_pairs_stop_before_any_model_is_loaded(tmp_path, tiny_model, monkey
         train.run(frozen(directory, *given, "max_length=2049"), directory)
 
 
-def test_a_loss_that_is_not_finite_names_its_pair(tmp_path, tiny_model, monkeypatch):
+@pytest.mark.parametrize(
+    "kind,overrides,said",
+    [
+        ("gpt2", ["reference=other"], "must have the tokenizer of the policy"),
+        ("llama", ["reference=other", "max_length=3000"], "max_length must be at most the 2048 positions of"),
+        ("llama", ["reference=other_tokenizer", "reference.max_length=3000"], "reference.max_length must be at most"),
+    ],
+)
+def test_a_reference_that_cannot_serve_stops_before_sft(tmp_path, tiny_model, monkeypatch, kind, overrides, said):
+    monkeypatch.setattr(sft, "cached_policy", lambda *_: pytest.fail("SFT was begun"))
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    base = ["policy.path=null", f"policy.base={tiny_model('llama')}", f"reference.path={tiny_model(kind)}"]
+    config = frozen(tmp_path / "run", *own(tmp_path, "x"), *base, *overrides)
+    with pytest.raises(ValueError, match=said):
+        train.run(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("split,advice", [("train", "The last checkpoint"), ("validation", "Training diverged, if")])
+def test_a_loss_that_is_not_finite_names_its_pair(tmp_path, tiny_model, monkeypatch, split, advice):
     def spoilt(model, batch):
         logps, lengths = sequence_logps(model, batch)
+        if torch.is_grad_enabled() is not (split == "train"):
+            return logps, lengths
         bad = (batch.index == 5).repeat(2)  # chosen and rejected
         return logps.masked_fill(bad, math.nan), lengths
 
     monkeypatch.setattr(train, "sequence_logps", spoilt)
     given = own(tmp_path, tiny_model("llama"))
-    pair = call(frozen(tmp_path / "run", *given).data).preferences["train"][5]
+    pair = call(frozen(tmp_path / "run", *given).data).preferences[split][5]
     assert pair.origin.startswith(f"{tmp_path / 'pairs.jsonl'}, line ")
     with pytest.raises(RuntimeError, match="must be finite") as error:
         run(tmp_path / "run", *given)
-    assert f"from\n  {pair.origin}\nThe last checkpoint" in str(error.value)
+    assert f"from\n  {pair.origin}\n{advice}" in str(error.value)

@@ -235,20 +235,41 @@ def token_kl(policy: Tensor, reference: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sequence_kl(policy: PreTrainedModel, reference: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+def sequence_kl(
+    policy: PreTrainedModel, reference: PreTrainedModel, batch: Batch, tokens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Two estimates of KL(policy || reference) per response, each unbiased when the policy sampled it at temperature 1.
 
     The log-ratio of the response, and the sum over its positions of the next-token KL (Rao-Blackwellized: the chain
     rule with each token's expectation in closed form; never negative, mostly with less spread over responses).
     # (S,), (S,) float32 nats
+
+    tokens: ids that can be sampled, (K,) int64; None: all. Both models' next-token distributions are taken over these
+    alone, renormalized: the rows that a model has to spare belong to no token, and the two may have other numbers of
+    them (Qwen2.5 3B and 7B).
     """
     mine, theirs = _logps_by_tile(policy, batch), _logps_by_tile(reference, batch)
     ratios, kls = [], []
-    for rows in tiles(len(batch.labels), policy.config.get_text_config().vocab_size):
-        labels, ours, others = batch.labels[rows, None], mine(rows), theirs(rows)  # (n, 1), (n, V), (n, V)
-        ratios.append((ours.gather(-1, labels) - others.gather(-1, labels)).squeeze(-1))
+    for rows in tiles(len(batch.labels), max(_rows(policy), _rows(reference))):
+        labels = batch.labels[rows, None]  # (n, 1)
+        (ours, of_label), (others, to_label) = (_among(logps(rows), labels, tokens) for logps in (mine, theirs))
+        ratios.append((of_label - to_label).squeeze(-1))
         kls.append(token_kl(ours, others))
     return by_sequence(torch.cat(ratios), batch), by_sequence(torch.cat(kls), batch)
+
+
+def _among(logps: Tensor, labels: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Log-probs over `tokens`, and those of `labels`, given that it is one of `tokens`.  # (n, K), (n, 1)"""
+    picked = logps.gather(-1, labels)
+    if tokens is None or len(tokens) == logps.shape[-1]:
+        return logps, picked
+    kept = logps.index_select(-1, tokens.to(logps.device))
+    total = kept.logsumexp(-1, keepdim=True)
+    return kept - total, picked - total
+
+
+def _rows(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config().vocab_size)
 
 
 def _logps_by_tile(model: PreTrainedModel, batch: Batch) -> Callable[[slice], Tensor]:

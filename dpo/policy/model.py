@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import huggingface_hub.constants
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -61,7 +60,9 @@ def load(
     try:
         read: Any = partial(parts.read, parted, torch.device(device)) if parted else _read_whole
         model, faults = read(source, config, trust_remote_code)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except RuntimeError:  # out of memory, say
+        raise
+    except Exception as error:  # whatever a config can make of a model's code
         raise ValueError(_no_model(path, MODEL, error)) from error
     for what, names in faults.items():
         if names:
@@ -260,6 +261,11 @@ def broken(model: nn.Module) -> list[str]:
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """What fills a padded row: EOS where there is no padding token, since masks never look at token ids."""
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Ids of all tokens, sorted. A model may have rows to spare, or between them, that are no token's.  # (K,) int64"""
+    return torch.tensor(sorted(set(tokenizer.get_vocab().values())))
 
 
 def check_same_tokenizer(

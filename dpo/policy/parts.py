@@ -46,7 +46,7 @@ def read(
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     reader, ours = HuggingFaceStorageReader(source), model.state_dict()
-    stored = reader.read_metadata().state_dict_metadata
+    stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
     in_files: dict[str, list[tuple[str, str | None]]] = {}  # our name -> those in the files, and the part that each is
     for name in sorted(stored, key=dot_natural_key):
         our, part = rename_source_key(name, renamed, joined, model.base_model_prefix, ours)

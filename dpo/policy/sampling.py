@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from dpo.cache import digest
 from dpo.data.chats import ends
 from dpo.data.tokens import decode
+from dpo.policy.model import vocabulary
 from dpo.training.log import progress
 from dpo.training.sharding import device_of, world_size
 
@@ -47,8 +48,12 @@ def sample(
 
     The same seed, prompts and batch_size give the same responses, and the caller's random state stays as it was. Of the
     model's generation config only the ends of turn count: penalties, top_k and such would make it another policy.
+    Ids that are no token's are never drawn: a model may have rows to spare.
+
+    Raises: RuntimeError if the model gives no finite logits.
     """
     stops = ends(tokenizer, model.generation_config)
+    tokens = vocabulary(tokenizer).tolist()
     config = GenerationConfig(
         do_sample=temperature > 0,
         temperature=temperature if temperature > 0 else None,
@@ -57,6 +62,7 @@ def sample(
         max_new_tokens=max_new_tokens,
         eos_token_id=stops,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops),
+        suppress_tokens=sorted(set(range(model.config.get_text_config().vocab_size)).difference(tokens)) or None,
         use_cache=True,
     )
     device = device_of(model)
@@ -73,6 +79,7 @@ def sample(
                 input_ids.to(device),
                 attention_mask=attention_mask.to(device),
                 generation_config=config,
+                logits_processor=[_finite],
                 synced_gpus=world_size() > 1,  # of a sharded model no rank can make a pass alone
             )
             for prompt_ids, row in zip(batch, generated[:, width:].tolist(), strict=True):
@@ -104,6 +111,16 @@ def _set(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     finally:
         model.generation_config = own
         model.train(training)
+
+
+def _finite(_: Tensor, logits: Tensor) -> Tensor:
+    """The logits as they are. Greedy sampling would take those that are not finite without a word."""
+    if not logits.amax(-1).isfinite().all():
+        raise RuntimeError(
+            "the logits of a policy must be finite where it is sampled from, found some that are not; its training "
+            "diverged: lower the learning rate, or take another checkpoint (precision=fp32 may help)"
+        )
+    return logits
 
 
 def _left_padded(prompts: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:

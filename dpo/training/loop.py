@@ -7,12 +7,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import NoReturn, Protocol, Self, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -20,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dpo.training.checkpoint import Checkpoints, get_rng, set_rng
 from dpo.training.log import Log, progress
-from dpo.training.sharding import all_sum, any_true, device_of, is_main, world_size
+from dpo.training.sharding import all_sum, any_true, device_of, gathered, is_main, world_size
 
 
 class Batch(Protocol):
@@ -92,7 +90,7 @@ def fit(
     run = " ".join([f"settings={log.run_id}", *(f"{what}={value[:16]}" for what, value in (inputs or {}).items())])
     checkpoints = Checkpoints(directory, model, optimizer, scheduler, extra=extra, run=run, keep=checkpoints_kept)
     saved, evaluated = checkpoints.restore()
-    done = saved
+    done = proved = saved
     log.epoch_steps = len(batches)
     log.rewind(done or -1, evaluated)
     if done and is_main():
@@ -101,10 +99,14 @@ def fit(
     def due(every: int) -> bool:
         return done == steps or (every > 0 and done % every == 0)
 
+    micro_batches: Sequence[AnyBatch] = ()
     bar: progress[None] = progress(total=steps, name=name, first=done)
     with _signals() as received, bar, checkpoints:
         while True:
             stop = any_true(bool(received) or checkpoints.failed)
+            if done > proved and (stop or due(evaluate_every) or due(checkpoint_every)):
+                _prove(model, micro_batches[-1].to(device), step, products, done, saved)
+                proved = done
             if evaluate and not (evaluated or stop) and (done == 0 or due(evaluate_every)):
                 with _undisturbed(model):
                     evaluate(done)
@@ -172,18 +174,38 @@ def _clip(model: nn.Module, max_grad_norm: float) -> float:
 def _refuse(
     step: int, metrics: dict[str, float], seen: list[tuple[Tensor, Tensor]], name: Callable[[int], str]
 ) -> NoReturn:
-    """Name the items behind a loss, or else a gradient, that is not finite; the same on all ranks."""
+    """Name the items behind a loss, or else a gradient, that is not finite."""
     index, losses = (torch.cat(parts).cpu() for parts in zip(*seen, strict=True))
-    mine = (index if math.isfinite(metrics["loss"]) else index[~losses.isfinite()]).tolist()
-    rows = [mine for _ in range(world_size())]
-    if dist.is_initialized():
-        dist.all_gather_object(rows, mine)
-    named = "".join(f"\n  {name(row)}" for row in sorted(chain.from_iterable(rows)))
-    raise RuntimeError(
-        f"loss and gradient of optimizer step {step} must be finite, got {metrics['loss']} and norm "
-        f"{metrics['grad_norm']} from{named}\nThe last checkpoint is untouched; look at these items of the training "
-        "data, or lower the learning rate."
+    refuse(
+        f"loss and gradient of optimizer step {step}",
+        f"{metrics['loss']} and norm {metrics['grad_norm']}",
+        (index if math.isfinite(metrics["loss"]) else index[~losses.isfinite()]).tolist(),
+        name,
+        "The last checkpoint is untouched; look at these items of the training data, or lower the learning rate.",
     )
+
+
+def refuse(what: str, found: str, rows: list[int], name: Callable[[int], str], advice: str) -> NoReturn:
+    """Stop at a number that is not finite, and name the rows of all ranks that it comes from; all ranks must call."""
+    named = "".join(f"\n  {name(row)}" for row in sorted(set(gathered(rows))))
+    raise RuntimeError(f"{what} must be finite, got {found} from{named}\n{advice}")
+
+
+def _prove(
+    model: nn.Module, batch: AnyBatch, step: Step[AnyBatch], products: torch.autocast, done: int, saved: int
+) -> None:
+    """What is saved and evaluated has finite weights, and gives finite losses: a step can leave what the next one only
+    would refuse, and no run could go on from there.
+    """
+    with _undisturbed(model), products:
+        losses, _ = step(batch)
+    local = (one.to_local() if isinstance(one, DTensor) else one for one in model.parameters())
+    if any_true(not all(one.detach().isfinite().all() for one in (losses, *local))):
+        kept = f"that of step {saved} is intact" if saved else "none was saved before"
+        raise RuntimeError(
+            f"weights and losses after optimizer step {done} must be finite, found some that are not: training "
+            f"diverged. No checkpoint of it is saved, {kept}; lower the learning rate"
+        )
 
 
 @contextlib.contextmanager
