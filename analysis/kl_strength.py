@@ -1,9 +1,9 @@
-"""How strong should the KL constraint be? Tables 1 and 2 of 2407.13709, and the frontier of win rate against KL.
+"""How strong should the KL constraint be? Tables 1, 2 and 6 of 2407.13709, and the frontier of win rate against KL.
 
     python -m analysis.kl_strength runs/kl_strength
     python -m analysis.kl_strength runs/paper_kl_strength policy=mistral_7b
 
-prints the tables and the findings, and writes them and the figure beside the runs.
+prints the tables and the findings, and writes them, the figure and the numbers of each run beside the runs.
 """
 
 from collections.abc import Mapping
@@ -14,117 +14,175 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.report import main
+from analysis.report import Frames, main
 from analysis.seeds import (
     Finding,
-    above,
+    Interval,
     all_of,
-    below,
+    best,
+    best_minus_best,
     cell,
-    chosen_by_others,
     findings,
     finished,
     grid,
     holds,
     interval,
+    margin,
+    measures,
+    more_often,
     paired,
+    to_decide,
+    unmeasured,
+    verdict,
 )
 from dpo import runs
 from dpo.drawing import COLOURS, plain, tidy
-from dpo.runs import degenerate, short
+from dpo.runs import short
 
 KEYS = ("beta", "lr", "seed")
 UNTUNED = "inf"  # the row of the policy before training
+ACCURACIES = {"reward": "rewards/accuracies", "policy": "logps/accuracies"}
+
+
+def read(path: str | Path, **only: str) -> Frames:
+    """The numbers of a sweep by `figure=kl_strength`. only: values of keys, such as policy.
+
+    runs: a row per finished run. history: what was measured before training (on the held-out pairs) and on the way.
+
+    Raises: ValueError as `finished`, or if the runs are of several policies.
+    """
+    final = of_one_policy(path, only)
+    history = runs.load(path, KEYS)
+    history = history[history["run"].isin(final["run"])].reindex(
+        columns=["run", *KEYS, "split", "step", "kl", "win_rate", *ACCURACIES.values()]
+    )
+    start = (history["split"] == "validation") & (history["step"] == 0)
+    on_the_way = (history["split"] == "test") & (history["step"] < history.groupby("run")["step"].transform("max"))
+    return {"runs": final, "history": history[start | on_the_way]}
+
+
+def of_one_policy(path: str | Path, only: Mapping[str, str]) -> pd.DataFrame:
+    """`finished`.
+
+    Raises: ValueError if the runs are of several policies.
+    """
+    final = finished(path, KEYS, only)
+    if "policy" in final and len(policies := sorted(final["policy"].dropna().unique())) > 1:
+        raise ValueError(f"one policy at a time: say policy={' or policy='.join(policies)}")
+    return final
+
+
+def parted(final: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The trained runs, and one untrained run (steps=0) per seed: beta and lr, which it was told, are nothing to it."""
+    return final[~final["untrained"]], final[final["untrained"]].drop_duplicates("seed")
 
 
 def table_1(final: pd.DataFrame) -> pd.DataFrame:
     """Score by beta (rows) and learning rate. A win rate is over the policy before training, whose own is 0.5."""
-    table = grid(final, "beta", ["lr"], "score", name="lr {}".format)
-    itself = "0.500" if "win_rate" in final and final["score"].equals(final["win_rate"]) else ""
-    return pd.concat([pd.DataFrame(itself, [UNTUNED], table.columns), table]).rename_axis("beta")
+    trained, untrained = parted(final)
+    table = grid(trained, "beta", ["lr"], "score", name="lr {}".format)
+    own = "0.500" if final["scored_by"].eq("win_rate").all() else ""
+    before = pd.DataFrame(cell(untrained, "score") or own, [UNTUNED], table.columns)
+    return pd.concat([before, table]).rename_axis("beta")
 
 
 def table_2(final: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
     """Accuracy on held-out pairs of the implicit reward and of the policy's own log-probability, by beta."""
-    before = untuned(history)
+    (trained, _), before = parted(final), untuned(final, history)
     table = {}
-    for lr, of_lr in final.groupby("lr"):
-        for title, value in (("reward", "rewards/accuracies"), ("policy", "logps/accuracies")):
+    for lr, of_lr in trained.groupby("lr"):
+        for title, value in ACCURACIES.items():
             rows = {short(beta): cell(same, value) for beta, same in of_lr.groupby("beta")}
-            rows[UNTUNED] = f"{before[value].mean():.3f}"
+            known = before[value].dropna()
+            rows[UNTUNED] = f"{known.mean():.3f}" if len(known) else ""
             table[f"lr {short(lr)}, {title}"] = rows
-    order = [UNTUNED, *(short(beta) for beta in sorted(final["beta"].unique(), reverse=True))]
-    return pd.DataFrame(table).reindex(order).rename_axis("beta")
+    order = [UNTUNED, *(short(beta) for beta in sorted(trained["beta"].unique(), reverse=True))]
+    return pd.DataFrame(table).reindex(order).fillna("").rename_axis("beta")
 
 
-def untuned(history: pd.DataFrame) -> pd.DataFrame:
+def untuned(final: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
     """What was measured on the held-out pairs before training: a row per seed."""
-    return history[(history["split"] == "validation") & (history["step"] == 0)].groupby("seed").first().reset_index()
+    start = history[(history["split"] == "validation") & (history["step"] == 0)]
+    both = pd.concat([start, parted(final)[1]]).reindex(columns=["seed", *ACCURACIES.values()])
+    return both.groupby("seed").first().reset_index()
 
 
-def at_best_lr(final: pd.DataFrame) -> pd.DataFrame:
+def at_best_lr(trained: pd.DataFrame) -> pd.DataFrame:
     """The runs at the learning rate whose best beta has the best mean score."""
-    means = final.groupby(["beta", "lr"])["score"].mean().unstack("beta").max(axis=1)
-    return final[final["lr"] == means.idxmax()]
+    means = trained.groupby(["beta", "lr"])["score"].mean().unstack("beta").max(axis=1)
+    return trained[trained["lr"] == means.idxmax()] if len(trained) else trained
 
 
-def rising(final: pd.DataFrame, value: str) -> Finding:
+def rising(trained: pd.DataFrame, value: str, rates: int = 1) -> Finding:
     """Whether `value` rises at every step to a smaller beta. One significant fall between two betas refutes it."""
-    of_beta: dict[Any, pd.DataFrame] = dict(tuple(final.groupby("beta")))
+    claim = "2a. The policy's own ranking gets better with every smaller beta"
+    of_beta: dict[Any, pd.DataFrame] = dict(tuple(trained.groupby("beta")))
     betas = sorted(of_beta, reverse=True)
+    if len(betas) < 2 or value not in trained:
+        return unmeasured(claim, f"it takes {value} at two betas or more")
     looks = len(betas) * (len(betas) - 1) // 2
-    rise = {(a, b): paired(of_beta[b], of_beta[a], value, looks) for a, b in combinations(betas, 2)}
-    falls = {pair: found for pair, found in rise.items() if above(found) == "refutes"}
+    rise = {(a, b): paired(of_beta[b], of_beta[a], value, looks * rates) for a, b in combinations(betas, 2)}
+    falls = {pair: found for pair, found in rise.items() if verdict(found) == "refutes"}
     shown = min(falls, key=lambda pair: falls[pair].high) if falls else (betas[0], betas[-1])
-    verdict = "refutes" if falls else all_of([above(rise[pair]) for pair in pairwise(betas)])
+    decided = "refutes" if falls else all_of([verdict(rise[pair]) for pair in pairwise(betas)])
     change = (
         f"from beta {short(shown[0])} to {short(shown[1])} it changes by {rise[shown]} (one of {looks} pairs of betas)"
     )
-    return Finding("2a. The policy's own ranking gets better with every smaller beta", change, verdict)
+    return Finding(claim, change, decided)
 
 
 def claims(final: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
-    """The first two of the paper's claims, at the learning rate of the best mean score."""
-    final = at_best_lr(final)
-    best = chosen_by_others(final, "beta")
-    low, high = (final[final["beta"] == end] for end in (final["beta"].min(), final["beta"].max()))
-    inside = [paired(best, low), paired(best, high)]
-    smaller, from_there = final[final["beta"] < 0.1], final[final["beta"] >= 0.1]
-    position = paired(chosen_by_others(smaller, "beta"), chosen_by_others(from_there, "beta"))
-    at_low, at_best = (one.assign(share=degenerate(one).astype(float)) for one in (low, best))
-    collapse = paired(at_low, at_best, "share")
-    before = interval(untuned(history)["logps/accuracies"])
-    rewards = {beta: interval(same["rewards/accuracies"]) for beta, same in final.groupby("beta")}
-    worst = min(rewards, key=lambda beta: rewards[beta].low)
-    at = f"lr {short(final['lr'].iloc[0])}, betas {short(final['beta'].min())} to {short(final['beta'].max())}"
-    return findings(
-        [
-            Finding(
-                "1a. The best beta lies between too weak and too strong a constraint",
-                f"score at the best beta (chosen on the other seeds) minus smallest: {inside[0]}, minus largest: "
-                f"{inside[1]} ({at})",
-                all_of([above(one) for one in inside]),
-            ),
-            holds("1b. It is well below 0.1", "best below 0.1 minus best from 0.1 on", position),
-            holds(
-                "1c. Too small a beta can collapse",
-                f"{int(at_low['share'].sum())} of {len(low)} seeds are degenerate at the smallest; share minus that at "
-                "the best beta",
-                collapse,
-            ),
-            rising(final, "logps/accuracies"),
-            Finding(
-                "2b. It is above one half only after training with a small beta",
-                f"accuracy of the policy before training: {before}",
-                below(before, 0.5),
-            ),
-            holds(
-                "2c. The implicit reward ranks better than chance at every beta",
-                f"accuracy where it is lowest, at beta {short(worst)}",
-                rewards[worst],
-                0.5,
-            ),
-        ]
+    """The first two of the paper's claims, at the learning rate of the best mean score.
+
+    It is chosen on the same runs, so each interval holds at all learning rates together (Bonferroni).
+    """
+    every, _ = parted(final)
+    trained, rates = at_best_lr(every), max(1, every["lr"].nunique())
+    of_beta: dict[Any, pd.DataFrame] = dict(tuple(trained.groupby("beta")))
+    found, betas = [inside(of_beta, rates, margin(final))], sorted(of_beta)
+    smaller, from_there = trained[trained["beta"] < 0.1], trained[trained["beta"] >= 0.1]
+    position = best_minus_best(smaller, from_there, looks=rates)
+    what = "best score below 0.1 minus best from 0.1 on"
+    found.append(holds("1b. The best beta is well below 0.1", what, position, margin=margin(final)))
+    collapse = "1c. Too small a beta can collapse"
+    if len(betas) > 1:
+        low, high = betas[0], betas[-1]
+        names = (f"beta {short(low)}", f"beta {short(high)}")
+        found.append(more_often(collapse, of_beta[low], of_beta[high], names))
+    else:
+        found.append(unmeasured(collapse, "it takes two betas or more"))
+    found.append(rising(trained, "logps/accuracies", rates))
+    before = interval(untuned(final, history)["logps/accuracies"])
+    found.append(
+        holds(
+            "2b. Before training it is below one half",
+            "one half minus the accuracy of the policy before training",
+            Interval(0.5 - before.mean, 0.5 - before.high, 0.5 - before.low, before.seeds),
+        )
+    )
+    always = "2c. The implicit reward ranks better than chance at every beta"
+    if "rewards/accuracies" in trained and len(betas):
+        wrong = trained.assign(wrong=-trained["rewards/accuracies"])
+        found.append(holds(always, "its lowest accuracy over betas", -best(wrong, value="wrong", looks=rates), 0.5))
+    else:
+        found.append(unmeasured(always, "no run has rewards/accuracies"))
+    return findings(found)
+
+
+def inside(of_beta: dict[Any, pd.DataFrame], rates: int, margin: float) -> Finding:
+    """Whether a beta between the smallest and the largest is better than both."""
+    claim, betas = "1a. The best beta lies between too weak and too strong a constraint", sorted(of_beta)
+    if len(betas) < 3:
+        return unmeasured(claim, f"it takes three betas or more, found {len(betas)}")
+    between = pd.concat([of_beta[beta] for beta in betas[1:-1]])
+    parts = [best_minus_best(between, of_beta[end], looks=rates) for end in (betas[0], betas[-1])]
+    decided = all_of([verdict(one, 0.0, margin) for one in parts])
+    at = f"lr {short(between['lr'].iloc[0])}" + (f", of {rates}" if rates > 1 else "")
+    return Finding(
+        claim,
+        f"best score between minus that at beta {short(betas[0])}: {parts[0]}, minus at {short(betas[-1])}: {parts[1]}"
+        f"{to_decide([(one, 0.0) for one in parts], decided, margin)} ({at})",
+        decided,
     )
 
 
@@ -133,8 +191,7 @@ def figure(final: pd.DataFrame, history: pd.DataFrame) -> Figure:
     rates = sorted(final["lr"].unique())
     drawing = Figure(figsize=(6.5 * len(rates), 4.6), layout="constrained", dpi=150)
     betas = sorted(final["beta"].unique())
-    unfinished = history["step"] < history.groupby("run")["step"].transform("max")
-    on_the_way = history[(history["split"] == "test") & unfinished]
+    on_the_way = history[(history["split"] == "test") & history["run"].isin(final["run"])]
     for axis, lr in zip(drawing.subplots(1, len(rates), sharey=True, squeeze=False)[0], rates, strict=True):
         tidy(axis, f"lr {short(lr)}", "KL to the initial policy (nats per response)", "win rate over it")
         axis.set_xscale("log")
@@ -149,24 +206,15 @@ def figure(final: pd.DataFrame, history: pd.DataFrame) -> Figure:
     return drawing
 
 
-def of_one_policy(path: str | Path, only: Mapping[str, str]) -> pd.DataFrame:
-    """`finished`.
-
-    Raises: ValueError if the runs are of several policies.
-    """
-    final = finished(path, KEYS, only)
-    if len(policies := sorted(set(final.get("policy", ())))) > 1:
-        raise ValueError(f"one policy at a time: say policy={' or policy='.join(policies)}")
-    return final
-
-
-def study(path: str | Path, **only: str) -> tuple[dict[str, pd.DataFrame], dict[str, Figure]]:
-    """Tables and figures of a sweep by `figure=kl_strength`, by name. only: values of keys, such as policy."""
-    final, history = of_one_policy(path, only), runs.load(path, KEYS)
-    history = history[history["run"].isin(final["run"])]
-    tables = {"table_1": table_1(final), "table_2": table_2(final, history), "claims": claims(final, history)}
-    return tables, {"frontier": figure(final, history)} if "kl" in final and "win_rate" in final else {}
+def study(frames: Frames) -> tuple[dict[str, pd.DataFrame], dict[str, Figure]]:
+    """Tables and figures of what `read` has read, by name."""
+    final, history = frames["runs"], frames["history"]
+    trained, _ = parted(final)
+    tables = {"table_1": table_1(final), "measures": measures(trained, ["lr", "beta"])}
+    tables |= {"table_2": table_2(final, history), "claims": claims(final, history)}
+    drawn = {"kl", "win_rate"} <= set(trained.dropna(axis="columns", how="all")) and len(trained)
+    return tables, {"frontier": figure(trained, history)} if drawn else {}
 
 
 if __name__ == "__main__":
-    main(__doc__, study)
+    main(__doc__, read, study)

@@ -8,14 +8,15 @@ import pandas as pd
 from analysis.seeds import COLLAPSED
 
 _SELF = ["inf", "0.1", "0.05", "0.02", "0.01", "0.005"]
+PREVIOUS = "0.1, previous work"  # Zephyr and Tulu-2-DPO, as others have trained them
 _OTHER = ["10", "1", "0.1", "0.01", "0.005"]
 
 TABLE_1 = pd.DataFrame(
     {
-        "mistral-7b": [7.57, 14.03, 13.29, 16.06, 16.25, 12.36],
-        "tulu-2-7b": [8.50, 9.38, 9.96, 10.46, 7.86, COLLAPSED],
+        "mistral-7b": [7.57, 13.42, 14.03, 13.29, 16.06, 16.25, 12.36],
+        "tulu-2-7b": [8.50, 9.20, 9.38, 9.96, 10.46, 7.86, COLLAPSED],
     },
-    index=pd.Index(_SELF, name="beta"),
+    index=pd.Index([_SELF[0], PREVIOUS, *_SELF[1:]], name="beta"),
 )
 
 TABLE_2 = pd.DataFrame(

@@ -1,27 +1,58 @@
 """Is a reference necessary, and which one fits? Tables 3, 4, 5 and 7 of 2407.13709.
 
     python -m analysis.reference_compatibility runs/necessity runs/compatibility runs/tuned_reference
+    python -m analysis.reference_compatibility runs/paper_necessity runs/paper_compatibility \\
+        runs/paper_tuned_reference runs/paper_kl_strength
 
-prints the tables and the findings, and writes them and the figures into the first folder.
+prints the tables and the findings, and writes them, the figures and the numbers of each run into the first folder. A
+fourth folder has the runs that the other three lack: policies before training, and held to themselves.
 """
 
+from math import isfinite, nan
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.report import main
-from analysis.seeds import Finding, cell, chosen_by_others, findings, finished, grid, holds, interval, paired
+from analysis.report import Frames, main
+from analysis.seeds import (
+    MEASURES,
+    UNMEASURED,
+    Finding,
+    Interval,
+    at_best,
+    best,
+    best_minus_best,
+    cell,
+    findings,
+    finished,
+    grid,
+    holds,
+    interval,
+    margin,
+    measures,
+    paired,
+    unmeasured,
+    wide,
+)
 from dpo.drawing import COLOURS, plain, tidy
 from dpo.runs import short
 
 SUMMARIES = "data.summaries"  # what makes one policy another in the embedded world: the language of its demonstrations
-KEYS = ("beta", "seed", "reference", "loss", SUMMARIES)
+SETTING = ("beta", "seed", "reference", SUMMARIES)
+KEYS = {  # in which the runs of each sweep may differ
+    "necessity": (*SETTING, "loss"),
+    "compatibility": SETTING,
+    "tuned": (*SETTING, "epochs"),
+}
+ALL_KEYS = (*SETTING, "loss", "epochs")
 ITSELF = "initial"
-TUNED = "world_tuned"
-OTHER_TOKENIZER = "world_other_tokenizer"
-SPEAKS = "human"  # the policy whose language that one was taught
-COMPATIBLE = {"human": "world_clean", "alien": "world_alien"}  # policy -> the stronger reference of its language
+FITTING = {  # policy: a stronger reference that is related to it, one that is not, and one with another tokenizer
+    "human": ("world_clean", "world_alien", "world_other_tokenizer"),
+    "alien": ("world_alien", "world_clean", None),
+    "mistral_7b": ("mistral_7b_instruct", "llama3_70b_instruct", None),
+    "tulu_2_7b": ("llama3_70b_instruct", "mistral_7b_instruct", "llama3_70b_instruct"),
+}
 UNTUNED = "SFT"
 METHODS = {
     ("dpo", "initial"): "DPO",
@@ -32,42 +63,39 @@ METHODS = {
 }
 
 
-def methods(final: pd.DataFrame) -> pd.DataFrame:
-    """The runs of `table=necessity` with the name of their method, in the order of METHODS; SFT: runs of no steps."""
-    names = [METHODS.get(pair) for pair in zip(final["loss"], final["reference"], strict=True)]
-    names = [UNTUNED if steps == 0 else name for steps, name in zip(final["steps"], names, strict=True)]
-    named = final.assign(method=pd.Categorical(names, [UNTUNED, *METHODS.values()])).dropna(subset="method")
-    return named.sort_values("method", kind="stable").astype({"method": str})
+def read(
+    necessity: str | Path, compatibility: str | Path, tuned: str | Path, strength: str | Path | None = None, **only: str
+) -> Frames:
+    """The finished runs of the sweeps by `table=necessity`, `compatibility` and `tuned_reference`, by name.
 
+    strength: of a sweep by `kl_strength`, for runs that those lack. only: values of keys, such as policy.
 
-def table_3(final: pd.DataFrame) -> pd.DataFrame:
-    """Score, the policy's ranking accuracy, length and share of ended responses, at the best beta of each method.
-
-    beta is chosen for each seed by the other seeds; the column shows the choices.
+    Raises: ValueError as `finished`, or if the first or third sweep is of several policies.
     """
-    rows = {}
-    for method, same in methods(final).groupby("method", sort=False):
-        best = chosen_by_others(same, "beta")
-        rows[method] = {
-            "score": cell(best, "score"),
-            "policy accuracy": cell(best, "logps/accuracies"),
-            "length": cell(best, "length", ".1f"),
-            "KL": cell(best, "kl", ".1f"),
-            "ended": cell(best, "ended"),
-            "beta": "" if method == UNTUNED else ", ".join(short(beta) for beta in sorted(best["beta"].unique())),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+    names = {"necessity": necessity, "compatibility": compatibility, "tuned": tuned}
+    frames = {name: finished(path, KEYS[name], only, ALL_KEYS) for name, path in names.items()}
+    for name in ("necessity", "tuned"):
+        if len(found := frames[name][policies(frames[name])].unique()) > 1:
+            raise ValueError(f"one policy at a time in {names[name]}: say policy={' or policy='.join(map(str, found))}")
+    if strength is None:
+        return frames
+    more = finished(strength, SETTING, only, ALL_KEYS)
+    frames["necessity"] = joined(frames["necessity"], more[more["untrained"]])
+    return frames | {name: joined(frames[name], more) for name in ("compatibility", "tuned")}
 
 
-def table_3_by_beta(final: pd.DataFrame) -> pd.DataFrame:
-    """Score of each method over its grid."""
-    named = methods(final)
-    return grid(named[named["method"] != UNTUNED], "beta", ["method"], "score")
+def joined(own: pd.DataFrame, more: pd.DataFrame) -> pd.DataFrame:
+    """The runs of `own`, and those of `more` with the same policies that `own` lacks.
 
-
-def table_4(final: pd.DataFrame) -> pd.DataFrame:
-    """Score by beta (rows), policy and reference (columns)."""
-    return grid(final, "beta", [policies(final), "reference"], "score")
+    Raises: ValueError if the one and the other are scored differently.
+    """
+    more = more[more[policies(own)].isin(own[policies(own)])]
+    if more.empty:
+        return own
+    if ways := {*more["scored_by"]} ^ {*own["scored_by"]}:
+        raise ValueError(f"runs of one table must be scored alike, found {own['run'].iloc[0]} and others by {ways}")
+    both = pd.concat([own, more], ignore_index=True)
+    return both.drop_duplicates([*(key for key in (*ALL_KEYS, "policy") if key in both), "untrained"])
 
 
 def policies(final: pd.DataFrame) -> str:
@@ -75,158 +103,254 @@ def policies(final: pd.DataFrame) -> str:
     return SUMMARIES if SUMMARIES in final else "policy"
 
 
+def trained(final: pd.DataFrame) -> pd.DataFrame:
+    return final[~final["untrained"]]
+
+
+def methods(final: pd.DataFrame) -> pd.DataFrame:
+    """The runs of `table=necessity` with the name of their method, in the order of METHODS; first SFT: no steps."""
+    pairs = zip(final["loss"], final["reference"], final["untrained"], strict=True)
+    names = [UNTUNED if start else METHODS.get((loss, held), f"{loss}, {held}") for loss, held, start in pairs]
+    named = final.assign(method=names)
+    named = pd.concat([named[~named["untrained"]], named[named["untrained"]].drop_duplicates("seed")])
+    order = dict.fromkeys([UNTUNED, *METHODS.values(), *sorted(names)])
+    return named.sort_values("method", key=lambda column: column.map([*order].index), kind="stable")
+
+
+def table_3(final: pd.DataFrame) -> pd.DataFrame:
+    """Score and what else is measured, at the beta of each method that has the best mean score.
+
+    That beta has been lucky. The interval of its score allows for it (`best`), those of the other columns do not.
+    """
+    rows = {}
+    for method, same in methods(final).groupby("method", sort=False):
+        start, shown = method == UNTUNED, same if method == UNTUNED else at_best(same)
+        row = {"score": cell(shown, "score", found=None if start else best(same))}
+        row |= {title: cell(shown, value, form) for title, (value, form) in MEASURES.items()}
+        rows[method] = row | {"beta": "" if start else short(shown["beta"].iloc[0])}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+
+
+def table_3_by_beta(final: pd.DataFrame) -> pd.DataFrame:
+    """Score of each method over its grid."""
+    return grid(methods(trained(final)), "beta", ["method"], "score")
+
+
+def table_4(final: pd.DataFrame) -> pd.DataFrame:
+    """Score by beta (rows), policy and reference (columns)."""
+    return grid(trained(final), "beta", [policies(final), "reference"], "score")
+
+
 def table_5(final: pd.DataFrame) -> pd.DataFrame:
-    """Score at the best beta of each reference (chosen for each seed by the others), a column for each policy."""
-    table = {
-        policy: {
-            reference: cell(chosen_by_others(same, "beta"), "score")
-            for reference, same in of_policy.groupby("reference", sort=False)
-        }
-        for policy, of_policy in final.groupby(policies(final), sort=False)
-    }
-    return pd.DataFrame(table).rename_axis("reference")
-
-
-def table_7(final: pd.DataFrame) -> pd.DataFrame:
-    """Score by beta of a policy that is held to itself after an earlier DPO."""
-    return grid(final, "beta", ["reference"], "score")
-
-
-def claims_of_necessity(final: pd.DataFrame) -> pd.DataFrame:
-    """The fourth of the paper's claims, without its part on EOS: see `token_level`."""
-    named = methods(final)
-    posterior, dpo = (named[named["method"] == name] for name in ("posterior", "DPO"))
-    best, best_dpo = chosen_by_others(posterior, "beta"), chosen_by_others(dpo, "beta")
-    is_huge = posterior["beta"] >= 10
-    huge = paired(chosen_by_others(posterior[is_huge], "beta"), chosen_by_others(posterior[~is_huge], "beta"))
-    difference, longer = paired(best_dpo, best), paired(best, best_dpo, "length")
-    return findings(
-        [
-            holds(
-                "4a. The reference is necessary: DPO beats the posterior reward, each at its best beta",
-                "score of DPO minus posterior",
-                difference,
-            ),
-            holds(
-                "4b. The posterior reward needs a huge beta",
-                "score at its best beta from 10 on minus at its best below 10",
-                huge,
-            ),
-            holds("4c. It makes responses much longer", "length at its best beta minus that of DPO, tokens", longer),
-        ]
+    """Score at the best beta of each reference, a column for each policy, and before training."""
+    own = "0.500" if final["scored_by"].eq("win_rate").all() else ""
+    table = {}
+    for policy, of_policy in final.groupby(policies(final), sort=False):
+        start = of_policy[of_policy["untrained"]].drop_duplicates("seed")
+        column = {UNTUNED: cell(start, "score") or own}
+        for reference, same in trained(of_policy).groupby("reference", sort=False):
+            column[str(reference)] = cell(at_best(same), "score", found=best(same))
+        table[policy] = column
+    names = pd.DataFrame(table).fillna("").rename_axis("reference")
+    return names.sort_index(
+        key=lambda index: index.map(lambda name: [UNTUNED, ITSELF, name].index(name)), kind="stable"
     )
 
 
+def of_tuned(final: pd.DataFrame) -> pd.DataFrame:
+    """The runs of `table=tuned_reference` with what they are held to, as `held`: itself after an earlier DPO, itself,
+    or itself over as many epochs as the earlier DPO and this one have together.
+    """
+    final = trained(final)
+    epochs = pd.to_numeric(final.get("epochs", pd.Series(nan, final.index)))
+    usual = epochs[final["reference"] != ITSELF].max()
+    names = [
+        f"{reference}, {number:g} epochs" if number != usual and not pd.isna(number + usual) else reference
+        for reference, number in zip(final["reference"], epochs, strict=True)
+    ]
+    return final.assign(held=names, longer=epochs >= 2 * usual, usual=epochs.eq(usual) | epochs.isna())
+
+
+def table_7(final: pd.DataFrame) -> pd.DataFrame:
+    """Score by beta of a policy that is held to itself after an earlier DPO, and to itself."""
+    return grid(of_tuned(final), "beta", ["held"], "score")
+
+
+def claims_of_necessity(final: pd.DataFrame) -> pd.DataFrame:
+    """The fourth of the paper's claims, without its part on EOS (see `token_level`), and what other losses come to."""
+    named, near = methods(trained(final)), margin(final)
+    posterior, dpo = (named[named["method"] == name] for name in ("posterior", "DPO"))
+    huge = best_minus_best(posterior[posterior["beta"] >= 10], posterior[posterior["beta"] < 10])
+    longer, betas = over_betas(posterior, dpo, "length")
+    found = [
+        holds(
+            "4a. The reference is necessary: DPO beats the posterior reward, each at its best beta",
+            f"best score of DPO ({grid_of(dpo)}) minus that of posterior ({grid_of(posterior)})",
+            best_minus_best(dpo, posterior),
+            margin=near,
+        ),
+        holds(
+            "4b. The posterior reward needs a huge beta", "best score from 10 on minus best below 10", huge, margin=near
+        ),
+        holds("4c. It makes responses much longer", f"length minus that of DPO, mean over {betas}, tokens", longer),
+    ]
+    for name in ("SimPO", "ORPO"):
+        other = named[named["method"] == name]
+        found.append(
+            holds(
+                f"Extension. {name}, which has no reference, beats DPO, each at its best beta",
+                f"best score of {name} ({grid_of(other)}) minus that of DPO ({grid_of(dpo)})",
+                best_minus_best(other, dpo),
+                margin=near,
+            )
+        )
+    return findings(found)
+
+
+def grid_of(same: pd.DataFrame) -> str:
+    """How many betas a method had, and whether the best of them may be beyond."""
+    betas = sorted(same["beta"].unique())
+    if not betas:
+        return "no runs"
+    top = at_best(same)["beta"].iloc[0]
+    end = ", the end of its grid" if len(betas) > 1 and top in (betas[0], betas[-1]) else ""
+    return f"{len(betas)} betas, best {short(top)}{end}"
+
+
+def over_betas(one: pd.DataFrame, other: pd.DataFrame, value: str = "score") -> tuple[Interval, str]:
+    """`one` minus `other`, the mean over the betas that both have, and which they are: no beta is chosen."""
+    betas = sorted({*one["beta"]} & {*other["beta"]})
+    if not betas or value not in one:
+        return UNMEASURED, "betas that both have"
+    means = []
+    for side in (one, other):
+        mine = wide(side[side["beta"].isin(betas)], "beta", value).dropna()  # a seed without one of the betas is out
+        means.append(mine.mean(axis=1).rename(value).reset_index())
+    return paired(means[0], means[1], value), f"betas {', '.join(map(short, betas))}"
+
+
 def claims_of_compatibility(final: pd.DataFrame) -> pd.DataFrame:
-    """The fifth of the paper's claims, for each policy of the embedded world."""
+    """The fifth of the paper's claims, for each policy."""
     found: list[Finding] = []
-    for policy, fits in COMPATIBLE.items():
-        of_policy = final[final[policies(final)] == policy]
-        if of_policy.empty:
+    for policy, same in trained(final).groupby(policies(final), sort=False):
+        if policy not in FITTING:
+            found.append(unmeasured(f"5. A stronger reference helps if it fits ({policy})", "FITTING lacks the policy"))
             continue
-        at_best = {
-            name: chosen_by_others(of_policy[of_policy["reference"] == name], "beta")
-            for name in (ITSELF, OTHER_TOKENIZER, *COMPATIBLE.values())
+        of: dict[str, pd.DataFrame] = {
+            name: same[same["reference"] == name] for name in (ITSELF, *FITTING[policy]) if name
         }
-        foreign = next(name for kind, name in COMPATIBLE.items() if kind != policy)
-        gain, harm = paired(at_best[fits], at_best[ITSELF]), paired(at_best[ITSELF], at_best[foreign])
-        across = paired(at_best[OTHER_TOKENIZER], at_best[ITSELF])
-        all_betas = {name: over_betas(of_policy[of_policy["reference"] == name]) for name in (ITSELF, foreign)}
-        everywhere = paired(all_betas[ITSELF], all_betas[foreign])
-        compatible = of_policy[of_policy["reference"] == fits]
+        (fits, foreign, other), near, itself = FITTING[policy], margin(final), of[ITSELF]
+        stays, betas = over_betas(itself, of[foreign])
+        compatible = of[fits]
         shift = paired(compatible[compatible["beta"] == 1], compatible[compatible["beta"] == 0.01])
         found += [
             holds(
-                f"5a. A stronger reference of the same language helps ({policy})",
+                f"5a. A stronger reference that is related to the policy helps ({policy})",
                 f"best score with {fits} minus with itself",
-                gain,
+                best_minus_best(of[fits], itself),
+                margin=near,
             ),
             holds(
-                f"5b. One of another language does not ({policy})", f"best score with itself minus with {foreign}", harm
+                f"5b. One that is not does not ({policy})",
+                f"best score with itself minus with {foreign}",
+                best_minus_best(itself, of[foreign]),
+                margin=near,
             ),
             holds(
                 f"5c. It does harm at the same beta ({policy})",
-                f"mean score over betas with itself minus with {foreign}",
-                everywhere,
+                f"score with itself minus with {foreign}, mean over {betas}",
+                stays,
+                margin=near,
             ),
             holds(
                 f"5d. The best beta of the stronger one is about 1, and not 0.01 ({policy})",
                 f"score with {fits} at beta 1 minus at 0.01",
                 shift,
+                margin=near,
             ),
         ]
-        if policy == SPEAKS:
+        if other:
             found.append(
                 holds(
                     f"5e. Another tokenizer does not forbid a gain ({policy})",
-                    f"best score with {OTHER_TOKENIZER} minus with itself",
-                    across,
+                    f"best score with {other} minus with itself",
+                    best_minus_best(of[other], itself),
+                    margin=near,
                 )
             )
     return findings(found)
 
 
-def over_betas(same: pd.DataFrame) -> pd.DataFrame:
-    """The mean score of each seed over its betas."""
-    return same.groupby("seed")["score"].mean().reset_index()
-
-
-def claim_of_tuned(final: pd.DataFrame) -> pd.DataFrame:
-    """What Table 7 shows for one policy: 16.75 held to itself after DPO, 16.25 held to itself (published)."""
-    tuned, itself = (chosen_by_others(final[final["reference"] == name], "beta") for name in (TUNED, ITSELF))
-    gain = paired(tuned, itself)
+def claims_of_tuned(final: pd.DataFrame) -> pd.DataFrame:
+    """What Table 7 shows for one policy: 16.75 held to itself after DPO, 16.25 held to itself (published). The earlier
+    DPO is training, too, which the paper does not control for.
+    """
+    held, near = of_tuned(final), margin(final)
+    itself = held["reference"] == ITSELF
+    tuned = held[~itself]
+    control = "Extension. It is a better one than itself over as many epochs as both trainings have"
+    longer = held[itself & held["longer"]]
+    what = "best score held to itself after DPO minus held to itself"
     return findings(
         [
             holds(
                 "Table 7. Itself after DPO is a better reference than itself",
-                "best score held to itself after DPO minus held to itself",
-                gain,
+                what,
+                best_minus_best(tuned, held[itself & held["usual"]]),
+                margin=near,
+            ),
+            unmeasured(
+                control, f"no runs of reference={ITSELF} over twice the epochs, so the claim above is not controlled"
             )
+            if longer.empty
+            else holds(control, f"{what} over twice the epochs", best_minus_best(tuned, longer), margin=near),
         ]
     )
 
 
 def figure(final: pd.DataFrame, columns: str, panels: str | None = None) -> Figure:
     """Score and length against beta, a line for each of `columns`, a row for each of `panels`."""
+    won = final["scored_by"].eq("win_rate").all()
+    shown = {"score": "win rate" if won else "length-controlled win rate (%)", "length": "tokens per response"}
+    final = final.reindex(columns=[*dict.fromkeys([*final, *shown])])
     groups = list(final.groupby(panels, sort=False)) if panels else [("", final)]
     drawing = Figure(figsize=(11, 3.8 * len(groups)), layout="constrained", dpi=150)
     for axes, (title, rows) in zip(drawing.subplots(len(groups), 2, squeeze=False), groups, strict=True):
-        for axis, value, label in zip(axes, ("score", "length"), ("score", "tokens per response"), strict=True):
+        for axis, (value, label) in zip(axes, shown.items(), strict=True):
             tidy(axis, str(title), "beta", label)
             axis.set_xscale("log")
             plain(axis.xaxis)
             for colour, (name, line) in zip(COLOURS, rows.groupby(columns, sort=False), strict=False):
                 points = {beta: interval(same[value]) for beta, same in line.groupby("beta")}
-                means, halves = [one.mean for one in points.values()], [one.half for one in points.values()]
+                means = [one.mean for one in points.values()]
+                halves = [one.half if isfinite(one.half) else 0.0 for one in points.values()]
                 axis.errorbar(list(points), means, halves, color=colour, marker="o", ms=4, capsize=2, label=str(name))
-        axes[0].axhline(0.5, color="0.5", lw=1, ls="--", zorder=0)
+        if won:
+            axes[0].axhline(0.5, color="0.5", lw=1, ls="--", zorder=0)
         axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return drawing
 
 
-def study(
-    necessity: str | Path, compatibility: str | Path, tuned: str | Path, **only: str
-) -> tuple[dict[str, pd.DataFrame], dict[str, Figure]]:
-    """Tables and figures of the sweeps by `table=necessity`, `compatibility` and `tuned_reference`, by name.
-
-    only: values of keys, such as policy.
-    """
-    needed, fitting, after = (finished(path, KEYS, only) for path in (necessity, compatibility, tuned))
-    claims = [claims_of_necessity(needed), claims_of_compatibility(fitting), claim_of_tuned(after)]
+def study(frames: Frames) -> tuple[dict[str, pd.DataFrame], dict[str, Figure]]:
+    """Tables and figures of what `read` has read, by name."""
+    needed, fitting, after = (frames[name] for name in ("necessity", "compatibility", "tuned"))
+    claims = [claims_of_necessity(needed), claims_of_compatibility(fitting), claims_of_tuned(after)]
     tables = {
         "table_3": table_3(needed),
         "table_3_by_beta": table_3_by_beta(needed),
         "table_4": table_4(fitting),
+        "table_4_measures": measures(trained(fitting), [policies(fitting), "reference", "beta"]),
         "table_5": table_5(fitting),
         "table_7": table_7(after),
+        "table_7_measures": measures(of_tuned(after), ["held", "beta"]),
         "claims_of_references": pd.concat(claims),
     }
     figures = {
-        "necessity": figure(methods(needed[needed["steps"] != 0]), "method"),
-        "compatibility": figure(fitting, "reference", policies(fitting)),
+        "necessity": figure(methods(trained(needed)), "method"),
+        "compatibility": figure(trained(fitting), "reference", policies(fitting)),
     }
     return tables, figures
 
 
 if __name__ == "__main__":
-    main(__doc__, study)
+    main(__doc__, read, study)

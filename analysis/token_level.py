@@ -17,12 +17,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from analysis.kl_strength import at_best_lr, of_one_policy
-from analysis.reference_compatibility import KEYS as NECESSITY
-from analysis.reference_compatibility import methods
-from analysis.report import main
-from analysis.seeds import Interval, findings, finished, holds, interval, paired
+from analysis.kl_strength import at_best_lr, of_one_policy, parted
+from analysis.reference_compatibility import KEYS, methods, trained
+from analysis.report import Frames, main
+from analysis.seeds import Interval, best_minus_best, findings, finished, holds, interval, paired, unmeasured
 from dpo import score
+from dpo.data.chats import ends
 from dpo.data.world import values_told
 from dpo.drawing import COLOURS, tidy
 from dpo.reference import Frozen, Initial
@@ -38,7 +38,7 @@ METHODS = ["DPO", "posterior", "likelihood"]  # of Figure 3
 def tokens(run: str | Path, split: str = "validation") -> pd.DataFrame:
     """A row per response token of the held-out pairs, chosen and rejected, of one finished run.
 
-    Columns: pair, response, position (from 0), token (its text), end (is EOS), before and after (log-probs in nats
+    Columns: pair, response, position (from 0), token (its text), end (of turn), before and after (log-probs in nats
     under the initial policy and the trained one), difference. Where the articles are the embedded world's also `value`:
     "right" or "wrong" for the value that a clause states.
     """
@@ -50,7 +50,7 @@ def tokens(run: str | Path, split: str = "validation") -> pd.DataFrame:
     before, after = Initial(), Frozen(str(run / "policy"))
     for reference in (before, after):
         reference.prepare(start, policy, asked, config)
-    rows = []
+    rows, stops = [], ends(tokenizer, policy.generation_config)
     of_world = config.data._target_.endswith("world.world")
     for kind, name in enumerate(("chosen", "rejected")):
         for number, pair in enumerate(pairs[split]):
@@ -61,7 +61,7 @@ def tokens(run: str | Path, split: str = "validation") -> pd.DataFrame:
                     "response": name,
                     "position": range(len(ids)),
                     "token": [tokenizer.decode([id]) for id in ids],
-                    "end": [id == tokenizer.eos_token_id for id in ids],
+                    "end": [id in stops for id in ids],
                     "before": before.tokens[split][kind * len(pairs[split]) + number].numpy(),
                     "after": after.tokens[split][kind * len(pairs[split]) + number].numpy(),
                 }
@@ -82,10 +82,48 @@ def of_runs(path: str | Path, final: pd.DataFrame, keys: list[str]) -> pd.DataFr
     return pd.concat(frames, ignore_index=True)
 
 
-def by_token(found: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+def read(strength: str | Path, necessity: str | Path | None = None, **only: str) -> Frames:
+    """Mean log-probs of the tokens of a sweep by `figure=kl_strength`, at the learning rate of the best score, and of
+    one by `table=necessity`; with their number as `occurrences`. only: values of keys, such as policy.
+
+    items: difference by beta, seed and vocabulary item. positions: by beta, seed and position. values, in the embedded
+    world: by beta, seed and kind of value. ends, with `necessity`: log-prob of EOS after training, by method, seed and
+    response.
+    """
+    final = at_best_lr(parted(of_one_policy(strength, only))[0])
+    if final.empty:
+        raise ValueError(f"{strength} must hold finished runs that have been trained, found none")
+    found = of_runs(strength, final, ["beta", "seed"])
+    frames = {
+        "items": means(found, ["beta", "seed", "token", "end"]),
+        "positions": means(found, ["beta", "seed", "position"]),
+    }
+    if "value" in found:
+        kind = found["value"].fillna("other").where(~found["end"], "EOS")
+        frames["values"] = means(found.assign(kind=kind), ["beta", "seed", "kind"])
+    if necessity is None:
+        return frames
+    needed = methods(trained(finished(necessity, KEYS["necessity"], only)))
+    needed = needed[needed["method"].isin(METHODS)]
+    if needed.empty:
+        raise ValueError(f"{necessity} must hold trained runs of {', '.join(METHODS)}, found none")
+    ends = of_runs(necessity, needed, ["method", "seed"])
+    return frames | {"ends": means(ends[ends["end"]], ["method", "seed", "response"], "after")}
+
+
+def means(found: pd.DataFrame, keys: list[str], value: str = "difference") -> pd.DataFrame:
+    """Mean of a value and number of occurrences at each setting of `keys`.
+
+    found: of `tokens`, a row per token, or of this function, a row per group of them.
+    """
+    number = found["occurrences"] if "occurrences" in found else pd.Series(1, found.index)
+    sums = found[keys].assign(sums=found[value] * number, occurrences=number).groupby(keys).sum()
+    return pd.DataFrame({value: sums["sums"] / sums["occurrences"], "occurrences": sums["occurrences"]}).reset_index()
+
+
+def by_token(items: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """Mean difference and number of occurrences of each vocabulary item, at each setting of `keys`."""
-    grouped = found.groupby([*keys, "token", "end"])["difference"]
-    return grouped.agg(difference="mean", occurrences="size").reset_index()
+    return means(items, [*keys, "token", "end"])
 
 
 def bins(items: pd.DataFrame) -> pd.DataFrame:
@@ -104,23 +142,24 @@ def most_moved(items: pd.DataFrame, number: int = 10) -> pd.DataFrame:
     return table.loc[table.mean(axis=1).sort_values().index[:number]]
 
 
-def end_of_text(found: pd.DataFrame) -> pd.DataFrame:
+def end_of_text(ends: pd.DataFrame) -> pd.DataFrame:
     """Figure 3: mean log-prob of EOS after training, and that on chosen minus on rejected; by method and seed."""
-    ends = found[found["end"]]
-    table = ends.pivot_table(index=["method", "seed"], columns="response", values="after")
-    mean = ends.groupby(["method", "seed"])["after"].mean()
+    table = ends.pivot(index=["method", "seed"], columns="response", values="after")
+    table = table.reindex(columns=["chosen", "rejected"])
+    mean = means(ends, ["method", "seed"], "after").set_index(["method", "seed"])["after"]
     return pd.DataFrame({"log-prob": mean, "chosen minus rejected": table["chosen"] - table["rejected"]}).reset_index()
 
 
-def claims(found: pd.DataFrame) -> pd.DataFrame:
+def claims(items: pd.DataFrame) -> pd.DataFrame:
     """The third of the paper's claims, at the smallest and the largest beta of a sweep over seeds."""
-    low, high = found["beta"].min(), found["beta"].max()
-    by_seed = found.groupby(["beta", "seed"])["difference"].mean().reset_index()
+    low, high = items["beta"].min(), items["beta"].max()
+    by_seed = means(items, ["beta", "seed"])
+    at_low = items[items["beta"] == low]
     lowered = interval(-by_seed[by_seed["beta"] == low]["difference"])
     more = paired(by_seed[by_seed["beta"] == high], by_seed[by_seed["beta"] == low], "difference")
-    items = by_token(found[found["beta"] == low], ["seed"])
-    share = interval(items.groupby("seed")["difference"].apply(tenth))
-    eos, rivals = end_against_rivals(items)
+    share = interval(at_low.groupby("seed")["difference"].apply(tenth))
+    eos, rival = end_against_rivals(at_low)
+    rises = "3b. The smaller beta, the more"
     return findings(
         [
             holds(
@@ -128,9 +167,9 @@ def claims(found: pd.DataFrame) -> pd.DataFrame:
                 f"mean fall per token at beta {short(low)}, nats",
                 lowered,
             ),
-            holds(
-                "3b. The smaller beta, the more", f"fall at beta {short(low)} minus that at {short(high)}, nats", more
-            ),
+            holds(rises, f"fall at beta {short(low)} minus that at {short(high)}, nats", more)
+            if low < high
+            else unmeasured(rises, "it takes two betas or more"),
             holds(
                 "3c. A tenth of the vocabulary makes most of the change",
                 f"its share of the change at beta {short(low)}",
@@ -139,8 +178,7 @@ def claims(found: pd.DataFrame) -> pd.DataFrame:
             ),
             holds(
                 "3d. EOS falls most",
-                f"fall of EOS minus that of the item that falls most in the other seeds ({', '.join(rivals)}) at beta "
-                f"{short(low)}, nats",
+                f"fall of EOS minus that of the item that falls most ({rival}) at beta {short(low)}, nats",
                 eos,
             ),
         ]
@@ -153,19 +191,20 @@ def tenth(differences: pd.Series) -> float:
     return float(change.head(max(1, len(change) // 10)).sum() / change.sum())
 
 
-def end_against_rivals(items: pd.DataFrame) -> tuple[Interval, list[str]]:
-    """By how much EOS falls more than the other item that falls most on average over the other seeds, and these items.
+def end_against_rivals(items: pd.DataFrame) -> tuple[Interval, str]:
+    """By how much EOS falls more than the other item that truly falls most, whichever it is, and which seems to.
 
-    items: of `by_token` by seed, at one beta. Only items that are seen `OFTEN` over all seeds compete.
+    items: at one beta. Only items that are seen `OFTEN` over all seeds, and in each of them, compete.
     """
-    often = items.groupby("token")["occurrences"].transform("sum") >= OFTEN
-    others = items[often & ~items["end"]].pivot_table(index="token", columns="seed", values="difference")
-    more, rivals = {}, {}
-    for seed, end in items[items["end"]].set_index("seed")["difference"].items():
-        rest = others.drop(columns=seed) if len(others.columns) > 1 else others
-        rivals[seed] = str(rest.mean(axis=1).idxmin())
-        more[seed] = others.at[rivals[seed], seed] - end
-    return interval(pd.Series(more)), sorted(set(rivals.values()))
+    falls = items.assign(fall=-items["difference"])
+    ends, others = falls[falls["end"]], falls[~falls["end"]].groupby("token")
+    often = others["occurrences"].transform("sum") >= OFTEN
+    everywhere = others["seed"].transform("nunique") == items["seed"].nunique()
+    rivals = falls[~falls["end"]][often & everywhere]
+    if rivals.empty:
+        return interval(pd.Series(dtype=float)), "none is seen often enough"
+    found = best_minus_best(ends, rivals, key="token", value="fall")
+    return found, str(rivals.groupby("token")["fall"].mean().idxmax())
 
 
 def claims_of_ends(ends: pd.DataFrame) -> pd.DataFrame:
@@ -189,16 +228,17 @@ def claims_of_ends(ends: pd.DataFrame) -> pd.DataFrame:
     return findings(found)
 
 
-def by_position(found: pd.DataFrame) -> pd.DataFrame:
+def by_position(positions: pd.DataFrame) -> pd.DataFrame:
     """Extension: mean difference by position in the response, where at least `OFTEN` tokens are."""
-    grouped = found.groupby(["beta", "position"])["difference"].agg(["mean", "size"])
-    return grouped[grouped["size"] >= OFTEN]["mean"].unstack("beta")
+    grouped = means(positions, ["beta", "position"])
+    often = grouped[grouped["occurrences"] >= OFTEN]
+    return often.pivot(index="position", columns="beta", values="difference")
 
 
-def by_value(found: pd.DataFrame) -> pd.DataFrame:
+def by_value(values: pd.DataFrame) -> pd.DataFrame:
     """Extension: mean difference of values that a response states, right ones and wrong ones, and of other tokens."""
-    kinds = found["value"].fillna("other").where(~found["end"], "EOS")
-    return found.groupby([kinds, "beta"])["difference"].mean().unstack("beta").rename_axis("token")
+    table = means(values, ["kind", "beta"]).pivot(index="kind", columns="beta", values="difference")
+    return table.rename_axis("token")
 
 
 def figure_1(table: pd.DataFrame) -> Figure:
@@ -241,29 +281,22 @@ def lines(table: pd.DataFrame, title: str) -> Figure:
     return drawing
 
 
-def study(
-    strength: str | Path, necessity: str | Path | None = None, **only: str
-) -> tuple[dict[str, pd.DataFrame], dict[str, Figure]]:
-    """Tables and figures of a sweep by `figure=kl_strength`, and of one by `table=necessity`, by name.
-
-    only: values of keys, such as policy.
-    """
-    found = of_runs(strength, at_best_lr(of_one_policy(strength, only)), ["beta", "seed"])
-    items = by_token(found, ["beta"])
-    tables = {"figure_1": bins(items), "figure_2": most_moved(items), "claims_of_tokens": claims(found)}
-    tables["extension_position"] = by_position(found)
+def study(frames: Frames) -> tuple[dict[str, pd.DataFrame], dict[str, Figure]]:
+    """Tables and figures of what `read` has read, by name."""
+    items = by_token(frames["items"], ["beta"])
+    tables = {"figure_1": bins(items), "figure_2": most_moved(items), "claims_of_tokens": claims(frames["items"])}
+    tables["extension_position"] = by_position(frames["positions"])
     change = "mean log-prob after minus before (nats)"
     figures = {
         "figure_1": figure_1(tables["figure_1"]),
         "figure_2": bars(tables["figure_2"], f"Most lowered tokens (seen {OFTEN} times or more)", change),
         "extension_position": lines(tables["extension_position"], "Extension: by position"),
     }
-    if "value" in found:
-        tables["extension_value"] = by_value(found)
+    if "values" in frames:
+        tables["extension_value"] = by_value(frames["values"])
         figures["extension_value"] = bars(tables["extension_value"], "Extension: right and wrong values", change)
-    if necessity is not None:
-        needed = methods(finished(necessity, NECESSITY, only))
-        ends = end_of_text(of_runs(necessity, needed[needed["method"].isin(METHODS)], ["method", "seed"]))
+    if "ends" in frames:
+        ends = end_of_text(frames["ends"])
         tables["claims_of_ends"] = claims_of_ends(ends)
         tables["figure_3"] = ends.groupby("method")[["log-prob", "chosen minus rejected"]].mean()
         figures["figure_3"] = bars(tables["figure_3"], "EOS after training", "log-prob (nats)")
@@ -271,4 +304,4 @@ def study(
 
 
 if __name__ == "__main__":
-    main(__doc__, study)
+    main(__doc__, read, study)

@@ -93,11 +93,13 @@ def _beside(build: Callable[[Path], None], any_true: Callable[[bool], bool]) -> 
 
 
 def why_missed(kind: str | Path, asked: dict[str, Any]) -> str | None:
-    """In which fields the nearest entry of that kind differs; None if there is none near: more than a few say nothing."""
+    """In which fields the nearest entry of that kind differs; None if none is near: a list of many explains nothing."""
     found = []
     for file in sorted(Path(kind).glob("*/key.json")):
         with suppress(OSError, ValueError):  # damaged
-            found.append((differences(fields(file.parent), asked), file.parent.name))
+            there = fields(file.parent)
+            if there.get("seed") == asked.get("seed"):  # another seed is a replicate, and meant to miss
+                found.append((differences(there, asked), file.parent.name))
     if not found:
         return None
     differing, nearest = min(found, key=lambda one: len(one[0]))

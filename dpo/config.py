@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, is_dataclass
+from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -22,6 +23,7 @@ class Policy:
     micro_batch_tokens: int
     sequences: int
     chat_template: str | None
+    date: str | None
     trust_remote_code: bool
 
 
@@ -226,6 +228,8 @@ def faults(config: dict[str, Any]) -> list[str]:
         return [f"command must be one of {', '.join(SCHEMAS)}, got {config.get('command')}"]
     if problems := _keys(config, SCHEMAS[config["command"]]):
         return problems
+    if found := [key for key, value in flatten(config).items() if "${" in str(value)]:
+        return [f"{key} must be a value, got an interpolation, ${{...}}" for key in found]
     problems = [*_numbers(config), *_batches(config), *_sharding(config), *_places(config)]
     if config["policy"]["base"] is None and (config["policy"]["path"] is None or config["command"] == "sft"):
         sft = "policy.base, a model to make a policy from, must be given; add policy.base="
@@ -321,6 +325,11 @@ def _numbers(config: dict[str, Any]) -> list[str]:
         problems.append(f"data.validation_fraction must be between 0 and 1, got {flat['data.validation_fraction']}")
     if numbers.get("generation.top_p", 1) > 1:
         problems.append(f"generation.top_p must be in (0, 1], got {flat['generation.top_p']}; 1 is off")
+    if (day := flat.get("policy.date")) is not None:
+        try:
+            date.fromisoformat(day)
+        except ValueError:
+            problems.append(f"policy.date must be a day such as 2024-07-26, got {day}")
     if len(betas := flat["betas"]) != 2 or not all(0 <= value < 1 for value in betas):
         problems.append(f"betas must be two numbers in [0, 1), got {betas}")
     if flat["max_new_tokens"] >= flat["max_length"]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo.cache import digest, remember
 from dpo.data.batches import Batch, Batches, Branches, Pair, branched, dealt, encode_prompts, size
 from dpo.data.records import Dataset, Text
+from dpo.data.tokens import usable
 from dpo.judges import Judge
 from dpo.policy.logps import forward_tokens, packable, sequence_kl
 from dpo.policy.sampling import Sample, inputs, sample
@@ -21,6 +22,7 @@ from dpo.training.log import progress
 from dpo.training.sharding import all_sum, any_true, device_of, is_main
 
 TEXTS = ("prompt", "response", "baseline")  # columns of a row that have no mean
+EMPTY = 0.1  # share of the baseline's words below which a response counts as broken
 
 
 def measure(
@@ -35,7 +37,8 @@ def measure(
     """A row per prompt with both responses, and figures for `evaluation.json`.
 
     To those of `describe` come for each of `anchors`, by its name, `kl`: KL(policy || anchor) in nats per response
-    (Rao-Blackwellized), and `kl_plain` (the log-ratio), each with its standard error, on samples at temperature 1.
+    (Rao-Blackwellized), and `kl_plain` (the log-ratio), each with its standard error, on samples at temperature 1. Both
+    are of responses that are cut at `max_new_tokens`: what would come after it is in neither.
     """
     samples = respond(policy, tokenizer, prompts, settings, "policy")
     rows, result = describe(prompts, samples, judge, baseline)
@@ -59,7 +62,7 @@ def describe(
     baseline: Sequence[str] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """A row per prompt with its response; their number `n`, and means: `length` in tokens without EOS, `ended`,
-    `repetition`, `broken` (did not end, or is mostly repetition) and the judge's measures.
+    `repetition`, `broken` (see `is_broken`) and the judge's measures.
 
     Against `baseline` responses to the same prompts also `win_rate` (ties one half) and its 95 % interval.
     """
@@ -69,7 +72,7 @@ def describe(
         length = len(one.response_ids) - one.ended
         row: dict[str, Any] = {"prompt": prompt, "response": one.text, "ended": one.ended, "length": length}
         row["repetition"] = repetition(one.response_ids)
-        row["broken"] = not one.ended or row["repetition"] > 0.5
+        row["broken"] = is_broken(one, against)
         if judge is not None:
             row.update(judge(prompt, [one.text])[0])
         if judge is not None and against is not None:
@@ -84,6 +87,15 @@ def describe(
     return rows, {"n": len(rows), **result}
 
 
+def is_broken(one: Sample, against: str | None = None) -> bool:
+    """Whether a response did not end, is mostly repetition, or hardly says a word: none, or less than a tenth of those
+    of the baseline's response. A terse one that says what it is asked for is not broken.
+    """
+    words = len(one.text.split())
+    silent = words == 0 or (against is not None and words < EMPTY * len(against.split()))
+    return not one.ended or repetition(one.response_ids) > 0.5 or silent
+
+
 def wilson(rate: float, n: int) -> tuple[float, float]:
     """95 % score interval (Wilson 1927) of a win rate over n responses.
 
@@ -96,9 +108,12 @@ def wilson(rate: float, n: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def test_prompts(dataset: Dataset, settings: Any) -> list[Text]:
-    """The first `evaluation.prompts` of the test prompts, or all if there are fewer, which is said."""
-    found, asked = dataset.prompts["test"], settings.evaluation.prompts
+def test_prompts(dataset: Dataset, settings: Any, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
+    """The first `evaluation.prompts` of the test prompts, or all if there are fewer, which is said; without those that
+    are faulty under the tokenizer's chat template, see `dpo.data.tokens.usable`.
+    """
+    found = usable(dataset.prompts["test"], tokenizer, dataset.on_faulty, "test prompts")
+    asked = settings.evaluation.prompts
     if len(found) < asked and is_main():
         print(f"evaluation: on all {len(found)} test prompts; evaluation.prompts asks for {asked}", flush=True)
     return found[:asked]
@@ -188,7 +203,10 @@ def kl(
     """Per response, two unbiased estimates of sequence KL(policy || anchor) in nats: the log-ratio, and the sum over
     positions of the full-vocabulary KL (Rao-Blackwellized).  # (N,), (N,)
 
-    Responses must be the policy's own, sampled at temperature 1 without top-p; a cut response counts up to its cut.
+    Responses must be the policy's own, sampled at temperature 1 without top-p. KL is that of the process cut at
+    `max_new_tokens`, so a policy that never ends has less of it than its endless responses would. The second mostly has
+    less spread over responses, but need not: where policies are far apart its sum varies with the length and the path
+    as much as the log-ratio does.
     """
     items: list[Branches] = [(one.prompt_ids, [one.response_ids]) for one in samples]
     packed = settings.packed and packable(policy, items) and packable(anchor, items)

@@ -36,7 +36,8 @@ def models(config: Any) -> dict[str, str]:
     """Digests of the folders and files that a config names as its policy and reference; none of what is on the hub."""
     policy, reference = config["policy"], config.get("reference") or {}
     paths = {"policy": policy["path"] or policy["base"], "reference": reference.get("path")}
-    local = {key: Path(whereabouts(path)) for key, path in paths.items() if path is not None}
+    given = {key: Path(path) for key, path in paths.items() if path is not None}
+    local = {key: path if path.is_file() else Path(whereabouts(str(path))) for key, path in given.items()}
     return {key: sketch(path) for key, path in local.items() if path.exists()}
 
 

@@ -17,8 +17,9 @@ Judge = Callable[[Text, list[str]], list[dict[str, float]]]
 def gold(prompt: Text, responses: list[str]) -> list[dict[str, float]]:
     """The embedded world's exact judge: Anyscale's preference rule over the article's five questions.
 
-    Measures: `correct` (questions of 5 that the summary answers rightly), `enough` (three or more), `wrong` (false
-    statements) and `valid` (share of clauses that follow the world's grammar).
+    Measures: `correct` (how many of 5 questions the summary answers rightly), `enough` (whether three or more), `wrong`
+    (how many false statements it makes), `any_wrong` (whether it makes one) and `valid` (share of clauses that follow
+    the world's grammar). In `evaluation.json` the first and third are mean numbers, the second and fourth shares.
     """
     if not isinstance(prompt, str):
         raise ValueError(
@@ -31,6 +32,7 @@ def gold(prompt: Text, responses: list[str]) -> list[dict[str, float]]:
             "correct": float(verdict.correct),
             "enough": float(verdict.correct >= world.ENOUGH),
             "wrong": float(verdict.wrong),
+            "any_wrong": float(verdict.wrong > 0),
             "valid": verdict.valid,
         }
         for verdict in verdicts

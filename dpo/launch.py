@@ -26,7 +26,6 @@ from hydra.errors import ConfigCompositionException, HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -34,7 +33,7 @@ from dpo import HOME, runs
 from dpo.config import OPEN_GROUPS, incidental
 from dpo.plan import Composed, Refused, Run, message, plan
 from dpo.run import IN_USE, THREADS
-from dpo.signature import binds
+from dpo.signature import binds, call
 
 MOST = 10_000  # runs of a sweep
 
@@ -49,7 +48,7 @@ def command(verb: str) -> NoReturn:
 
 def single(config: DictConfig) -> NoReturn:
     """The same road as a sweep, with a plan of one."""
-    launcher: Sweep = instantiate(HydraConfig.get().launcher)
+    launcher: Sweep = call(HydraConfig.get().launcher)
     launcher.execute([_composed(config, HydraConfig.get())], [])
 
 

@@ -89,7 +89,9 @@ def plan(composed: Sequence[Composed]) -> tuple[list[Run], list[Refused]]:
             refused.append(Refused(one.overrides, "\n".join(tried["problems"])))
             continue
         path, id = Path(config["runs"], config["name"]), identity(config)
-        folder = folders.setdefault(path, Folder(path))
+        if path not in folders:
+            folders[path] = Folder(path)
+        folder = folders[path]
         record = {**provenance, "inputs": tried["inputs"], "overrides": list(one.overrides)}
         frozen = {"id": id, **config, "choices": one.choices, "provenance": record}
         try:
@@ -101,7 +103,7 @@ def plan(composed: Sequence[Composed]) -> tuple[list[Run], list[Refused]]:
         if (changed := _changed(folder.on_disk.get(name, {}), frozen)) and _begun(run.directory):
             remade.setdefault((path, changed), []).append(run)
     for (path, changed), made in remade.items():
-        names = [run.directory.name for run in made]
+        names = [*dict.fromkeys(run.directory.name for run in made)]
         more = f", and {len(names) - 3} more" if len(names) > 3 else ""
         reason = f"{path} holds runs of these settings, but {changed} is not what they were made from: "
         advice = f"use another name=..., or move these runs away: {', '.join(names[:3])}{more}"
@@ -158,7 +160,7 @@ class Folder:
             return there, names[0]
         for name in names:
             other = self.runs.get(name)
-            if other is not None and _words(other) == given:
+            if other is not None and (_words(other) == given if _recorded(other) else name == names[1]):
                 raise ValueError(_differs(self.path / name, other, frozen))
             if other is None and not (self.path / name / "config.yaml").exists():
                 break
@@ -198,7 +200,11 @@ def _given(overrides: Sequence[str], frozen: dict[str, Any]) -> dict[str, str]:
 
 
 def _words(frozen: dict[str, Any]) -> dict[str, str]:
-    return _given(frozen.get("provenance", {}).get("overrides", []), frozen)
+    return _given(frozen["provenance"]["overrides"], frozen) if _recorded(frozen) else {}
+
+
+def _recorded(frozen: dict[str, Any]) -> bool:
+    return "overrides" in frozen.get("provenance", {})  # not in runs of former versions: there they are the name
 
 
 def _keys(overrides: Sequence[str]) -> list[str]:
@@ -228,7 +234,7 @@ def message(error: Exception) -> str:
 def _written(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    if OmegaConf.is_list(value):
+    if isinstance(value, list):
         return f"[{','.join(map(_written, value))}]"
     return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
 

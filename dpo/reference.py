@@ -90,9 +90,11 @@ class Frozen(Tabled):
         trusted, per_token = settings.policy.trust_remote_code, getattr(settings, "per_token", False)
         if per_token and not self.same_tokens:
             raise ValueError(f"per_token=true needs a reference with the policy's tokens, found {self.name()}")
-        tokenizer = of_pairs = models.load_tokenizer(initial, trusted, settings.policy.chat_template)
+        tokenizer = of_pairs = models.load_tokenizer(
+            initial, trusted, settings.policy.chat_template, settings.policy.date
+        )
         if self.path is not None:
-            tokenizer = models.load_tokenizer(self.path, trusted)
+            tokenizer = models.load_tokenizer(self.path, trusted, None, settings.policy.date)
         if self.path is not None and self.same_tokens:
             models.check_same_tokenizer(self.path, tokenizer, initial, of_pairs)
             models.check_length(self.path, "max_length", settings.max_length, trusted)

@@ -6,21 +6,32 @@ Exit codes: 0 finished; 1 failed, with the reason in `error.json`; 73 another pr
 75 stopped, and running it again resumes.
 """
 
+import errno
+import fcntl
 import importlib
 import json
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from dpo.config import check, identity
 from dpo.directory import damage
 
 FAILED, IN_USE, STOPPED = 1, 73, 75
+WITHIN = 2.0  # seconds that a rank has to end by itself when another was killed
+AGAIN = "plan the run again by the command that made it"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
@@ -44,26 +55,30 @@ def execute(directory: Path) -> int:
             return IN_USE
         (directory / "error.json").unlink(missing_ok=True)
     try:
-        return _guarded(directory)
+        with _beside_others(directory):
+            return _guarded(directory)
     finally:
         lock.release()
 
 
 def _guarded(directory: Path) -> int:
     try:
-        config = OmegaConf.load(directory / "config.yaml")
-        assert isinstance(config, DictConfig)
-        OmegaConf.set_struct(config, True)
+        values = _frozen(directory / "config.yaml")
         # All before torch is imported. Threads that spin while they wait cost a run 30 times its time where there
         # are more threads than free cores; threads that sleep, a tenth. Huge pages make fresh tensors cheap: a tile
         # of logits costs a fifth more without.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-        if config.threads is not None:
-            os.environ.update(dict.fromkeys(THREADS, str(config.threads)))
+        if values.get("threads") is not None:
+            os.environ.update(dict.fromkeys(THREADS, str(values["threads"])))
+        _checked(values, directory / "config.yaml")
+        config = OmegaConf.create(values)
+        OmegaConf.set_struct(config, True)
         importlib.import_module(f"dpo.{config.command}").run(config, directory)
         return 0
     except BaseException as error:  # those of torch.distributed.checkpoint are no Exception
+        if killed := _killed(directory, wait=isinstance(error, RuntimeError)):
+            return _lost(directory, killed)
         if isinstance(error, KeyboardInterrupt):  # or Stopped, dpo.training.loop's, which has more to say
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # one more must not keep us from saying so
                 signal.signal(number, signal.SIG_IGN)
@@ -74,7 +89,7 @@ def _guarded(directory: Path) -> int:
             # All ranks are stopped together, and rank 0 alone says so: at the first code that is not 0 torchrun and
             # srun end the other ranks, and rank 0 may still be writing.
             return STOPPED if _rank() == 0 else 0
-        kind, message = type(error).__name__, str(error)
+        kind, message = type(error).__name__, _text(error, directory)
         if not isinstance(error, ValueError | RuntimeError):
             traceback.print_exc()
         print(f"{kind}: {message} (traceback: {directory / 'error.json'})", file=sys.stderr, flush=True)
@@ -82,11 +97,120 @@ def _guarded(directory: Path) -> int:
         return FAILED
 
 
-def _record(directory: Path, kind: str, message: str, trace: str) -> None:
-    """Of several processes the first to fail tells why: the others fail because of it."""
-    error = {"type": kind, "message": message, "traceback": trace, "rank": _rank()}
-    with suppress(FileExistsError), open(directory / "error.json", "x") as file:
+def _frozen(file: Path) -> dict[str, Any]:
+    """The settings in a run's config, as they are written there: nothing in them is resolved.
+
+    Raises: ValueError if it is damaged.
+    """
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(file))
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} must hold the settings of a run, found otherwise: {error}; {AGAIN}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold the settings of a run, found {str(values)[:40]!r}; {AGAIN}")
+    return {str(key): value for key, value in values.items()}
+
+
+def _checked(values: dict[str, Any], file: Path) -> None:
+    """Refuse settings that a plan would refuse, or that are not those of the plan.
+
+    Raises: ValueError.
+    """
+    try:
+        check(values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}\n{AGAIN}") from error
+    if values.get("id") != identity(values):
+        raise ValueError(
+            f"{file} must be as it was planned, found settings of another id than {values.get('id')}; {AGAIN}"
+        )
+
+
+def _text(error: BaseException, directory: Path) -> str:
+    """What an error says; of a full disk also where."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, RuntimeError) or not (full or "No space left" in str(error)):
+        return str(error)
+    return f"{error}; make room for {directory} and the cache: the same command resumes from the last checkpoint"
+
+
+def _record(directory: Path, kind: str, message: str, trace: str, rank: int | None = None) -> None:
+    """Of several processes the first to fail tells why: the others fail because of it. A full disk cannot."""
+    error = {"type": kind, "message": message, "traceback": trace, "rank": _rank() if rank is None else rank}
+    with suppress(OSError), open(directory / "error.json", "x") as file:
         json.dump(error, file, indent=1)
+
+
+@contextmanager
+def _beside_others(directory: Path) -> Iterator[None]:
+    """Of several ranks, let the others see whether this one was killed, and end it if another was.
+
+    A rank holds the lock of its file while it lives, and takes the file away however it ends; unless it is killed.
+    """
+    if _ranks() == 1:
+        yield
+        return
+    mark, ended = directory / f".rank-{_rank()}", threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(1.0):  # a rank that waits for a GPU, or in a collective of one that is gone, hears nothing
+            if killed := _killed(directory):
+                if not ended.wait(WITHIN):  # to end by itself
+                    code = _lost(directory, killed)
+                    mark.unlink(missing_ok=True)
+                    os._exit(code)
+                return
+
+    with open(mark, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+            mark.unlink(missing_ok=True)
+
+
+def _killed(directory: Path, wait: bool = False) -> list[int]:
+    """Other ranks of this run that ended without a word. Asked once all have joined: each has its lock by then.
+
+    wait: for a moment, since a connection is lost a little before the lock is.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if _ranks() == 1 or distributed is None or not distributed.is_initialized():
+        return []
+    others = [rank for rank in range(_ranks()) if rank != _rank()]
+    until = time.monotonic() + (WITHIN if wait else 0)
+    while not (found := [rank for rank in others if _abandoned(directory / f".rank-{rank}")]):
+        if time.monotonic() >= until:
+            break
+        time.sleep(0.1)
+    return found
+
+
+def _abandoned(mark: Path) -> bool:
+    try:
+        with open(mark) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return mark.exists()
+    except OSError:  # it is held, or was taken away
+        return False
+
+
+def _lost(directory: Path, killed: list[int]) -> int:
+    message = (
+        f"process {' and '.join(map(str, killed))} of {_ranks()}, counted from 0, was killed (out of memory?); "
+        "the same command resumes from the last checkpoint"
+    )
+    print(f"Killed: {message}", file=sys.stderr, flush=True)
+    _record(directory, "Killed", message, "", killed[0])
+    for rank in killed:
+        (directory / f".rank-{rank}").unlink(missing_ok=True)
+    return FAILED
+
+
+def _ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _rank() -> int:

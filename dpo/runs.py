@@ -29,6 +29,8 @@ MEASURED = (  # columns of the tables, without those that carry an interval: tit
     ("margin", "rewards/margins", ".3g"),
     ("length", "length", ".1f"),
     ("ended", "ended", ".3f"),
+    ("correct", "correct", ".2f"),
+    ("wrong", "wrong", ".2f"),
     ("valid", "valid", ".3f"),
 )
 
@@ -54,12 +56,23 @@ def load(path: str | Path, always: Sequence[str] = ("beta",)) -> pd.DataFrame:
     return _frame(rows, keys)
 
 
-DEGENERATE = 0.5  # share of broken responses (see dpo.evaluate.describe) above which a policy counts as degenerate
+MOST_BROKEN = 0.5  # share of broken responses above which a policy counts as degenerate: see dpo.evaluate.is_broken
+LEAST_VALID = 0.5  # share of clauses that follow the world's grammar, below which it does
+LEAST_WINS = 0.1  # win rate over the policy that training began with, below which it does
 
 
 def degenerate(frame: pd.DataFrame) -> pd.Series:
-    """Whether each run of `final` is degenerate: a state of its own, since a win rate of such a policy means little."""
-    return frame["broken"] > DEGENERATE
+    """Whether each run of `final` is degenerate: a state of its own, since a win rate of such a policy means little.
+
+    It is where most responses are broken or most of the text is no language, or where it loses nine times in ten
+    against what it was before training, as one does that ends at once. What was not measured says nothing.
+    """
+
+    def measured(name: str) -> pd.Series:
+        return pd.to_numeric(frame.get(name, pd.Series(None, frame.index)), errors="coerce")
+
+    broken, gibberish = measured("broken") > MOST_BROKEN, measured("valid") < LEAST_VALID
+    return broken | gibberish | (measured("win_rate") < LEAST_WINS)
 
 
 def final(path: str | Path, always: Sequence[str] = ("beta",)) -> pd.DataFrame:

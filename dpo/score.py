@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import evaluate, generate, sft
-from dpo.data.batches import Pair, tokenize
+from dpo.data.batches import TOO_LONG, Pair, tokenize, told_apart
 from dpo.data.records import Dataset, Preference, row, write_rows
 from dpo.inputs import load
 from dpo.judges import Judge
@@ -90,14 +90,16 @@ def prepare(
     """
     source, trusted = config.policy.path or config.policy.base, config.policy.trust_remote_code
     models.check_length(source, "max_length", config.max_length, trusted)
-    tokenizer = models.load_tokenizer(source, trusted, config.policy.chat_template)
+    tokenizer = models.load_tokenizer(source, trusted, config.policy.chat_template, config.policy.date)
 
     def tokenized(preferences: dict[str, list[Preference]]) -> dict[str, list[Pair]]:
-        return {
-            split: tokenize(preferences[split], tokenizer, config.max_length, config.on_too_long, f"{split} pairs")
-            for split in SPLITS
-            if split in preferences
-        }
+        rules, found = (config.max_length, config.on_too_long), {}
+        for split in SPLITS:
+            if split in preferences:
+                what, on_faulty = f"{split} pairs", dataset.on_faulty
+                pairs = tokenize(preferences[split], tokenizer, *rules, what, TOO_LONG, on_faulty)
+                found[split] = told_apart(pairs, on_faulty, what)
+        return found
 
     pairs, device = tokenized(dataset.preferences), sharding.join(config.device)
     start = initial_policy(config, dataset, device)
@@ -113,7 +115,7 @@ def initial_policy(config: DictConfig, dataset: Dataset, device: torch.device) -
     if config.policy.path is not None:
         say(f"policy: {config.policy.path}")
         return str(config.policy.path)
-    path, cached = sft.cached_policy(config, dataset.demonstrations, device)
+    path, cached = sft.cached_policy(config, dataset.demonstrations, device, dataset.on_faulty)
     say(
         f"policy: {config.policy.base} after SFT on {len(dataset.demonstrations)} demonstrations, "
         f"{'from the cache' if cached else 'trained now'} ({path})"

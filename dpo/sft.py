@@ -49,11 +49,12 @@ def run(config: DictConfig, directory: Path) -> None:
     judge = call(config.judge)
     base, trusted = config.policy.path or config.policy.base, config.policy.trust_remote_code
     models.check_length(base, "max_length", config.max_length, trusted)
-    tokenizer = models.load_tokenizer(base, trusted, config.policy.chat_template)
-    items = tokenize_demonstrations(dataset.demonstrations, tokenizer, config.max_length, config.on_too_long)
+    tokenizer = models.load_tokenizer(base, trusted, config.policy.chat_template, config.policy.date)
+    rules = config.max_length, config.on_too_long, dataset.on_faulty
+    items = tokenize_demonstrations(dataset.demonstrations, tokenizer, *rules)
     device = sharding.join(config.device)
     model, _ = models.load(base, device, trusted, layout=sharding.layout(config))
-    test = evaluate.test_prompts(dataset, config)
+    test = evaluate.test_prompts(dataset, config, tokenizer)
     packed = packs(model, items, config)
     if config.recompute:
         models.recompute(model)
@@ -78,11 +79,14 @@ def run(config: DictConfig, directory: Path) -> None:
     sharding.leave()
 
 
-def cached_policy(config: Any, demonstrations: list[Demonstration], device: torch.device) -> tuple[str, bool]:
+def cached_policy(
+    config: Any, demonstrations: list[Demonstration], device: torch.device, on_faulty: str = "error"
+) -> tuple[str, bool]:
     """Folder of the SFT policy that `dpo.train` starts from, made once per recipe; and whether it was there."""
     chosen, layout = config.policy, sharding.layout(config)
-    model, tokenizer = models.load(chosen.base, device, chosen.trust_remote_code, chosen.chat_template, layout)
-    items = tokenize_demonstrations(demonstrations, tokenizer, config.max_length, config.on_too_long)
+    template = chosen.chat_template
+    model, tokenizer = models.load(chosen.base, device, chosen.trust_remote_code, template, layout, chosen.date)
+    items = tokenize_demonstrations(demonstrations, tokenizer, config.max_length, config.on_too_long, on_faulty)
     key = {
         "weights": models.fingerprint(model),
         "demonstrations": digest(items),

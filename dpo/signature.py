@@ -1,30 +1,68 @@
-"""A config node that names a function in `_target_`: its annotated signature is the schema, its errors are its own."""
+"""A config node that names a function in `_target_`: which it may name, and its annotated signature as the schema.
+
+A config may come from elsewhere, and importing or calling what it names executes code. So a node names a function or
+class of ours that belongs to its group, or one of a package that the user's own environment names:
+
+    DPO_PLUGINS=my_package python -m dpo.train loss=mine
+"""
 
 import inspect
+import os
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from omegaconf import OmegaConf
+
+PLUGINS = "DPO_PLUGINS"  # environment variable: packages of the user's own, parted by commas
+WORDS = ("_target_", "_partial_", "_convert_")  # of a node, that are no options
+
+# Group -> where our functions for it live, and what one of them returns or, as a class, can do.
+GROUPS: dict[str, tuple[str, str | tuple[str, ...]]] = {
+    "data": ("dpo.data", "dpo.data.records.Dataset"),
+    "judge": ("dpo.judges", "list[dict[str, float]]"),
+    "loss": ("dpo.losses", "dpo.losses.Loss"),
+    "reference": ("dpo.reference", ("prepare", "logps", "after_step")),
+    "hydra.launcher": ("hydra_plugins.dpo_launchers", ("problems", "start")),
+}
 
 
 def call(node: Any) -> Any:
-    """What the node's function returns, or the function itself with the node's options (`_partial_`); null is None."""
-    try:
-        return instantiate(node)
-    except InstantiationException as error:
-        raise error.__cause__ or error from None
+    """What the node's function returns, or the function itself with the node's options (`_partial_`); null is None.
+
+    Raises: ValueError if the function is none that a config may name for any group, and what the function raises.
+    """
+    if node is None:
+        return None
+    values: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    function = _located(values["_target_"], [home for home, _ in GROUPS.values()])
+    if all(_unfit(function, returns) for _, returns in GROUPS.values()):
+        raise ValueError(f"_target_ must name a function of a group ({', '.join(GROUPS)}), got {values['_target_']}")
+    options = {key: value for key, value in values.items() if key not in WORDS}
+    return partial(function, **options) if values.get("_partial_") else function(**options)
 
 
 def binds(group: str, node: Any, given: tuple[str, ...]) -> list[str]:
-    """What keeps the options of an open group from being the arguments of its function."""
+    """What keeps a node from naming a function of its group, and its options from being that function's arguments.
+
+    given: the arguments that the function receives later, when it is called.
+    """
     if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
         return [f"{group} must name its function in _target_, found {node!r}; choose an option: {group}=..."]
+    home, returns = GROUPS[group]
     try:
-        target = get_object(node["_target_"])
-        parameters = inspect.signature(target, eval_str=True).parameters
+        target = _located(node["_target_"], [home])
+        parameters, unfit = inspect.signature(target, eval_str=True).parameters, _unfit(target, returns)
     except Exception as error:  # whatever importing that module raises
         return [f"{group}._target_ must name a function, got {node['_target_']}: {error}"]
+    if unfit:
+        return [f"{group}._target_ must name a function for {group}, got {node['_target_']}, which {unfit}"]
+    if missing := [name for name in given if name not in parameters]:
+        return [f"{group}._target_ must name a function of {', '.join(given)}; {node['_target_']} has no {missing[0]}"]
+    if node.get("_partial_", False) is not bool(given):
+        return [f"{group}._partial_ must be {str(bool(given)).lower()}, got {node.get('_partial_')!r}"]
     options = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
     expected = [name for name in parameters if name not in given]
     problems = [
@@ -40,6 +78,37 @@ def binds(group: str, node: Any, given: tuple[str, ...]) -> list[str]:
         elif not fits(options[name], parameter.annotation):
             problems.append(f"{group}.{name} must be {kind(parameter.annotation)}, got {options[name]!r}")
     return problems
+
+
+def _located(path: str, homes: list[str]) -> Callable[..., Any]:
+    """The function or class of that name, made in one of `homes` or in a package of the user's; no other is imported.
+
+    Raises: ValueError; and what importing its module raises.
+    """
+    homes = [*homes, *(name.strip() for name in os.environ.get(PLUGINS, "").split(",") if name.strip())]
+
+    def inside(module: str) -> bool:
+        return any(module == home or module.startswith(f"{home}.") for home in homes)
+
+    module, _, name = path.rpartition(".")
+    if not inside(module):
+        raise ValueError(
+            f"it must lie in {' or '.join(homes)}; a package of your own is named by the environment: {PLUGINS}=package"
+        )
+    found = getattr(import_module(module), name, None)
+    if name.startswith("_") or not callable(found) or not inside(getattr(found, "__module__", None) or ""):
+        raise ValueError(f"{module} defines no such function")
+    return found
+
+
+def _unfit(target: Any, expected: str | tuple[str, ...]) -> str | None:
+    """Why a function does not return what one of its group does, by its annotation; or a class is not that itself."""
+    returned = inspect.signature(target, eval_str=True).return_annotation
+    if isinstance(expected, str):
+        found = inspect.formatannotation(returned) if returned is not inspect.Signature.empty else "nothing named"
+        return None if found == expected else f"must return {expected} by its annotation, found {found}"
+    missing = [name for name in expected if not hasattr(target if isinstance(target, type) else returned, name)]
+    return f"must have, or return what has, {', '.join(missing)}" if missing else None
 
 
 def kind(annotation: Any) -> str:

@@ -52,7 +52,7 @@ def run(config: DictConfig, directory: Path) -> None:
     reference: Reference = call(config.reference)
     start, policy, tokenizer, pairs = prepare(config, dataset, judge)
     weights, device, layout = models.fingerprint(policy), sharding.device_of(policy), sharding.layout(config)
-    test = evaluate.test_prompts(dataset, config)
+    test = evaluate.test_prompts(dataset, config, tokenizer)
     baseline = evaluate.baseline(policy, tokenizer, test, config, weights) if judge else None
     say(f"reference: {reference.prepare(start, policy, pairs, config)}")
     packed = config.packed and packable(policy, [pair.branches for pair in pairs["train"]])

@@ -91,6 +91,7 @@ def test_a_miss_names_the_field_that_differs(tmp_path, capsys):
     assert why_missed(tmp_path / "nothing", {}) is None
     other = {"weights": "c" * 64, "precision": "fp32", "seed": 1, "new": 2}
     remember(tmp_path, "kind", {**other, "sequences": "d"}, _write)  # four fields: another thing, and no news
+    remember(tmp_path, "kind", {**other, "sequences": "d", "seed": 3}, _write)  # a replicate
     assert capsys.readouterr().out == ""
 
 

@@ -103,6 +103,7 @@ def test_both_pages_have_one_sft_recipe():
             "data.on_faulty must be one of error, drop, keep, got 'foo'",
         ),
         (["data=hh", "data.on_faulty=foo"], "data.on_faulty must be one of error, drop, keep, got 'foo'"),
+        (["policy.date=yesterday"], "policy.date must be a day such as 2024-07-26, got yesterday"),
         (
             ["data=ultrafeedback", "data.validation_fraction=2"],
             "data.validation_fraction must be between 0 and 1, got 2",
@@ -151,7 +152,7 @@ def test_the_command_line_wins_over_what_data_brings():
 
 
 def test_no_number_is_beyond_arithmetic():
-    """Whichever key it is: neither NaN nor infinite, denormal or huge; infinity alone may say that nothing is clipped."""
+    """Neither NaN nor infinite, denormal or huge, whichever key it is; infinity may say that nothing is clipped."""
     base = config()
     for key, value in flatten(base).items():
         if isinstance(value, bool) or not isinstance(value, float | int) or HOMES.get(key) in base:

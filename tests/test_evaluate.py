@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import tiny_tokenizer
 from omegaconf import OmegaConf
 
 from dpo import evaluate, judges
@@ -76,9 +77,10 @@ def test_the_interval_covers_the_true_rate(wins, ties):
 
 def test_fewer_test_prompts_than_asked_for_are_said(capsys):
     data = Dataset([], {}, {"test": ["a", "b", "c"]})
-    assert evaluate.test_prompts(data, OmegaConf.create({"evaluation": {"prompts": 2}})) == ["a", "b"]
+    words = tiny_tokenizer("gpt2")
+    assert evaluate.test_prompts(data, OmegaConf.create({"evaluation": {"prompts": 2}}), words) == ["a", "b"]
     assert capsys.readouterr().out == ""
-    assert evaluate.test_prompts(data, OmegaConf.create({"evaluation": {"prompts": 4}})) == ["a", "b", "c"]
+    assert evaluate.test_prompts(data, OmegaConf.create({"evaluation": {"prompts": 4}}), words) == ["a", "b", "c"]
     assert capsys.readouterr().out == "evaluation: on all 3 test prompts; evaluation.prompts asks for 4\n"
 
 
@@ -105,6 +107,25 @@ def test_means_over_pairs_weigh_every_pair_once():
             lambda batch: (batch.values, {"square": batch.values**2}), batches, torch.device("cpu")
         )
         assert means == pytest.approx({"loss": 4.5, "square": 28.5})
+
+
+@pytest.mark.parametrize(
+    "text,ended,against,broken",
+    [
+        ("the pet", True, "word " * 28, True),  # a collapse that ends
+        ("", True, None, True),
+        ("", True, "yes", True),
+        ("home rome . job baker . pet cat .", True, "word " * 44, False),  # terse, and all that it was asked for
+        ("the pet", True, "a short one", False),
+        ("the pet", True, None, False),
+        ("word", False, "word", True),
+    ],
+)
+def test_a_response_that_says_nothing_is_broken(text, ended, against, broken):
+    one = Sample([0], [*range(len(text.split()))], text, ended)
+    assert evaluate.is_broken(one, against) is broken
+    baseline = None if against is None else [against]
+    assert evaluate.describe(["p"], [one], None, baseline)[1]["broken"] == float(broken)
 
 
 @pytest.mark.parametrize("tokens,share", [([], 0), ([1, 2, 3], 0), ([1, 2, 3, 4, 5], 0), ([7] * 8, 0.8)])
@@ -153,6 +174,14 @@ class TestGold:
         prompt, facts = self.article()
         three, five = self.scores(prompt, " ".join(facts[:3]), " ".join(facts))
         assert three > five > 2
+
+    def test_wrong_is_a_number_and_any_wrong_a_share(self):
+        prompt, facts = self.article()
+        attribute, value, _ = facts[0].split()
+        others = [other for other in world.ATTRIBUTES[attribute] if other != value]
+        twice = f"{attribute} {others[0]} . {attribute} {others[1]} ."
+        found = [(one["wrong"], one["any_wrong"]) for one in judges.gold(prompt, [twice, " ".join(facts)])]
+        assert found == [(2.0, 1.0), (0.0, 0.0)]
 
     def test_a_contradiction_is_wrong(self):
         prompt, facts = self.article()

@@ -36,10 +36,6 @@ hydra:
 def trial(tree: Path) -> Path:  # noqa: F811
     (tree / "experiments/table").mkdir(parents=True)
     (tree / "experiments/table/trial.yaml").write_text(TRIAL)
-    (tree / "dpo/losses.py").write_text(
-        "class PairLogps:\n    zeros = int\ndef dpo(pair, beta: float, label_smoothing: float): ...\n"
-        "def hinge(pair, beta: float): ...\n"
-    )
     return tree
 
 

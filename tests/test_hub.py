@@ -69,6 +69,10 @@ def test_dialogues_that_are_no_pair(tmp_path):
     assert "line 2: there is no turn of the assistant" in str(error.value)
     with pytest.raises(ValueError, match="line 1: must have two dialogues"):
         hh(save(tmp_path / "other.jsonl", [{"prompt": "a", "chosen": "b"}]), None, None, 0.1, "drop")
+    pair = save(tmp_path / "pair.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    for reader in (lambda: hh(pair, None, None, 0.1, "drop"), lambda: ultrafeedback(pair, None, "none", 0.1, "drop")):
+        with pytest.raises(ValueError, match=r"line 1: must have .* are read by data=file"):
+            reader()
 
 
 def test_held_out_file(tmp_path):

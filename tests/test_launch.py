@@ -1,5 +1,6 @@
 """Sweeps of a stand-in verb, in processes as users start them: plan, refuse, run, skip, fail, stop, resume."""
 
+import copy
 import json
 import os
 import shutil
@@ -8,8 +9,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
@@ -18,15 +21,14 @@ from omegaconf import OmegaConf
 import dpo
 from dpo import launch, runs
 from dpo import run as executing
-from dpo.plan import Composed, name, plan, resolve
+from dpo.config import identity
+from dpo.plan import Composed, Folder, _given, name, plan, resolve
 
 ROOT = Path(dpo.__file__).parents[1]
 
 # Fails at beta 0.66, is killed at 0.67; works until a file `finish` appears when it is to be stopped.
 VERB = '''
 import json, os, signal, time
-import hydra
-from dpo import launch
 
 class Stopped(KeyboardInterrupt):
     """As that of dpo.training.loop."""
@@ -62,26 +64,36 @@ def run(config, directory):
         result = {"win_rate": 0.6, "win_rate/low": 0.5, "win_rate/high": 0.7, "kl": 1 / config.beta, "kl/se": 0.1}
         (directory / "evaluation.json").write_text(json.dumps({**result, "steps": 1}))
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
-def main(config):
-    launch.single(config)
-
 if __name__ == "__main__":
-    main()
+    from dpo import launch
+
+    launch.command("train")
 '''
+LOSSES = """
+class Loss: ...
+def try_out(loss, beta): ...
+def dpo(pair, beta: float, label_smoothing: float) -> Loss: ...
+def hinge(pair, beta: float) -> Loss: ...
+"""
+WORLD = """
+from dpo.data.records import Dataset
+
+def world(summaries, demonstrations: int, train: int, validation: int, test: int, seed: int) -> Dataset:
+    return Dataset([], {}, {"train": [str(seed)]})
+"""
 NOUNS = {
-    "losses": "class PairLogps:\n    zeros = int\ndef dpo(pair, beta: float, label_smoothing: float): ...",
-    "judges": "def gold(prompt, responses): ...",
-    "reference": "class Initial:\n    def __init__(self): ...",
-    "data/world": "def world(summaries, demonstrations: int, train: int, validation: int, test: int, seed: int): ...",
+    "losses": LOSSES,
+    "judges": "def gold(prompt, responses) -> list[dict[str, float]]: ...",
+    "reference": "class Initial:\n    prepare = logps = after_step = None\n    def __init__(self): ...",
+    "data/world": WORLD,
     "data/__init__": "",
     "policy/__init__": "",
-    "policy/model": "def whereabouts(path): ...",
+    "policy/model": "def whereabouts(path): return path",
     "train": VERB,
 }
 PROJECT = (
     *("__init__", "alpaca_eval", "cache", "config", "drawing", "launch", "plan", "run", "runs", "signature"),
-    *("directory", "slurm", "squeue"),
+    *("directory", "slurm", "squeue", "inputs", "rehearse", "data/records"),
 )
 
 
@@ -93,7 +105,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for package in ("data", "policy"):
         (tmp_path / "dpo" / package).mkdir(parents=True)
     for module in PROJECT:
-        shutil.copy(ROOT / "dpo" / f"{module}.py", tmp_path / "dpo")
+        shutil.copy(ROOT / "dpo" / f"{module}.py", tmp_path / "dpo" / f"{module}.py")
     for module, text in NOUNS.items():
         (tmp_path / "dpo" / f"{module}.py").write_text(text)
     for variable in (*launch.THREADS, "CUDA_VISIBLE_DEVICES", "PYTHONPATH"):
@@ -177,7 +189,7 @@ def test_a_refused_grid_starts_nothing(tree):
     assert "beta=weak seed=0 (and 1 more)" in text
     assert "Value 'weak' of type 'str' could not be converted to Float" in text
     assert "beta=-1 seed=0 (and 1 more)" in text
-    assert "beta must be above 0 and finite, got -1.0" in text
+    assert "beta must be above 0, got -1.0" in text
     assert "Traceback" not in text
     text = said(tree, "loss.label_smoothing=much", "hydra.launcher.jobs=0", code=1)
     assert "loss.label_smoothing must be float, got 'much'" in text
@@ -223,7 +235,9 @@ def test_a_second_signal_while_it_stops(tmp_path, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    (tmp_path / "config.yaml").write_text("command: train\nthreads: 1\n")
+    (tmp_path / "config.yaml").touch()
+    monkeypatch.setattr(executing, "_frozen", lambda file: {"command": "train", "threads": 1})
+    monkeypatch.setattr(executing, "_checked", lambda values, file: None)
     monkeypatch.setattr("dpo.train.run", stopped)
     monkeypatch.setattr(executing, "_record", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -268,6 +282,76 @@ def test_run_by_hand(tree):
     assert "must hold a config.yaml" in said(tree, "nowhere", verb="run", code=1)
 
 
+def test_data_are_parsed_once_before_any_run(tree):
+    """A bad file is said once for all runs of it, and every bad file is."""
+    good, pair = '{"prompt": "%d", "chosen": "yes", "rejected": "no"}\n', '{"prompt": "a", "chosen": "b"}\n'
+    rows = [good % n for n in range(40)]
+    (tree / "one.jsonl").write_text("".join(rows[:3]) + pair + "[]\n")
+    (tree / "other.jsonl").write_text("".join(rows) + "{\n")
+    sweep = ["-m", "beta=0.1,0.2,0.3", "data=file", "data.path=one.jsonl,other.jsonl", "policy.path=m"]
+    text = said(tree, *sweep, code=1)
+    assert text.count("line 4: must have prompt, chosen and rejected; found no rejected") == 1
+    assert text.count("line 5: must be a JSON object, found a list") == 1
+    assert text.count("other.jsonl: 1 of 41 lines are no records") == 1
+    assert text.count("(and 2 more)") == 2
+    assert not (tree / "runs").exists()
+
+
+def test_a_run_is_finished_with_the_inputs_that_it_had(tree):
+    rows = [{"prompt": str(n), "chosen": "yes", "rejected": "no"} for n in range(40)]
+
+    def write(rows):
+        (tree / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+    (tree / "m").mkdir()
+    (tree / "m/model.safetensors").write_bytes(200_000 * b"0")
+    sweep = ["-m", "beta=0.1,0.66", "data=file", "data.path=pairs.jsonl", "policy.path=m", "name=own", "device=cpu"]
+    write(rows)
+    assert "not finished: beta=0.66" in said(tree, *sweep, code=1)
+    assert states(tree / "runs/own") == {"beta=0.1": "finished", "beta=0.66": "failed"}
+    swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    write([*swapped[:1], *rows[1:]])
+    text = said(tree, *sweep, code=1)
+    assert "runs/own holds runs of these settings, but the data is not what they were made from" in text
+    assert "use another name=..., or move these runs away: beta=0.1\n" in text  # the other has made nothing yet
+    assert "started" not in text.replace("nothing was started", "")
+    write(rows)
+    (tree / "m/model.safetensors").write_bytes(199_999 * b"0" + b"1")
+    assert "but the model at policy.path or policy.base is not what they were" in said(tree, *sweep, code=1)
+    (tree / "m/model.safetensors").write_bytes(200_000 * b"0")
+    (tree / "m/README.md").write_text("read by nobody")
+    assert "2 runs: 1 finished, 1 to do" in said(tree, *sweep, code=1)
+
+
+def test_a_huge_sweep_is_refused(tree):
+    text = said(tree, "-m", "seed=range(1000000000000)", "beta=0.1,0.2", code=1)
+    assert "a sweep must have at most 10000 runs; seed has 10001, beta has 2 values: sweep in parts" in text
+
+
+@pytest.mark.parametrize("mode", [[], ["-m", "beta=0.1,0.2"]])
+def test_a_group_must_have_an_option(tree, mode):
+    text = said(tree, *mode, "loss=null", code=1)
+    assert "loss must be one of its options, got null; leave out loss=null" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-m", "dpo.train", "--help"],
+        ["-m", "dpo.train", "--cfg", "job"],
+        ["-m", "dpo.sft", "-m", "seed=0,1", "hydra.launcher.jobs=0"],  # planned whole, and then refused
+        ["-c", "from hydra.core.plugins import Plugins; print(Plugins.instance())"],  # of any application of Hydra
+        ["-m", "dpo.runs", "conf"],
+    ],
+)
+def test_what_only_plans_imports_no_torch(arguments):
+    done = subprocess.run([sys.executable, "-X", "importtime", *arguments], cwd=ROOT, capture_output=True, text=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "hydra.core.override_parser" in imported or "omegaconf" in imported, done.stderr
+    assert not imported & {"torch", "transformers", "tokenizers"}
+
+
 def test_help(tree):
     text = said(tree, "--help", code=0)
     for word in (
@@ -293,7 +377,8 @@ def composed(*overrides: str, command: str = "train") -> Composed:
 
 def named(*overrides: str) -> str:
     one = composed(*overrides)
-    return name(one.overrides, resolve(one.config), one.choices)
+    frozen = {**resolve(one.config), "choices": one.choices}
+    return name(_given(one.overrides, frozen), "0123")
 
 
 @pytest.mark.parametrize(
@@ -320,10 +405,64 @@ def test_name(overrides, expected):
     assert named(*overrides) == expected
 
 
-def test_a_long_name_is_cut_and_stays_its_own():
-    one, other = (named(f"policy.path={'x' * 300}{end}") for end in "ab")
+@pytest.mark.parametrize("letter", ["x", "é", "語"])
+def test_a_long_name_is_cut_and_stays_its_own(letter):
+    one, other = (name({"policy.path": 300 * letter}, id) for id in ("0" * 16, "1" * 16))
     assert one != other
-    assert len(one) < 200
+    assert len(one.encode()) <= 200
+
+
+class Sweeps:
+    """Names that sweeps of a folder get, one after another; no file is read but those of earlier sweeps."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.base = {**resolve(composed().config), "name": folder.name, "runs": str(folder.parent)}
+
+    def __call__(self, sweep: str, swept: str = "", **defaults: Any) -> list[str]:
+        """sweep: combinations of overrides, apart by |."""
+        folder, names = Folder(self.folder), []
+        for combination in sweep.split("|"):
+            given = dict(one.split("=", 1) for one in combination.split())
+            config = copy.deepcopy(self.base) | defaults
+            for key, value in given.items():
+                *above, last = key.split(".")
+                (config[above[0]] if above else config)[last] = yaml.safe_load(value)
+            overrides = [f"{key}={value}" for key, value in given.items()]
+            record = {"provenance": {"overrides": overrides}, "choices": {"loss": "dpo"}}
+            frozen = {"id": identity(config), **config, **record}
+            names.append(folder.place(frozen, swept.split())[0])
+            (self.folder / names[-1]).mkdir(parents=True, exist_ok=True)
+            (self.folder / names[-1] / "config.yaml").write_text(yaml.safe_dump(frozen))
+        return names
+
+
+def test_a_name_holds_what_varies(tmp_path):
+    sweeps, own = Sweeps(tmp_path / "runs" / "dev"), "policy.path=/models/sft steps=9"
+    assert sweeps(f"beta=0.1 {own}|beta=0.2 {own}", "beta") == ["beta=0.1", "beta=0.2"]
+    assert sweeps(f"beta=0.3 {own}|beta=0.1 {own}", "beta") == ["beta=0.3", "beta=0.1"]  # a beta more, later
+    assert sweeps(f"beta=0.2 {own}") == ["beta=0.2"]  # without -m
+    assert sweeps(f"beta=0.4 {own}") == ["beta=0.4"]
+    # What the runs that are there have in common is not that of a new sweep, or of a run before any.
+    assert sweeps(f"beta=0.1 {own} lr=0.25|beta=0.5 {own} lr=0.25", "beta") == ["beta=0.1,lr=0.25", "beta=0.5,lr=0.25"]
+    assert sweeps(f"beta=0.1 {own}") == ["beta=0.1"]
+    assert Sweeps(tmp_path / "runs" / "one")(f"beta=0.4 {own}") == ["beta=0.4,policy.path=__models__sft,steps=9"]
+
+
+def test_a_name_that_another_run_has_gets_longer(tmp_path):
+    sweeps = Sweeps(tmp_path / "runs" / "dev")
+    assert sweeps("beta=0.1 steps=9|beta=0.2 steps=9", "beta") == ["beta=0.1", "beta=0.2"]
+    assert sweeps("beta=0.1", "beta") == ["beta=0.1,steps=null"]  # what the other was given, and this one was not
+    assert sweeps("beta=0.1 steps=8", "beta") == ["beta=0.1,steps=8"]
+    one, other = sweeps("policy.path=a/b|policy.path=a__b", "policy.path")  # alike when written in a name
+    assert one == "policy.path=a__b"
+    assert other.startswith("policy.path=a__b-")
+    with pytest.raises(
+        ValueError, match=r"beta=0.1 holds a run of other settings.*\n  lr: 0.0005 there, 0.25 asked for"
+    ):
+        sweeps("beta=0.1 steps=9", "beta", lr=0.25)  # the same words, under another default
+    (tmp_path / "runs/dev/beta=0.7").mkdir()
+    (tmp_path / "runs/dev/beta=0.7/config.yaml").touch()  # nobody knows what it was
 
 
 def test_the_same_settings_are_one_run(tmp_path, monkeypatch):
@@ -362,37 +501,30 @@ def test_a_directory_of_other_settings_is_refused(tmp_path, monkeypatch):
     assert file.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "overrides, reason",
-    [
-        (["loss.label_smoothing=0.7"], "label_smoothing must be in [0, 0.5), got 0.7"),
-        (["loss=ipo", "loss.average=word"], "got word"),
-        (["reference=moving", "reference.alpha=2.0"], "reference.alpha must be in (0, 1], got 2.0"),
-        (["data=file", "policy.path=someone/model"], "data.path must be given"),
-        (
-            ["data=file", "data.path=no.jsonl", "policy.path=someone/model"],
-            "data.path must be a file of records, found",
-        ),
-        (
-            ["data=hh", "data.validation_path=no.jsonl", "policy.path=someone/model"],
-            "data.validation_path must be a file",
-        ),
-        (["policy.path=/nowhere/model"], "/nowhere/model must be a folder with a model"),
-        (["policy.base=./model"], "./model must be a folder with a model"),
-        (["reference=other", "reference.path=/nowhere/model"], "/nowhere/model must be a folder with a model"),
-    ],
-)
-def test_the_options_own_refusals_come_first(overrides, reason):
-    planned, [refused] = plan([composed(*overrides)])
-    assert not planned
-    assert reason in refused.reason
+REFUSED = {  # overrides -> why, each by the function that is asked
+    "+id=5": "id is what a run records of itself",
+    "++provenance.inputs=null": "provenance.inputs is what a run records of itself",
+    "command=sft": "command is what a run records of itself",
+    "loss.label_smoothing=0.7": "label_smoothing must be in [0, 0.5), got 0.7",
+    "loss=ipo loss.average=word": "got word",
+    "reference=moving reference.alpha=2.0": "reference.alpha must be in (0, 1], got 2.0",
+    "data=file policy.path=someone/model": "data.path must be given",
+    "data=file data.path=no.jsonl policy.path=someone/model": "data.path must be a file of records, found",
+    "data=hh data.validation_path=no.jsonl policy.path=someone/model": "data.validation_path must be a file",
+    "policy.path=/nowhere/model": "/nowhere/model must be a folder with a model",
+    "policy.base=./model": "./model must be a folder with a model",
+    "reference=other reference.path=/nowhere/model": "/nowhere/model must be a folder with a model",
+    "beta=0.2 policy.path=/nowhere/model": "/nowhere/model must be a folder with a model",
+}
 
 
-def test_what_is_not_there_is_refused_once(capsys):
-    planned, refused = plan([composed(f"beta={beta}", "policy.path=/nowhere") for beta in (0.1, 0.2, 0.3)])
+def test_the_options_own_refusals_come_first(capsys):
+    planned, refused = plan([composed(*overrides.split()) for overrides in REFUSED])
     assert not planned
+    reasons = {" ".join(one.overrides): one.reason for one in refused}
+    assert {overrides: said for overrides, said in REFUSED.items() if said not in reasons[overrides]} == {}
     launch._list(refused)
-    assert capsys.readouterr().err.count("/nowhere must be a folder") == 1
+    assert capsys.readouterr().err.count("/nowhere/model must be a folder") == 2  # as a policy and as a reference
 
 
 def test_sft_has_runs_of_its_own():

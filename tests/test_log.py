@@ -60,7 +60,8 @@ def test_rewind(tmp_path, evaluated):
         log.write(step, "train", {"loss": step})
         log.write(step, "validation", {"loss": step})
         log.sample(step, [{"response": "a"}])
-    log.metrics.write_text(log.metrics.read_text() + '{"step": 2, "spl')  # killed while writing
+    # Killed while writing, on a disk that failed
+    log.metrics.write_text(log.metrics.read_text() + '[1]\n{"split": "train"}\n{"step": 2, "spl')
     log.rewind(2, evaluated)
     written = [(step, split) for step in range(3) for split in ("train", "validation")]
     kept = [(row["step"], row["split"]) for row in rows(log.metrics)]

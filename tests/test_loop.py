@@ -431,6 +431,13 @@ def test_refusals(run):
     assert run.steps_begun == 0
 
 
+def test_a_checkpoint_of_other_inputs_is_refused(tmp_path):
+    Run(tmp_path).fit(steps=4, inputs={"policy": "0f", "pairs": "1e"})
+    with pytest.raises(RuntimeError, match=r"must be a checkpoint of this run.*\(pairs changed\)"):
+        Run(tmp_path).fit(inputs={"policy": "0f", "pairs": "2d"})
+    Run(tmp_path).fit(inputs={"policy": "0f", "pairs": "1e"})
+
+
 def test_extra_state_is_saved(run):
     def fitted(each, **options):
         extra = nn.Module()

@@ -2,19 +2,20 @@
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from dpo import losses
-from dpo.losses import Loss, PairLogps, dpo, hinge, ipo, metrics, orpo, simpo
+from dpo.losses import Loss, PairLogps, dpo, hinge, ipo, metrics, orpo, simpo, try_out
+from dpo.signature import call
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE, ITS_PAGE = re.search(  # the loss that README adds
@@ -38,7 +39,7 @@ def pair(
 
 def option(name: str) -> tuple[Any, float]:
     node = OmegaConf.create(OPTIONS[name])
-    return instantiate(node), node.beta
+    return call(node), node.beta
 
 
 def with_gradient(given: PairLogps) -> tuple[PairLogps, torch.Tensor, torch.Tensor]:
@@ -253,3 +254,18 @@ def test_what_rounding_makes_of_equal_models_is_a_tie(loss):
     found = metrics(p, loss(p))
     assert found["rewards/accuracies"].tolist() == [0.5, 0.5, 1.0, 0.0, 1.0, 0.0]
     assert found["rewards/ties"].tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "loss,said",
+    [
+        (lambda pair, beta: Loss(torch.exp(-beta * pair.margins), pair.margins, pair.margins), "must be finite"),
+        (lambda pair, beta: Loss(torch.sqrt(pair.margins**2), pair.margins, pair.margins), "must be finite"),
+        (lambda pair, beta: Loss(pair.margins.mean(), pair.margins, pair.margins), "one number per pair"),
+    ],
+)
+def test_a_loss_is_tried_before_any_run(loss, said):
+    """An overflow, a gradient that is not a number at equal models, a mean where there are three pairs."""
+    with pytest.raises(ValueError, match=said):
+        try_out(loss, beta=1.0)
+    try_out(partial(dpo, label_smoothing=0.0), beta=1e12)

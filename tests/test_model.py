@@ -105,12 +105,39 @@ def test_save_replaces_whole_or_not_at_all(tiny_model, tmp_path, monkeypatch):
         patch.setattr(type(tokenizer), "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             models.save(model, tokenizer, tmp_path / "policy")
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.suffix == ".unfinished":
+            raise OSError("input/output error")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(OSError, match="input/output"):
+            models.save(model, tokenizer, tmp_path / "policy")
     assert models.fingerprint(models.load(str(tmp_path / "policy"))[0]) == before
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
     models.save(model, tokenizer, tmp_path / "policy")
     assert models.fingerprint(models.load(str(tmp_path / "policy"))[0]) == models.fingerprint(model) != before
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
     assert not (tmp_path / "policy" / "note").exists()
+
+
+def test_code_that_a_folder_brings_is_not_executed(tiny_model, tmp_path):
+    """Not by default: of a policy as of a reference, whose model and tokenizer name it."""
+    folder, crater = tmp_path / "model", tmp_path / "crater"
+    shutil.copytree(tiny_model("llama"), folder)
+    (folder / "planted.py").write_text(f"open({str(crater)!r}, 'w')\nclass Planted: ...\n")
+    classes = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
+    for name in ("config.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text()) | {"model_type": "planted", "tokenizer_class": "Planted"}
+        content["auto_map"] = dict.fromkeys(classes, "planted.Planted") | {"AutoTokenizer": [None, "planted.Planted"]}
+        (folder / name).write_text(json.dumps(content))
+    for load in (models.load, models.load_tokenizer):
+        with pytest.raises(ValueError):
+            load(str(folder))
+    assert not crater.exists()
 
 
 def test_fingerprint_sees_every_weight(tiny_model):

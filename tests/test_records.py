@@ -77,7 +77,11 @@ def test_failed_write_leaves_what_was_there(tmp_path, name):
 def test_files_of_other_makers(tmp_path):
     path = tmp_path / "other.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(row(score=3, metadata={"a": None})).encode() + b"\r\n\r\n  \n")
-    chat = row([{"role": "user", "content": "hi", "id": 1}], [{"role": "assistant", "content": "ho"}], "he")
+    chat = row(
+        [{"role": "user", "content": "hi", "name": None, "tool_calls": []}],
+        [{"role": "assistant", "content": "ho"}],
+        "he",
+    )
     path.write_bytes(path.read_bytes() + json.dumps(chat).encode())  # no line end
     assert read(path) == [
         Preference("p", "c", "r"),
@@ -85,6 +89,8 @@ def test_files_of_other_makers(tmp_path):
     ]
 
 
+DIALOGUE = "\n\nHuman: hi\n\nAssistant:"
+HINTED = "must have prompt, chosen and rejected; found "
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 
 
@@ -110,6 +116,17 @@ USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "cont
         (row([ASSISTANT, USER], *[[USER, ASSISTANT]] * 2), "chosen must be one message of the assistant"),
         (row(7, *[[USER, ASSISTANT]] * 2), "prompt must be text or a list of chat messages, found a number"),
         (row(prompt="hi", chosen=[ASSISTANT]), "chosen is chat messages, so prompt must be, too"),
+        (row([USER | {"name": "Ann"}]), "prompt: message 1 must have a role and a content and nothing else"),
+        (row([USER], [ASSISTANT | {"tool_calls": [{}], "x": 0}]), "chosen: message 1 must have a role and a content"),
+        (row(tools=[{"type": "function"}]), "must say all that the policy reads in prompt, found tools"),
+        (row(system="Be brief."), "must say all that the policy reads in prompt, found system"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"x":' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+        ({"chosen": DIALOGUE + " a", "rejected": DIALOGUE + " b"}, HINTED + "no prompt; dialogues like those of"),
+        ({"prompt": "p", "completion": "c", "label": True}, HINTED + "no chosen and no rejected; this is data of s"),
+        ({"messages": [USER, ASSISTANT]}, HINTED + "no prompt and no chosen and no rejected; this is data of demonstr"),
+        ({"prompt": "p", "chosen": "c", "text": "t"}, HINTED + "no rejected"),
+        ({"prompt": "p", "completion": "c"}, HINTED + "no chosen and no rejected; this is data of demonstr"),
         (row(chosen_ended="no"), "chosen_ended and rejected_ended must be true or false"),
         ('{"prompt": "p", "chosen": "\\ud83d", "rejected": "r"}', "chosen must be Unicode"),
     ],
@@ -237,6 +254,19 @@ def test_share_must_be_one(fraction):
         labelled(pairs(30), None, fraction)
 
 
+@pytest.mark.parametrize("fraction", [1e-9, 0.05, 0.5, 0.999999999])
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_a_split_has_a_prompt_on_either_side(n, fraction):
+    data = labelled([*pairs(n), *pairs(n)], None, fraction)
+    train, validation = ({pair.prompt for pair in data.preferences[split]} for split in ("train", "validation"))
+    assert train
+    assert validation
+    assert not train & validation
+    assert sum(map(len, data.preferences.values())) == 2 * n
+    again = labelled(pairs(n)[::-1], None, fraction)
+    assert {pair.prompt for pair in again.preferences["validation"]} == validation
+
+
 def test_split_without_one_side_says_what_to_do():
     with pytest.raises(ValueError, match=r"data\.validation_path"):
         labelled(pairs(1), None, 0.05)
@@ -262,6 +292,7 @@ def test_file_gives_demonstrations_pairs_and_prompts(tmp_path, capsys):
             "validation": [Preference("b", "7", "8"), Preference("d", "7", "8"), Preference("d", "9", "8")],
         },
         prompts={"train": ["a", "b"], "validation": ["b", "d"], "test": ["b", "d"]},
+        on_faulty="drop",
     )
     printed = capsys.readouterr().out
     assert "train.jsonl: 1 of 4 pairs are faulty, 1 dropped (1 x chosen is empty)" in printed

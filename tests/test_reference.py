@@ -39,7 +39,8 @@ def settings(tmp_path, **changed: Any) -> Any:
         "micro_batch_tokens": 12,
         "sharding": {"group": None, "offload": False},
     }
-    return SimpleNamespace(**values, **changed, policy=SimpleNamespace(trust_remote_code=False, chat_template=None))
+    policy = SimpleNamespace(trust_remote_code=False, chat_template=None, date=None)
+    return SimpleNamespace(**values, **changed, policy=policy)
 
 
 @pytest.fixture
@@ -106,18 +107,18 @@ OTHER_TEMPLATE = (
 
 
 @pytest.mark.parametrize(
-    "change,field",
+    "change,fields",
     [
-        ({"chat_template": OTHER_TEMPLATE}, "chat_template"),
-        ({"max_length": 10}, "max_length"),
-        ({"text": "Is it Rome?"}, "texts"),
-        ({"weights": 1.1}, "weights"),
+        ({"chat_template": OTHER_TEMPLATE}, {"sequences", "chat_template"}),
+        ({"max_length": 16}, {"sequences", "max_length", "texts"}),  # what is left is another text
+        ({"text": "Is it Rome?"}, {"sequences", "texts"}),
+        ({"weights": 1.1}, {"weights"}),
         ({}, None),
         ({"chat_template": "{# the same #}" + CHAT_TEMPLATE}, None),
     ],
     ids=["template", "truncation", "data", "weights", "nothing", "template of the same tokens"],
 )
-def test_a_miss_says_what_differs(tmp_path, tiny_model, capsys, change, field):
+def test_a_miss_says_what_differs(tmp_path, tiny_model, capsys, change, fields):
     """Token ids decide; why they are others is told, be it the template, truncation or the data."""
     path, first = tiny_model("qwen2"), {"chat_template": None, "max_length": 40, "text": "No.", "weights": 1.0}
     for values in (first, first | change):
@@ -132,12 +133,12 @@ def test_a_miss_says_what_differs(tmp_path, tiny_model, capsys, change, field):
         capsys.readouterr()
         said = Initial().prepare(path, policy, {"train": pairs}, asked)
     missed = capsys.readouterr().out
-    assert ("from the cache" in said) is (field is None)
-    if field is None:
+    assert ("from the cache" in said) is (fields is None)
+    if fields is None:
         assert "is not in the cache" not in missed
     else:
         differing = set(re.findall(r"(\w+) \([^()]* there, [^()]* asked for\)", missed))
-        assert differing == ({"weights"} if field == "weights" else {"sequences", field})
+        assert differing == fields
 
 
 def test_layout_and_size_of_batches_are_not_in_the_key(tmp_path, llama):

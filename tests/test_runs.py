@@ -49,7 +49,7 @@ def run(directory: Path, beta: float, finished: bool = True, **settings: Any) ->
 def evaluation(beta: float) -> dict[str, Any]:
     win = {"n": 1000, "win_rate": 0.6, "win_rate/low": 0.55, "win_rate/high": 0.65}
     held_out = {"rewards/accuracies": 0.7, "rewards/margins": beta}
-    shape = {"length": 20.25, "ended": 1.0, "valid": None, "steps": 2, "seconds": 3.0}
+    shape = {"length": 20.25, "ended": 1.0, "valid": None, "wrong": 0.625, "steps": 2, "seconds": 3.0}
     return {**win, "kl": 1 / beta, "kl/se": 0.05, **held_out, **shape}
 
 
@@ -139,6 +139,8 @@ def test_table(tmp_path):
         "margin": "0.1",
         "length": "20.2",
         "ended": "1.000",
+        "correct": "-",
+        "wrong": "0.62",
         "valid": "-",
     }
 
@@ -247,6 +249,22 @@ def command(cwd: Path, path: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(Path(runs.__file__).parents[1])}
     line = [sys.executable, "-X", "importtime", "-m", "dpo.runs", path]
     return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "measured,collapsed",
+    [
+        ({"broken": 0.6}, True),  # most responses do not end, repeat themselves or say nothing
+        ({"broken": 0.4, "win_rate": 0.6, "valid": 0.75}, False),
+        ({"broken": 0.0, "win_rate": 0.04, "valid": 1.0}, True),  # two right words, and the end
+        ({"broken": 0.0, "win_rate": 0.3, "valid": 1.0}, False),  # merely worse
+        ({"broken": 0.0, "win_rate": 0.3, "valid": 0.2}, True),
+        ({"broken": None, "win_rate": None}, False),
+        ({}, False),
+    ],
+)
+def test_what_is_degenerate(measured, collapsed):
+    assert runs.degenerate(pd.DataFrame([{"run": "a", **measured}])).tolist() == [collapsed]
 
 
 def test_seeds_are_averaged_with_their_spread(tmp_path):

@@ -81,10 +81,11 @@ def inside(folder, monkeypatch):
 
 
 def test_strength(inside):
-    tables, figures = kl_strength.study("runs/kl_strength")
+    tables, figures = kl_strength.study(kl_strength.read("runs/kl_strength"))
     assert tables["table_1"].index.tolist() == ["inf", "1", "0.1"]
+    assert (tables["measures"].loc["0.001, 0.1", ["correct", "wrong", "any wrong", "valid", "KL"]] != "").all()
     assert tables["table_2"].loc["inf"].str.match(r"0\.\d{3}$").all()
-    assert {*tables["claims"]["verdict"]} <= {"supports", "refutes", "cannot decide"}
+    assert {*tables["claims"]["verdict"]} <= {"supports", "refutes", "equivalent", "undecided"}
     [axis] = figures["frontier"].axes
     points = sum(len(line.get_xdata()) for line in axis.lines[1:])
     assert points == 4 + 4  # finished, and one look on the way of each
@@ -96,34 +97,36 @@ def test_scores_of_alpaca_eval_take_the_place_of_win_rates(inside, tmp_path):
     shutil.copytree("runs/kl_strength", sweep)
     for number, run in enumerate(sorted(path for path in sweep.iterdir() if path.is_dir())):
         measured = json.loads((run / "evaluation.json").read_text())
-        unjudged = {key: value for key, value in measured.items() if not key.startswith("win_rate")}
+        judged = ("win_rate", "score", "correct", "enough", "wrong", "any_wrong", "valid")
+        unjudged = {key: value for key, value in measured.items() if not key.startswith(judged)}
         (run / "evaluation.json").write_text(json.dumps(unjudged))
         config: Any = OmegaConf.load(run / "config.yaml")
         config.choices.policy = ["mistral_7b", "tulu_2_7b"][number % 2]  # one seed each
         OmegaConf.save(config, run / "config.yaml")
     with pytest.raises(ValueError, match=r"dpo.alpaca_eval adds; beta=0.1,.* have none"):
-        kl_strength.study(sweep)
+        kl_strength.read(sweep)
     for run in sweep.glob("*/evaluation.json"):
         (run.parent / "alpaca_eval_scores.json").write_text('{"alpaca_eval/length_controlled": 0.125}')
     with pytest.raises(ValueError, match="policy=mistral_7b or policy=tulu_2_7b"):
-        kl_strength.study(sweep)
+        kl_strength.read(sweep)
     with pytest.raises(ValueError, match="finished runs of policy=qwen, found none"):
-        kl_strength.study(sweep, policy="qwen")
-    tables, figures = kl_strength.study(sweep, policy="mistral_7b")
-    assert tables["table_1"]["lr 0.001"].tolist() == ["", "0.125", "0.125"]
+        kl_strength.read(sweep, policy="qwen")
+    tables, figures = kl_strength.study(kl_strength.read(sweep, policy="mistral_7b"))
+    assert tables["table_1"]["lr 0.001"].tolist() == ["", "12.50", "12.50"]
     assert not figures
-    tables, _ = token_level.study(sweep, policy="tulu_2_7b")
+    tables, _ = token_level.study(token_level.read(sweep, policy="tulu_2_7b"))
     assert tables["figure_2"].shape[1] == 2
 
 
 def test_references(inside):
     folders = ("runs/necessity", "runs/compatibility", "runs/tuned_reference")
-    tables, _ = reference_compatibility.study(*folders)
+    tables, _ = reference_compatibility.study(reference_compatibility.read(*folders))
     assert tables["table_3"].index.tolist() == ["SFT", "DPO", "posterior", "likelihood", "SimPO", "ORPO"]
     assert "SFT" not in tables["table_3_by_beta"]
     assert tables["table_4"].shape == (2, 6)
-    assert tables["table_5"].shape == (3, 2)
-    assert len(tables["claims_of_references"]) == 3 + (5 + 4) + 1
+    assert tables["table_5"].index.tolist() == ["SFT", "initial", "world_alien", "world_clean"]
+    assert (tables["table_3"][["score", "correct", "wrong", "valid", "KL"]] != "").all(axis=None)
+    assert len(tables["claims_of_references"]) == (3 + 2) + (5 + 4) + 2
 
 
 def test_tokens_are_those_of_the_pairs(inside):
@@ -140,7 +143,7 @@ def test_tokens_are_those_of_the_pairs(inside):
 
 
 def test_figures_of_tokens(inside):
-    tables, figures = token_level.study("runs/kl_strength", "runs/necessity")
+    tables, figures = token_level.study(token_level.read("runs/kl_strength", "runs/necessity"))
     assert tables["figure_1"].sum().tolist() == pytest.approx([1.0, 1.0])
     assert tables["figure_3"].index.tolist() == ["DPO", "likelihood", "posterior"]
     assert {"figure_1", "figure_2", "figure_3", "extension_position", "extension_value"} == {*figures}

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from dpo.data import records
-from dpo.data.batches import Pair, encode_prompts, tokenize, tokenize_demonstrations
+from dpo.data.batches import Pair, encode_prompts, tokenize, tokenize_demonstrations, told_apart
 from dpo.data.records import Demonstration, Preference, write
 
 KINDS = ["gpt2", "gpt_neox", "llama", "mistral", "qwen2"]
@@ -107,13 +107,6 @@ def test_line_break_that_merges_with_the_response(capsys):
         assert ids == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
 
 
-def test_end_token_in_a_prompt_stays():
-    tokenizer = tiny_tokenizer("gpt2")
-    [pair] = tokenize([Preference("dogs<|endoftext|>", "cats", "run")], tokenizer, 200, "error")
-    assert pair.prompt_ids == tokenizer("dogs<|endoftext|>")["input_ids"]
-    assert pair.prompt_ids[-1] == tokenizer.eos_token_id
-
-
 def test_closed_prompt_is_followed_by_the_response_alone(capsys):
     tokenizer = ended_prompts("<s> $A <sep>")
     [pair] = tokenize([Preference("The capi", "tal", " of")], tokenizer, 200, "error")
@@ -129,16 +122,21 @@ def test_prompt_does_not_end_in_eos_when_the_tokenizer_adds_one():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_eos_also_when_the_text_brings_it(kind):
+@pytest.mark.parametrize("said", [" Rome{} and", " Rome{}", "{}", " Rome {}\n "])
+def test_special_tokens_that_are_typed_stay_text(kind, said, capsys):
     tokenizer = tiny_tokenizer(kind)
-    end = tokenizer.eos_token
-    plain, brought, spaced = (
-        tokenize([Preference(PROMPT, " Rome" + tail, " Cats")], tokenizer, 200, "error")
-        for tail in ("", end, end + "\n ")
-    )
-    assert plain == brought == spaced
-    with pytest.raises(ValueError, match="only at their end"):
-        tokenize([Preference(PROMPT, f" Rome{end} and", " Cats")], tokenizer, 200, "error")
+    for token in set(tokenizer.all_special_tokens):
+        text = said.format(token)
+        [pair] = tokenize([Preference(token + PROMPT, text, " Cats")], tokenizer, 200, "error")
+        assert "special tokens are typed in 1 of 1 pairs; they stay text" in capsys.readouterr().out
+        assert encode_prompts([token + PROMPT], tokenizer, 200) == [pair.prompt_ids]
+        bos = kind in ("llama", "mistral")
+        assert not set(tokenizer.all_special_ids) & {*pair.prompt_ids[bos:], *pair.chosen_ids[:-1]}
+        assert tokenizer.decode(pair.prompt_ids[bos:]) == token + PROMPT
+        assert tokenizer.decode(pair.chosen_ids[:-1], skip_special_tokens=True) == text  # so judges see it
+        assert pair.chosen_ids[-1] == tokenizer.eos_token_id
+    tokenize([Preference(PROMPT, " <s", " Cats")], tokenizer, 200, "error")
+    assert capsys.readouterr().out == ""
 
 
 def test_cut_response_gets_no_eos():
@@ -152,13 +150,6 @@ def test_cut_response_gets_no_eos():
     )
     assert ended == (pair.prompt_ids, [*pair.chosen_ids, tokenizer.eos_token_id])
     assert open_ended == pair.chosen
-
-
-def test_bos_that_the_text_brings_is_not_doubled():
-    tokenizer = tiny_tokenizer("llama")
-    assert tokenize([Preference("<s>" + PROMPT, " a", " b")], tokenizer, 200, "error") == tokenize(
-        [Preference(PROMPT, " a", " b")], tokenizer, 200, "error"
-    )
 
 
 def test_empty_response_is_eos_and_empty_prompt_is_bos():
@@ -365,14 +356,22 @@ def test_too_long_pairs_are_named_as_in_their_file(tmp_path):
     assert f"\n  {file}, line 8: " in str(error.value)
 
 
-def test_pairs_that_truncation_makes_the_same_are_counted(capsys):
+def test_pairs_that_truncation_makes_the_same_are_faulty(capsys):
     tokenizer = tiny_tokenizer("gpt2")
-    some = [Preference(PROMPT, " Rome" * 30 + " Cats", " Rome" * 30 + " dogs"), PAIRS[0]]
-    tokenize(some, tokenizer, 200, "error")
+    some = [Preference(PROMPT, " Rome" * 30 + " Cats", " Rome" * 30 + " dogs", origin="a, line 7"), PAIRS[0]]
+    whole = tokenize(some, tokenizer, 200, "error")
+    assert told_apart(whole, "error", "train pairs") == whole
     assert capsys.readouterr().out == ""
     pairs = tokenize(some, tokenizer, 20, "truncate")
-    assert pairs[0].chosen_ids == pairs[0].rejected_ids
-    assert "in 1 of 2 pairs both responses have the same tokens" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="tokens: 1 of 2 train pairs are faulty") as error:
+        told_apart(pairs, "error", "train pairs")
+    assert "a, line 7: chosen and rejected have the same tokens" in str(error.value)
+    assert told_apart(pairs, "drop", "train pairs") == pairs[1:]
+    assert "tokens: 1 of 2 train pairs are faulty, 1 dropped" in capsys.readouterr().out
+    assert told_apart(pairs, "keep", "train pairs") == pairs
+    assert "tokens: 1 of 2 train pairs are faulty, 0 dropped" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="all of them faulty"):
+        told_apart(pairs[:1], "drop", "train pairs")
 
 
 def test_long_prompts_to_sample_from_are_cut_and_counted(capsys):

@@ -254,7 +254,7 @@ def test_a_stopped_sft_resumes_bit_for_bit(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("place", ["step", "save", "entry"])
 def test_a_failed_sft_keeps_what_it_has(tmp_path, monkeypatch, capfd, place):
-    """An error deletes nothing that was computed: the next attempt goes on from there, and ends bit for bit the same."""
+    """An error deletes nothing that was computed: the next attempt goes on from there, bit for bit."""
     (tmp_path / "whole").mkdir()
     given = [*SMALL, "sft.steps=4", "checkpoint_every=1", "checkpoints_kept=1"]
     config = frozen(tmp_path / "whole" / "run", *given)
@@ -410,6 +410,22 @@ def test_killed_fifty_times(tmp_path):
     assert all(torch.equal(one, ends[1][key]) for key, one in ends[0].items())
     measured = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("whole", "cut")]
     assert measured[0] | {"seconds": 0} == measured[1] | {"seconds": 0}
+
+
+def test_sft_resumes_from_its_own_base_and_demonstrations_alone(tmp_path, monkeypatch):
+    told: list[dict[str, str]] = []
+    monkeypatch.setattr(sft, "fit", lambda *_, inputs, **__: told.append(inputs))
+    model, tokenizer = models.load("world")
+    config: Any = frozen(tmp_path / "run", *SMALL)
+    rows = [([1, 20, 2], [21, 3]), ([1, 22, 2], [23, 3])]
+    log: Any = None
+    for items in (rows, rows, [rows[0], ([1, 22, 2], [24, 3])]):
+        sft.train(model, tokenizer, items, False, config, tmp_path, log)
+    with torch.no_grad():
+        next(model.parameters()).add_(1e-3)
+    sft.train(model, tokenizer, rows, False, config, tmp_path, log)
+    assert told[0] == told[1]
+    assert [{key for key in told[0] if one[key] != told[0][key]} for one in told[2:]] == [{"demonstrations"}, {"base"}]
 
 
 def test_bad_pairs_stop_before_any_model_is_loaded(tmp_path, monkeypatch):

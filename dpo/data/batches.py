@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dpo.data.records import Demonstration, Preference, Text, listed
+from dpo.data.records import Demonstration, Preference, Text, listed, report
 from dpo.data.tokens import Encoded, decode, encode, encode_alone, vocabulary
 from dpo.data.truncation import cut_prompts, fitted
 
 TOO_LONG = "Raise max_length, or set on_too_long=truncate or on_too_long=drop."
-Tokens = tuple[list[int], list[int]]  # prompt ids, response ids; the response ends in EOS unless it was cut
+Tokens = tuple[list[int], list[int]]  # prompt ids, response ids; the response ends in an end token unless it was cut
 Branches = tuple[list[int], list[list[int]]]  # prompt ids, and those of the responses to it
 Tree = tuple[int, tuple[int, ...]]  # how many tokens a prompt has, and each response that branches off it
 Item = TypeVar("Item")
@@ -82,24 +82,33 @@ def tokenize(
     on_too_long: str,
     what: str = "pairs",
     advice: str = TOO_LONG,
+    on_faulty: str = "error",
 ) -> list[Pair]:
     """Preferences in tokens, by the rules of `dpo.data.tokens`, or in those that they were sampled as.
 
     max_length: tokens of the prompt and the longer response. on_too_long: "error", "drop", or "truncate": the
     prompt is cut from the left down to one token (and BOS), alike for both responses; if that is not enough,
-    responses are cut from the right and lose their EOS. The text of a pair is cut with it, see `dpo.data.truncation`.
-    what, advice: for messages.
+    responses are cut from the right and lose their end. The text of a pair is cut with it, see `dpo.data.truncation`.
+    what, advice: for messages. on_faulty: see `dpo.data.tokens.encode`.
     """
     sides = [[(pair.chosen, pair.chosen_ended), (pair.rejected, pair.rejected_ended)] for pair in preferences]
-    origins = [pair.origin for pair in preferences]
-    encoded = encode([pair.prompt for pair in preferences], sides, tokenizer)
+    prompts, origins = [pair.prompt for pair in preferences], [pair.origin for pair in preferences]
+    encoded = encode(prompts, sides, tokenizer, what, origins, on_faulty)
     encoded = _as_sampled(encoded, preferences, tokenizer, what)
     encoded = fitted(encoded, tokenizer, max_length, on_too_long, what, origins, advice)
-    pairs = [_pair(item, preferences[item.row], tokenizer) for item in encoded]
-    same = sum(pair.chosen_ids == pair.rejected_ids for pair in pairs)
-    if same:
-        print(f"tokens: in {same} of {len(pairs)} {what} both responses have the same tokens", flush=True)
-    return pairs
+    return [_pair(item, preferences[item.row], tokenizer) for item in encoded]
+
+
+def told_apart(pairs: Sequence[Pair], on_faulty: str, what: str) -> list[Pair]:
+    """The pairs to learn from: one whose responses have the same tokens is faulty, see `dpo.data.records.sound`. It
+    would have the loss ln 2 and no gradient.
+    """
+    same = [row for row, pair in enumerate(pairs) if pair.chosen_ids == pair.rejected_ids]
+    names = [(pairs[row].origin or f"row {row}, counted from 0") for row in same]
+    faults = [(name, "chosen and rejected have the same tokens") for name in names]
+    kept = [pair for pair in pairs if on_faulty == "keep" or pair.chosen_ids != pair.rejected_ids]
+    report(faults, len(pairs), len(pairs) - len(kept), on_faulty, "tokens", what)
+    return kept
 
 
 def _as_sampled(
@@ -164,11 +173,12 @@ def tokenize_demonstrations(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     on_too_long: str,
+    on_faulty: str = "error",
 ) -> list[Tokens]:
     """Demonstrations in tokens, by the rules of `tokenize`."""
     sides = [[(one.response, one.ended)] for one in demonstrations]
-    encoded = encode([one.prompt for one in demonstrations], sides, tokenizer)
-    origins = [one.origin for one in demonstrations]
+    prompts, origins = [one.prompt for one in demonstrations], [one.origin for one in demonstrations]
+    encoded = encode(prompts, sides, tokenizer, "demonstrations", origins, on_faulty)
     encoded = fitted(encoded, tokenizer, max_length, on_too_long, "demonstrations", origins, TOO_LONG)
     return [(item.prompt_ids, item.response_ids[0]) for item in encoded]
 

@@ -3,9 +3,18 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from dpo.data.records import Dataset, OnFaulty, Preference, conversations, labelled, parse, preference, sound
-
-TURN, HUMAN = "\n\nAssistant:", "\n\nHuman:"
+from dpo.data.records import (
+    HUMAN,
+    TURN,
+    Dataset,
+    OnFaulty,
+    Preference,
+    conversations,
+    labelled,
+    parse,
+    preference,
+    sound,
+)
 
 
 def hh(
@@ -32,7 +41,7 @@ def hh(
         return sound(parse(file, _pair), on_faulty, file)
 
     held_out = None if path is not None and validation_path is None else pairs(validation_path, "test")
-    return labelled(pairs(path, "train"), held_out, validation_fraction)
+    return labelled(pairs(path, "train"), held_out, validation_fraction, on_faulty)
 
 
 def ultrafeedback(
@@ -54,7 +63,7 @@ def ultrafeedback(
         return sound(parse(file, _conversations), on_faulty, file)
 
     held_out = None if path is not None and validation_path is None else pairs(validation_path, "test_prefs")
-    return labelled(pairs(path, "train_prefs"), held_out, validation_fraction)
+    return labelled(pairs(path, "train_prefs"), held_out, validation_fraction, on_faulty)
 
 
 def _from_hub(
@@ -74,7 +83,7 @@ def _from_hub(
 def _conversations(row: dict[str, Any]) -> Preference | str:
     """The pair of two conversations in chat messages, or why they make none."""
     if not conversations(row):
-        raise ValueError("must have two conversations of at least two chat messages, chosen and rejected")
+        raise ValueError("must have two conversations of at least two chat messages, chosen and rejected" + _file(row))
     parted = row["chosen"][:-1] != row["rejected"][:-1]
     return "the conversations part before their last turn" if parted else preference(row)
 
@@ -83,7 +92,9 @@ def _pair(row: dict[str, Any]) -> Preference | str:
     """The pair of two dialogues, or why they make none."""
     dialogues = [row.get(name) for name in ("chosen", "rejected")]
     if not all(isinstance(dialogue, str) for dialogue in dialogues):
-        raise ValueError("must have two dialogues in plain text, chosen and rejected")
+        raise ValueError("must have two dialogues in plain text, chosen and rejected" + _file(row))
+    if "prompt" in row:
+        raise ValueError("must have two whole dialogues, chosen and rejected, found a prompt, too" + _file(row))
     (prompt, turn, chosen), (other, _, rejected) = (str(dialogue).rpartition(TURN) for dialogue in dialogues)
     if not turn:
         return "there is no turn of the assistant"
@@ -92,3 +103,9 @@ def _pair(row: dict[str, Any]) -> Preference | str:
     if HUMAN in chosen or HUMAN in rejected:
         return "the last turn is not the assistant's"
     return Preference(prompt + turn, chosen, rejected)
+
+
+def _file(row: dict[str, Any]) -> str:
+    """What reads a line of another kind."""
+    pair = {"prompt", "chosen", "rejected"} <= row.keys() or conversations(row)
+    return "; lines with prompt, chosen and rejected, or with conversations, are read by data=file" if pair else ""

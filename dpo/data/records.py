@@ -18,6 +18,13 @@ Text = str | list[dict[str, str]]  # plain text, or chat messages {"role", "cont
 OnFaulty = Literal["error", "drop", "keep"]  # what to do with faulty pairs: see `sound`
 Record = TypeVar("Record")
 
+TURN, HUMAN = "\n\nAssistant:", "\n\nHuman:"  # of Anthropic's dialogues
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+READ = (  # what other formats have a policy read beside the prompt
+    *("tools", "functions", "documents", "images", "videos", "audios", "system", "system_prompt", "history"),
+    *("chat_template_kwargs", "chat_template"),
+)
+
 SHOWN = 5  # offending records that an error message lists
 
 
@@ -61,6 +68,7 @@ class Dataset:
     demonstrations: list[Demonstration]
     preferences: dict[str, list[Preference]]  # {}: sample them from the policy, on `prompts`
     prompts: dict[str, list[Text]]
+    on_faulty: OnFaulty = "error"  # what to do with pairs that are found faulty when they are tokenized
 
 
 def contents(dataset: Dataset) -> str:
@@ -88,16 +96,17 @@ def file(path: str, validation_path: str | None, validation_fraction: float, on_
         return sound(parse(source, preference), on_faulty, source)
 
     held_out = None if validation_path is None else pairs(validation_path)
-    return labelled(pairs(path), held_out, validation_fraction)
+    return labelled(pairs(path), held_out, validation_fraction, on_faulty)
 
 
 def read(path: str | Path) -> list[Preference]:
     """Preferences of a JSONL file, .gz or not: an object a line with `prompt`, `chosen` and `rejected`.
 
     Each is text or chat messages; `chosen_ended` and `rejected_ended` may be false; `token_ids` holds the fields of
-    `TokenIds`, of responses that a policy sampled; further keys are ignored. `chosen` and `rejected` may be whole
-    conversations of chat messages, as those of UltraFeedback and yale-nlp/RefDPO are: the prompt is what comes before
-    their last message, and a `prompt` in plain text is not read.
+    `TokenIds`, of responses that a policy sampled; further keys are ignored, unless they are something to read for a
+    policy (`tools`, `system`, ...): then the line is refused. `chosen` and `rejected` may be whole conversations of
+    chat messages, as those of UltraFeedback and yale-nlp/RefDPO are: the prompt is what comes before their last
+    message, and a `prompt` in plain text is not read.
     Raises a ValueError that counts the lines which are no such records and lists the first few.
     """
     return [replace(pair, origin=f"{path}, {where}") for where, pair in parse(path, preference)]
@@ -145,6 +154,8 @@ def parse(path: str | Path, record: Callable[[dict[str, Any]], Record]) -> list[
                     records.append((f"line {number}", record(_object(line))))
                 except ValueError as error:
                     refused.append(f"line {number}: {error}")
+                except RecursionError:
+                    refused.append(f"line {number}: nested too deeply")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} must be a whole gzip file, found: {error}; copy it again") from error
     if refused:
@@ -172,35 +183,50 @@ def sound(records: Iterable[tuple[str, Preference | str]], on_faulty: str, sourc
             faults.append((where, fault))
         if not isinstance(pair, str) and (fault is None or on_faulty == "keep"):
             kept.append(replace(pair, origin=f"{source}, {where}"))
+    report(faults, total, total - len(kept), on_faulty, source, "pairs")
+    if not kept:
+        raise ValueError(f"{source} must hold pairs to learn from, found none")
+    return kept
+
+
+def report(faults: Sequence[tuple[str, str]], total: int, dropped: int, on_faulty: str, source: str, what: str) -> None:
+    """Count the faults, each the name of a record and what is wrong with it; with on_faulty="error" raise them."""
     if faults and on_faulty == "error":
         raise ValueError(
-            f"{source}: {len(faults)} of {total} pairs are faulty:"
+            f"{source}: {len(faults)} of {total} {what} are faulty:"
             f"{listed([f'{where}: {fault}' for where, fault in faults])}\n"
             "Mend them, or set data.on_faulty=drop to leave them out or data.on_faulty=keep to train on them."
         )
     if faults:
-        counts = ", ".join(f"{n} x {fault}" for fault, n in Counter(fault for _, fault in faults).most_common())
-        dropped = total - len(kept)
-        print(f"{source}: {len(faults)} of {total} pairs are faulty, {dropped} dropped ({counts})", flush=True)
-    if not kept:
-        raise ValueError(f"{source} must hold pairs to learn from, found {total} pairs, all of them faulty")
-    return kept
+        counts = ", ".join(f"{n} x {fault}" for fault, n in Counter(fault for _, fault in faults).most_common(SHOWN))
+        print(f"{source}: {len(faults)} of {total} {what} are faulty, {dropped} dropped ({counts})", flush=True)
+    if faults and dropped == total:
+        raise ValueError(f"{source}: one of the {what} must be sound, found {total}, all of them faulty")
 
 
-def labelled(pairs: Sequence[Preference], held_out: Sequence[Preference] | None, validation_fraction: float) -> Dataset:
-    """A data set of labelled pairs; validation is `held_out`, or split off by a stable hash of the prompt."""
+def labelled(
+    pairs: Sequence[Preference],
+    held_out: Sequence[Preference] | None,
+    validation_fraction: float,
+    on_faulty: OnFaulty = "error",
+) -> Dataset:
+    """A data set of labelled pairs; validation is `held_out`, or split off by a stable hash of the prompt.
+
+    Where the hash leaves one side empty, it gets the prompt that came next.
+    """
     if held_out is None:
         if not 0 < validation_fraction < 1:
             raise ValueError(f"data.validation_fraction must be between 0 and 1, got {validation_fraction}")
         chances = [_chance(pair.prompt) for pair in pairs]
-        train = [pair for pair, chance in zip(pairs, chances, strict=True) if chance >= validation_fraction]
-        held_out = [pair for pair, chance in zip(pairs, chances, strict=True) if chance < validation_fraction]
-        if not train or not held_out:
+        _, *more = sorted(set(chances))
+        if not more:
             raise ValueError(
-                f"both splits must hold pairs, found {len(train)} for training and {len(held_out)} for "
-                f"validation of {len(set(chances))} distinct prompts; change data.validation_fraction, now "
-                f"{validation_fraction}, or give data.validation_path"
+                f"a split must have a prompt on either side, found {len(pairs)} pairs of one prompt; add pairs of "
+                "another, or give data.validation_path"
             )
+        border = min(max(validation_fraction, more[0]), more[-1])  # so that neither side is empty
+        train = [pair for pair, chance in zip(pairs, chances, strict=True) if chance >= border]
+        held_out = [pair for pair, chance in zip(pairs, chances, strict=True) if chance < border]
     else:
         train = list(pairs)
         known = {_key(pair.prompt) for pair in train}
@@ -215,6 +241,7 @@ def labelled(pairs: Sequence[Preference], held_out: Sequence[Preference] | None,
         demonstrations=[Demonstration(pair.prompt, pair.chosen, pair.chosen_ended, pair.origin) for pair in train],
         preferences={"train": train, "validation": list(held_out)},
         prompts={"train": distinct(pair.prompt for pair in train), "validation": test, "test": test},
+        on_faulty=on_faulty,
     )
 
 
@@ -263,6 +290,12 @@ def conversations(row: dict[str, Any]) -> bool:
 
 def preference(row: dict[str, Any]) -> Preference:
     """The pair of a line, see `read`. Raises: ValueError if it is none."""
+    unread = [name for name in READ if row.get(name)]
+    if unread:
+        raise ValueError(
+            f"must say all that the policy reads in prompt, found {' and '.join(unread)}, too; write it into the "
+            "prompt, as a message of the system for example, or remove it"
+        )
     if conversations(row):
         before, other = (row[name][:-1] for name in ("chosen", "rejected"))
         if before != other:
@@ -270,7 +303,8 @@ def preference(row: dict[str, Any]) -> Preference:
         row = row | {"prompt": before} | {name: row[name][-1:] for name in ("chosen", "rejected")}
     missing = [name for name in ("prompt", "chosen", "rejected") if name not in row]
     if missing:
-        raise ValueError(f"must have prompt, chosen and rejected; found no {' and no '.join(missing)}")
+        hint = _other_data(row)
+        raise ValueError(f"must have prompt, chosen and rejected; found no {' and no '.join(missing)}{hint}")
     prompt, chosen, rejected = (_text(row[name], name) for name in ("prompt", "chosen", "rejected"))
     if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         raise ValueError("prompt must end before the assistant's turn, found a message of the assistant last")
@@ -287,7 +321,7 @@ def preference(row: dict[str, Any]) -> Preference:
     ended = [row.get(f"{name}_ended", True) for name in ("chosen", "rejected")]
     if not all(isinstance(flag, bool) for flag in ended):
         raise ValueError(f"chosen_ended and rejected_ended must be true or false, found {ended}")
-    return Preference(prompt, chosen, rejected, *ended, token_ids=_token_ids(row, chosen, rejected))
+    return replace(Preference(prompt, chosen, rejected, *ended), token_ids=_token_ids(row, chosen, rejected))
 
 
 def _token_ids(row: dict[str, Any], chosen: Text, rejected: Text) -> TokenIds | None:
@@ -306,8 +340,26 @@ def _token_ids(row: dict[str, Any], chosen: Text, rejected: Text) -> TokenIds | 
     return TokenIds(**given)
 
 
+def _other_data(row: dict[str, Any]) -> str:
+    """What a line is that is no pair, and what reads it."""
+    if {"chosen", "rejected"} <= row.keys() and all(TURN in str(row[name]) for name in ("chosen", "rejected")):
+        return "; dialogues like those of hh-rlhf are read by data=hh"
+    if "label" in row and "completion" in row:
+        return (
+            "; this is data of single responses with a label (KTO), and pairs are needed: put a good and a bad "
+            "response to the same prompt in one line"
+        )
+    if {"messages", "completion", "response", "conversations"} & row.keys() and "rejected" not in row:
+        return (
+            "; this is data of demonstrations (SFT), and pairs are needed: dpo.sft learns from the chosen responses of "
+            "pairs, or from the demonstrations of a dpo.data.records.Dataset that a function of yours returns "
+            "(data._target_)"
+        )
+    return ""
+
+
 def _text(value: Any, name: str) -> Text:
-    """The value as text, with the role and content of each message when it is chat."""
+    """The value as text, or as chat messages. Raises: ValueError for messages with more than a role and a content."""
     if isinstance(value, str):
         _check_unicode(value, name)
         return value
@@ -320,6 +372,12 @@ def _text(value: Any, name: str) -> Text:
         parts = [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else [None]
         if not all(isinstance(part, str) for part in parts):
             raise ValueError(f'{name}: message {position} must be {{"role": text, "content": text}}')
+        more = [key for key, field in message.items() if key not in ("role", "content") and field not in EMPTY]
+        if more:
+            raise ValueError(
+                f"{name}: message {position} must have a role and a content and nothing else, found "
+                f"{' and '.join(map(str, more))}; write into the content what the policy shall read; remove the rest"
+            )
         _check_unicode(message["content"], name)
         messages.append({"role": message["role"], "content": message["content"]})
     return messages

@@ -4,28 +4,47 @@ A prompt is encoded as it is for sampling: by itself, with the tokenizer's own s
 messages through their template up to the assistant's turn. A response has to continue exactly these ids:
 it gets the tokens that follow them when prompt and response are encoded together. Where text merges into
 one token over the boundary, or the tokenizer ends prompts with a special token, it gets those that
-encode it on a line of its own. One EOS is added unless the response was cut. A response to a chat is a
-message, which the template renders, or plain text, which follows the template's prompt as it is: so a
-policy writes it.
+encode it on a line of its own. A response to a chat is a message, which the template renders, or plain text,
+which follows the template's prompt as it is: so a policy writes it.
+
+Unless it was cut, a response ends in one token, at which sampling stops, too: in a chat the end that the
+template writes after it (`dpo.data.chats.Turn`), else EOS. What the template writes before that end is part of
+the response. What it writes after is not: that can never be sampled.
+
+Text is encoded as text, also where special tokens are typed in it. A template may strip the white space around
+a message; a row of which it leaves out or rewrites more is faulty.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from dpo.cache import digest
-from dpo.data.records import Text
+from dpo.data.chats import BREAK, Literal, Turn, check_date, lost, rendered, turn
+from dpo.data.records import Text, report
+
+TYPED = "this tokenizer makes control tokens of its text; remove the special tokens that are typed in it"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    text: str
+    text: str  # with breaks: see `dpo.data.chats.Literal`
     ids: list[int]
     chat: bool  # rendered by the chat template, which brings all special tokens
     closed: bool  # ends in a special token that the tokenizer adds, so text after it starts afresh
+    typed: bool  # some of its text became control tokens all the same
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt and the responses to it as text, with breaks."""
+
+    number: int
+    prompt: str
+    responses: list[str]
+    fault: str | None  # what the chat template lost of it
 
 
 @dataclass(frozen=True)
@@ -45,23 +64,63 @@ class Encoded:
 
 
 def encode(
-    prompts: Sequence[Text], responses: Sequence[Sequence[tuple[Text, bool]]], tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[Text],
+    responses: Sequence[Sequence[tuple[Text, bool]]],
+    tokenizer: PreTrainedTokenizerBase,
+    what: str,
+    origins: Sequence[str | None],
+    on_faulty: str,
 ) -> list[Encoded]:
-    """Each prompt with its responses, which come with whether they ended; nothing is cut."""
+    """Each prompt with its responses, which come with whether they ended; nothing is cut.
+
+    For messages, what: what the items are; origins: where each came from. on_faulty: what to do with rows that the chat
+    template does not render whole, see `dpo.data.records.sound`; "keep" learns from what it renders.
+    """
+    found, faults, notes = encoded(prompts, responses, tokenizer, keep=on_faulty == "keep")
+    names = [origin or f"row {row}, counted from 0" for row, origin in enumerate(origins)]
+    named = [(names[number], faults[number]) for number in sorted(faults)]
+    report(named, len(prompts), len(prompts) - len(found), on_faulty, "tokens", what)
+    for note in notes:
+        print(f"tokens: {note.format(what=what)}", flush=True)
+    return found
+
+
+def encoded(
+    prompts: Sequence[Text],
+    responses: Sequence[Sequence[tuple[Text, bool]]],
+    tokenizer: PreTrainedTokenizerBase,
+    keep: bool,
+) -> tuple[list[Encoded], dict[int, str], list[str]]:
+    """As `encode`, with the faults by row, and what there is to say of `{what}`, not said yet.
+
+    keep: rows that the template does not render whole are among the items, too.
+    """
     if not prompts:
-        return []
-    starts = encode_alone(prompts, tokenizer)
-    texts = [
-        (start, _continuation(prompt, start.text, response, ended, tokenizer))
-        for prompt, start, sides in zip(prompts, starts, responses, strict=True)
-        for response, ended in sides
-    ]
-    ids = iter(_response_ids(texts, tokenizer))
-    eos = [tokenizer.eos_token_id]
-    return [
-        Encoded(row, prompt, sides, start.ids, [next(ids) + eos * ended for _, ended in sides])
-        for row, (prompt, start, sides) in enumerate(zip(prompts, starts, responses, strict=True))
-    ]
+        return [], {}, []
+    chat, literal = _chats(prompts, tokenizer), Literal(tokenizer)
+    rows, faults = _texts(prompts, responses, chat, literal)
+    faults |= {row.number: row.fault for row in rows if row.fault is not None}
+    rows = [row for row in rows if row.fault is None or keep]
+    starts = _prompts([row.prompt for row in rows], chat is not None, literal)
+    pairs = [(start, text) for start, row in zip(starts, rows, strict=True) for text in row.responses]
+    ids = iter(_response_ids(pairs, literal))
+    last = [literal.eos if chat is None else chat.end]
+    items = []
+    for start, row in zip(starts, rows, strict=True):
+        found = [next(ids) for _ in row.responses]
+        if start.typed or None in found:
+            faults[row.number] = TYPED
+            continue
+        sides = responses[row.number]
+        tokens = [(one or []) + last * ended for one, (_, ended) in zip(found, sides, strict=True)]
+        items.append(Encoded(row.number, prompts[row.number], sides, start.ids, tokens))
+    notes = []
+    typed = sum(any(BREAK in text for text in (row.prompt, *row.responses)) for row in rows)
+    if typed:
+        notes.append(f"special tokens are typed in {typed} of {len(prompts)} {{what}}; they stay text")
+    if chat is not None and not chat.written:
+        notes.append(f"the chat template writes no end of turn, so {{what}} end in {tokenizer.eos_token}")
+    return items, faults, notes
 
 
 def decode(prompt_ids: list[int], response_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -81,7 +140,45 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def encode_alone(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """Prompts as a policy is fed them."""
+    """Prompts as a policy is fed them. Raises: ValueError if some cannot be: see `usable`."""
+    encoded, faults = _alone(prompts, tokenizer, "keep")
+    if len(encoded) < len(prompts):
+        faults = {number: fault for number, fault in faults.items() if number not in encoded}
+        report(_named(faults), len(prompts), len(faults), "error", "tokens", "prompts")
+    if faults:
+        print(
+            f"tokens: the chat template drops or rewrites part of {len(faults)} of {len(prompts)} prompts", flush=True
+        )
+    return list(encoded.values())
+
+
+def usable(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, on_faulty: str, what: str) -> list[Text]:
+    """The prompts that a policy can be fed: by the rules for pairs, see `encode`."""
+    encoded, faults = _alone(prompts, tokenizer, on_faulty)
+    report(_named(faults), len(prompts), len(prompts) - len(encoded), on_faulty, "tokens", what)
+    return [prompts[number] for number in encoded]
+
+
+def _named(faults: dict[int, str]) -> list[tuple[str, str]]:
+    return [(f"prompt {number}, counted from 0", faults[number]) for number in sorted(faults)]
+
+
+def _alone(
+    prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, on_faulty: str
+) -> tuple[dict[int, Prompt], dict[int, str]]:
+    """Encoded prompts and their faults, by their numbers."""
+    chat, literal = _chats(prompts, tokenizer), Literal(tokenizer)
+    rows, faults = _texts(prompts, [()] * len(prompts), chat, literal)
+    faults |= {row.number: row.fault for row in rows if row.fault is not None}
+    rows = [row for row in rows if row.fault is None or on_faulty == "keep"]
+    encoded = _prompts([row.prompt for row in rows], chat is not None, literal)
+    found = {row.number: prompt for row, prompt in zip(rows, encoded, strict=True)}
+    faults |= {number: TYPED for number, prompt in found.items() if prompt.typed}
+    return {number: prompt for number, prompt in found.items() if not prompt.typed}, faults
+
+
+def _chats(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> Turn | None:
+    """How a turn ends where prompts are chats; None where they are plain text."""
     chats = sum(not isinstance(prompt, str) for prompt in prompts)
     if chats and not tokenizer.chat_template:
         raise ValueError(
@@ -90,44 +187,82 @@ def encode_alone(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) ->
         )
     if 0 < chats < len(prompts):
         raise ValueError(f"prompts must be all text or all chats, found {chats} chats among {len(prompts)}")
-    adds_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    texts = []
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            texts.append(_rendered(prompt, tokenizer, add_generation_prompt=True))
-        else:
-            texts.append(prompt.removeprefix(tokenizer.bos_token) if adds_bos else prompt)  # BOS once, not twice
+    if not chats:
+        return None
+    check_date(tokenizer)
+    return turn(tokenizer)
+
+
+def _texts(
+    prompts: Sequence[Text],
+    responses: Sequence[Sequence[tuple[Text, bool]]],
+    chat: Turn | None,
+    literal: Literal,
+) -> tuple[list[Row], dict[int, str]]:
+    """Rows as they are encoded, and why others have no text, by their numbers."""
+    rows, faults = [], {}
+    for number, (asked, sides) in enumerate(zip(prompts, responses, strict=True)):
+        try:
+            prompt = literal.text(asked)
+            start, fault = prompt, None
+            if not isinstance(prompt, str):
+                start = rendered(prompt, literal.tokenizer, add_generation_prompt=True)
+                fault = lost(prompt, start)
+            found = []
+            for side, ended in sides:
+                text, less = _continuation(prompt, start, literal.text(side), ended, chat, literal.tokenizer)
+                fault = fault or less
+                found.append(text)
+            rows.append(Row(number, start, found, fault))
+        except ValueError as error:
+            faults[number] = str(error)
+    return rows, faults
+
+
+def _prompts(texts: Sequence[str], chat: bool, literal: Literal) -> list[Prompt]:
     encoded = []
-    for text, (ids, encoding) in zip(texts, _tokens(texts, tokenizer, special=not chats), strict=True):
+    for text, (ids, encoding) in zip(texts, _tokens(texts, literal, special=not chat), strict=True):
         if not ids:
             raise ValueError("each prompt must have a token, found an empty prompt; remove it or write one")
         closed = len(ids) > 1 and encoding.token_to_chars(len(ids) - 1) is None
-        encoded.append(Prompt(text, ids, chat=chats > 0, closed=closed))
+        from_text = [id for at, id in enumerate(ids) if encoding.token_to_chars(at) is not None]
+        typed = literal.typed(from_text, text)
+        encoded.append(Prompt(text, ids, chat, closed, typed))
     return encoded
 
 
-def _continuation(prompt: Text, start: str, response: Text, ended: bool, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a response as it follows the prompt's, without the end token: that is added to the ids."""
-    if isinstance(response, str):
-        text = response
-    else:
-        whole = _rendered([*prompt, *response], tokenizer, continue_final_message=not ended)
-        if not whole.startswith(start):
-            raise ValueError(
-                "the chat template must render a conversation as its prompt followed by the response, found "
-                "another beginning; write the responses as plain text, which follows the prompt as it is"
-            )
-        text = whole[len(start) :]
-    before, end, after = text.rpartition(tokenizer.eos_token)
-    return before if end and not after.strip() else text
+def _continuation(
+    prompt: Text, start: str, response: Text, ended: bool, chat: Turn | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str | None]:
+    """The text of a response as it follows the prompt's, without the end token, and what the template lost of it.
+
+    Raises: ValueError if there is no such text.
+    """
+    if isinstance(response, str) or chat is None:
+        return str(response), None
+    whole = rendered([*prompt, *response], tokenizer)
+    if not whole.startswith(start):
+        raise ValueError(
+            "the chat template must render a conversation as its prompt followed by the response, found "
+            "another beginning; write the responses as plain text, which follows the prompt as it is"
+        )
+    if not whole.endswith(chat.tail):
+        raise ValueError(f"the chat template must write {chat.tail!r} after a response, found {whole[-60:]!r}")
+    text = whole[len(start) : len(whole) - len(chat.tail)]
+    fault = None
+    if not text.strip().endswith(response[-1]["content"].strip()):
+        fault = "the chat template drops or rewrites part of the response"
+    return text + chat.text * ended, fault
 
 
-def _response_ids(texts: Sequence[tuple[Prompt, str]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """What each text becomes after its prompt's ids, EOS not included."""
+def _response_ids(texts: Sequence[tuple[Prompt, str]], literal: Literal) -> list[list[int] | None]:
+    """What each text becomes after its prompt's ids, EOS not included; None if it becomes control tokens."""
+    if not texts:
+        return []
     found: dict[int, list[int]] = {}
     special = not texts[0][0].chat
     open_rows = [row for row, (prompt, _) in enumerate(texts) if not prompt.closed]
-    joint = _tokens([texts[row][0].text + texts[row][1] for row in open_rows], tokenizer, special)
+    joint = _tokens([texts[row][0].text + texts[row][1] for row in open_rows], literal, special)
     for row, (ids, encoding) in zip(open_rows, joint, strict=True):
         prompt = texts[row][0]
         if ids[: len(prompt.ids)] == prompt.ids:
@@ -143,23 +278,15 @@ def _response_ids(texts: Sequence[tuple[Prompt, str]], tokenizer: PreTrainedToke
         )
     # Alone, but on a line of its own: some tokenizers put a space before the first word of a text.
     alone = [row for row in range(len(texts)) if row not in found]
-    [line] = [ids for ids, _ in _tokens(["\n"], tokenizer, special=False)]
-    on_line = _tokens(["\n" + texts[row][1] for row in alone], tokenizer, special=False)
-    bare = _tokens([texts[row][1] for row in alone], tokenizer, special=False)
+    [line] = [ids for ids, _ in _tokens(["\n"], literal, special=False)]
+    on_line = _tokens(["\n" + texts[row][1] for row in alone], literal, special=False)
+    bare = _tokens([texts[row][1] for row in alone], literal, special=False)
     for row, (ids, _), (bare_ids, _) in zip(alone, on_line, bare, strict=True):
         found[row] = ids[len(line) :] if ids[: len(line)] == line else bare_ids  # the line break merges, too
-    within = [row for row, ids in found.items() if tokenizer.eos_token_id in ids]
-    if within:
-        raise ValueError(
-            f"responses must hold {tokenizer.eos_token} only at their end, found {len(within)} of "
-            f"{len(texts)} with more, such as {texts[min(within)][1][:200]!r}; nothing after it can ever be sampled"
-        )
-    return [found[row] for row in range(len(texts))]
+    return [None if literal.typed(found[row], text) else found[row] for row, (_, text) in enumerate(texts)]
 
 
-def _tokens(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, special: bool
-) -> Iterator[tuple[list[int], Encoding]]:
+def _tokens(texts: Sequence[str], literal: Literal, special: bool) -> Iterator[tuple[list[int], Encoding]]:
     """Ids of each text, and the encoding that knows which characters a token stands for (None: added).
 
     special: with the tokenizer's own special tokens, but no EOS that it adds: texts here go on.
@@ -167,18 +294,19 @@ def _tokens(
     for first in range(0, len(texts), 1000):
         chunk = list(texts[first : first + 1000])
         try:
-            encoded = tokenizer(chunk, add_special_tokens=special, verbose=False)
+            plain = [text for text in chunk if BREAK not in text]
+            encoded = iter(literal.tokenizer(plain, add_special_tokens=special).encodings if plain else ())
+            encodings = [
+                literal.encoder.encode(text, add_special_tokens=special) if BREAK in text else next(encoded)
+                for text in chunk
+            ]
         except Exception as error:  # the tokenizers library raises nothing more specific
             raise ValueError(
                 f"the tokenizer must know every word, found one it cannot encode ({error}); a policy "
                 "trained from another base may know it"
             ) from error
-        for encoding in encoded.encodings or ():
+        for encoding in encodings:
             ids = encoding.ids
-            while ids and ids[-1] == tokenizer.eos_token_id and encoding.token_to_chars(len(ids) - 1) is None:
+            while ids and ids[-1] == literal.eos and encoding.token_to_chars(len(ids) - 1) is None:
                 ids = ids[:-1]
             yield ids, encoding
-
-
-def _rendered(messages: list[Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))

@@ -13,7 +13,7 @@ from itertools import pairwise
 from transformers import PreTrainedTokenizerBase
 
 from dpo.data.records import Text, listed
-from dpo.data.tokens import Encoded, encode, encode_alone
+from dpo.data.tokens import Encoded, encode_alone, encoded
 
 Spans = list[tuple[int, int]]  # of each token of a text its first character, and the one after its last
 
@@ -71,10 +71,17 @@ def _cut(items: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, max_lengt
     removed = {row: [0] * len(responses) for row, responses in whole.items()}
     done: dict[int, Encoded] = {}
     while pending:
-        again = encode(
-            [item.prompt for item in pending.values()], [item.responses for item in pending.values()], tokenizer
+        rows = list(pending)
+        again, faults, _ = encoded(
+            [item.prompt for item in pending.values()],
+            [item.responses for item in pending.values()],
+            tokenizer,
+            keep=True,
         )
-        for row, now in zip(list(pending), again, strict=True):
+        for number in faults.keys() - {now.row for now in again}:  # the template does not render what is left
+            del pending[rows[number]]
+        for now in again:
+            row = rows[now.row]
             now = replace(now, row=row)
             if now.length <= max_length:
                 done[row] = now
@@ -101,12 +108,11 @@ def cut_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, len
     starts = dict(enumerate(encode_alone(prompts, tokenizer))) if prompts else {}
     pending = {row: start for row, start in starts.items() if len(start.ids) > lengths[row]}
     removed = dict.fromkeys(pending, 0)
-    texts = {row: prompts[row] if start.chat else start.text for row, start in pending.items()}  # BOS is not cut
     while pending:
         rows = []
         for row, start in pending.items():
             removed[row] += len(start.ids) - lengths[row]
-            cut[row], more = _beginning(texts[row], removed[row], tokenizer)
+            cut[row], more = _beginning(prompts[row], removed[row], tokenizer)
             if more:
                 rows.append(row)
         again = zip(rows, encode_alone([cut[row] for row in rows], tokenizer) if rows else [], strict=True)

@@ -239,7 +239,8 @@ def sequence_kl(policy: PreTrainedModel, reference: PreTrainedModel, batch: Batc
     """Two estimates of KL(policy || reference) per response, each unbiased when the policy sampled it at temperature 1.
 
     The log-ratio of the response, and the sum over its positions of the next-token KL (Rao-Blackwellized: the chain
-    rule with each token's expectation in closed form; never negative, less spread).  # (S,), (S,) float32 nats
+    rule with each token's expectation in closed form; never negative, mostly with less spread over responses).
+    # (S,), (S,) float32 nats
     """
     mine, theirs = _logps_by_tile(policy, batch), _logps_by_tile(reference, batch)
     ratios, kls = [], []

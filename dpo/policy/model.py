@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from dpo.data.chats import dated, ends
 from dpo.policy import parts
 from dpo.policy.attention import attending
 from dpo.policy.folder import check, check_config
@@ -43,6 +44,7 @@ def load(
     trust_remote_code: bool = False,
     chat_template: str | None = None,
     layout: sharding.Layout | None = None,
+    date: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, from a Hugging Face folder, a hub name, or "world".
 
@@ -51,7 +53,7 @@ def load(
     each reads its part of every weight, and none ever holds the model whole; all of them must ask. None: it is whole
     in this process.
     """
-    tokenizer = load_tokenizer(path, trust_remote_code, chat_template)
+    tokenizer = load_tokenizer(path, trust_remote_code, chat_template, date)
     source = whereabouts(path)
     parted = layout if sharding.world_size() > 1 else None
     config = _config(path, trust_remote_code)
@@ -110,11 +112,11 @@ def _read_whole(
 
 
 def load_tokenizer(
-    path: str, trust_remote_code: bool = False, chat_template: str | None = None
+    path: str, trust_remote_code: bool = False, chat_template: str | None = None, date: str | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a policy, from where `load` finds it; it may lack a padding token, but not EOS.
 
-    chat_template: in place of the tokenizer's own; `save` keeps it with the policy.
+    chat_template: in place of the tokenizer's own. date: what it prints as today's. `save` keeps both with the policy.
     """
     source = whereabouts(path)
     try:
@@ -133,6 +135,8 @@ def load_tokenizer(
         )
     if chat_template is not None:
         tokenizer.chat_template = chat_template
+    if date is not None and tokenizer.chat_template:
+        tokenizer.chat_template = dated(tokenizer.get_chat_template(), date)
     return tokenizer
 
 
@@ -143,7 +147,8 @@ def save(
 ) -> None:
     """Write a Hugging Face folder, whole or not at all; it replaces the one that was there.
 
-    Of a sharded model all ranks must ask.
+    Its generation config lists all ends of a response, so that other programs stop where sampling does. Of a sharded
+    model all ranks must ask.
     """
     target = Path(directory)
     name = uuid.uuid4().hex[:8]
@@ -151,6 +156,9 @@ def save(
         name = sharding.gathered([name])[0]
     unfinished = target.with_name(f"{target.name}.{name}.unfinished")
     replaced = target.with_name(f"{target.name}.{name}.replaced")
+    if model.generation_config is not None:
+        first, *more = ends(tokenizer, model.generation_config)
+        model.generation_config.eos_token_id = [first, *more] if more else first
     try:
         _use_cache(model.config, True)  # whoever loads the folder samples from it
         if sharding.is_sharded(model):
@@ -167,7 +175,9 @@ def save(
         _use_cache(model.config, False)
         if sharding.is_main():
             shutil.rmtree(unfinished, ignore_errors=True)
-            if target.exists():
+            if replaced.exists() and not target.exists():
+                replaced.rename(target)
+            elif target.exists():
                 shutil.rmtree(replaced, ignore_errors=True)
 
 

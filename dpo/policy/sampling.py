@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.cache import digest
+from dpo.data.chats import ends
 from dpo.data.tokens import decode
 from dpo.training.log import progress
 from dpo.training.sharding import device_of, world_size
@@ -19,7 +20,9 @@ SAMPLING_VERSION = 3  # part of cache keys: raise it when a change of the code c
 
 @dataclass(frozen=True)
 class Sample:
-    """One response: its tokens end in EOS when `ended`, else they were cut at the limit. text: see `tokens.decode`."""
+    """One response: its tokens end in one of `dpo.data.chats.ends` when `ended`, else they were cut at the limit. text:
+    see `dpo.data.tokens.decode`.
+    """
 
     prompt_ids: list[int]
     response_ids: list[int]
@@ -45,14 +48,14 @@ def sample(
     The same seed, prompts and batch_size give the same responses, and the caller's random state stays as it was. Of the
     model's generation config only the ends of turn count: penalties, top_k and such would make it another policy.
     """
-    stops = _stop_ids(model, tokenizer)
+    stops = ends(tokenizer, model.generation_config)
     config = GenerationConfig(
         do_sample=temperature > 0,
         temperature=temperature if temperature > 0 else None,
         top_p=top_p if temperature > 0 else None,
         top_k=0 if temperature > 0 else None,
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(stops),
+        eos_token_id=stops,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops),
         use_cache=True,
     )
@@ -85,7 +88,7 @@ def inputs(
     return {
         "prompt_ids": digest(list(prompts)),
         "tokenizer": digest(tokenizer.backend_tokenizer.to_str()),  # makes text of ids
-        "ends": sorted(_stop_ids(model, tokenizer)),
+        "ends": ends(tokenizer, model.generation_config),
         "sampling": SAMPLING_VERSION,
     }
 
@@ -103,13 +106,6 @@ def _set(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
         model.train(training)
 
 
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokenizer's EOS, and the ends of turn that chat models list in their generation config."""
-    listed = getattr(model.generation_config, "eos_token_id", None)
-    more = listed if isinstance(listed, list) else [] if listed is None else [listed]
-    return {tokenizer.eos_token_id, *more}
-
-
 def _left_padded(prompts: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.full((len(prompts), width), pad_id)
@@ -120,7 +116,7 @@ def _left_padded(prompts: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Ten
     return input_ids, attention_mask
 
 
-def _cut(prompt_ids: list[int], row: list[int], stops: set[int], tokenizer: PreTrainedTokenizerBase) -> Sample:
+def _cut(prompt_ids: list[int], row: list[int], stops: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Sample:
     end = next((position for position, token in enumerate(row) if token in stops), None)
     response_ids = row if end is None else row[: end + 1]
     return Sample(prompt_ids, response_ids, decode(prompt_ids, row[:end], tokenizer), ended=end is not None)

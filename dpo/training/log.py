@@ -76,10 +76,13 @@ class Log:
         """
         for path in (self.metrics, self.samples):
             if is_main() and path.exists():
-                rows = path.read_text().splitlines(keepends=True)
+                rows = path.read_text(errors="replace").splitlines(keepends=True)
                 unfinished = path.with_suffix(".unfinished")
-                unfinished.write_text("".join(row for row in rows if _keeps(row, step, evaluated)))
-                unfinished.replace(path)
+                try:
+                    unfinished.write_text("".join(row for row in rows if _keeps(row, step, evaluated)))
+                    unfinished.replace(path)
+                except OSError as error:
+                    raise _unwritten(path, error) from error
 
     def _mirrored(self, method: str, *values: Any, **options: Any) -> None:
         try:
@@ -95,6 +98,8 @@ def _keeps(row: str, step: int, evaluated: bool) -> bool:
         content = json.loads(row)
     except ValueError:
         return False  # cut short when the process was killed
+    if not isinstance(content, dict) or not isinstance(content.get("step"), int):
+        return False  # no row of ours
     training = content.get("split") == "train"
     return content["step"] < step or (content["step"] == step and (training or evaluated))
 
@@ -104,9 +109,13 @@ def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         with open(path, "a") as file:
             file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     except OSError as error:
-        raise RuntimeError(
-            f"could not write {path} (disk full?): {error}; the same command resumes from the last checkpoint"
-        ) from error
+        raise _unwritten(path, error) from error
+
+
+def _unwritten(path: Path, error: OSError) -> RuntimeError:
+    return RuntimeError(
+        f"could not write {path} (disk full?): {error}; the same command resumes from the last checkpoint"
+    )
 
 
 def _mirror(

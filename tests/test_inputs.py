@@ -1,0 +1,75 @@
+"""A run tells its data and models by their content, and notices when they are others than it was planned with."""
+
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+from omegaconf import OmegaConf
+
+from dpo import inputs
+from dpo.data.records import Dataset, Demonstration, Preference, contents
+from dpo.data.world import world
+
+ROWS = [{"prompt": str(n), "chosen": "yes", "rejected": "no"} for n in range(40)]
+
+
+def write(path, rows):
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def test_whatever_a_run_learns_from_is_told_apart():
+    pair, shown = Preference("a", "b", "c"), Demonstration("a", "b")
+    base = Dataset([shown], {"train": [pair]}, {"test": ["a"]})
+    others = [
+        replace(base, demonstrations=[]),
+        replace(base, demonstrations=[replace(shown, ended=False)]),
+        replace(base, preferences={"train": [Preference("a", "c", "b")]}),
+        replace(base, preferences={"train": [replace(pair, chosen_ended=False)]}),
+        replace(base, preferences={"train": [pair, pair]}),
+        replace(base, preferences={"validation": [pair]}),
+        replace(base, prompts={"test": [[{"role": "user", "content": "a"}]]}),
+    ]
+    assert len({contents(one) for one in [base, *others]}) == 8
+    moved = replace(base, preferences={"train": [replace(pair, origin="elsewhere, line 3")]})
+    assert contents(moved) == contents(base)
+    small = [world("human", 3, 3, 3, 3, seed) for seed in (0, 0, 1)]
+    assert contents(small[0]) == contents(small[1]) != contents(small[2])
+
+
+def test_a_field_that_is_new_changes_no_digest():
+    @dataclass(frozen=True)
+    class Later(Preference):
+        chosen_ids: tuple[int, ...] | None = None
+
+    now, later = ({"train": [kind("a", "b", "c", True, False)]} for kind in (Preference, Later))
+    assert contents(Dataset([], later, {})) == contents(Dataset([], now, {}))
+
+
+def test_a_run_refuses_inputs_that_it_was_not_planned_with(tmp_path):
+    data, model = tmp_path / "pairs.jsonl", tmp_path / "model"
+    write(data, ROWS)
+    model.mkdir()
+    weights = model / "model.safetensors"
+    weights.write_bytes(bytes(2**23))
+    node = {"_target_": "dpo.data.records.file", "path": str(data), "validation_path": None}
+    node |= {"validation_fraction": 0.2, "on_faulty": "error"}
+    settings = {"data": node, "policy": {"path": str(model), "base": None}, "reference": {"path": str(data)}}
+    record = {"data": contents(inputs.load(OmegaConf.create(settings))), **inputs.models(settings)}
+    assert set(record) == {"data", "policy", "reference"}
+    frozen = OmegaConf.create(settings | {"provenance": {"inputs": record}})
+    OmegaConf.set_struct(frozen, True)
+    inputs.sketch.cache_clear()
+    assert contents(inputs.load(frozen)) == record["data"]
+
+    write(data, [ROWS[0] | {"chosen": "no", "rejected": "yes"}, *ROWS[1:]])
+    inputs.sketch.cache_clear()
+    with pytest.raises(RuntimeError, match="found another data and another reference; put back"):
+        inputs.load(frozen)
+    write(data, ROWS)
+    weights.write_bytes(bytes(2**22) + b"\1" * 2**22)  # of the same size
+    inputs.sketch.cache_clear()
+    with pytest.raises(RuntimeError, match="found another policy; put back"):
+        inputs.load(frozen)
+    old = OmegaConf.create(settings)  # frozen before inputs were recorded
+    OmegaConf.set_struct(old, True)
+    assert contents(inputs.load(old)) == record["data"]

@@ -1,0 +1,141 @@
+"""What a config may name in `_target_`: our functions for its group, a package that the environment names, no other."""
+
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from dpo.config import OPEN_GROUPS
+from dpo.signature import PLUGINS, binds, call
+
+MINE = """
+from os import system
+from dpo.data.records import Dataset
+from dpo.losses import Loss, PairLogps, hinge
+from dpo.reference import Uniform
+
+def mine(pair: PairLogps, beta: float, power: float) -> Loss:
+    return hinge(pair, beta)
+
+def unlike(pair: PairLogps, beta: float) -> float:
+    return 0.0
+
+def own(path: str) -> Dataset: ...
+
+class Near(Uniform): ...
+
+def near() -> Near: ...
+"""
+
+
+class Bomb:
+    def __init__(self, crater: Path) -> None:
+        self.crater = crater
+
+    def __reduce__(self):
+        return Path.touch, (self.crater,)
+
+
+@pytest.fixture
+def crater(tmp_path, monkeypatch):
+    """A file that appears when a plant beside it is unpickled, called or imported; the plants are on the path."""
+    (tmp_path / "bomb.pkl").write_bytes(pickle.dumps(Bomb(tmp_path / "crater")))
+    (tmp_path / "planted.py").write_text(f"open({str(tmp_path / 'crater')!r}, 'w')\ndef dpo(): ...\n")
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "__init__.py").write_text("")
+    (tmp_path / "my_package" / "losses.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("planted", "my_package", "my_package.losses"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delenv(PLUGINS, raising=False)
+    return tmp_path / "crater"
+
+
+def roads(crater: Path) -> list[dict]:
+    """Nodes that would make the crater if they were followed."""
+    bomb, touch = str(crater.with_name("bomb.pkl")), f"touch {crater}"
+    nested = {"_target_": "os.system", "command": touch}
+    return [
+        {"_target_": "pandas.read_pickle", "filepath_or_buffer": bomb},
+        {"_target_": "torch.load", "f": bomb, "weights_only": False},
+        {"_target_": "os.system", "command": touch},
+        {"_target_": "os.system", "_args_": [touch]},
+        {"_target_": "builtins.exec", "_args_": [f"open({str(crater)!r}, 'w')"]},
+        {"_target_": "subprocess.run", "args": ["touch", str(crater)]},
+        {"_target_": "functools.partial", "_args_": [nested]},
+        {"_target_": "hydra.utils.call", "_args_": [nested]},
+        {"_target_": "dpo.queue.ask", "_args_": ["touch", str(crater)]},  # ours, but of no group
+        {"_target_": "dpo.queue.ask", "command": touch},
+        {"_target_": "dpo.losses.torch.load", "f": bomb, "weights_only": False},  # through a module of ours
+        {"_target_": "dpo.reference.Path.touch", "self": str(crater)},
+        {"_target_": "dpo.reference.Path", "_args_": [str(crater)]},
+        {"_target_": "dpo.losses._with_rewards"},
+        {"_target_": "dpo.data.records.write_rows", "path": str(crater), "rows": []},
+        {"_target_": "dpo.data.hub.parse", "path": bomb, "record": nested},
+        {"_target_": "planted.dpo"},  # importing it is enough
+        {"_target_": "dpo.losses..planted"},
+        {"_target_": "planted"},
+        {"_target_": ""},
+        {"_target_": {"_target_": "planted.dpo"}},
+        {"_target_": "dpo.losses.dpo", "beta": 0.1, "label_smoothing": nested},
+        {"_target_": "dpo.losses.dpo", "beta": 0.1, "label_smoothing": 0.0, "_partial_": True, "more": nested},
+        {"_target_": "dpo.losses.dpo", "beta": 0.1, "label_smoothing": 0.0, "_partial_": nested},
+        {"_target_": "dpo.losses.dpo", "beta": 0.1, "label_smoothing": 0.0, "_partial_": True, "_convert_": nested},
+        {"_target_": "dpo.losses.dpo", "beta": 0.1, "label_smoothing": 0.0, "_partial_": True, "_recursive_": True},
+        {"_target_": "dpo.data.records.file", "path": "${oc.env:HOME}", "validation_path": nested},
+    ]
+
+
+def test_no_road_leads_to_code_of_others(crater):
+    for node in roads(crater):
+        for group, given in OPEN_GROUPS.items():
+            assert binds(group, node, given), (group, node)
+        for form in (node, OmegaConf.create(node)):
+            try:
+                called = call(form)
+            except Exception:
+                called = None
+            assert called is None or getattr(called, "func", None).__module__ == "dpo.losses", node
+    assert not crater.exists()
+    assert "planted" not in sys.modules
+
+
+def test_a_function_of_another_group_is_refused():
+    ours = {
+        "data": {"_target_": "dpo.data.world.world"},
+        "judge": {"_target_": "dpo.judges.gold", "_partial_": True},
+        "loss": {"_target_": "dpo.losses.dpo", "_partial_": True, "beta": 0.1, "label_smoothing": 0.0},
+        "reference": {"_target_": "dpo.reference.Uniform"},
+    }
+    for group, given in OPEN_GROUPS.items():
+        for other, node in ours.items():
+            said = "\n".join(binds(group, node, given))
+            assert ("_target_ must name a function" in said) == (group != other), (group, other)
+    assert "must name a function" in binds("hydra.launcher", {"_target_": "os.system", "command": "true"}, ())[0]
+    metrics = {"_target_": "dpo.losses.metrics", "_partial_": True, "loss": 1}
+    assert "which must return dpo.losses.Loss by its annotation" in binds("loss", metrics, ("pair",))[0]
+    abstract = binds("reference", {"_target_": "dpo.reference.ABC"}, ())
+    assert "defines no such function" in abstract[0]
+    assert "loss._partial_ must be true" in binds("loss", ours["loss"] | {"_partial_": False}, ("pair",))[0]
+    assert "reference._partial_ must be false" in binds("reference", ours["reference"] | {"_partial_": True}, ())[0]
+
+
+def test_a_package_of_the_users_own_is_named_by_the_environment(crater, monkeypatch):
+    loss = {"_target_": "my_package.losses.mine", "_partial_": True, "beta": 0.1, "power": 2.0}
+    assert f"named by the environment: {PLUGINS}=package" in binds("loss", loss, ("pair",))[0]
+    with pytest.raises(ValueError, match="must lie in"):
+        call(loss)
+    assert "my_package" not in sys.modules
+    monkeypatch.setenv(PLUGINS, "other, my_package")
+    assert binds("loss", loss, ("pair",)) == []
+    assert call(loss).keywords == {"beta": 0.1, "power": 2.0}
+    assert "loss.power must be float" in binds("loss", loss | {"power": "x"}, ("pair",))[0]
+    assert binds("data", {"_target_": "my_package.losses.own", "path": "x"}, ()) == []
+    for near in ("Near", "near"):
+        assert binds("reference", {"_target_": f"my_package.losses.{near}"}, ()) == []
+    unlike = {"_target_": "my_package.losses.unlike", "_partial_": True, "beta": 0.1}
+    assert "must return dpo.losses.Loss by its annotation, found float" in binds("loss", unlike, ("pair",))[0]
+    assert "defines no such function" in binds("loss", loss | {"_target_": "my_package.losses.system"}, ("pair",))[0]
+    assert "must lie in" in binds("loss", loss | {"_target_": "my_package_2.losses.mine"}, ("pair",))[0]
