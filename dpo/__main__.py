@@ -25,10 +25,8 @@ USAGE = "usage: dpo VERB ...\n\n" + "".join(f"  {verb:12} {what}\n" for verb, wh
 
 def main() -> None:
     verb, rest = sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]
-    if verb == "-sc" and rest[:1] != ["query=bash"]:  # Hydra writes what a shell evaluates
-        verb, rest = "train", sys.argv[1:]
-    elif verb == "-sc":
-        verb, rest = _completed(), sys.argv[1:]
+    if verb == "-sc":  # what a shell evaluates once, and asks at every tab: Hydra answers both
+        verb, rest = _completed() if "query=" in "".join(rest) else "train", sys.argv[1:]
     elif verb not in VERBS:
         print(f"{USAGE}\ndpo VERB --help says more")
         sys.exit(0 if verb in ("", "-h", "--help") else f"\nVERB must be one of {', '.join(VERBS)}, got {verb}")
