@@ -4,7 +4,6 @@ import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -31,8 +30,7 @@ def kept(folder: str | Path, read: Callable[..., Frames], *sweeps: str) -> Frame
     if not files:
         missing = [sweep for sweep in sweeps if not Path(sweep).is_dir()]
         raise ValueError(f"{', '.join(missing)} must hold the runs, or {folder} their numbers; found neither: run it")
-    exact: dict[str, Any] = {"float_precision": "round_trip", "converters": {"token": str}}  # a token may be "null"
-    return {file.stem: pd.read_csv(file, **exact) for file in files}
+    return {file.stem: pd.read_csv(file, converters={"token": str}) for file in files}  # a token may be "null"
 
 
 def main(

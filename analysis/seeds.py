@@ -288,10 +288,11 @@ def apart(path: str | Path, frame: pd.DataFrame, keys: list[str]) -> None:
     policy = [key for key in ("policy",) if key in frame]
     alike = frame[frame.duplicated([*keys, *policy, "untrained"], keep=False) & ~frame["untrained"]]
     if len(alike):
+        twins = next(iter(alike.groupby([*keys, *policy], dropna=False)["run"]))[1].tolist()
         others = [key for key in runs.swept(frame) if key in alike and key not in keys and alike[key].nunique() > 1]
         said = " or ".join(f"{others[0]}={short(value)}" for value in alike[others[0]].unique()) if others else ""
         raise ValueError(
-            f"the runs in {path} must differ in {', '.join(keys)}, found {' and '.join(alike['run'][:2])}"
+            f"the runs in {path} must differ in {', '.join(keys)}, found {' and '.join(twins[:2])}"
             + (f"; one {others[0]} at a time: say {said}" if others else "; move one of them away")
         )
 

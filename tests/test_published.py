@@ -270,13 +270,15 @@ def test_a_policy_of_ones_own(tmp_path):
 @pytest.mark.parametrize("control", [False, True])
 def test_the_control_of_equal_compute(tmp_path, control):
     """A policy that is held to itself over twice the epochs has seen as much as one held to itself after DPO."""
+    tuned, others = tmp_path / "tuned", tmp_path / "others"
+    run(others, 12.0)
     for seed in range(5):
         for beta in (0.1, 1.0):
-            run(tmp_path, 15 + seed + beta, reference="other", beta=beta, seed=seed)
-            run(tmp_path, 12 + seed + beta, beta=beta, seed=seed)
+            run(tuned, 15 + seed + beta, reference="other", beta=beta, seed=seed)
+            run(tuned, 12 + seed + beta, beta=beta, seed=seed)
             if control:
-                run(tmp_path, 18 + seed + beta, beta=beta, seed=seed, epochs=6)
-    final = reference_compatibility.read(tmp_path, tmp_path, tmp_path)["tuned"]
+                run(tuned, 18 + seed + beta, beta=beta, seed=seed, epochs=6)
+    final = reference_compatibility.read(others, others, tuned)["tuned"]
     first, second = reference_compatibility.claims_of_tuned(final)["verdict"]
     assert (first, second) == ("supports", "refutes" if control else "undecided")
     columns = reference_compatibility.table_7(final).columns
