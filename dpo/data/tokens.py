@@ -204,8 +204,9 @@ def _texts(
     for number, (asked, sides) in enumerate(zip(prompts, responses, strict=True)):
         try:
             prompt = literal.text(asked)
-            start, fault = prompt, None
-            if not isinstance(prompt, str):
+            if isinstance(prompt, str):
+                start, fault = prompt, None
+            else:
                 start = rendered(prompt, literal.tokenizer, add_generation_prompt=True)
                 fault = lost(prompt, start)
             found = []
@@ -238,8 +239,10 @@ def _continuation(
 
     Raises: ValueError if there is no such text.
     """
-    if isinstance(response, str) or chat is None:
-        return str(response), None
+    if isinstance(response, str):
+        return response, None
+    if chat is None:
+        raise ValueError("a response of chat messages must follow a prompt of chat messages, found plain text")
     whole = rendered([*prompt, *response], tokenizer)
     if not whole.startswith(start):
         raise ValueError(
