@@ -129,7 +129,7 @@ def test_code_that_a_folder_brings_is_not_executed(tiny_model, tmp_path):
     classes = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
     for name in ("config.json", "tokenizer_config.json"):
         content = json.loads((folder / name).read_text()) | {"model_type": "planted", "tokenizer_class": "Planted"}
-        content["auto_map"] = {one: "planted.Planted" for one in classes} | {"AutoTokenizer": [None, "planted.Planted"]}
+        content["auto_map"] = dict.fromkeys(classes, "planted.Planted") | {"AutoTokenizer": [None, "planted.Planted"]}
         (folder / name).write_text(json.dumps(content))
     for load in (models.load, models.load_tokenizer):
         with pytest.raises(ValueError):
