@@ -77,11 +77,13 @@ def _guarded(directory: Path) -> int:
         importlib.import_module(f"dpo.{config.command}").run(config, directory)
         return 0
     except BaseException as error:  # those of torch.distributed.checkpoint are no Exception
-        if killed := _killed(directory, wait=isinstance(error, RuntimeError)):
-            return _lost(directory, killed)
-        if isinstance(error, KeyboardInterrupt):  # or Stopped, dpo.training.loop's, which has more to say
+        stopped = isinstance(error, KeyboardInterrupt)  # or Stopped, dpo.training.loop's, which has more to say
+        if stopped:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # one more must not keep us from saying so
                 signal.signal(number, signal.SIG_IGN)
+        if killed := _killed(directory, wait=isinstance(error, RuntimeError)):  # what it broke, or torchrun's signal
+            return _lost(directory, killed)
+        if stopped:
             message = str(error) or "stopped on a signal; the same command resumes"
             if _rank() == 0:
                 print(message, flush=True)

@@ -87,7 +87,8 @@ def score(
             # tokens, of the 29 GB that a 7B policy has; read only when asked for.
             "token_logps": torch.cat(values),
         }
-        save_file(table, folder / "scores.safetensors")
+        if sharding.is_main():  # what others write is thrown away, and may not fit in /tmp
+            save_file(table, folder / "scores.safetensors")
 
     folder, cached = remember(settings.cache, "reference", key, build, sharding.any_true, about)
     with safe_open(folder / "scores.safetensors", "pt") as file:  # which reads no more than it is asked for
