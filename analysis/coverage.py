@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from analysis.seeds import Floats, half_width, of_best
 
-LADDERS: dict[str, Callable[[int], Floats]] = {  # true means of a method's betas, the best of which is 0
+LADDERS: dict[str, Callable[[int], NDArray[Any]]] = {  # true means of a method's betas, the best of which is 0
     "tie": np.zeros,
     "two tie": lambda betas: np.array([0.0, 0.0, *np.linspace(-0.05, -0.15, betas - 2)]),
     "close": lambda betas: -0.02 * np.arange(betas),

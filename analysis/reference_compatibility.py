@@ -232,7 +232,8 @@ def over_betas(one: pd.DataFrame, other: pd.DataFrame, value: str = "score") -> 
 def claims_of_compatibility(final: pd.DataFrame) -> pd.DataFrame:
     """The fifth of the paper's claims, for each policy."""
     found: list[Finding] = []
-    for policy, same in trained(final).groupby(policies(final), sort=False):
+    for name, same in trained(final).groupby(policies(final), sort=False):
+        policy = str(name)
         if policy not in FITTING:
             found.append(unmeasured(f"5. A stronger reference helps if it fits ({policy})", "FITTING lacks the policy"))
             continue
