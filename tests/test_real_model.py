@@ -218,7 +218,7 @@ def test_trl_takes_the_same_steps(sweep, given, tmp_path):
         lr_scheduler_type="constant",
         adam_beta2=0.99,
         max_length=None,
-        activation_checkpointing=False,
+        gradient_checkpointing=False,
         bf16=False,
         use_cpu=True,
         logging_steps=1,
