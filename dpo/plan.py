@@ -12,7 +12,6 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -148,6 +147,7 @@ class Folder:
         self.runs = dict(self.on_disk)
         self.names = {identity(config): name for name, config in self.on_disk.items()}
         self.values: dict[str, set[str]] = {}  # what a key is in the runs on disk
+        self.by_words = {_words(config) if _recorded(config) else name: name for name, config in self.on_disk.items()}
 
     def place(self, frozen: dict[str, Any], swept: Collection[str]) -> tuple[str, str]:
         """The name of a run, which is the one on disk if it is there, and the name that its overrides ask for.
@@ -158,12 +158,10 @@ class Folder:
         names = self._names(frozen, given, swept)
         if there := self.names.get(frozen["id"]):
             return there, names[0]
-        for name in names:
-            other = self.runs.get(name)
-            if other is not None and (_words(other) == given if _recorded(other) else name == names[1]):
-                raise ValueError(_differs(self.path / name, other, frozen))
-            if other is None and not (self.path / name / "config.yaml").exists():
-                break
+        if same := self.by_words.get(_words(frozen)) or self.by_words.get(names[1]):
+            raise ValueError(_differs(self.path / same, self.on_disk[same], frozen))
+        taken = (name in self.runs or (self.path / name / "config.yaml").exists() for name in names)
+        name = next(name for name, gone in zip(names, taken, strict=True) if not gone)
         self.runs[name], self.names[frozen["id"]] = frozen, name
         return name, name
 
@@ -175,7 +173,7 @@ class Folder:
         """
         varying = {key: value for key, value in given.items() if key in swept or self._on_disk(key) - {value}}
         id, everything = frozen["id"], name(given, frozen["id"])
-        more = {key: _shown(frozen, key) for key in _words(self.runs.get(everything, {}))}
+        more = {key: _shown(frozen, key) for key, _ in _words(self.runs.get(everything, {}))}
         return [name(varying or given, id), everything, name({**more, **given}, id), name(given, id, cut=True)]
 
     def _on_disk(self, key: str) -> set[str]:
@@ -199,8 +197,9 @@ def _given(overrides: Sequence[str], frozen: dict[str, Any]) -> dict[str, str]:
     return {key: _shown(frozen, key) for key in _keys(overrides) if not incidental(key, flat)}
 
 
-def _words(frozen: dict[str, Any]) -> dict[str, str]:
-    return _given(frozen["provenance"]["overrides"], frozen) if _recorded(frozen) else {}
+def _words(frozen: dict[str, Any]) -> frozenset[tuple[str, str]]:
+    """What a run was asked for by."""
+    return frozenset(_given(frozen["provenance"]["overrides"], frozen).items()) if _recorded(frozen) else frozenset()
 
 
 def _recorded(frozen: dict[str, Any]) -> bool:
@@ -208,7 +207,7 @@ def _recorded(frozen: dict[str, Any]) -> bool:
 
 
 def _keys(overrides: Sequence[str]) -> list[str]:
-    return [str(override.key_or_group) for override in OverridesParser.create().parse_overrides(list(overrides))]
+    return [override.lstrip("+~").partition("=")[0].partition("@")[0] for override in overrides]
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -40,10 +40,10 @@ class Rehearsal:
         ]
         if "loss" in config:
             attempts += [(call, config["reference"]), (_loss, config["loss"], config["beta"])]
-        results, problems = zip(*(self._once(*attempt) for attempt in attempts), strict=True)
-        if found := [problem for problem in problems if problem is not None]:
-            return {"problems": found, "inputs": {}}
-        return {"problems": [], "inputs": {"data": results[0], **inputs.models(config)}}
+        tried = [self._once(*attempt) for attempt in attempts]
+        if problems := [problem for _, problem in tried if problem is not None]:
+            return {"problems": problems, "inputs": {}}
+        return {"problems": [], "inputs": {"data": tried[0][0], **inputs.models(config)}}
 
     def _once(self, function: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
         key = f"{function.__name__} {json.dumps(arguments)}"
