@@ -131,26 +131,36 @@ def test_listing(tmp_path):
     assert "1 finished in dev" in done.stdout
 
 
-@pytest.mark.parametrize("file", ["evaluation.json", "config.yaml"])
-def test_a_sweep_in_its_folder(tree, file):
+def test_a_sweep_in_its_folder(tree):
     """It is named and not touched; every other run is made."""
     said(tree, "-m", "beta=0.1,0.2", "device=cpu", code=0)
     bad = tree / "runs" / "dev" / "beta=0.2"
-    spoil(bad / file, b"[")
+    spoil(bad / "evaluation.json", b"[")
     text = said(tree, "-m", "beta=0.1,0.2,0.5", "device=cpu", code=1)
     assert "runs/dev: 3 runs: 1 finished, 1 to do" in text
     assert text.count("must hold") == 1
-    assert f"not finished: beta=0.2: runs/dev/beta=0.2/{file} must hold" in text
+    assert "not finished: beta=0.2: runs/dev/beta=0.2/evaluation.json must hold" in text
     assert "2 finished in runs/dev" in text
-    assert (bad / file).read_bytes() == b"["
     text = said(tree, "beta=0.5", code=0)  # a sweep without it
     assert text.count("must hold") == 1
     assert "must hold" in said(tree, "runs/dev/beta=0.2", verb="run", code=1)
     slurm = ["-m", "beta=0.2,0.7", "hydra/launcher=slurm", "hydra.launcher.submit=false"]
     text = said(tree, *slurm, code=1)
     assert "2 runs: 1 damaged, 1 to submit" in text
-    assert f"not submitted: beta=0.2: runs/dev/beta=0.2/{file} must hold" in text
-    assert (bad / file).read_bytes() == b"["
+    assert "not submitted: beta=0.2: runs/dev/beta=0.2/evaluation.json must hold" in text
+    assert (bad / "evaluation.json").read_bytes() == b"["
+
+
+def test_a_run_without_its_settings_gives_its_name_to_no_other(tree):
+    said(tree, "-m", "beta=0.1,0.2", "device=cpu", code=0)
+    bad = tree / "runs" / "dev" / "beta=0.2"
+    spoil(bad / "config.yaml", b"[")
+    text = said(tree, "-m", "beta=0.1,0.2", "device=cpu", code=0)
+    assert "runs/dev: 2 runs: 1 finished, 1 to do" in text
+    assert text.count("must hold") == 1
+    assert "beta=0.2 is damaged and left out: runs/dev/beta=0.2/config.yaml must hold" in text
+    assert "2 finished in runs/dev" in text
+    assert (bad / "config.yaml").read_bytes() == b"["
 
 
 def test_a_log_that_cannot_be_opened_stops_one_run(tree):
