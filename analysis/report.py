@@ -30,7 +30,8 @@ def kept(folder: str | Path, read: Callable[..., Frames], *sweeps: str) -> Frame
     if not files:
         missing = [sweep for sweep in sweeps if not Path(sweep).is_dir()]
         raise ValueError(f"{', '.join(missing)} must hold the runs, or {folder} their numbers; found neither: run it")
-    return {file.stem: pd.read_csv(file, converters={"token": str}) for file in files}  # a token may be "null"
+    # A token may be "null": only what is empty was not measured.
+    return {file.stem: pd.read_csv(file, keep_default_na=False, na_values=[""]) for file in files}
 
 
 def main(

@@ -259,6 +259,8 @@ def bars(table: pd.DataFrame, title: str, across: str) -> Figure:
     drawing = Figure(figsize=(7, 1.2 + 0.4 * len(table)), layout="constrained", dpi=150)
     axis = drawing.subplots()
     tidy(axis, title, across, "")
+    if table.empty:  # no item is seen often enough
+        return drawing
     height = 0.8 / len(table.columns)
     for number, (colour, column) in enumerate(zip(COLOURS, table.columns, strict=False)):
         axis.barh(np.arange(len(table)) + number * height, table[column], height, color=colour, label=short(column))

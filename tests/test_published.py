@@ -329,8 +329,8 @@ def test_tokens_of_small_sweeps(tmp_path, monkeypatch, betas, seeds):
     run(tmp_path / "necessity", 5.0, steps=0, beta=0.1)
     frames = kept(tmp_path / "kept", token_level.read, str(tmp_path / "strength"), str(tmp_path / "necessity"))
     tables, _ = token_level.study(frames)
-    assert tables["figure_2"].index.tolist()[:2] == ["</s>", "sure"]
-    assert set(tables["figure_2"].index) == {"</s>", "sure", "null", "a"} or seeds == 1
+    often = ["</s>", "sure", "null", "a"] if seeds == 3 else []  # of one seed 80 times each, and not 100
+    assert tables["figure_2"].index.tolist() == often
     claims = tables["claims_of_tokens"]
     assert [claim.split(".")[0] for claim in claims.index] == ["3a", "3b", "3c", "3d"]
     decided = ["supports", "supports", "supports", "supports"]
