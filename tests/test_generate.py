@@ -151,6 +151,14 @@ def test_the_second_run_of_a_sweep_samples_nothing(tmp_path, llama, monkeypatch)
     assert generate.preferences(*llama, prompts, lengths, config(tmp_path), "w") == first
 
 
+def test_how_the_tokenizer_was_called_before_is_no_part_of_the_key(llama):
+    model, tokenizer = llama
+    before = sampling.inputs(model, tokenizer, [[1, 2]])
+    tokenizer(["a", "a longer text"], truncation=True, max_length=2)
+    assert sampling.inputs(model, tokenizer, [[1, 2]]) == before
+    assert sampling.inputs(model, tokenizer, [[1, 3]]) != before
+
+
 def test_pairs_are_made_again_when_what_decides_them_changes(tmp_path, llama, monkeypatch):
     model, tokenizer = llama
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -94,10 +95,18 @@ def inputs(
     """What decides `sample` besides the weights and its options, for a cache key."""
     return {
         "prompt_ids": digest(list(prompts)),
-        "tokenizer": digest(tokenizer.backend_tokenizer.to_str()),  # makes text of ids
+        "tokenizer": digest(_state(tokenizer)),  # makes text of ids
         "ends": ends(tokenizer, model.generation_config),
         "sampling": SAMPLING_VERSION,
     }
+
+
+def _state(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that a tokenizer is, without how the last call to it had texts padded and cut."""
+    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    return copy.to_str()
 
 
 @contextmanager
