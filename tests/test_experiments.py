@@ -1,6 +1,7 @@
 """Experiment files: their grids become runs, the command line wins over them, and no run is named after one."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -10,6 +11,7 @@ from test_launch import said, states, tree  # noqa: F401
 
 from dpo.config import check
 from dpo.plan import resolve
+from dpo.signature import binds
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*(ROOT / "experiments/figure").glob("*.yaml"), *(ROOT / "experiments/table").glob("*.yaml")])
@@ -92,6 +94,10 @@ def test_every_experiment_can_be_planned(file):
             assert config.hydra.mode.name == "MULTIRUN"
             assert config.name == file.stem
             check(resolve(config))
+        for launcher in ("local", "slurm"):  # an experiment says nothing of the machine that it runs on
+            config = compose("train", [*grid(file)[0], f"hydra/launcher={launcher}"], return_hydra_config=True)
+            node: Any = OmegaConf.to_container(config.hydra.launcher)
+            assert not binds("hydra.launcher", {key: value for key, value in node.items() if key != "_convert_"}, ())
     header = file.read_text().split("defaults:")[0]
     assert f"python -m dpo.train {file.parent.name}={file.stem}" in header
     index = (ROOT / "experiments/README.md").read_text()
