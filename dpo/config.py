@@ -158,7 +158,6 @@ class Sft:
 SCHEMAS = {"score": Score, "sft": Sft, "train": Train}  # by command, the verb that executes the run
 for verb, schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{verb}_schema", node=schema)
-
 # Group -> arguments that its function receives when it is called, not from the config.
 OPEN_GROUPS = {"data": (), "judge": ("prompt", "responses"), "loss": ("pair",), "reference": ()}
 
@@ -266,8 +265,8 @@ def _values(config: dict[str, Any]) -> list[str]:
     if found := [key for key, value in flatten(config).items() if "${" in str(value)]:
         return [f"{key} must be a value, got an interpolation, ${{...}}" for key in found]
     try:
-        ours = {key: value for key, value in config.items() if key not in RECORDED}
-        typed = OmegaConf.merge(OmegaConf.structured(SCHEMAS[config["command"]]), ours)
+        typed = OmegaConf.structured(SCHEMAS[config["command"]])
+        typed.merge_with({key: value for key, value in config.items() if key not in RECORDED})
     except OmegaConfBaseException as error:
         return [str(error).split("\n    full_key:")[0]]
     return [f"{key} must be given, found none" for key in sorted(OmegaConf.missing_keys(typed))]
