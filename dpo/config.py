@@ -160,7 +160,6 @@ class Sft:
 SCHEMAS = {"score": Score, "sft": Sft, "train": Train}  # by command, the verb that executes the run
 for verb, schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{verb}_schema", node=schema)
-
 # Group -> arguments that its function receives when it is called, not from the config.
 OPEN_GROUPS = {"data": (), "judge": ("prompt", "responses"), "loss": ("pair",), "reference": ()}
 
