@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -165,6 +166,7 @@ def _beside_others(directory: Path) -> Iterator[None]:
 
     with open(mark, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        print(socket.gethostname(), end="", file=file, flush=True)
         threading.Thread(target=watch, daemon=True).start()
         try:
             yield
@@ -191,8 +193,11 @@ def _killed(directory: Path, wait: bool = False) -> list[int]:
 
 
 def _abandoned(mark: Path) -> bool:
+    """Of this machine's ranks alone: there are file systems that do not tell one node of another's locks."""
     try:
         with open(mark) as file:
+            if file.read() != socket.gethostname():
+                return False
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return mark.exists()
     except OSError:  # it is held, or was taken away
