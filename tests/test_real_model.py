@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
-from dpo import score, sft, train
+from dpo import score, train
 from dpo.config import check, identity
 from dpo.data.batches import tokenize
 from dpo.data.records import read
@@ -42,7 +42,7 @@ from dpo.policy.logps import sequence_logps
 ROOT = Path(__file__).parent.parent
 HH = ROOT.parent / "shared" / "data" / "hh-harmless-base-1500.jsonl.gz"
 LAYERS, TRAIN, STEPS, BETAS, LR = 2, 4, 3, (0.1, 0.5), 1e-5
-SHORT = 260  # characters of a dialogue
+SHORT = 200  # characters of a dialogue
 TALK = "\n\nHuman: How do I {}?\n\nAssistant:"
 INVENTED = [  # rows as those of HH, for where it is not
     {"chosen": TALK.format(what) + good, "rejected": TALK.format(what) + bad}
@@ -81,7 +81,7 @@ def smol(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def given(smol, tmp_path_factory) -> list[str]:
-    """What all runs have in common: short dialogues as chats, two steps of SFT, three of DPO with all pairs in each."""
+    """What all runs have in common: short dialogues as chats, a step of SFT, three of DPO with all pairs in each."""
     folder = tmp_path_factory.mktemp("data")
     rows = [row for row in dialogues() if all(row[side].count("\n\nAssistant:") == 1 for side in row)]
     chats = [{side: chat(text) for side, text in row.items()} for row in rows]
@@ -89,8 +89,8 @@ def given(smol, tmp_path_factory) -> list[str]:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     return [
         *("data=file", f"data.path={folder / 'train.jsonl'}", f"data.validation_path={folder / 'held_out.jsonl'}"),
-        *(f"policy.base={smol}", f"lr={LR}", f"batch_size={TRAIN}", f"steps={STEPS}", "sft.steps=2", "sft.lr=1e-5"),
-        *("sft.batch_size=2", "schedule=constant", "warmup_steps=0", "max_length=200", "max_new_tokens=6", "threads=1"),
+        *(f"policy.base={smol}", f"lr={LR}", f"batch_size={TRAIN}", f"steps={STEPS}", "sft.steps=1", "sft.lr=1e-5"),
+        *("sft.batch_size=4", "schedule=constant", "warmup_steps=0", "max_length=200", "max_new_tokens=4", "threads=1"),
         *("evaluation.samples=1", "evaluate_every=0", "wandb.mode=disabled", f"cache={folder / 'cache'}"),
     ]
 
@@ -124,11 +124,22 @@ def sweep(given, tmp_path_factory) -> dict[float, Path]:
     """The two runs of `python -m dpo.train -m beta=...`, SFT included, by beta."""
     folder = tmp_path_factory.mktemp("runs")
     beta = f"beta={','.join(map(str, BETAS))}"
-    command = [sys.executable, "-m", "dpo.train", "-m", beta, *given, f"runs={folder}", "name=real"]
+    command = [
+        sys.executable,
+        "-m",
+        "dpo.train",
+        "-m",
+        beta,
+        *given,
+        f"runs={folder}",
+        "name=real",
+        "hydra.launcher.jobs=2",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("policy equal to reference") == len(BETAS)
-    assert done.stdout.count("padded rows") == 0  # packed ones are its own forward's
+    said = "".join(file.read_text() for file in (folder / "real").glob("*/log.txt"))
+    assert said.count("policy equal to reference") == len(BETAS)
+    assert said.count("padded rows") == 0  # packed ones are its own forward's
     assert (folder / "real" / "figure.png").exists()
     assert (folder / "real" / "table.csv").exists()
     return {OmegaConf.load(file).beta: file.parent for file in (folder / "real").glob("*/config.yaml")}
@@ -265,17 +276,3 @@ def test_scores_are_those_of_the_library(smol, given, tmp_path):
                 logps = model(torch.tensor([ids])).logits[0, len(start) - 1 : -1].log_softmax(-1)
             expected = logps.gather(-1, torch.tensor(ids[len(start) :])[:, None]).sum().item()
             assert line[f"{side}_logprob"] == pytest.approx(expected, rel=2e-6)
-
-
-def test_sft_by_itself(smol, given, tmp_path):
-    config = frozen(
-        "sft", *(one for one in given if not one.startswith(("lr=", "batch_size", "steps", "schedule", "warmup")))
-    )
-    sft.run(config, tmp_path)
-    losses = [row["loss"] for row in metrics(tmp_path)]
-    assert len(losses) == 2
-    assert all(math.isfinite(loss) for loss in losses)
-    assert (
-        load_file(tmp_path / "policy" / "model.safetensors").keys()
-        == load_file(Path(smol) / "model.safetensors").keys()
-    )
