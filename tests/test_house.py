@@ -7,9 +7,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # imports go to a lower layer, or to the same one where it says so
-    {"training", "cache", "signature", "squeue", "directory"},
+    {"HOME", "training", "cache", "signature", "squeue", "directory"},
     {"config", "data.records", "alpaca_eval"},
-    {"runs", "drawing", "losses", "data.tokens", "data.world", "data.hub", "data.batches", "data.truncation"},
+    {
+        "runs",
+        "drawing",
+        "losses",
+        "data.chats",
+        "data.tokens",
+        "data.world",
+        "data.hub",
+        "data.batches",
+        "data.truncation",
+    },
     {"policy", "run", "plan"},
     {"reference", "judges", "launch", "selection", "slurm", "inputs", "rehearse"},
     {"evaluate", "generate", "pretrain"},

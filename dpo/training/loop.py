@@ -90,7 +90,7 @@ def fit(
     run = " ".join([f"settings={log.run_id}", *(f"{what}={value[:16]}" for what, value in (inputs or {}).items())])
     checkpoints = Checkpoints(directory, model, optimizer, scheduler, extra=extra, run=run, keep=checkpoints_kept)
     saved, evaluated = checkpoints.restore()
-    done = proved = saved
+    done = saved
     log.epoch_steps = len(batches)
     log.rewind(done or -1, evaluated)
     if done and is_main():
@@ -99,14 +99,10 @@ def fit(
     def due(every: int) -> bool:
         return done == steps or (every > 0 and done % every == 0)
 
-    micro_batches: Sequence[AnyBatch] = ()
     bar: progress[None] = progress(total=steps, name=name, first=done)
     with _signals() as received, bar, checkpoints:
         while True:
             stop = any_true(bool(received) or checkpoints.failed)
-            if done > proved and (stop or due(evaluate_every) or due(checkpoint_every)):
-                _prove(model, micro_batches[-1].to(device), step, products, done, saved)
-                proved = done
             if evaluate and not (evaluated or stop) and (done == 0 or due(evaluate_every)):
                 with _undisturbed(model):
                     evaluate(done)
@@ -189,23 +185,6 @@ def refuse(what: str, found: str, rows: list[int], name: Callable[[int], str], a
     """Stop at a number that is not finite, and name the rows of all ranks that it comes from; all ranks must call."""
     named = "".join(f"\n  {name(row)}" for row in sorted(set(gathered(rows))))
     raise RuntimeError(f"{what} must be finite, got {found} from{named}\n{advice}")
-
-
-def _prove(
-    model: nn.Module, batch: AnyBatch, step: Step[AnyBatch], products: torch.autocast, done: int, saved: int
-) -> None:
-    """What is saved and evaluated has finite weights, and gives finite losses: a step can leave what the next one only
-    would refuse, and no run could go on from there.
-    """
-    with _undisturbed(model), products:
-        losses, _ = step(batch)
-    local = (one.to_local() if isinstance(one, DTensor) else one for one in model.parameters())
-    if any_true(not all(one.detach().isfinite().all() for one in (losses, *local))):
-        kept = f"that of step {saved} is intact" if saved else "none was saved before"
-        raise RuntimeError(
-            f"weights and losses after optimizer step {done} must be finite, found some that are not: training "
-            f"diverged. No checkpoint of it is saved, {kept}; lower the learning rate"
-        )
 
 
 @contextlib.contextmanager
