@@ -327,7 +327,7 @@ def test_a_process_is_ended_and_started_again(tmp_path, number):
     uninterrupted = start(whole.directory, held=False)
     process = start(cut.directory, held=True)
     metrics = cut.directory / "metrics.jsonl"
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 32):  # 29 steps, evaluations before and in
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 33):  # 29 steps, evaluations before and in
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
