@@ -23,6 +23,7 @@ from dpo.cache import digest
 from dpo.data.batches import Batch, Pair, Tokens, encode_prompts, tokenize
 from dpo.data.records import Preference, listed, parse, preference
 from dpo.data.tokens import vocabulary
+from dpo.losses import rounding
 from dpo.policy import model as models
 from dpo.policy.logps import sequence_logps
 from dpo.policy.scoring import LIVE, off_by, score
@@ -33,7 +34,6 @@ TOO_LONG = (
     "drop. These go by the policy's tokens alone: every reference scores the text that the policy is trained on, or "
     "their runs would not compare."
 )
-ROUNDING = 2e-2  # by which two bf16 passes over a text differ at most, relative to its log-prob or to 10 nats
 
 
 class Reference(Protocol):
@@ -271,9 +271,9 @@ class Given(Tabled):
         files = sorted([*path.rglob("*.jsonl"), *path.rglob("*.jsonl.gz")]) if path.is_dir() else [path]
         known: dict[str, float] = {}
         for file in files:
-            for where, (pair, logps) in parse(file, _scored):
-                for content, logp in zip(_contents(pair), logps, strict=True):
-                    if abs(known.setdefault(content, logp) - logp) > ROUNDING * max(abs(logp), 10):
+            for where, (told, logps) in parse(file, _scored):
+                for content, logp in zip(_contents(told), logps, strict=True):
+                    if abs(known.setdefault(content, logp) - logp) > rounding(torch.tensor(logp), "bf16"):
                         raise ValueError(f"{file}, {where}: log-prob {logp}, but {known[content]} for the same text")
         self.table, self.lengths, self.origin = {}, {}, digest(known)
         for split, items in pairs.items():

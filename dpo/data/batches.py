@@ -164,8 +164,9 @@ def _pair(item: Encoded, preference: Preference, tokenizer: PreTrainedTokenizerB
         unwritten = any(skipped.intersection(body) for body in bodies) or any(
             "\ufffd" in text for name, text in texts.items() if name != "prompt"
         )
-    text = replace(preference, **texts, **ended, token_ids=ids)
-    return Pair(item.prompt_ids, *item.response_ids, text, cut, unwritten)
+    told: dict[str, Any] = {**texts, **ended}
+    chosen, rejected = item.response_ids
+    return Pair(item.prompt_ids, chosen, rejected, replace(preference, **told, token_ids=ids), cut, unwritten)
 
 
 def tokenize_demonstrations(
