@@ -73,6 +73,15 @@ def config(directory: Path) -> dict[str, Any]:
     choices = content.get("choices", {})
     if not isinstance(choices, dict) or not all(isinstance(one, str) for pair in choices.items() for one in pair):
         raise _damaged(file, "the settings of a run", f"choices={choices!r}", cure)
+    recorded = content.get("provenance", {})
+    told = [recorded.get(key, {}) if isinstance(recorded, dict) else None for key in ("overrides", "inputs")]
+    words = [*(told[0] or ()), *told[1].values()] if isinstance(told[1], dict) else [None]
+    if not isinstance(told[0], list | dict) or not all(isinstance(one, str) for one in words):
+        raise _damaged(file, "the settings of a run", f"provenance={str(recorded)[:60]}", cure)
+    try:
+        json.dumps(content)
+    except TypeError as error:
+        raise _damaged(file, "the settings of a run", str(error), cure) from error
     return deepcopy(content)
 
 

@@ -4,6 +4,7 @@ The planner records it in the run's config (`provenance.inputs`), and the run co
 """
 
 import hashlib
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from dpo.data.records import Dataset, contents
 from dpo.policy.model import whereabouts
 from dpo.signature import call
 
-SUFFIXES = (".safetensors", ".json", ".jsonl", ".gz", ".jinja", ".model", ".txt", ".py")  # of what is read, no README
+CONFIG = "config.json"  # of a model
+SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # of what is read, no README
 PLACES, BLOCK = 64, 2**16  # of a large file so many blocks of so many bytes are read
 
 
@@ -36,9 +38,20 @@ def models(config: Any) -> dict[str, str]:
     """Digests of the folders and files that a config names as its policy and reference; none of what is on the hub."""
     policy, reference = config["policy"], config.get("reference") or {}
     paths = {"policy": policy["path"] or policy["base"], "reference": reference.get("path")}
-    given = {key: Path(path) for key, path in paths.items() if path is not None}
-    local = {key: path if path.is_file() else Path(whereabouts(str(path))) for key, path in given.items()}
+    local = {key: _place(path) for key, path in paths.items() if path is not None}
     return {key: sketch(path) for key, path in local.items() if path.exists()}
+
+
+def _place(path: str) -> Path:
+    """The folder of a model, or a file or folder of log-probs, which no model's config is in."""
+    there = Path(path).expanduser()
+    scores = there.is_file() or (there.is_dir() and next(_scores(there), None) and not (there / CONFIG).exists())
+    return there if scores else Path(whereabouts(path))
+
+
+def _scores(folder: Path) -> Iterator[Path]:
+    """As `reference=given` finds them."""
+    return (file for file in sorted(folder.rglob("*")) if file.name.endswith((".jsonl", ".jsonl.gz")))
 
 
 @lru_cache
@@ -47,7 +60,10 @@ def sketch(path: Path) -> str:
 
     Weights that were trained again differ everywhere. (A run tells its weights by all their bytes when it has them.)
     """
-    files = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES] if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        of_model = (file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES)
+        files = list(of_model if (path / CONFIG).exists() else _scores(path))
     lines = []
     for file in files:
         size, content = file.stat().st_size, hashlib.sha256()
@@ -56,5 +72,5 @@ def sketch(path: Path) -> str:
             for place in range(places):
                 stream.seek((size - BLOCK) * place // (places - 1) if place else 0)
                 content.update(stream.read(BLOCK))
-        lines.append(f"{file.name if path.is_dir() else ''} {size} {content.hexdigest()}\n")
+        lines.append(f"{file.relative_to(path)} {size} {content.hexdigest()}\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]

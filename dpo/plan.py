@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo import HOME, runs
 from dpo.config import HOMES, NAME_BYTES, RECORDED, decisive, faults, flatten, identity, incidental
+from dpo.directory import config as config_of
 
 INPUTS = {  # what a run is made from beside its settings: see dpo.inputs
     "data": "the data",
@@ -52,14 +53,28 @@ class Run:
     asked: str  # the name by its overrides; the same settings may be on disk under another
 
     def freeze(self) -> None:
-        """Write the directory's config.yaml; it appears whole or not at all."""
+        """Write the directory's config.yaml; it appears whole or not at all.
+
+        Raises: FileExistsError if another sweep has planned other settings there in the meantime.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
+        file = self.directory / "config.yaml"
         unfinished = self.directory / f"config.{os.getpid()}.unfinished"
         unfinished.write_text(
             f"# The settings of this run, all of them. python -m dpo.run {self.directory}\n"
             + OmegaConf.to_yaml(OmegaConf.create(self.config))
         )
-        unfinished.replace(self.directory / "config.yaml")
+        try:
+            os.link(unfinished, file)  # fails where there is one
+        except FileExistsError:
+            if config_of(self.directory).get("id") != self.config["id"]:
+                raise FileExistsError(
+                    f"{self.directory} was planned with other settings by another command meanwhile; the same command "
+                    "again takes another name for it"
+                ) from None
+            unfinished.replace(file)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 def plan(composed: Sequence[Composed]) -> tuple[list[Run], list[Refused]]:
@@ -173,7 +188,8 @@ class Folder:
         """
         varying = {key: value for key, value in given.items() if key in swept or self._on_disk(key) - {value}}
         id, everything = frozen["id"], name(given, frozen["id"])
-        more = {key: _shown(frozen, key) for key, _ in _words(self.runs.get(everything, {}))}
+        known = flatten(frozen)
+        more = {key: _shown(frozen, key) for key, _ in _words(self.runs.get(everything, {})) if key in known}
         return [name(varying or given, id), everything, name({**more, **given}, id), name(given, id, cut=True)]
 
     def _on_disk(self, key: str) -> set[str]:

@@ -43,7 +43,10 @@ class Rehearsal:
         tried = [self._once(*attempt) for attempt in attempts]
         if problems := [problem for _, problem in tried if problem is not None]:
             return {"problems": problems, "inputs": {}}
-        return {"problems": [], "inputs": {"data": tried[0][0], **inputs.models(config)}}
+        models, problem = self._once(inputs.models, {key: config.get(key) for key in ("policy", "reference")})
+        if problem is not None:
+            return {"problems": [problem], "inputs": {}}
+        return {"problems": [], "inputs": {"data": tried[0][0], **models}}
 
     def _once(self, function: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
         key = f"{function.__name__} {json.dumps(arguments)}"
@@ -59,7 +62,7 @@ class Rehearsal:
 
 def _data(node: dict[str, Any]) -> str:
     for key, value in node.items():
-        if key.endswith("path") and value is not None and not Path(value).exists():
+        if key.endswith("path") and value is not None and not Path(value).is_file():
             raise ValueError(f"data.{key} must be a file of records, found none at {value}; check the path")
     return contents(call(node))
 

@@ -43,6 +43,7 @@ def execute(directory: Path) -> int:
         return FAILED
     if wrong := damage(directory):
         print(wrong, file=sys.stderr, flush=True)
+        _record(directory, "Damaged", wrong, "")
         return FAILED
     if (directory / "evaluation.json").exists():
         print(f"{directory} is finished")

@@ -51,8 +51,8 @@ def run(config: DictConfig, directory: Path) -> None:
         if sharding.is_main():
             evaluate.finish(directory, {"seconds": time.monotonic() - began})
         return
-    reference.check(config.policy.path or config.policy.base, config)
     dataset = load(config)
+    reference.check(config.policy.path or config.policy.base, config)
     start, policy, _, pairs = prepare(config, dataset, call(config.judge))
     say(f"reference: {reference.prepare(start, policy, pairs, config)}")
     sharding.leave()

@@ -173,7 +173,8 @@ def self_check(
         return f"self-check: |loss - ln 2| = {off:.1e} before training; the reference is not the initial policy"
     ours = torch.cat([pair.policy_chosen_logps, pair.policy_rejected_logps])  # (2B,)
     theirs = torch.cat([pair.reference_chosen_logps, pair.reference_rejected_logps])
-    if wrong := differing(ours, theirs, config.precision):
+    wrong = differing(ours, theirs, config.precision)
+    if sharding.any_true(bool(wrong)):  # all ranks go through the forward of a sharded model
         alike = branched([pairs[row].branches for row in batch.index.tolist()], packed=False).to(batch.index.device)
         with autocast(config.precision, batch.index.device):
             forward, _ = sequence_logps(policy, alike)
@@ -184,7 +185,7 @@ def self_check(
             blamed = f"scores in {reference.folder} are damaged: delete it to score again"
         raise RuntimeError(
             "policy and reference are the same model before training, so their log-probs of a response must agree, "
-            f"found {wrong}; {blamed}"
+            f"found {wrong or 'others on another process'}; {blamed}"
         )
     worst = (ours - theirs).abs().max().item()
     return f"self-check: |loss - ln 2| = {off:.1e}, policy equal to reference (log-probs within {worst:.1e} nats)"

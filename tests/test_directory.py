@@ -51,6 +51,11 @@ SETTINGS = {
     "a text": b"finished\n",
     "no mapping of choices": b"beta: 0.1\nchoices: [dpo]\n",
     "a choice that is none": b"beta: 0.1\nchoices: {loss: [dpo]}\n",
+    "no record": b"beta: 0.1\nprovenance: null\n",
+    "no list of overrides": b"beta: 0.1\nprovenance: {overrides: null}\n",
+    "overrides of numbers": b"beta: 0.1\nprovenance: {overrides: [1, 2]}\n",
+    "inputs of numbers": b"beta: 0.1\nprovenance: {overrides: [], inputs: {data: 1}}\n",
+    "bytes": b"beta: 0.1\nseed: !!binary aGk=\n",
     "nested": b"a: " + b"[" * 200,
 }
 CASES = [

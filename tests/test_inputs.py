@@ -1,14 +1,18 @@
 """A run tells its data and models by their content, and notices when they are others than it was planned with."""
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
 from dpo import inputs
-from dpo.data.records import Dataset, Demonstration, Preference, contents
+from dpo.data.records import Dataset, Demonstration, Preference, TokenIds, contents
 from dpo.data.world import world
+from dpo.policy.model import WORLD_BASE
 
 ROWS = [{"prompt": str(n), "chosen": "yes", "rejected": "no"} for n in range(40)]
 
@@ -36,6 +40,24 @@ def test_whatever_a_run_learns_from_is_told_apart():
     assert contents(small[0]) == contents(small[1]) != contents(small[2])
 
 
+def test_pairs_that_a_policy_sampled_are_told_by_their_tokens():
+    pairs = [Preference("a", "b", "c", token_ids=TokenIds("words", [1], [2, last], [3, 0])) for last in (0, 4)]
+    assert len({contents(Dataset([], {"train": [pair]}, {})) for pair in pairs}) == 2
+
+
+def test_scores_of_a_reference_are_told_however_deep_they_lie(tmp_path):
+    """As `reference=given` reads them: a sweep's folder of `dpo.score`, or a file."""
+    folder = tmp_path / "scores" / "beta=1"
+    folder.mkdir(parents=True)
+    settings = {"policy": {"path": None, "base": "world"}, "reference": {"path": str(tmp_path / "scores")}}
+    found = set()
+    for logp in (-1.0, -2.0):
+        write(folder / "train.jsonl", [ROWS[0] | {"chosen_logprob": logp, "rejected_logprob": -3.0}])
+        inputs.sketch.cache_clear()
+        found.add(inputs.models(settings)["reference"])
+    assert len(found) == 2
+
+
 def test_a_field_that_is_new_changes_no_digest():
     @dataclass(frozen=True)
     class Later(Preference):
@@ -49,8 +71,9 @@ def test_a_run_refuses_inputs_that_it_was_not_planned_with(tmp_path):
     data, model = tmp_path / "pairs.jsonl", tmp_path / "model"
     write(data, ROWS)
     model.mkdir()
+    shutil.copy(WORLD_BASE / "config.json", model)
     weights = model / "model.safetensors"
-    weights.write_bytes(bytes(2**23))
+    save_file({"some.weight": torch.zeros(2**21)}, weights)
     node = {"_target_": "dpo.data.records.file", "path": str(data), "validation_path": None}
     node |= {"validation_fraction": 0.2, "on_faulty": "error"}
     settings = {"data": node, "policy": {"path": str(model), "base": None}, "reference": {"path": str(data)}}
@@ -66,7 +89,7 @@ def test_a_run_refuses_inputs_that_it_was_not_planned_with(tmp_path):
     with pytest.raises(RuntimeError, match="found another data and another reference; put back"):
         inputs.load(frozen)
     write(data, ROWS)
-    weights.write_bytes(bytes(2**22) + b"\1" * 2**22)  # of the same size
+    save_file({"some.weight": torch.cat([torch.zeros(2**20), torch.ones(2**20)])}, weights)  # of the same size
     inputs.sketch.cache_clear()
     with pytest.raises(RuntimeError, match="found another policy; put back"):
         inputs.load(frozen)

@@ -22,7 +22,7 @@ import dpo
 from dpo import launch, runs
 from dpo import run as executing
 from dpo.config import identity
-from dpo.plan import Composed, Folder, _given, name, plan, resolve
+from dpo.plan import Composed, Folder, Run, _given, name, plan, resolve
 
 ROOT = Path(dpo.__file__).parents[1]
 
@@ -531,3 +531,14 @@ def test_sft_has_runs_of_its_own():
     planned, refused = plan([composed("sft.lr=0.01", command="sft")])
     assert not refused
     assert str(planned[0].directory) == "runs/sft/sft.lr=0.01"
+
+
+def test_two_sweeps_that_are_planned_at_once(tmp_path):
+    """Names hold what varies, so both may choose one: the second is told, and the settings of the first stay."""
+    one, same, other = (Run(tmp_path / "beta=0.1", {"id": id, "steps": 2}, "beta=0.1") for id in ("a", "a", "b"))
+    one.freeze()
+    same.freeze()
+    with pytest.raises(FileExistsError, match="planned with other settings by another command meanwhile"):
+        other.freeze()
+    assert [path.name for path in (tmp_path / "beta=0.1").iterdir()] == ["config.yaml"]
+    assert OmegaConf.load(tmp_path / "beta=0.1/config.yaml").id == "a"

@@ -71,6 +71,10 @@ class Dataset:
     on_faulty: OnFaulty = "error"  # what to do with pairs that are found faulty when they are tokenized
 
 
+def _plain(value: Any) -> Any:
+    return asdict(value) if isinstance(value, TokenIds) else value
+
+
 def contents(dataset: Dataset) -> str:
     """Digest of all texts and flags, in order; where they came from is no part of it. A field at its default is left
     out, so that a new one changes no digest.
@@ -78,7 +82,9 @@ def contents(dataset: Dataset) -> str:
 
     def rows(records: Sequence[Demonstration] | Sequence[Preference]) -> list[dict[str, Any]]:
         told = [(one.name, one.default) for one in (fields(records[0]) if records else ()) if one.compare]
-        return [{name: getattr(row, name) for name, usual in told if getattr(row, name) != usual} for row in records]
+        return [
+            {name: _plain(getattr(row, name)) for name, usual in told if getattr(row, name) != usual} for row in records
+        ]
 
     preferences = {split: rows(pairs) for split, pairs in dataset.preferences.items()}
     return digest([rows(dataset.demonstrations), preferences, dataset.prompts])[:16]

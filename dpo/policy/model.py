@@ -191,6 +191,11 @@ def whereabouts(path: str) -> str:
     parent = folder.parent
     named = not folder.is_absolute() and not path.startswith(".") and path.count("/") < 2  # as on the hub
     local = not named or (parent != Path(".") and parent.is_dir())
+    if folder.is_file():
+        raise ValueError(
+            f"{path} must be a folder with a model and its tokenizer, found a file; log-probs in files are read by "
+            "reference=given"
+        )
     if local and not folder.is_dir():
         raise ValueError(f"{path} must be a folder with a model and its tokenizer, found none; check the path")
     if not folder.is_dir():
