@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from datetime import date
 
 import pytest
@@ -156,10 +157,9 @@ def test_no_template_prints_today(monkeypatch, tiny_model, tmp_path):
     for refused in (lambda: tokenize([pair], free, 200, "error"), lambda: encode_prompts([ASKED], free, 200)):
         with pytest.raises(ValueError, match=r"prints today's date; set policy\.date=2024-07-26"):
             refused()
+    for folder in (tmp_path / "policy", tmp_path):  # a tokenizer is read beside its model
+        shutil.copytree(tiny_model("llama"), folder, dirs_exist_ok=True)
     free.save_pretrained(tmp_path)
-    for folder in (tmp_path, tmp_path / "policy"):  # a tokenizer is read beside its model
-        folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text('{"model_type": "llama"}')
     found = []
     for day in days:
         on(monkeypatch, day)
