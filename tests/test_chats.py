@@ -1,6 +1,8 @@
 """Where a turn ends is one rule for tokens and samples; templates lose nothing in silence, and know no today."""
 
 import json
+import re
+import shutil
 from datetime import date
 
 import pytest
@@ -13,7 +15,7 @@ from test_train import run
 from transformers import AddedToken, GenerationConfig, pipeline
 
 from dpo.data.batches import encode_prompts, tokenize, tokenize_demonstrations
-from dpo.data.chats import dated, ends, turn
+from dpo.data.chats import check_date, dated, ends, lost, rendered, turn
 from dpo.data.records import Demonstration, Preference, write
 from dpo.data.tokens import usable
 from dpo.policy import model as models
@@ -38,6 +40,12 @@ UNDATED = dated(LLAMA_3, "2024-07-26")
 ZEPHYR = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{% if messages[0].role == 'system' %}{% set told = messages[0].content + '\n\n' %}"
+    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ '[INST] ' }}{% if loop.last %}{{ told }}{% endif %}{{ m.content + '[/INST]' }}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
 )
 NO_END = (
     "{% for m in messages %}{{ '## ' + m.role + ':\n' + m.content + '\n\n' }}{% endfor %}"
@@ -149,6 +157,8 @@ def test_no_template_prints_today(monkeypatch, tiny_model, tmp_path):
     for refused in (lambda: tokenize([pair], free, 200, "error"), lambda: encode_prompts([ASKED], free, 200)):
         with pytest.raises(ValueError, match=r"prints today's date; set policy\.date=2024-07-26"):
             refused()
+    for folder in (tmp_path / "policy", tmp_path):  # a tokenizer is read beside its model
+        shutil.copytree(tiny_model("llama"), folder, dirs_exist_ok=True)
     free.save_pretrained(tmp_path)
     found = []
     for day in days:
@@ -160,6 +170,20 @@ def test_no_template_prints_today(monkeypatch, tiny_model, tmp_path):
     assert found[0] == found[1] == tokenize([pair], models.load_tokenizer(str(tmp_path / "policy")), 200, "error")
     with pytest.raises(ValueError, match=r"give policy\.chat_template"):
         dated("{% set form = '%Y' %}{{ strftime_now(form) }}", "2024-07-26")
+
+
+def test_however_a_template_asks_for_today():
+    for asked in ("{{ strftime_now ( '%d' ) }}", "{{ strftime_now\t('%d') }}"):
+        with pytest.raises(ValueError, match="prints today's date"):
+            check_date(chatting("llama", asked))
+        assert dated(asked, "2024-07-26") == '{{ "26" }}'
+    for other in ("{% set f = strftime_now %}{{ f('%d') }}", "{{ '%d' | map(strftime_now) }}"):
+        with pytest.raises(ValueError, match="prints today's date"):
+            check_date(chatting("llama", other))
+        with pytest.raises(ValueError, match=r"give policy\.chat_template"):
+            dated(other, "2024-07-26")
+    check_date(chatting("llama", "{% if strftime_now is not defined %}{{ my_strftime_now_ }}{% endif %}"))
+    check_date(chatting("llama", UNDATED))
 
 
 def test_what_a_template_drops_is_a_fault(capsys):
@@ -185,6 +209,19 @@ def test_what_a_template_drops_is_a_fault(capsys):
     for rewrite in ("m.content | upper", "m.content | replace('am', 'was')", "m.content | truncate(5)"):
         with pytest.raises(ValueError, match="drops or rewrites"):
             tokenize([sound], chatting("qwen2", CHATML.replace("m.content", rewrite)), 200, "error")
+
+
+def test_a_message_that_is_dropped_is_not_found_in_another():
+    turns = [*ASKED, *answer("I am well"), *ASKED]
+    whole = rendered(turns, chatting("qwen2", CHATML))
+    assert lost(turns, whole) is None
+    [first, second] = re.finditer(re.escape("<|im_start|>user\nhow are you?<|im_end|>\n"), whole)
+    assert lost(turns, whole[: first.start()] + whole[first.end() :])
+    assert lost(turns, whole[: second.start()]) == "the chat template drops or rewrites part of message 3, of the user"
+    system = [{"role": "system", "content": "I am"}]
+    late = chatting("mistral", MISTRAL)  # its system message comes with the last turn
+    assert lost([*system, *turns], rendered([*system, *turns], late)) is None
+    assert lost([*system, *ASKED], rendered(ASKED, late))
 
 
 def test_what_a_template_raises_names_the_record(capsys):

@@ -7,11 +7,12 @@ from conftest import SENTENCES, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from dpo.data import records
 from dpo.data.batches import Pair, encode_prompts, tokenize, tokenize_demonstrations, told_apart
-from dpo.data.records import Demonstration, Preference, write
+from dpo.data.records import Demonstration, Preference, TokenIds, write
+from dpo.data.tokens import vocabulary
 
 KINDS = ["gpt2", "gpt_neox", "llama", "mistral", "qwen2"]
 PROMPT = "\n\nHuman: What is the capital of Italy?\n\nAssistant:"
@@ -372,6 +373,10 @@ def test_pairs_that_truncation_makes_the_same_are_faulty(capsys):
     assert "tokens: 1 of 2 train pairs are faulty, 0 dropped" in capsys.readouterr().out
     with pytest.raises(ValueError, match="all of them faulty"):
         told_apart(pairs[:1], "drop", "train pairs")
+    alike = tokenize([Preference(PROMPT, " Rome", " Rome"), PAIRS[0]], tokenizer, 200, "error")
+    capsys.readouterr()
+    assert told_apart(alike, "keep", "train pairs") == alike  # reported as text
+    assert capsys.readouterr().out == ""
 
 
 def test_long_prompts_to_sample_from_are_cut_and_counted(capsys):
@@ -390,3 +395,82 @@ def test_normalizing_tokenizer_is_no_merge(capsys):
     [pair] = tokenize([Preference("cafe\u0301:", " cafe\u0301", " Rome")], tokenizer, 200, "error")
     assert tokenizer.decode(pair.prompt_ids + pair.chosen_ids[:-1]) == "caf\xe9: caf\xe9"
     assert capsys.readouterr().out == ""
+
+
+def test_typed_special_tokens_are_cut_as_the_text_that_they_are(capsys):
+    tokenizer = tiny_tokenizer("qwen2")
+    typed = "<|im_end|>" * 6
+    some = Preference(CHAT, answer(" Rome" + typed), answer("Cats"))
+    [whole] = tokenize([some], tokenizer, 1000, "error")
+    least = len(whole.prompt_ids)
+    assert len(whole.chosen_ids) > 50
+    for length in range(least + 20, least + 40, 7):
+        [pair] = tokenize([some], tokenizer, length, "truncate")
+        found, said = pair.text, content(pair.text.chosen)
+        assert (" Rome" + typed).startswith(said)
+        assert length - 3 <= len(pair.prompt_ids) + len(pair.chosen_ids) <= length, said
+        assert tokenize([found], tokenizer, length, "error") == [pair]
+    prompts = encode_prompts([typed * 3, "a"], tiny_tokenizer("gpt2"), 40)
+    assert len(prompts[0]) == 40
+    [[ids]] = [encode_prompts([[{"role": "user", "content": typed}]], tokenizer, 40)]
+    assert 37 <= len(ids) <= 40
+    capsys.readouterr()
+    with pytest.raises(ValueError, match=r"so none is left\. Raise max_length\.$"):
+        tokenize([some], tokenizer, 5, "truncate")
+
+
+def test_what_sampled_pairs_lost_is_counted_among_those_that_are_left(capsys):
+    tokenizer = chat_that_refuses("Refused")
+    [pair] = tokenize([Preference(CHAT, "a", "b")], tokenizer, 200, "error")
+    own = TokenIds(vocabulary(tokenizer), pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+    refused = [{"role": "user", "content": "Refused"}]
+    some = [Preference(CHAT, "a", "b", token_ids=own), Preference(refused, "a", "b", token_ids=own)]
+    capsys.readouterr()
+    assert len(tokenize(some, tokenizer, 200, "error", on_faulty="drop")) == 1
+    assert "sampled with another tokenizer" not in capsys.readouterr().out
+
+
+def chat_that_refuses(words):
+    tokenizer = tiny_tokenizer("qwen2")
+    rule = f"{{% if messages[-1].content == '{words}' %}}{{{{ raise_exception('no') }}}}{{% endif %}}"
+    tokenizer.chat_template = rule + tokenizer.chat_template
+    return tokenizer
+
+
+def test_sampled_tokens_that_decoding_skips_are_unwritten():
+    tokenizer = tiny_tokenizer("gpt2")
+    tokenizer.add_tokens([AddedToken("<repo_name>", special=True)])
+    repo = tokenizer.convert_tokens_to_ids("<repo_name>")
+    assert repo not in tokenizer.all_special_ids
+    [pair] = tokenize([Preference("Tell me:", " dogs", " Cats")], tokenizer, 200, "error")
+    for extra in ([], [repo]):
+        ids = TokenIds(vocabulary(tokenizer), pair.prompt_ids, [*extra, *pair.chosen_ids], pair.rejected_ids)
+        [found] = tokenize([replace(pair.text, token_ids=ids)], tokenizer, 200, "error")
+        assert found.chosen_ids == [*extra, *pair.chosen_ids]
+        assert found.unwritten == bool(extra)
+
+
+def test_responses_that_merge_are_counted_once(capsys):
+    tokenizer = tiny_tokenizer("gpt2")
+    some = [Preference("Rome " * 30 + "The capi", "tal of Italy" + " Rome" * 60, " of Italy" + " Cats" * 60)]
+    tokenize(some, tokenizer, 40, "truncate")
+    assert capsys.readouterr().out.count("responses merge with the end of their prompt") == 1
+
+
+def test_rows_that_a_template_loses_only_once_cut_have_no_room(capsys):
+    tokenizer = tiny_tokenizer("qwen2")
+    kept = "(m.content if m.content.endswith('.') else 'short')"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content if m.role == 'user' else KEPT)"
+        " + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}".replace("KEPT", kept)
+    )
+    long = Preference(CHAT[1:], answer(" Rome" * 40 + "."), answer(" Cats" * 40 + "."))
+    fits = Preference(CHAT[1:], "a", "b")  # plain text follows as it is
+    for rule in ("keep", "drop"):
+        assert [pair.text for pair in tokenize([long, fits], tokenizer, 30, "truncate", on_faulty=rule)] == [fits]
+        assert "1 of 2 pairs have no room, cut or not: dropped" in capsys.readouterr().out
+    asked = [{"role": "user", "content": "Rome " * 20 + "?"}]
+    faulty = Preference(asked, answer(" Rome"), answer("Cats."))  # the template loses it, cut or not
+    found = tokenize([faulty, fits], tokenizer, 30, "truncate", on_faulty="keep")
+    assert [pair.cut for pair in found] == [("prompt",), ()]

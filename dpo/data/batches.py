@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dpo.data.records import Demonstration, Preference, Text, listed, report
+from dpo.data.chats import special
+from dpo.data.records import Demonstration, Preference, Text, fault_of, listed, report
 from dpo.data.tokens import Encoded, decode, encode, encode_alone, vocabulary
 from dpo.data.truncation import cut_prompts, fitted
 
@@ -101,11 +102,14 @@ def tokenize(
 
 def told_apart(pairs: Sequence[Pair], on_faulty: str, what: str) -> list[Pair]:
     """The pairs to learn from: one whose responses have the same tokens is faulty, see `dpo.data.records.sound`. It
-    would have the loss ln 2 and no gradient.
+    would have the loss ln 2 and no gradient. With on_faulty="keep" those whose text is faulty were reported with it.
     """
-    same = [row for row, pair in enumerate(pairs) if pair.chosen_ids == pair.rejected_ids]
-    names = [(pairs[row].origin or f"row {row}, counted from 0") for row in same]
-    faults = [(name, "chosen and rejected have the same tokens") for name in names]
+    faults = []
+    for row, pair in enumerate(pairs):
+        reported = on_faulty == "keep" and not pair.cut and pair.text is not None and fault_of(pair.text) is not None
+        if pair.chosen_ids == pair.rejected_ids and not reported:
+            fault = "chosen and rejected have the same tokens" + " after on_too_long=truncate" * bool(pair.cut)
+            faults.append((pair.origin or f"row {row}, counted from 0", fault))
     kept = [pair for pair in pairs if on_faulty == "keep" or pair.chosen_ids != pair.rejected_ids]
     report(faults, len(pairs), len(pairs) - len(kept), on_faulty, "tokens", what)
     return kept
@@ -118,7 +122,7 @@ def _as_sampled(
 
     Raises: ValueError if they are not in its vocabulary, or not those of the text.
     """
-    sampled = sum(pair.token_ids is not None for pair in preferences)
+    sampled = sum(preferences[item.row].token_ids is not None for item in items)
     if not sampled:
         return list(items)
     own, known, found, wrong = vocabulary(tokenizer), set(tokenizer.get_vocab().values()), [], []
@@ -159,7 +163,7 @@ def _pair(item: Encoded, preference: Preference, tokenizer: PreTrainedTokenizerB
     if ids is not None and (cut or item.response_ids != [ids.chosen, ids.rejected]):
         ids = None
     if ids is not None:
-        skipped = set(tokenizer.all_special_ids)  # by decoding
+        skipped = set(special(tokenizer).values())  # by decoding
         bodies = [some[: len(some) - flag] for some, (_, flag) in zip(item.response_ids, item.responses, strict=True)]
         unwritten = any(skipped.intersection(body) for body in bodies) or any(
             "\ufffd" in text for name, text in texts.items() if name != "prompt"

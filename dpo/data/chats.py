@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from dpo.data.records import Text
 
 BREAK = "\ufdd0\ufdd1"  # two of the characters that Unicode keeps out of texts
-TODAY = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
+TODAY = re.compile(r"\bstrftime_now\s*\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
+DATED = re.compile(r"\bstrftime_now\b(?!\s+is\s+(?:not\s+)?defined\b)")  # to ask for it prints nothing
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,15 @@ def ends(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> list[int
     return sorted({_eos(tokenizer), *more, *_of_template(tokenizer)})
 
 
+def special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The tokens that decoding skips, by what they are written as: more than the tokenizer has roles for."""
+    found = {str(token): id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return found | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+
 def control(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """The tokens that a text never becomes, by what they are written as: special tokens, and the end of turn."""
-    found = {str(token): id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    found |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    found |= {str(tokenizer.convert_ids_to_tokens(id)): id for id in _of_template(tokenizer)}
+    found = special(tokenizer) | {str(tokenizer.convert_ids_to_tokens(id)): id for id in _of_template(tokenizer)}
     return {token: id for token, id in found.items() if len(token) > 1}  # no character is kept from a text
 
 
@@ -131,16 +136,35 @@ def rendered(messages: list[Any], tokenizer: PreTrainedTokenizerBase, **options:
 
 
 def lost(messages: Text, text: str) -> str | None:
-    """What a rendering lacks: each message must be in it, but for white space around it."""
-    for number, message in enumerate(messages if not isinstance(messages, str) else (), start=1):
-        if message["content"].strip() not in text:
-            return f"the chat template drops or rewrites part of message {number}, of the {message['role']}"
-    return None
+    """What a rendering lacks: each message must be in it after the one before, but for white space around it.
+
+    Some templates write a system message before the last turn instead.
+    """
+    if isinstance(messages, str):
+        return None
+    told = list(enumerate(messages, start=1))
+    system = [one for one in told if one[1]["role"] == "system"]
+    moved = [one for one in told if one not in system]
+    moved[-1:-1] = system
+    fault = None
+    for order in (told, moved):
+        at = 0
+        for number, message in order:
+            words = message["content"].strip()
+            at = text.find(words, at)
+            if at < 0:
+                found = f"the chat template drops or rewrites part of message {number}, of the {message['role']}"
+                fault = fault or found
+                break
+            at += len(words)
+        else:
+            return None
+    return fault
 
 
 def check_date(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise a ValueError if the chat template prints today's date: the same run would be another tomorrow."""
-    if "strftime_now(" in tokenizer.get_chat_template():
+    if DATED.search(tokenizer.get_chat_template()):
         raise ValueError(
             "the chat template must render a chat alike on every day, found one that prints today's date; set "
             "policy.date=2024-07-26, or any other day, to have it print that one: it stays with the policy"
@@ -150,7 +174,7 @@ def check_date(tokenizer: PreTrainedTokenizerBase) -> None:
 def dated(template: str, day: str) -> str:
     """The template with a day, 2024-07-26, in place of today's date."""
     made = TODAY.sub(lambda found: dumps(date.fromisoformat(day).strftime(found["format"])), template)
-    if "strftime_now(" in made:
+    if DATED.search(made):
         raise ValueError(
             "policy.date can stand for today's date where a chat template writes strftime_now with a format, found a "
             "template that does otherwise; give policy.chat_template"

@@ -184,7 +184,7 @@ def sound(records: Iterable[tuple[str, Preference | str]], on_faulty: str, sourc
     kept, faults, total = [], [], 0
     for where, pair in records:
         total += 1
-        fault = pair if isinstance(pair, str) else _fault(pair)
+        fault = pair if isinstance(pair, str) else fault_of(pair)
         if fault is not None:
             faults.append((where, fault))
         if not isinstance(pair, str) and (fault is None or on_faulty == "keep"):
@@ -411,7 +411,7 @@ def row(pair: Preference) -> dict[str, Any]:
     return texts | {name: flag for name, flag in flags.items() if not flag} | sampled
 
 
-def _fault(pair: Preference) -> str | None:
+def fault_of(pair: Preference) -> str | None:
     chosen, rejected = (text if isinstance(text, str) else text[-1]["content"] for text in (pair.chosen, pair.rejected))
     empty = [name for name, text in (("chosen", chosen), ("rejected", rejected)) if not text.strip()]
     if empty:

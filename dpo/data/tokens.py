@@ -56,6 +56,7 @@ class Encoded:
     responses: Sequence[tuple[Text, bool]]  # and whether each ended
     prompt_ids: list[int]
     response_ids: list[list[int]]
+    faulty: bool = False  # the chat template lost some of it, and it is kept
 
     @property
     def length(self) -> int:
@@ -103,7 +104,8 @@ def encoded(
     rows = [row for row in rows if row.fault is None or keep]
     starts = _prompts([row.prompt for row in rows], chat is not None, literal)
     pairs = [(start, text) for start, row in zip(starts, rows, strict=True) for text in row.responses]
-    ids = iter(_response_ids(pairs, literal))
+    responses_ids, merged = _response_ids(pairs, literal)
+    ids = iter(responses_ids)
     last = [literal.eos if chat is None else chat.end]
     items = []
     for start, row in zip(starts, rows, strict=True):
@@ -113,8 +115,13 @@ def encoded(
             continue
         sides = responses[row.number]
         tokens = [(one or []) + last * ended for one, (_, ended) in zip(found, sides, strict=True)]
-        items.append(Encoded(row.number, prompts[row.number], sides, start.ids, tokens))
+        items.append(Encoded(row.number, prompts[row.number], sides, start.ids, tokens, row.fault is not None))
     notes = []
+    if merged:
+        notes.append(
+            f"{merged} of {len(pairs)} responses merge with the end of their prompt when encoded together, so they are "
+            "encoded alone"
+        )
     typed = sum(any(BREAK in text for text in (row.prompt, *row.responses)) for row in rows)
     if typed:
         notes.append(f"special tokens are typed in {typed} of {len(prompts)} {{what}}; they stay text")
@@ -222,7 +229,7 @@ def _texts(
 
 def _prompts(texts: Sequence[str], chat: bool, literal: Literal) -> list[Prompt]:
     encoded = []
-    for text, (ids, encoding) in zip(texts, _tokens(texts, literal, special=not chat), strict=True):
+    for text, (ids, encoding) in zip(texts, encodings(texts, literal, special=not chat), strict=True):
         if not ids:
             raise ValueError("each prompt must have a token, found an empty prompt; remove it or write one")
         closed = len(ids) > 1 and encoding.token_to_chars(len(ids) - 1) is None
@@ -258,14 +265,16 @@ def _continuation(
     return text + chat.text * ended, fault
 
 
-def _response_ids(texts: Sequence[tuple[Prompt, str]], literal: Literal) -> list[list[int] | None]:
-    """What each text becomes after its prompt's ids, EOS not included; None if it becomes control tokens."""
+def _response_ids(texts: Sequence[tuple[Prompt, str]], literal: Literal) -> tuple[list[list[int] | None], int]:
+    """What each text becomes after its prompt's ids, EOS not included; None if it becomes control tokens. And how many
+    merge with the end of their prompt.
+    """
     if not texts:
-        return []
+        return [], 0
     found: dict[int, list[int]] = {}
     special = not texts[0][0].chat
     open_rows = [row for row, (prompt, _) in enumerate(texts) if not prompt.closed]
-    joint = _tokens([texts[row][0].text + texts[row][1] for row in open_rows], literal, special)
+    joint = encodings([texts[row][0].text + texts[row][1] for row in open_rows], literal, special)
     for row, (ids, encoding) in zip(open_rows, joint, strict=True):
         prompt = texts[row][0]
         if ids[: len(prompt.ids)] == prompt.ids:
@@ -273,23 +282,17 @@ def _response_ids(texts: Sequence[tuple[Prompt, str]], literal: Literal) -> list
             if last is None or last[1] <= len(prompt.text):  # else the token holds some of the response, too
                 found[row] = ids[len(prompt.ids) :]
     merged = len(open_rows) - len(found)
-    if merged:
-        print(
-            f"tokens: {merged} of {len(texts)} responses merge with the end of their prompt when encoded "
-            "together, so they are encoded alone",
-            flush=True,
-        )
     # Alone, but on a line of its own: some tokenizers put a space before the first word of a text.
     alone = [row for row in range(len(texts)) if row not in found]
-    [line] = [ids for ids, _ in _tokens(["\n"], literal, special=False)]
-    on_line = _tokens(["\n" + texts[row][1] for row in alone], literal, special=False)
-    bare = _tokens([texts[row][1] for row in alone], literal, special=False)
+    [line] = [ids for ids, _ in encodings(["\n"], literal, special=False)]
+    on_line = encodings(["\n" + texts[row][1] for row in alone], literal, special=False)
+    bare = encodings([texts[row][1] for row in alone], literal, special=False)
     for row, (ids, _), (bare_ids, _) in zip(alone, on_line, bare, strict=True):
         found[row] = ids[len(line) :] if ids[: len(line)] == line else bare_ids  # the line break merges, too
-    return [None if literal.typed(found[row], text) else found[row] for row, (_, text) in enumerate(texts)]
+    return [None if literal.typed(found[row], text) else found[row] for row, (_, text) in enumerate(texts)], merged
 
 
-def _tokens(texts: Sequence[str], literal: Literal, special: bool) -> Iterator[tuple[list[int], Encoding]]:
+def encodings(texts: Sequence[str], literal: Literal, special: bool) -> Iterator[tuple[list[int], Encoding]]:
     """Ids of each text, and the encoding that knows which characters a token stands for (None: added).
 
     special: with the tokenizer's own special tokens, but no EOS that it adds: texts here go on.

@@ -12,8 +12,9 @@ from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
+from dpo.data.chats import BREAK, Literal
 from dpo.data.records import Text, listed
-from dpo.data.tokens import Encoded, encode_alone, encoded
+from dpo.data.tokens import Encoded, encode_alone, encoded, encodings
 
 Spans = list[tuple[int, int]]  # of each token of a text its first character, and the one after its last
 
@@ -52,9 +53,13 @@ def fitted(
         responses = sum(before != after for both in sides for before, after in both)
         print(f"tokens: {found}: prompts cut from the left, {responses} responses from the right", flush=True)
         if lost := [names[item.row] for item in long if item.row not in cut]:
-            print(f"tokens: {len(lost)} of {len(items)} {what} have no room, cut or not: dropped:{listed(lost)}")
+            print(
+                f"tokens: {len(lost)} of {len(items)} {what} have no room, cut or not: dropped:{listed(lost)}",
+                flush=True,
+            )
     if not kept:
-        raise ValueError(f"{found}, so none is left. {advice}")
+        others = "" if on_too_long == "truncate" else ", or set on_too_long=truncate"
+        raise ValueError(f"{found}, so none is left. Raise max_length{others}.")
     return kept
 
 
@@ -67,7 +72,9 @@ def _cut(items: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, max_lengt
         for item, prompt in zip(items, prompts, strict=True)
     }
     whole = {item.row: [response for response, _ in item.responses] for item in items}
-    spans = {row: [_spans(_content(response), tokenizer) for response in responses] for row, responses in whole.items()}
+    literal = Literal(tokenizer)
+    spans = {row: [_spans(_content(response), literal) for response in responses] for row, responses in whole.items()}
+    faulty = {item.row for item in items if item.faulty}
     removed = {row: [0] * len(responses) for row, responses in whole.items()}
     done: dict[int, Encoded] = {}
     while pending:
@@ -78,6 +85,7 @@ def _cut(items: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, max_lengt
             tokenizer,
             keep=True,
         )
+        again = [now for now in again if not now.faulty or rows[now.row] in faulty]
         for number in faults.keys() - {now.row for now in again}:  # the template does not render what is left
             del pending[rows[number]]
         for now in again:
@@ -107,12 +115,12 @@ def cut_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, len
     cut = list(prompts)
     starts = dict(enumerate(encode_alone(prompts, tokenizer))) if prompts else {}
     pending = {row: start for row, start in starts.items() if len(start.ids) > lengths[row]}
-    removed = dict.fromkeys(pending, 0)
+    removed, literal = dict.fromkeys(pending, 0), Literal(tokenizer)
     while pending:
         rows = []
         for row, start in pending.items():
             removed[row] += len(start.ids) - lengths[row]
-            cut[row], more = _beginning(prompts[row], removed[row], tokenizer)
+            cut[row], more = _beginning(prompts[row], removed[row], literal)
             if more:
                 rows.append(row)
         again = zip(rows, encode_alone([cut[row] for row in rows], tokenizer) if rows else [], strict=True)
@@ -120,21 +128,21 @@ def cut_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, len
     return cut
 
 
-def _beginning(prompt: Text, tokens: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Text, bool]:
+def _beginning(prompt: Text, tokens: int, literal: Literal) -> tuple[Text, bool]:
     """The prompt without its first tokens, or of a chat with no less than these off; and whether more can go."""
     if isinstance(prompt, str):
-        spans = _spans(prompt, tokenizer)
+        spans = _spans(prompt, literal)
         last = len(spans) - 1  # one stays
         return prompt[spans[min(tokens, last) - 1][1] if last > 0 else 0 :], tokens < last
     first = next((place for place, one in enumerate(prompt) if one["role"] not in ("system", "developer")), 0)
     turns = [place for place in range(first, len(prompt)) if place == first or prompt[place]["role"] == "user"]
     gone = 0
     for start, end in pairwise(turns):
-        gone += sum(len(_spans(message["content"], tokenizer)) for message in prompt[start:end])
+        gone += sum(len(_spans(message["content"], literal)) for message in prompt[start:end])
         if gone >= tokens:
             return [*prompt[:first], *prompt[end:]], True
     message, *rest = prompt[turns[-1] :]
-    content, more = _beginning(message["content"], tokens - gone, tokenizer)
+    content, more = _beginning(message["content"], tokens - gone, literal)
     return [*prompt[:first], {**message, "content": str(content)}, *rest], more
 
 
@@ -150,6 +158,12 @@ def _content(response: Text) -> str:
     return response if isinstance(response, str) else response[-1]["content"]
 
 
-def _spans(text: str, tokenizer: PreTrainedTokenizerBase) -> Spans:
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return list(encoded["offset_mapping"])
+def _spans(text: str, literal: Literal) -> Spans:
+    broken = str(literal.text(text))
+    [(_, encoding)] = encodings([broken], literal, special=False)
+    places, at = [0], 0  # in the text, of each character of the broken one and its end
+    while at < len(broken):
+        width = len(BREAK) if broken.startswith(BREAK, at) else 1
+        places += [places[-1] + (width == 1)] * width
+        at += width
+    return [(places[first], places[last]) for first, last in encoding.offsets]
