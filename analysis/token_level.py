@@ -45,7 +45,8 @@ def tokens(run: str | Path, split: str = "validation") -> pd.DataFrame:
     run = Path(run)
     config: Any = OmegaConf.load(run / "config.yaml")
     config = OmegaConf.merge(config, {"per_token": True})
-    start, policy, tokenizer, pairs = score.prepare(config, call(config.data), call(config.judge))
+    tokenizer, pairs = score.encode(config, dataset := call(config.data))
+    start, policy, pairs = score.prepare(config, dataset, call(config.judge), tokenizer, pairs)
     asked = {split: pairs[split]}
     before, after = Initial(), Frozen(str(run / "policy"))
     for reference in (before, after):

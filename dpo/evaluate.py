@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.cache import digest, remember
 from dpo.data.batches import Batch, Batches, Branches, Pair, branched, dealt, encode_prompts, size
-from dpo.data.records import Dataset, Text
-from dpo.data.tokens import usable
+from dpo.data.records import Dataset, Text, listed
+from dpo.data.tokens import encode_alone, usable
+from dpo.data.truncation import cut_prompts
 from dpo.judges import Judge
 from dpo.policy import model as models
 from dpo.policy.logps import forward_tokens, packable, sequence_kl
@@ -64,7 +65,7 @@ def describe(
     judge: Judge | None,
     baseline: Sequence[str] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """A row per prompt with its response; their number `n`, and means: `length` in tokens without EOS, `ended`,
+    """A row per prompt with its response; their number `n`, and means: `length` in tokens without the end, `ended`,
     `repetition`, `broken` (see `is_broken`) and the judge's measures.
 
     Against `baseline` responses to the same prompts also `win_rate` (ties one half) and its 95 % interval.
@@ -112,14 +113,51 @@ def wilson(rate: float, n: int) -> tuple[float, float]:
 
 
 def test_prompts(dataset: Dataset, settings: Any, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
-    """The first `evaluation.prompts` of the test prompts, or all if there are fewer, which is said; without those that
-    are faulty under the tokenizer's chat template, see `dpo.data.tokens.usable`.
-    """
-    found = usable(dataset.prompts["test"], tokenizer, dataset.on_faulty, "test prompts")
+    """The first `evaluation.prompts` test prompts that are `fit_to_feed`, or all if there are fewer, which is said."""
+    found = fit_to_feed(dataset.prompts["test"], tokenizer, settings, dataset.on_faulty, "test prompts")
     asked = settings.evaluation.prompts
     if len(found) < asked and is_main():
         print(f"evaluation: on all {len(found)} test prompts; evaluation.prompts asks for {asked}", flush=True)
     return found[:asked]
+
+
+def fit_to_feed(
+    prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, settings: Any, on_faulty: str, what: str
+) -> list[Text]:
+    """The prompts to sample from: faulty ones by the rule for pairs, see `dpo.data.tokens.usable`, and by theirs, too,
+    those that leave no room for a response where they are cut: on_too_long=truncate or drop leaves them out.
+
+    what: what they are, for messages. Raises: ValueError for these with on_too_long=error, or if none is left.
+    """
+    return _with_room(prompts, usable(prompts, tokenizer, on_faulty, what), tokenizer, settings, what)
+
+
+def _with_room(
+    prompts: Sequence[Text],
+    found: list[Text],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Any,
+    what: str,
+    must: bool = False,
+) -> list[Text]:
+    """Those of `found` among `prompts` that can be cut to what the policy is fed; must: all have to."""
+    limit = settings.max_length - settings.max_new_tokens
+    long = [row for row, one in enumerate(encode_alone(found, tokenizer, what)) if len(one.ids) > limit]
+    cut = cut_prompts([found[row] for row in long], tokenizer, [limit] * len(long))
+    lengths = zip(long, encode_alone(cut, tokenizer, what) if cut else [], strict=True)
+    out = {row: len(one.ids) for row, one in lengths if len(one.ids) > limit}
+    if not out:
+        return found
+    names = [f"prompt {prompts.index(found[row])}, counted from 0: {length} tokens" for row, length in out.items()]
+    said = (
+        f"{len(out)} of {len(prompts)} {what} leave no room for a response, cut as far as can be, where {limit} tokens "
+        "are left for them"
+    )
+    if must or settings.on_too_long == "error" or len(out) == len(found):
+        advice = "" if must else ", or set on_too_long=drop to leave such prompts out"
+        raise ValueError(f"{said}:{listed(names)}\nRaise max_length, or lower max_new_tokens{advice}.")
+    print(f"tokens: {said}: dropped:{listed(names)}", flush=True)
+    return [prompt for row, prompt in enumerate(found) if row not in out]
 
 
 def repetition(tokens: Sequence[int]) -> float:
@@ -167,11 +205,22 @@ def _drawn(
 def answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, instructions: Sequence[dict[str, str]], settings: Any
 ) -> list[str]:
-    """The policy's responses to AlpacaEval's instructions: a user's turn, or plain text if it does not chat."""
+    """The policy's responses to AlpacaEval's instructions."""
+    prompts = questions(instructions, tokenizer, settings)
+    return [sample.text for sample in respond(model, tokenizer, prompts, settings, "policy to instructions")]
+
+
+def questions(instructions: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, settings: Any) -> list[Text]:
+    """AlpacaEval's instructions as prompts: a user's turn, or plain text if the policy does not chat.
+
+    Raises: ValueError if the policy cannot be fed one of them: its answers are compared with others' to all of them.
+    """
+    if not instructions:
+        return []
     chats = tokenizer.chat_template is not None
     texts = [one["instruction"] for one in instructions]
     prompts: list[Text] = [[{"role": "user", "content": text}] if chats else text for text in texts]
-    return [sample.text for sample in respond(model, tokenizer, prompts, settings, "policy to instructions")]
+    return _with_room(prompts, prompts, tokenizer, settings, "instructions of evaluation.instructions", must=True)
 
 
 def baseline(
@@ -231,7 +280,8 @@ def kl(
             plain[share], rao_blackwell[share] = log_ratios.cpu(), exact.cpu()
             bar.update(len(share))
     if bad := (~(plain + rao_blackwell).isfinite()).nonzero().flatten().tolist():
-        refuse(name, "another number", bad, lambda row: f"the response to test prompt {row}, counted from 0", DIVERGED)
+        values = ", ".join(str((plain + rao_blackwell)[row].item()) for row in bad[:3])
+        refuse(name, values, bad, lambda row: f"the response to test prompt {row}, counted from 0", DIVERGED)
     return plain, rao_blackwell
 
 

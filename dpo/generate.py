@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpo import evaluate
 from dpo.cache import digest, remember
 from dpo.data.batches import fed_prompts
 from dpo.data.records import Preference, Text, TokenIds, read, write, write_rows
@@ -26,16 +27,22 @@ def preferences(
     judge: Judge | None,
     config: Any,
     weights: str,
+    on_faulty: str = "error",
 ) -> dict[str, list[Preference]]:
     """On-policy preference pairs for the train and validation prompts, sampled once and shared by a sweep.
 
     They keep the token ids that were sampled, and of a prompt that was cut what the policy was fed. Every response is
-    kept with its judgement in `<split>.candidates.jsonl`. weights: the policy's fingerprint.
+    kept with its judgement in `<split>.candidates.jsonl`. weights: the policy's fingerprint. on_faulty: what to do with
+    prompts that the policy cannot be fed, see `dpo.evaluate.fit_to_feed`.
     """
     if judge is None:
         raise ValueError(f"data={config.data._target_} has prompts but no pairs, so judge must not be none")
     splits = ("train", "validation")
     limit = config.max_length - config.max_new_tokens
+    prompts = {
+        split: evaluate.fit_to_feed(prompts[split], tokenizer, config, on_faulty, f"{split} prompts")
+        for split in splits
+    }
     fed = {split: fed_prompts(prompts[split], tokenizer, limit) for split in splits}
     key = {
         "weights": weights,
@@ -83,9 +90,9 @@ def _pairs(
         name=f"sampling {split} pairs",
     )
     samples = [_whole_characters(one, tokenizer) for one in samples]
-    known, own = set(tokenizer.get_vocab().values()), vocabulary(tokenizer)
+    own = vocabulary(tokenizer)
     chance = random.Random(seed)
-    pairs, candidates, foreign = [], [], 0
+    pairs, candidates = [], []
     for row, (prompt, (start, _)) in enumerate(zip(prompts, fed, strict=True)):
         responses = samples[row * n : (row + 1) * n]
         judgements = judge(prompt, [response.text for response in responses])
@@ -93,22 +100,12 @@ def _pairs(
             {"prompt": prompt, "response": response.text, "ended": response.ended, **judgement}
             for response, judgement in zip(responses, judgements, strict=True)
         ]
-        scored = [
-            (judgement["score"], response)
-            for judgement, response in zip(judgements, responses, strict=True)
-            if known.issuperset(response.response_ids)
-        ]
-        foreign += n - len(scored)
+        scored = [(judgement["score"], response) for judgement, response in zip(judgements, responses, strict=True)]
         decisive = [pair for pair in combinations(scored, 2) if pair[0][0] != pair[1][0]]
         for pair in chance.sample(decisive, min(settings.pairs_per_prompt, len(decisive))):
             (_, worse), (_, better) = sorted(pair, key=lambda scored: scored[0])
             ids = TokenIds(own, better.prompt_ids, better.response_ids, worse.response_ids)
             pairs.append(Preference(start, better.text, worse.text, better.ended, worse.ended, token_ids=ids))
-    if foreign:
-        print(
-            f"{foreign} of {len(samples)} responses hold tokens that the tokenizer does not know: in no pair",
-            flush=True,
-        )
     if not pairs:
         raise RuntimeError(
             f"no two of the {len(samples)} responses to {len(prompts)} prompts differ in score; sample more responses "

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.cache import digest
 from dpo.data.batches import Batch, Pair, Tokens, encode_prompts, tokenize
-from dpo.data.records import Preference, listed, parse, preference
-from dpo.data.tokens import vocabulary
+from dpo.data.records import Preference, listed, parse, preference, report
+from dpo.data.tokens import encode_alone, encoded, vocabulary
 from dpo.losses import rounding
 from dpo.policy import model as models
 from dpo.policy.logps import sequence_logps
@@ -34,6 +34,10 @@ TOO_LONG = (
     "drop. These go by the policy's tokens alone: every reference scores the text that the policy is trained on, or "
     "their runs would not compare."
 )
+UNREAD = (
+    "The tokenizer and chat template of the reference do not render them whole, which data.on_faulty does not decide: "
+    "every reference of a sweep scores the same pairs. Take another reference, or remove these pairs from the data."
+)
 
 
 class Reference(Protocol):
@@ -41,7 +45,7 @@ class Reference(Protocol):
 
     anchor: str | None  # a model, other than the initial policy, whose KL to the policy has a meaning
     is_initial: bool  # starts as the initial policy: then the DPO loss is ln 2 before training
-    origin: str  # digest of what gives its log-probs; empty if that is the initial policy, or nothing
+    origin: str  # digest of what gives its log-probs: weights, or given numbers; empty if it moves or is uniform
 
     def check(self, initial: str, settings: Any) -> None:
         """Refuse what small files alone can tell, before SFT or sampling. initial: the policy, or its base.
@@ -205,9 +209,15 @@ class OtherTokenizer(Frozen):
         path = str(self.path)
         most = self.max_length or models.positions_of(path, settings.policy.trust_remote_code) or sys.maxsize
         texts = [pair.text for pair in pairs if pair.text is not None]
-        own = tokenize(
-            texts, tokenizer, most, "error", f"{split} pairs in the tokens of the reference {path}", TOO_LONG
-        )
+        what = f"{split} pairs in the tokens of the reference {path}"
+        try:
+            own = tokenize(texts, tokenizer, most, "error", what, TOO_LONG)
+        except ValueError:  # of faulty pairs it advises what helps the policy's tokens alone
+            sides = [[(text.chosen, text.chosen_ended), (text.rejected, text.rejected_ended)] for text in texts]
+            _, faults, _ = encoded([text.prompt for text in texts], sides, tokenizer, keep=False)
+            named = [(texts[row].origin or f"row {row}, counted from 0", faults[row]) for row in sorted(faults)]
+            report(named, len(texts), len(named), "error", "tokens", what, UNREAD)
+            raise
         if unread := [
             pair.origin or f"row {row}, counted from 0"
             for row, (pair, read) in enumerate(zip(pairs, own, strict=True))
@@ -241,6 +251,7 @@ class Prior(Frozen):
         self, pairs: Sequence[Pair], split: str, tokenizer: PreTrainedTokenizerBase, settings: Any
     ) -> list[Tokens]:
         if self.prompt:
+            encode_alone([self.prompt], tokenizer, "texts of reference.prompt")  # refused by its name
             [start] = encode_prompts([self.prompt], tokenizer, settings.max_length)
         else:
             start = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]

@@ -53,7 +53,7 @@ def run(config: DictConfig, directory: Path) -> None:
         return
     dataset = load(config)
     reference.check(config.policy.path or config.policy.base, config)
-    start, policy, _, pairs = prepare(config, dataset, call(config.judge))
+    start, policy, pairs = prepare(config, dataset, call(config.judge), *encode(config, dataset))
     say(f"reference: {reference.prepare(start, policy, pairs, config)}")
     sharding.leave()
     if not sharding.is_main():
@@ -81,34 +81,47 @@ def named(what: str, of_both: Sequence[Any]) -> dict[str, Any]:
     return dict(zip((f"chosen_{what}", f"rejected_{what}"), of_both, strict=True))
 
 
-def prepare(
-    config: DictConfig, dataset: Dataset, judge: Judge | None
-) -> tuple[str, PreTrainedModel, PreTrainedTokenizerBase, dict[str, list[Pair]]]:
-    """Where the initial policy is, that policy and its tokenizer, and the pairs of both splits in tokens.
-
-    The policy is trained first, and the pairs are sampled from it, where the config and the data bring none. Bad
-    pairs stop here, before any model is loaded. Several processes join here.
-    """
+def encode(config: DictConfig, dataset: Dataset) -> tuple[PreTrainedTokenizerBase, dict[str, list[Pair]]]:
+    """The policy's tokenizer, and the pairs that the data brings in tokens: bad ones stop here, before any model."""
     source, trusted = config.policy.path or config.policy.base, config.policy.trust_remote_code
     models.check_length(source, "max_length", config.max_length, trusted)
     tokenizer = models.load_tokenizer(source, trusted, config.policy.chat_template, config.policy.date)
+    return tokenizer, tokenized(dataset.preferences, tokenizer, config, dataset.on_faulty)
 
-    def tokenized(preferences: dict[str, list[Preference]]) -> dict[str, list[Pair]]:
-        rules, found = (config.max_length, config.on_too_long), {}
-        for split in SPLITS:
-            if split in preferences:
-                what, on_faulty = f"{split} pairs", dataset.on_faulty
-                pairs = tokenize(preferences[split], tokenizer, *rules, what, TOO_LONG, on_faulty)
-                found[split] = told_apart(pairs, on_faulty, what)
-        return found
 
-    pairs, device = tokenized(dataset.preferences), sharding.join(config.device)
+def tokenized(
+    preferences: dict[str, list[Preference]], tokenizer: PreTrainedTokenizerBase, config: DictConfig, on_faulty: str
+) -> dict[str, list[Pair]]:
+    rules, found = (config.max_length, config.on_too_long), {}
+    for split in SPLITS:
+        if split in preferences:
+            what = f"{split} pairs"
+            pairs = tokenize(preferences[split], tokenizer, *rules, what, TOO_LONG, on_faulty)
+            found[split] = told_apart(pairs, on_faulty, what)
+    return found
+
+
+def prepare(
+    config: DictConfig,
+    dataset: Dataset,
+    judge: Judge | None,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: dict[str, list[Pair]],
+) -> tuple[str, PreTrainedModel, dict[str, list[Pair]]]:
+    """Where the initial policy is, that policy, and the pairs of both splits in tokens. tokenizer, pairs: of `encode`.
+
+    The policy is trained first, and the pairs are sampled from it, where the config and the data bring none. Several
+    processes join here.
+    """
+    device = sharding.join(config.device)
     start = initial_policy(config, dataset, device)
+    trusted, rule = config.policy.trust_remote_code, dataset.on_faulty
     policy, _ = models.load(start, device, trusted, layout=sharding.layout(config))
     if not pairs:
         weights = models.fingerprint(policy)
-        pairs = tokenized(generate.preferences(policy, tokenizer, dataset.prompts, judge, config, weights))
-    return start, policy, tokenizer, pairs
+        sampled = generate.preferences(policy, tokenizer, dataset.prompts, judge, config, weights, rule)
+        pairs = tokenized(sampled, tokenizer, config, rule)
+    return start, policy, pairs
 
 
 def initial_policy(config: DictConfig, dataset: Dataset, device: torch.device) -> str:

@@ -52,9 +52,10 @@ def run(config: DictConfig, directory: Path) -> None:
     tokenizer = models.load_tokenizer(base, trusted, config.policy.chat_template, config.policy.date)
     rules = config.max_length, config.on_too_long, dataset.on_faulty
     items = tokenize_demonstrations(dataset.demonstrations, tokenizer, *rules)
+    test = evaluate.test_prompts(dataset, config, tokenizer)
+    evaluate.questions(instructions, tokenizer, config)  # what cannot be asked stops here, not after training
     device = sharding.join(config.device)
     model, _ = models.load(base, device, trusted, layout=sharding.layout(config))
-    test = evaluate.test_prompts(dataset, config, tokenizer)
     packed = packs(model, items, config)
     if config.recompute:
         models.recompute(model)

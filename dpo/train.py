@@ -30,7 +30,7 @@ from dpo.losses import PairLogps, dpo, metrics
 from dpo.policy import model as models
 from dpo.policy.logps import differing, forward_tokens, packable, sequence_logps
 from dpo.reference import Frozen, Reference
-from dpo.score import prepare, say
+from dpo.score import encode, prepare, say
 from dpo.selection import Selection
 from dpo.signature import call
 from dpo.training import sharding
@@ -51,9 +51,11 @@ def run(config: DictConfig, directory: Path) -> None:
     judge, loss = call(config.judge), call(config.loss)
     reference: Reference = call(config.reference)
     reference.check(config.policy.path or config.policy.base, config)
-    start, policy, tokenizer, pairs = prepare(config, dataset, judge)
-    weights, device, layout = models.fingerprint(policy), sharding.device_of(policy), sharding.layout(config)
+    tokenizer, pairs = encode(config, dataset)
     test = evaluate.test_prompts(dataset, config, tokenizer)
+    evaluate.questions(instructions, tokenizer, config)  # what cannot be asked stops here, not after training
+    start, policy, pairs = prepare(config, dataset, judge, tokenizer, pairs)
+    weights, device, layout = models.fingerprint(policy), sharding.device_of(policy), sharding.layout(config)
     baseline = evaluate.baseline(policy, tokenizer, test, config, weights) if judge else None
     say(f"reference: {reference.prepare(start, policy, pairs, config)}")
     packed = config.packed and packable(policy, [pair.branches for pair in pairs["train"]])

@@ -75,13 +75,52 @@ def test_the_interval_covers_the_true_rate(wins, ties):
     assert covered > (0.95 if ties > 0.1 else 0.92)
 
 
+def feeding(room: int, on_too_long: str = "error", prompts: int = 4):
+    lengths = {"max_length": room + 4, "max_new_tokens": 4, "on_too_long": on_too_long}
+    return OmegaConf.create({"evaluation": {"prompts": prompts}, **lengths})
+
+
 def test_fewer_test_prompts_than_asked_for_are_said(capsys):
     data = Dataset([], {}, {"test": ["a", "b", "c"]})
     words = tiny_tokenizer("gpt2")
-    assert evaluate.test_prompts(data, OmegaConf.create({"evaluation": {"prompts": 2}}), words) == ["a", "b"]
+    assert evaluate.test_prompts(data, feeding(60, prompts=2), words) == ["a", "b"]
     assert capsys.readouterr().out == ""
-    assert evaluate.test_prompts(data, OmegaConf.create({"evaluation": {"prompts": 4}}), words) == ["a", "b", "c"]
+    assert evaluate.test_prompts(data, feeding(60), words) == ["a", "b", "c"]
     assert capsys.readouterr().out == "evaluation: on all 3 test prompts; evaluation.prompts asks for 4\n"
+
+
+def test_test_prompts_without_room_follow_the_rule_for_pairs(capsys):
+    """A system message is never cut; plain turns are."""
+    tokenizer = tiny_tokenizer("qwen2")
+    told = [{"role": "system", "content": "Be brief. " * 20}, {"role": "user", "content": "hi"}]
+    fine, long = [{"role": "user", "content": "hi"}], [{"role": "user", "content": "hi " * 80}]
+    data = Dataset([], {}, {"test": [fine, told, long]})
+    with pytest.raises(ValueError, match=r"1 of 3 test prompts leave no room .* 40 tokens .*:\n  prompt 1, .*\nRaise"):
+        evaluate.test_prompts(data, feeding(40), tokenizer)
+    for rule in ("drop", "truncate"):
+        capsys.readouterr()
+        assert evaluate.test_prompts(data, feeding(40, rule), tokenizer) == [fine, long]
+        assert "40 tokens are left for them: dropped:\n  prompt 1, counted from 0: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="1 of 1 test prompts leave no room"):
+        evaluate.test_prompts(Dataset([], {}, {"test": [told]}), feeding(40, "drop"), tokenizer)
+
+
+def test_an_instruction_that_cannot_be_asked_is_refused_by_what_it_is():
+    tokenizer = tiny_tokenizer("qwen2")
+    asked = [{"instruction": text} for text in ("hi", "Rome")]
+    assert evaluate.questions([], tokenizer, feeding(40)) == []
+    assert [chat[0]["content"] for chat in evaluate.questions(asked, tokenizer, feeding(40))] == ["hi", "Rome"]
+    tokenizer.chat_template = "{% if 'Rome' in messages[0].content %}{{ raise_exception('no') }}{% endif %}" + (
+        tokenizer.chat_template
+    )
+    with pytest.raises(ValueError, match=r"1 of 2 instructions of evaluation.instructions are faulty") as error:
+        evaluate.questions(asked, tokenizer, feeding(40, "drop"))
+    assert "on_faulty" not in str(error.value)
+    with pytest.raises(
+        ValueError,
+        match=r"instructions of evaluation.instructions leave no room .*\n.*\n.* or lower max_new_tokens\.$",
+    ):
+        evaluate.questions(asked[:1], tokenizer, feeding(8, "drop"))
 
 
 def test_without_a_judge_only_the_shape_is_reported():
@@ -163,7 +202,9 @@ def test_kl_that_is_no_number_names_the_response(tiny_model):
         anchor.get_input_embeddings().weight[9] = math.nan
     samples = [Sample([5], [8, 7, 6], "", True), Sample([5], [9, 7, 6], "", True)]
     settings = SimpleNamespace(packed=False, micro_batch_tokens=100)
-    with pytest.raises(RuntimeError, match=r"kl must be finite, .* from\n  the response to test prompt 1,.*\nTraining"):
+    with pytest.raises(
+        RuntimeError, match=r"kl must be finite, got nan from\n  the response to test prompt 1,.*\nTraining"
+    ):
         evaluate.kl(policy, anchor, samples, settings)
 
 

@@ -151,6 +151,21 @@ def test_the_second_run_of_a_sweep_samples_nothing(tmp_path, llama, monkeypatch)
     assert generate.preferences(*llama, prompts, lengths, config(tmp_path), "w") == first
 
 
+def test_prompts_that_cannot_be_fed_follow_the_rule_for_pairs(tmp_path, capsys):
+    tokenizer = tiny_tokenizer("qwen2")
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refuses + CHAT_TEMPLATE
+    chats = [[{"role": "user", "content": f"Is {n} even?"}] for n in range(6)]
+    told = [{"role": "system", "content": "Be brief."}, *chats[0]]
+    prompts = {"train": [*chats, told], "validation": chats[:2]}
+    model, asked = policy(tokenizer), config(tmp_path)
+    with pytest.raises(ValueError, match=r"1 of 7 train prompts are faulty:\n  prompt 6, .* no system"):
+        generate.preferences(model, tokenizer, prompts, lengths, asked, "w")
+    found = generate.preferences(model, tokenizer, prompts, lengths, asked, "w", "drop")
+    assert "1 of 7 train prompts are faulty, 1 dropped" in capsys.readouterr().out
+    assert found == generate.preferences(model, tokenizer, prompts | {"train": chats}, lengths, asked, "w")
+
+
 def test_how_the_tokenizer_was_called_before_is_no_part_of_the_key(llama):
     model, tokenizer = llama
     before = sampling.inputs(model, tokenizer, [[1, 2]])

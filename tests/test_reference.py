@@ -256,6 +256,26 @@ def test_what_is_too_long_under_another_tokenizer_is_an_error(tmp_path, tiny_mod
         assert "every reference scores the text that the policy is trained on" in str(error.value)
 
 
+def test_pairs_that_another_template_refuses_are_no_matter_of_on_faulty(tmp_path, tiny_model):
+    model, tokenizer = models.load(tiny_model("qwen2"))
+    refuses = "{% if 'Rome' in messages[-1].content %}{{ raise_exception('no Rome') }}{% endif %}"
+    tokenizer.chat_template = refuses + CHAT_TEMPLATE
+    models.save(model, tokenizer, tmp_path / "other")
+    told = Preference(*CHAT, [{"role": "assistant", "content": "Paris."}], origin="pairs.jsonl, line 1")
+    pairs = tokenize([told], models.load_tokenizer(tiny_model("qwen2")), 60, "error")
+    reference = OtherTokenizer(str(tmp_path / "other"), None)
+    with pytest.raises(
+        ValueError, match=r"1 of 1 train pairs in the tokens of the reference .*\n.* line 1: .*Rome"
+    ) as error:
+        reference.prepare(tiny_model("qwen2"), model, {"train": pairs}, settings(tmp_path))
+    assert "Take another reference, or remove these pairs" in str(error.value)
+    assert "data.on_faulty=drop" not in str(error.value)
+    prior, plain = Prior("world", "about <sep> anna ."), [Pair([5], [6], [7])]
+    with pytest.raises(ValueError, match=r"1 of 1 texts of reference.prompt are faulty") as error:
+        prior.sequences(plain, "train", models.load_tokenizer("world"), settings(tmp_path))
+    assert "on_faulty" not in str(error.value)
+
+
 def test_a_reference_needs_the_positions_that_are_asked_of_it(tmp_path, tiny_model, monkeypatch):
     policy, pairs = models.load(tiny_model("gpt2"))[0], own_pairs("gpt2", tiny_model)
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a model was loaded"))

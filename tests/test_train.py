@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -441,6 +442,22 @@ def test_bad_pairs_stop_before_any_model_is_loaded(tmp_path, monkeypatch):
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
     with pytest.raises(ValueError, match="1 of 1 pairs are faulty"):
         train.run(frozen(directory, *given), directory)
+
+
+@pytest.mark.parametrize("verb", ["train", "sft"])
+def test_what_cannot_be_asked_stops_before_any_model_is_loaded(tmp_path, tiny_model, monkeypatch, verb):
+    """Plain-text pairs never see the template, which prints the date; the instructions of the evaluation do."""
+    tokenizer = models.load_tokenizer(tiny_model("qwen2"))
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    shutil.copytree(tiny_model("qwen2"), tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    (tmp_path / "asked.json").write_text('[{"instruction": "How are you?", "output": "Well."}]')
+    directory, given = tmp_path / "run", own(tmp_path, str(tmp_path / "model"))
+    with pytest.raises(ValueError, match=r"prints today's date; set policy\.date"):
+        (train if verb == "train" else sft).run(
+            frozen(directory, *given, f"evaluation.instructions={tmp_path / 'asked.json'}"), directory
+        )
 
 
 @pytest.mark.parametrize("start", ["path", "base"])

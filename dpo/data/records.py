@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from dpo.cache import digest
 
 Text = str | list[dict[str, str]]  # plain text, or chat messages {"role", "content"}
-OnFaulty = Literal["error", "drop", "keep"]  # what to do with faulty pairs: see `sound`
+OnFaulty = Literal["error", "drop", "keep"]  # what to do with faulty pairs and prompts: see `sound`
 Record = TypeVar("Record")
 
 TURN, HUMAN = "\n\nAssistant:", "\n\nHuman:"  # of Anthropic's dialogues
@@ -26,6 +26,7 @@ READ = (  # what other formats have a policy read beside the prompt
 )
 
 SHOWN = 5  # offending records that an error message lists
+FAULTY = "Mend them, or set data.on_faulty=drop to leave them out or data.on_faulty=keep to train on them."
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,9 @@ def parse(path: str | Path, record: Callable[[dict[str, Any]], Record]) -> list[
 
 
 def sound(records: Iterable[tuple[str, Preference | str]], on_faulty: str, source: str) -> list[Preference]:
-    """The pairs to learn from. Faulty are pairs of which a response is empty or blank, or both are the same.
+    """The pairs to learn from. Faulty are pairs of which a response is empty or blank, or both are the same; and, found
+    when they are tokenized, pairs and prompts of which the chat template loses a part or which it refuses, those with
+    typed text that becomes control tokens, and pairs of responses with the same tokens.
 
     records: the name of each with the pair, or with the reason why it is none. on_faulty: "error" raises;
     "drop" leaves faulty pairs out; "keep" leaves out only what is no pair. The last two print counts.
@@ -195,13 +198,20 @@ def sound(records: Iterable[tuple[str, Preference | str]], on_faulty: str, sourc
     return kept
 
 
-def report(faults: Sequence[tuple[str, str]], total: int, dropped: int, on_faulty: str, source: str, what: str) -> None:
+def report(
+    faults: Sequence[tuple[str, str]],
+    total: int,
+    dropped: int,
+    on_faulty: str,
+    source: str,
+    what: str,
+    advice: str = FAULTY,
+) -> None:
     """Count the faults, each the name of a record and what is wrong with it; with on_faulty="error" raise them."""
     if faults and on_faulty == "error":
         raise ValueError(
             f"{source}: {len(faults)} of {total} {what} are faulty:"
-            f"{listed([f'{where}: {fault}' for where, fault in faults])}\n"
-            "Mend them, or set data.on_faulty=drop to leave them out or data.on_faulty=keep to train on them."
+            f"{listed([f'{where}: {fault}' for where, fault in faults])}\n{advice}"
         )
     if faults:
         counts = ", ".join(f"{n} x {fault}" for fault, n in Counter(fault for _, fault in faults).most_common(SHOWN))

@@ -25,6 +25,7 @@ from dpo.cache import digest
 from dpo.data.chats import BREAK, Literal, Turn, check_date, lost, rendered, turn
 from dpo.data.records import Text, report
 
+UNFED = "Write them otherwise or remove them, or take another chat template (policy.chat_template)."
 TYPED = "this tokenizer makes control tokens of its text; remove the special tokens that are typed in it"
 
 
@@ -146,16 +147,17 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest(tokenizer.get_vocab())
 
 
-def encode_alone(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """Prompts as a policy is fed them. Raises: ValueError if some cannot be: see `usable`."""
+def encode_alone(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, what: str = "prompts") -> list[Prompt]:
+    """Prompts as a policy is fed them. what: what they are, for messages.
+
+    Raises: ValueError if some cannot be, whatever data.on_faulty: what the data brings has passed `usable` before.
+    """
     encoded, faults = _alone(prompts, tokenizer, "keep")
     if len(encoded) < len(prompts):
         faults = {number: fault for number, fault in faults.items() if number not in encoded}
-        report(_named(faults), len(prompts), len(faults), "error", "tokens", "prompts")
+        report(_named(faults), len(prompts), len(faults), "error", "tokens", what, UNFED)
     if faults:
-        print(
-            f"tokens: the chat template drops or rewrites part of {len(faults)} of {len(prompts)} prompts", flush=True
-        )
+        print(f"tokens: the chat template drops or rewrites part of {len(faults)} of {len(prompts)} {what}", flush=True)
     return list(encoded.values())
 
 
@@ -266,7 +268,7 @@ def _continuation(
 
 
 def _response_ids(texts: Sequence[tuple[Prompt, str]], literal: Literal) -> tuple[list[list[int] | None], int]:
-    """What each text becomes after its prompt's ids, EOS not included; None if it becomes control tokens. And how many
+    """What each text becomes after its prompt's ids, without the end; None if it becomes control tokens. And how many
     merge with the end of their prompt.
     """
     if not texts:
