@@ -12,10 +12,11 @@ from omegaconf import OmegaConf
 from test_tokens import tiny_tokenizer
 from test_train import ROOT, losses, run
 
+from dpo.config import identity
 from dpo.data.batches import encode_prompts, tokenize
 from dpo.data.hub import ultrafeedback
 from dpo.data.records import preference, row, write_rows
-from dpo.plan import name, resolve
+from dpo.plan import _given, name, resolve
 
 POLICIES = {"mistral_7b": "mistral", "tulu_2_7b": "llama", "qwen2_1_5b": "qwen2"}
 
@@ -151,8 +152,10 @@ def made_by(command: str) -> list[str]:
     for combination in itertools.product(*(spread(part) for part in overrides)):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             composed = compose(verb, list(combination), return_hydra_config=True)
-        config, choices = resolve(composed), composed.hydra.runtime.choices
-        folders.append(f"{config['runs']}/{config['name']}/{name(combination, config, choices)}/policy")
+        config, choices = resolve(composed), dict(composed.hydra.runtime.choices)
+        given = _given(combination, {**config, "choices": choices})
+        varying = {key: value for key, value in given.items() if any("," in one for one in overrides if key in one)}
+        folders.append(f"{config['runs']}/{config['name']}/{name(varying or given, identity(config))}/policy")
     return folders
 
 

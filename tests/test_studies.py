@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from analysis import kl_strength, reference_compatibility, token_level
 from dpo import sft, train
 from dpo.config import check, identity
-from dpo.plan import name, resolve
+from dpo.plan import _given, name, resolve
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -65,9 +65,10 @@ def folder(tmp_path_factory):
             config, groups = resolve(composed), dict(composed.hydra.runtime.choices)
             check(config)
             choices = {group: groups[group] for group in ("loss", "reference", "data") if group in groups}
-            directory = Path("runs") / sweep / name([*overrides, *seed], config, choices)
+            id = identity(config)
+            directory = Path("runs") / sweep / name(_given([*overrides, *seed], {**config, "choices": choices}), id)
             directory.mkdir(parents=True)
-            frozen = OmegaConf.create({"id": identity(config), **config, "choices": choices})
+            frozen = OmegaConf.create({"id": id, **config, "choices": choices})
             OmegaConf.save(frozen, directory / "config.yaml")
             {"sft": sft, "train": train}[verb].run(frozen, directory)
     os.chdir(before)
