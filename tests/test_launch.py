@@ -235,7 +235,7 @@ def test_a_second_signal_while_it_stops(tmp_path, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    (tmp_path / "config.yaml").touch()
+    (tmp_path / "config.yaml").write_text("beta: 0.1\n")
     monkeypatch.setattr(executing, "_frozen", lambda file: {"command": "train", "threads": 1})
     monkeypatch.setattr(executing, "_checked", lambda values, file: None)
     monkeypatch.setattr("dpo.train.run", stopped)
