@@ -62,8 +62,8 @@ def sketch(path: Path) -> str:
     """
     files = [path]
     if path.is_dir():
-        of_model = (file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES)
-        files = list(of_model if (path / CONFIG).exists() else _scores(path))
+        of_model = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES]
+        files = of_model if (path / CONFIG).exists() else [*_scores(path)] or of_model
     lines = []
     for file in files:
         size, content = file.stat().st_size, hashlib.sha256()

@@ -42,8 +42,8 @@ def execute(directory: Path) -> int:
         print(f"{directory} must hold a config.yaml, found none; python -m dpo.train makes run directories")
         return FAILED
     if wrong := damage(directory):
-        print(wrong, file=sys.stderr, flush=True)
-        _record(directory, "Damaged", wrong, "")
+        print(f"ValueError: {wrong}", file=sys.stderr, flush=True)
+        _record(directory, "ValueError", wrong, "")
         return FAILED
     if (directory / "evaluation.json").exists():
         print(f"{directory} is finished")
