@@ -225,10 +225,10 @@ def faults(config: dict[str, Any]) -> list[str]:
     """What is wrong with a resolved config as far as it can be told without importing any function that it names."""
     if config.get("command") not in SCHEMAS:
         return [f"command must be one of {', '.join(SCHEMAS)}, got {config.get('command')}"]
-    if problems := _keys(config, SCHEMAS[config["command"]]):
-        return problems
     if found := [key for key, value in flatten(config).items() if "${" in str(value)]:
         return [f"{key} must be a value, got an interpolation, ${{...}}" for key in found]
+    if problems := _keys(config, SCHEMAS[config["command"]]):
+        return problems
     problems = [*_numbers(config), *_batches(config), *_sharding(config), *_places(config)]
     if config["policy"]["base"] is None and (config["policy"]["path"] is None or config["command"] == "sft"):
         sft = "policy.base, a model to make a policy from, must be given; add policy.base="
