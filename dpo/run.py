@@ -79,10 +79,9 @@ def _guarded(directory: Path) -> int:
         importlib.import_module(f"dpo.{config.command}").run(config, directory)
         return 0
     except BaseException as error:  # those of torch.distributed.checkpoint are no Exception
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # one (more) must not keep us from saying why
+            signal.signal(number, signal.SIG_IGN)
         stopped = isinstance(error, KeyboardInterrupt)  # or Stopped, dpo.training.loop's, which has more to say
-        if stopped:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # one more must not keep us from saying so
-                signal.signal(number, signal.SIG_IGN)
         if killed := _killed(directory, wait=isinstance(error, RuntimeError)):  # what it broke, or torchrun's signal
             return _lost(directory, killed)
         if stopped:

@@ -231,19 +231,20 @@ def test_stop_and_resume(tree, number):
     assert OmegaConf.load(run / "config.yaml").micro_batch_tokens == 512
 
 
-def test_a_second_signal_while_it_stops(tmp_path, monkeypatch):
-    def stopped(*_):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("error,code", [(KeyboardInterrupt, executing.STOPPED), (RuntimeError, executing.FAILED)])
+def test_a_signal_while_it_ends(tmp_path, monkeypatch, error, code):
+    def ended(*_):
+        raise error
 
     (tmp_path / "config.yaml").write_text("beta: 0.1\n")
     monkeypatch.setattr(executing, "_frozen", lambda file: {"command": "train", "threads": 1})
     monkeypatch.setattr(executing, "_checked", lambda values, file: None)
-    monkeypatch.setattr("dpo.train.run", stopped)
+    monkeypatch.setattr("dpo.train.run", ended)
     monkeypatch.setattr(executing, "_record", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     former = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
-        assert executing.execute(tmp_path) == executing.STOPPED
+        assert executing.execute(tmp_path) == code
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,15 @@ def planned(directory, *overrides):
     assert not refused
     run.freeze()
     return run.directory
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A run that ends hears no more signals; the process of the tests does."""
+    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
