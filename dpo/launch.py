@@ -272,7 +272,7 @@ def _composed(config: DictConfig, settings: Any, swept: Collection[str] = ()) ->
 def _null(arguments: Sequence[str]) -> str | None:
     """What to say of `loss=null`, where Hydra speaks of a NoneType."""
     for argument in arguments:
-        group, _, option = argument.partition("=")
+        group, _, option = argument.lstrip("+").partition("=")
         if group in (*OPEN_GROUPS, "policy", "figure", "table") and "null" in option.lower().split(","):
             how = {"judge": "judge=none is no judge", "reference": "reference=uniform is no reference"}
             return f"{group} must be one of its options, got null; {how.get(group, f'leave out {argument}')}"
@@ -300,7 +300,8 @@ def _silent(directory: Path, code: int) -> str:
             f"killed by signal {-code}{' (out of memory?)' if code == -signal.SIGKILL else ''}",
         )
     error = {"type": kind, "message": text, "traceback": ""}
-    (directory / "error.json").write_text(json.dumps(error, indent=1))
+    with suppress(OSError):  # a full disk cannot
+        (directory / "error.json").write_text(json.dumps(error, indent=1))
     return f"{kind}: {text}"
 
 

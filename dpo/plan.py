@@ -88,7 +88,7 @@ def plan(composed: Sequence[Composed]) -> tuple[list[Run], list[Refused]]:
             if reserved := [key for key in _keys(one.overrides) if key.split(".")[0] in (*RECORDED, "command")]:
                 raise ValueError(f"{reserved[0]} is what a run records of itself, and cannot be given; leave it out")
             config = resolve(one.config)
-            if problems := faults(config):
+            if problems := [*_torn(one, config), *faults(config)]:
                 raise ValueError("\n".join(problems))
         except (OmegaConfBaseException, ValueError) as error:
             refused.append(Refused(one.overrides, message(error)))
@@ -151,6 +151,16 @@ def resolve(config: DictConfig) -> dict[str, Any]:
         if key in values and isinstance(values.get(group), dict) and knob in values[group]:
             values[group][knob] = values[key]
     return values
+
+
+def _torn(one: Composed, config: dict[str, Any]) -> list[str]:
+    """Overrides of a key's home that the key itself, given too, would override in silence."""
+    homes = {home: OmegaConf.select(one.config, home) for home in HOMES if home in _keys(one.overrides)}
+    return [
+        f"{home} and {key} are one setting, got {given} and {config[key]}; give {key} alone"
+        for home, given in homes.items()
+        if (key := HOMES[home]) in config and given != config[key]
+    ]
 
 
 class Folder:

@@ -65,7 +65,7 @@ def run(config: DictConfig, directory: Path) -> None:
         def look(done: int) -> None:
             log.sample(done, evaluate.show(model, tokenizer, test, judge, config))
 
-        train(model, tokenizer, items, packed, config, directory / "checkpoint", log, look, config.checkpoint_every)
+        train(model, tokenizer, items, packed, config, directory / "checkpoint", log, look, config.id)
         models.save(model, tokenizer, directory / "policy")
         outputs = evaluate.answer(model, tokenizer, instructions, config) if instructions else []
         answers = evaluate.respond(model, tokenizer, test, config, "policy")
@@ -107,8 +107,7 @@ def cached_policy(
                 packed = packs(model, items, config)
                 if config.recompute:
                     models.recompute(model)
-                every = config.checkpoint_every
-                train(model, tokenizer, items, packed, config, folder / "checkpoint", log, None, every)
+                train(model, tokenizer, items, packed, config, folder / "checkpoint", log)
             models.save(model, tokenizer, folder / "policy")
         if sharding.is_main():
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # a policy needs nothing to resume from
@@ -126,10 +125,12 @@ def train(
     checkpoints: Path,
     log: Log,
     evaluation: Callable[[int], None] | None = None,
-    checkpoint_every: int = 0,
+    settings: str | None = None,
 ) -> None:
     """Maximum likelihood of the responses, in place. The loss is in nats per token of the whole data set: a mean over
     each response's own tokens would weigh those of short ones more, and teach brevity.
+
+    settings: their digest, if `checkpoints` are a run's; a cached policy's lie under the digest of what decides it.
     """
     mean_length = sum(len(response_ids) for _, response_ids in items) / len(items)
 
@@ -150,6 +151,8 @@ def train(
     )
     last = steps(config, len(items))
     inputs = {"base": models.fingerprint(model), "demonstrations": digest(items)}
+    if settings is not None:
+        inputs["settings"] = settings
     optim = optimizer(model, config.optimizer, recipe.lr, config.betas, config.weight_decay)
     fit(
         model,
@@ -162,7 +165,7 @@ def train(
         precision=config.precision,
         log=log,
         directory=checkpoints,
-        checkpoint_every=checkpoint_every,
+        checkpoint_every=config.checkpoint_every,
         checkpoints_kept=config.checkpoints_kept,
         evaluate=evaluation,
         evaluate_every=config.evaluate_every,

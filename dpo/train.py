@@ -128,7 +128,7 @@ def run(config: DictConfig, directory: Path) -> None:
             evaluate=look,
             evaluate_every=config.evaluate_every,
             extra=reference if isinstance(reference, nn.Module) else None,
-            inputs={"policy": weights, "reference": reference.origin, "pairs": _tokens(pairs)},
+            inputs={"settings": config.id, "policy": weights, "reference": reference.origin, "pairs": _tokens(pairs)},
         )
         if config.select == "last" or steps == 0:
             selection.offer(steps, validate(), policy, tokenizer)

@@ -72,12 +72,12 @@ def names(directory):
 @pytest.mark.parametrize("name", ["adamw", "rmsprop"])
 def test_restored_continues_bit_equal(tmp_path, name):
     toy = Toy(steps=4, name=name)
-    toy.save(tmp_path, 4, evaluated=True, run="abc")
+    toy.save(tmp_path, 4, evaluated=True, inputs={"settings": "abc"})
     expected = toy.train(5)
     random.seed(9)
     np.random.seed(9)
     other = Toy(seed=9, name=name)
-    assert other.restore(tmp_path, run="abc") == (4, True)
+    assert other.restore(tmp_path, inputs={"settings": "abc"}) == (4, True)
     assert other.extra.count == 4  # the hook that PyTorch runs while it restores leaves no trace
     assert other.train(5) == expected
     assert other.scheduler.get_last_lr() == toy.scheduler.get_last_lr()
@@ -130,11 +130,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 
 
 def test_another_run_and_another_model_are_refused(tmp_path):
-    Toy(steps=1).save(tmp_path, 1, run="abc")
-    with pytest.raises(RuntimeError, match=r"must be a checkpoint of this run.*are abc, those of this run are def"):
-        Toy().restore(tmp_path, run="def")
+    inputs = {"settings": "a", "pairs": "b", "policy": "c"}
+    Toy(steps=1).save(tmp_path, 1, inputs=inputs)
+    for others in ({"settings": "d"}, {"pairs": "c"}, {"policy": "d", "pairs": "d"}, {"reference": "d"}):
+        named = " and another ".join(key for key in {**inputs, **others} if key in others)
+        with pytest.raises(RuntimeError, match=rf"must be a checkpoint of this run: it was made with another {named};"):
+            Toy().restore(tmp_path, inputs={**inputs, **others})
     with pytest.raises(RuntimeError, match=r"must be a checkpoint of this run.*[Ss]ize"):
-        Toy(width=9).restore(tmp_path, run="abc")
+        Toy(width=9).restore(tmp_path, inputs=inputs)
 
 
 class Bomb:

@@ -331,8 +331,9 @@ def test_a_huge_sweep_is_refused(tree):
 
 @pytest.mark.parametrize("mode", [[], ["-m", "beta=0.1,0.2"]])
 def test_a_group_must_have_an_option(tree, mode):
-    text = said(tree, *mode, "loss=null", code=1)
-    assert "loss must be one of its options, got null; leave out loss=null" in text
+    for argument in ("loss=null", "+loss=null"):
+        text = said(tree, *mode, argument, code=1)
+        assert f"loss must be one of its options, got null; leave out {argument}" in text
     assert "Traceback" not in text
 
 
@@ -506,6 +507,8 @@ REFUSED = {  # overrides -> why, each by the function that is asked
     "+id=5": "id is what a run records of itself",
     "++provenance.inputs=null": "provenance.inputs is what a run records of itself",
     "command=sft": "command is what a run records of itself",
+    "loss.beta=0.3 beta=0.1": "loss.beta and beta are one setting, got 0.3 and 0.1; give beta alone",
+    "policy.max_length=64 max_length=80": "policy.max_length and max_length are one setting, got 64 and 80",
     "loss.label_smoothing=0.7": "label_smoothing must be in [0, 0.5), got 0.7",
     "loss=ipo loss.average=word": "got word",
     "reference=moving reference.alpha=2.0": "reference.alpha must be in (0, 1], got 2.0",

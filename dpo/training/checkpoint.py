@@ -11,7 +11,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, wait
 from itertools import chain
 from pathlib import Path
@@ -44,8 +44,8 @@ def latest(directory: Path) -> Path | None:
 class Checkpoints:
     """The newest `keep` checkpoints of one training, in `directory`. All ranks make, call and leave it together.
 
-    extra: a module with state of its own. run: what the training is, in words such as policy=0f12; a checkpoint of
-    another one is refused.
+    extra: a module with state of its own. inputs: what the training depends on, as digests; a checkpoint with others is
+    refused.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class Checkpoints:
         scheduler: LRScheduler,
         *,
         extra: nn.Module | None = None,
-        run: str | None = None,
+        inputs: Mapping[str, str] | None = None,
         keep: int = 1,
     ) -> None:
-        self.directory, self.run, self.keep = directory, run, keep
+        self.directory, self.inputs, self.keep = directory, dict(inputs or {}), keep
         self.model, self.optimizer, self.scheduler, self.extra = model, optimizer, scheduler, extra
         # The thread's collectives and those of training would wait for each other for ever in one group.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
@@ -87,7 +87,7 @@ class Checkpoints:
         model, optimizer = get_state_dict(self.model, self.optimizer)
         tensors = self._tensors(model, optimizer)
         tensors[f"rng.{rank()}"] = torch.frombuffer(bytearray(json.dumps(get_rng()).encode()), dtype=torch.uint8)
-        about = {"step": step, "evaluated": evaluated, "run": self.run, "optimizer": optimizer["param_groups"]}
+        about = {"step": step, "evaluated": evaluated, "inputs": self.inputs, "optimizer": optimizer["param_groups"]}
         about["scheduler"] = self.scheduler.state_dict()
         files = in_files(tensors) | {f"rng.{number}": 1 for number in range(world_size())}
         if is_main():
@@ -135,8 +135,8 @@ class Checkpoints:
         mine = f"rng.{rank()}"
         try:
             about = _about(path)
-            if about["run"] != self.run:
-                raise ValueError(_other(about["run"], self.run))
+            if changed := [key for key in self.inputs if about.get("inputs", {}).get(key) != self.inputs[key]]:
+                raise ValueError(f"it was made with another {' and another '.join(changed)}")
             model, optimizer = get_state_dict(self.model, self.optimizer)
             tensors = self._tensors(model, optimizer)
             reader = HuggingFaceStorageReader(str(path))
@@ -244,12 +244,6 @@ def _step(path: Path) -> int:
     """The step of a whole checkpoint, -1 for anything else; one that was pickled counts, and is refused when read."""
     name = re.fullmatch(r"step-(\d+)", path.name)
     return int(name[1]) if name and any((path / last).is_file() for last in (ABOUT, ".metadata")) else -1
-
-
-def _other(there: str | None, run: str | None) -> str:
-    changed = [word.partition("=")[0] for word in (run or "").split() if word not in (there or "").split()]
-    named = f" ({' and '.join(changed)} changed)" if "=" in (there or "") else ""
-    return f"its settings and inputs are {there}, those of this run are {run}{named}"
 
 
 def _remove(paths: Iterable[Path]) -> None:

@@ -81,14 +81,13 @@ def fit(
         case: what comes after training can be stopped, too.
     checkpoints_kept: the newest so many stay.
     extra: a module with state of its own that belongs in the checkpoint.
-    inputs: what training depends on beside the run's settings, as digests; a checkpoint with other inputs is refused.
+    inputs: what training depends on, as digests; a checkpoint with other inputs is refused.
     """
     device, directory = device_of(model), Path(directory)
     products = autocast(precision, device)
     if not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be above 0 (.inf: no clipping), got {max_grad_norm}")
-    run = " ".join([f"settings={log.run_id}", *(f"{what}={value[:16]}" for what, value in (inputs or {}).items())])
-    checkpoints = Checkpoints(directory, model, optimizer, scheduler, extra=extra, run=run, keep=checkpoints_kept)
+    checkpoints = Checkpoints(directory, model, optimizer, scheduler, extra=extra, inputs=inputs, keep=checkpoints_kept)
     saved, evaluated = checkpoints.restore()
     done = saved
     log.epoch_steps = len(batches)
