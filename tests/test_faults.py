@@ -1,0 +1,20 @@
+"""The list of planted faults stays true: each still finds its text, and tests that are there."""
+
+import pytest
+
+from tests.faults.__main__ import ROOT, read
+
+FAULTS = read()
+
+
+def test_all_are_different():
+    assert len({(fault.file, fault.before, fault.after) for fault in FAULTS}) == len(FAULTS)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.list}: {fault.what}")
+def test_it_can_be_planted(fault):
+    text = (ROOT / fault.file).read_text()
+    assert fault.planted(text) != text
+    for test in fault.tests:
+        file, _, name = test.partition("::")
+        assert f"def {name.partition('[')[0]}" in (ROOT / file).read_text() if name else (ROOT / file).is_file()
