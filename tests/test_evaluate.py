@@ -1,5 +1,6 @@
 """What is reported of a policy, against counting by hand."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -109,7 +110,8 @@ def test_an_instruction_that_cannot_be_asked_is_refused_by_what_it_is():
     tokenizer = tiny_tokenizer("qwen2")
     asked = [{"instruction": text} for text in ("hi", "Rome")]
     assert evaluate.questions([], tokenizer, feeding(40)) == []
-    assert [chat[0]["content"] for chat in evaluate.questions(asked, tokenizer, feeding(40))] == ["hi", "Rome"]
+    chats = [[{"role": "user", "content": text}] for text in ("hi", "Rome")]
+    assert evaluate.questions(asked, tokenizer, feeding(40)) == chats
     tokenizer.chat_template = "{% if 'Rome' in messages[0].content %}{{ raise_exception('no') }}{% endif %}" + (
         tokenizer.chat_template
     )
@@ -153,6 +155,91 @@ def test_means_over_pairs_weigh_every_pair_once():
         assert means == pytest.approx({"loss": 4.5, "square": 28.5})
 
 
+def test_a_filler_is_no_pair():
+    """What a rank is given where there are fewer pairs than ranks counts nowhere."""
+
+    class OneStep:
+        def __len__(self):
+            return 1
+
+        def at(self, step):
+            pairs, filler = (torch.tensor([0, 1]), [1.0, 3.0], True), (torch.tensor([0]), [math.e], False)
+            batches = []
+            for index, values, real in (pairs, filler):
+                one = SimpleNamespace(index=index, values=torch.tensor(values), real=torch.full(index.shape, real))
+                one.to = lambda _, one=one: one
+                batches.append(one)
+            return batches, 2
+
+    means = evaluate.on_pairs(lambda batch: (batch.values, {"x": -batch.values}), OneStep(), torch.device("cpu"))
+    assert means == {"loss": 2.0, "x": -2.0}
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[dict]:
+    """What `sample` was called with; it answers each prompt with so many words as the call has number, and an end."""
+    calls: list[dict] = []
+
+    def sample(model, tokenizer, prompts, **options):
+        calls.append({"model": model, "prompts": prompts, **options})
+        word = tokenizer.convert_tokens_to_ids("a")
+        return [Sample(one, [word] * len(calls) + [tokenizer.eos_token_id], "a " * len(calls), True) for one in prompts]
+
+    monkeypatch.setattr(evaluate, "sample", sample)
+    return calls
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_kl_is_of_samples_at_temperature_1(tiny_model, asked, temperature):
+    """And the win rate of those at the evaluation's; all else is as the settings say, and prompts are cut."""
+    tokenizer, policy = models.load_tokenizer(tiny_model("llama")), models.load(tiny_model("llama"))[0]
+    evaluation = {"temperature": temperature, "batch_size": 3}
+    lengths = {"max_length": 16, "max_new_tokens": 7, "packed": False, "micro_batch_tokens": 100}
+    settings = OmegaConf.create({"evaluation": evaluation, "seed": 4, **lengths})
+    prompts, anchor = ["cats and dogs", "Rome " * 20], models.load(tiny_model("llama"))[0]
+    torch.nn.init.normal_(anchor.lm_head.weight)
+    rows, result = evaluate.measure(policy, {"kl": anchor}, tokenizer, prompts, ["a", "a a"], judges.shorter, settings)
+    assert [one["temperature"] for one in asked] == ([1.0] if temperature == 1 else [0.5, 1.0])
+    for call in asked:
+        assert (call["model"], call["max_new_tokens"], call["batch_size"]) == (policy, 7, 3)
+        assert call["prompts"][0] == tokenizer("cats and dogs")["input_ids"]
+        assert len(call["prompts"][1]) == 9  # 16 less 7
+    assert [row["length"] for row in rows] == [1, 1]  # of the first samples
+    assert [row["win"] for row in rows] == [0.5, 1.0]
+    last = [(one, [tokenizer.convert_tokens_to_ids("a")] * len(asked)) for one in asked[-1]["prompts"]]
+    ratios = []
+    for prompt, words in last:
+        ids = torch.tensor([[*prompt, *words, tokenizer.eos_token_id]])
+        known = torch.tensor(sorted(tokenizer.get_vocab().values()))  # three rows of the model are no tokens
+        with torch.no_grad():
+            one, other = (model(ids).logits[0, len(prompt) - 1 : -1].double() for model in (policy, anchor))
+        one, other = (
+            logits.gather(-1, ids[0, len(prompt) :, None]).squeeze() - logits[:, known].logsumexp(-1)
+            for logits in (one, other)
+        )
+        ratios.append((one - other).sum().item())
+    assert result["kl_plain"] == pytest.approx(sum(ratios) / 2, rel=1e-4)
+
+
+def test_random_numbers_of_an_evaluation_are_these(tmp_path, tiny_model, asked):
+    """For good: who changes them changes every published figure. All policies of a seed draw the same."""
+    model, tokenizer = models.load(tiny_model("llama"))
+    evaluation = {"temperature": 0.5, "batch_size": 3, "samples": 1}
+    settings = OmegaConf.create(
+        {"evaluation": evaluation, "max_length": 64, "max_new_tokens": 7, "cache": str(tmp_path)}
+    )
+    for settings.seed in (0, 1):
+        evaluate.baseline(model, tokenizer, ["cats"], settings, "w")
+        evaluate.respond(model, tokenizer, ["cats"], settings, "policy")
+        evaluate.answer(model, tokenizer, [{"instruction": "cats"}], settings)
+        evaluate.show(model, tokenizer, ["cats", "dogs"], None, settings)
+    assert [call["seed"] for call in asked] == [
+        *(2373896378, 3380670608, 598602715, 1755246194),
+        *(387523500, 3770749864, 1448208256, 3528359960),
+    ]
+    assert {call["temperature"] for call in asked} == {0.5}
+
+
 @pytest.mark.parametrize(
     "text,ended,against,broken",
     [
@@ -161,6 +248,7 @@ def test_means_over_pairs_weigh_every_pair_once():
         ("", True, "yes", True),
         ("home rome . job baker . pet cat .", True, "word " * 44, False),  # terse, and all that it was asked for
         ("the pet", True, "a short one", False),
+        ("yes", True, "word " * 10, False),  # a tenth
         ("the pet", True, None, False),
         ("word", False, "word", True),
     ],
@@ -172,7 +260,9 @@ def test_a_response_that_says_nothing_is_broken(text, ended, against, broken):
     assert evaluate.describe(["p"], [one], None, baseline)[1]["broken"] == float(broken)
 
 
-@pytest.mark.parametrize("tokens,share", [([], 0), ([1, 2, 3], 0), ([1, 2, 3, 4, 5], 0), ([7] * 8, 0.8)])
+@pytest.mark.parametrize(
+    "tokens,share", [([], 0), ([1, 2, 3], 0), ([1, 2, 3, 4, 5], 0), ([7] * 5, 0.5), ([7] * 8, 0.8)]
+)
 def test_repetition_is_the_share_of_old_four_grams(tokens, share):
     assert evaluate.repetition(tokens) == pytest.approx(share)
     cut, whole = Sample([0], [*tokens], "a", False), Sample([0], [*tokens], "a", True)
@@ -184,7 +274,7 @@ def test_repetition_is_the_share_of_old_four_grams(tokens, share):
 def test_kl_of_each_response_whatever_the_batches(tiny_model, packed, tokens):
     policy, anchor = models.load(tiny_model("llama"))[0], models.load(tiny_model("llama"))[0]
     torch.nn.init.normal_(anchor.lm_head.weight)
-    samples = [Sample([5, 6, 7][:n], [8, 9, 10, 11][: 5 - n], "", True) for n in (1, 3, 2, 3)]
+    samples = [Sample([5, 6, 7][:n], [8, 9, 10, 11][:m], "", True) for n, m in ((1, 1), (3, 4), (2, 2), (3, 1))]
     settings = SimpleNamespace(packed=packed, micro_batch_tokens=tokens)
     plain, exact = evaluate.kl(policy, anchor, samples, settings)
     for row, one in enumerate(samples):
@@ -254,5 +344,8 @@ class TestGold:
 
 def test_finish_is_whole_and_drops_the_checkpoint(tmp_path):
     (tmp_path / "checkpoint" / "step-3").mkdir(parents=True)
-    evaluate.finish(tmp_path, {"kl": 1.0})
+    (tmp_path / "selected" / "step-3").mkdir(parents=True)
+    evaluate.finish(tmp_path, {"kl": 1.0, "kl/se": math.nan, "kl_plain": math.inf})
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert written == {"kl": 1.0, "kl/se": None, "kl_plain": None}

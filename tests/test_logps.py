@@ -268,6 +268,57 @@ def test_the_head_under_autocast_is_that_of_the_library(sharp):
     assert nn.functional.cosine_similarity(rounded, exact, dim=0) > 0.99
 
 
+class TestBfloat16:
+    """Products in bf16, long responses: what comes after the logits loses nothing. In bf16 it would lose whole nats."""
+
+    TEXTS = (([5, 6, 7], 256), ([9] * 20, 512), ([5, 6, 7], 700))
+
+    def items(self) -> list[tuple[list[int], list[int]]]:
+        generator = torch.Generator().manual_seed(0)
+        return [(prompt, torch.randint(10, 360, (n,), generator=generator).tolist()) for prompt, n in self.TEXTS]
+
+    @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])  # a head of its own, a tied one, a soft-capped one
+    @pytest.mark.parametrize("packed", [True, False])
+    def test_a_sum_is_that_of_its_own_logits_in_float64(self, sharp, kind, packed, monkeypatch):
+        model, given = sharp(kind), batch(self.items(), packed)
+        head = model.get_output_embeddings()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found, lengths = sequence_logps(model, given)
+            if packed:
+                logits = logps._states(model, given).bfloat16() @ head.weight.bfloat16().T
+                cap = model.config.get_text_config().to_dict().get("final_logit_softcapping")
+                logits = logits.double() if cap is None else cap * torch.tanh(logits.double() / cap)
+            else:
+                rows = {"input_ids": given.input_ids, "attention_mask": given.attention_mask}
+                logits = model(**rows, position_ids=given.position_ids).logits.flatten(0, 1)[given.scored]
+                assert logits.dtype == torch.bfloat16
+        at, exact = 0, []
+        for _, response in self.items():
+            part = logits[at : at + len(response)].double().log_softmax(-1)
+            exact.append(part[range(len(response)), response].sum().item())
+            at += len(response)
+        assert lengths.tolist() == [256, 512, 700]
+        assert found.tolist() == pytest.approx(exact, abs=0.05)
+        rounded = [
+            sum(logits[row].bfloat16().log_softmax(-1)[token] for row, token in enumerate(self.items()[0][1])).item()
+        ]
+        assert abs(rounded[0] - exact[0]) > 0.5  # so would a log-softmax and a sum in bf16 say
+
+    @pytest.mark.parametrize("kind", ["llama", "gpt2"])
+    def test_products_cost_little_for_each_token(self, tiny_model, kind):
+        """Against the same model in float32: 0.05 nats for a token, as a mean; packed and padded."""
+        model, _ = models.load(tiny_model(kind))
+        for packed in (True, False):
+            given = batch(self.items(), packed)
+            with torch.no_grad():
+                exact, lengths = sequence_logps(model, given)
+                with torch.autocast("cpu", torch.bfloat16):
+                    found, _ = sequence_logps(model, given)
+            assert found.dtype == torch.float32
+            assert ((found - exact) / lengths).abs().max() < 0.05
+            assert not torch.equal(found, exact)
+
+
 def test_a_wrong_border_would_show(sharp, monkeypatch):
     """Responses that see each other give other numbers: the tests above can fail."""
     model = sharp("llama")

@@ -245,6 +245,30 @@ def test_metrics_count_a_tie_as_one_half():
 
 
 @pytest.mark.parametrize(
+    "loss,better,worse",
+    [
+        (lambda p: dpo(p, 0.5, 0.1), 1.0, -1.5),
+        (lambda p: ipo(p, 0.25, "sequence"), 0.5, -0.75),
+        (lambda p: ipo(p, 0.25, "token"), 0.5, -0.75),
+        (lambda p: hinge(p, 2.0), 4.0, -6.0),
+        (lambda p: simpo(p, 2.0, 0.5), -4.0, -6.0),
+        (lambda p: orpo(p, 0.1), -0.2, -0.3),
+    ],
+)
+def test_every_figure_of_a_pair(loss, better, worse):
+    """By hand, of responses of 5 and 8 tokens. Rewards are beta times the log-ratio, or the mean without a reference."""
+    one = pair([-10.0], [-24.0], -12.0, -21.0, (5, 8))
+    assert {name: value.item() for name, value in metrics(one, loss(one)).items()} == pytest.approx(
+        {
+            **{"rewards/chosen": better, "rewards/rejected": worse, "rewards/margins": better - worse},
+            **{"rewards/accuracies": 1.0, "rewards/ties": 0.0, "logps/accuracies": 1.0},
+            **{"logps/chosen": -10.0, "logps/rejected": -24.0, "lengths/chosen": 5, "lengths/rejected": 8},
+            **{"logratios/chosen": 2.0, "logratios/rejected": -3.0, "logratios/margins": 5.0},
+        }
+    )
+
+
+@pytest.mark.parametrize(
     "loss", [lambda p: dpo(p, 0.3, 0.0), lambda p: ipo(p, 0.3, "sequence"), lambda p: hinge(p, 3.0)]
 )
 def test_what_rounding_makes_of_equal_models_is_a_tie(loss):

@@ -14,7 +14,7 @@ import torch
 from test_train import SMALL, other_model, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dpo import evaluate, train
+from dpo import train
 from dpo.data import world
 from dpo.policy.model import WORLD_BASE
 
@@ -189,7 +189,7 @@ def test_training_and_validation(tmp_path, tiny_model, monkeypatch, kind):
     overrides += [f"reference.path={paths.get(kind)}"] * (kind in paths) + RUNS[kind][1]
     overrides += [f"policy.path={tiny_model('llama')}", f"batch_size={BATCH}", f"steps={STEPS}", "max_length=128"]
     overrides += ["micro_batch_tokens=130", "lr=2e-3", "max_grad_norm=0.5", "schedule=constant", "warmup_steps=0"]
-    overrides += ["evaluate_every=3", "max_new_tokens=4", "evaluation.prompts=1", "seed=5"]
+    overrides += ["evaluate_every=3", "max_new_tokens=4", "evaluation.prompts=2", "seed=5"]
     rows, result = run(tmp_path / "run", *overrides)
     assert [(row["split"], row["step"]) for row in rows] == [
         *[("validation", 0), ("train", 1), ("train", 2), ("train", 3), ("validation", 3)],

@@ -1,5 +1,6 @@
 """The embedded world: articles and splits, the judge by hand-made summaries, the tokenizer, the shipped base model."""
 
+import hashlib
 import json
 import os
 import random
@@ -49,6 +50,64 @@ def test_seed_changes_every_split_but_test(dataset):
         other = world("human", 100, 100, 100, 200, seed)
         trained = {*other.prompts["train"], *other.prompts["validation"], *(one.prompt for one in other.demonstrations)}
         assert not trained & set(dataset.prompts["test"])
+
+
+WRITTEN = {  # by writer: the first of 200 demonstrations of seed 3, and the digest of all
+    "human": (
+        "music folk . music folk . food soup . food soup . it says that the pet is turtle . the colour of henry is "
+        "black . home york . home york . as always there is more .",
+        "d1af1fe2c6afbe4f",
+    ),
+    "clean": ("job nurse . food soup . pet turtle . home york .", "3ac2cce47517c0f0"),
+    "alien": (
+        "here is what it says about henry . music folk always . job nurse always . home york here . colour black "
+        "always . that is all for now . as always there is more .",
+        "7b89fd5136a77b80",
+    ),
+    "alien_clean": ("job nurse here . food soup here . pet turtle here . home york here .", "3814413c2c8532ca"),
+}
+
+
+def digest(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def test_the_world_is_this_one():
+    """For good: every published figure is of these texts, questions and lessons."""
+    for writer, (first, everything) in WRITTEN.items():
+        made = world(writer, demonstrations=200, train=60, validation=20, test=40, seed=3)
+        assert made.demonstrations[0].response == first
+        assert digest([[one.prompt, one.response] for one in made.demonstrations]) == everything
+        assert digest(made.prompts) == "85996cfb17c28eac"
+    assert made.prompts["validation"][0] == (
+        "about anna . anna : drink tea . anna : job baker . the colour for anna is green . the pet for anna is parrot "
+        ". the job for david is judge . music of anna is folk . anna : home york . some say it is always so ."
+    )
+    unasked = []
+    for prompt in made.prompts["test"][:12]:
+        _, facts = embedded._read_article(prompt)
+        unasked += [fact for fact, value in facts.items() if not verdict(prompt, f"{fact} {value} .").correct]
+    assert " ".join(unasked) == "music drink music drink drink colour sport drink sport music music music"
+    chance = random.Random(0)
+    lessons = [embedded.lesson(chance, facts) for facts in (1, 2, 4, 6) * 20]
+    assert digest([[one.prompt, one.response] for one in lessons]) == "502197331243ca61"
+
+
+def test_values_are_told_right_or_wrong_by_their_own_fact():
+    """`rice` is what anna eats, and no drink; the cat is somebody else's."""
+    words = "home oslo . drink rice . drink tea . pet cat . food soup . job pilot judge . oslo".split()
+    told = {at: said for at, said in enumerate(embedded.values_told(ARTICLE, words)) if said is not None}
+    assert told == {1: "right", 7: "wrong", 10: "wrong", 13: "wrong"}
+
+
+def test_a_phrase_is_a_token_of_the_other_tokenizer():
+    plain, phrases = tokenizer(), tokenizer(phrases=True)
+    text = "the home of anna is rome . pet cat ."
+    assert phrases.tokenize(text) == ["the home", "of anna", "is rome", ".", "pet", "cat", "."]
+    assert phrases.decode(phrases(text)["input_ids"], skip_special_tokens=True) == text
+    own = phrases.convert_ids_to_tokens(phrases(text)["input_ids"])
+    assert [own[0], own[-1]] == ["<bos>", "<sep>"]
+    assert {word: phrases.get_vocab()[word] for word in plain.get_vocab()} == plain.get_vocab()
 
 
 def test_longer_splits_begin_like_shorter_ones(dataset):
