@@ -256,7 +256,7 @@ def test_metrics_count_a_tie_as_one_half():
     ],
 )
 def test_every_figure_of_a_pair(loss, better, worse):
-    """By hand, of responses of 5 and 8 tokens. Rewards are beta times the log-ratio, or the mean without a reference."""
+    """By hand, of 5 and 8 tokens. Rewards are beta times the log-ratio, or the mean where there is no reference."""
     one = pair([-10.0], [-24.0], -12.0, -21.0, (5, 8))
     assert {name: value.item() for name, value in metrics(one, loss(one)).items()} == pytest.approx(
         {

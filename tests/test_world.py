@@ -95,7 +95,8 @@ def test_the_world_is_this_one():
 
 def test_values_are_told_right_or_wrong_by_their_own_fact():
     """`rice` is what anna eats, and no drink; the cat is somebody else's."""
-    words = "home oslo . drink rice . drink tea . pet cat . food soup . job pilot judge . oslo".split()
+    response = "home oslo . drink rice . drink tea . pet cat . food soup . job pilot judge . oslo"
+    words = response.split()
     told = {at: said for at, said in enumerate(embedded.values_told(ARTICLE, words)) if said is not None}
     assert told == {1: "right", 7: "wrong", 10: "wrong", 13: "wrong"}
 
