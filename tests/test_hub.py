@@ -62,17 +62,59 @@ def test_prompt_and_response_are_the_dialogue(real):
 def test_dialogues_that_are_no_pair(tmp_path):
     human = [{"chosen": START + " Well.\n\nHuman: And?", "rejected": START + " Go."}]
     alone = [{"chosen": "\n\nHuman: hi", "rejected": "\n\nHuman: hi"}]
-    path = save(tmp_path / "hh.jsonl", human + alone)
+    theirs = [{"chosen": START + " Well.", "rejected": START + " Go.\n\nHuman: Why?"}]
+    path = save(tmp_path / "hh.jsonl", human + alone + theirs)
     with pytest.raises(ValueError) as error:
         hh(path, None, None, 0.1, "error")
     assert "line 1: the last turn is not the assistant's" in str(error.value)
     assert "line 2: there is no turn of the assistant" in str(error.value)
+    assert "line 3: the last turn is not the assistant's" in str(error.value)
     with pytest.raises(ValueError, match="line 1: must have two dialogues"):
         hh(save(tmp_path / "other.jsonl", [{"prompt": "a", "chosen": "b"}]), None, None, 0.1, "drop")
     pair = save(tmp_path / "pair.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     for reader in (lambda: hh(pair, None, None, 0.1, "drop"), lambda: ultrafeedback(pair, None, "none", 0.1, "drop")):
         with pytest.raises(ValueError, match=r"line 1: must have .* are read by data=file"):
             reader()
+
+
+def test_each_turn_is_where_it_belongs(tmp_path):
+    """To the letter: a dialogue, and a conversation of several turns with a system message."""
+    data = hh(save(tmp_path / "hh.jsonl", [WRITTEN[0], *WRITTEN[3:5]]), None, None, 0.1, "error")
+    [pair] = [pair for pairs in data.preferences.values() for pair in pairs if pair.prompt == START]
+    assert (pair.chosen, pair.rejected, pair.chosen_ended, pair.rejected_ended) == (" Well.", " Go away.", True, True)
+    turns = [("system", "Be brief."), ("user", "hi"), ("assistant", " Hello. "), ("user", "How are you?")]
+    asked = [{"role": role, "content": content} for role, content in turns]
+    good, bad, other = ({"role": "assistant", "content": words} for words in (" Well.", "Go away.", "Ho."))
+    parted = [*asked[:2], other, asked[3]]
+    rows = [{"prompt": "hi", "chosen": [*asked, good], "rejected": [*asked, bad]}, chats(0), chats(1)]
+    data = ultrafeedback(save(tmp_path / "a.jsonl", rows), None, "none", 0.1, "error")
+    [pair] = [pair for pairs in data.preferences.values() for pair in pairs if len(pair.prompt) > 1]
+    assert (pair.prompt, pair.chosen, pair.rejected) == (asked, [good], [bad])
+    rows = [rows[0] | {"rejected": [*parted, bad]}, *rows[1:]]
+    with pytest.raises(ValueError, match="line 1: the conversations part before their last turn"):
+        ultrafeedback(save(tmp_path / "b.jsonl", rows), None, "none", 0.1, "error")
+
+
+@pytest.mark.parametrize("rule", ["drop", "keep"])
+@pytest.mark.parametrize(
+    "reader,made",
+    [
+        (lambda *given: hh(*given[:2], None, *given[2:]), lambda n: dialogues(n)),
+        (lambda *given: ultrafeedback(*given[:2], "none", *given[2:]), lambda n: chats(n)),
+    ],
+    ids=["hh", "ultrafeedback"],
+)
+def test_readers_heed_what_they_are_told(tmp_path, reader, made, rule):
+    """The file of held-out pairs or the share to hold out, and the rule for faults, which goes on to tokens."""
+    rows = [made(n) for n in range(200)]
+    file, held_out = save(tmp_path / "a.jsonl", rows[:150]), save(tmp_path / "b.jsonl", rows[150:])
+    data = reader(file, held_out, 0.5, rule)
+    assert [len(data.preferences[split]) for split in ("train", "validation")] == [150, 50]
+    assert data.preferences["validation"][0].origin == f"{held_out}, line 1"
+    assert data.on_faulty == rule
+    data = reader(file, None, 0.5, rule)
+    assert 50 < len(data.preferences["validation"]) < 100
+    assert data.on_faulty == rule
 
 
 def test_held_out_file(tmp_path):
@@ -101,6 +143,11 @@ def test_hub_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install 'dpo\[hub\]'"):
         hh(None, None, None, 0.1, "drop")
+
+
+def dialogues(number: int) -> dict:
+    start = f"\n\nHuman: {number}?\n\nAssistant:"
+    return {"chosen": start + " Yes.", "rejected": start + " No."}
 
 
 def chats(number: int, chosen: str = "Yes.", rejected: str = "No.") -> dict:
@@ -143,3 +190,5 @@ def test_ultrafeedback_from_the_hub(monkeypatch):
     data = ultrafeedback(None, None, "some/repository", 0.1, "error")
     assert sorted(asked) == [("some/repository", "test_prefs"), ("some/repository", "train_prefs")]
     assert [len(data.preferences[split]) for split in ("train", "validation")] == [20, 5]
+    assert data.preferences["validation"][1].origin == "some/repository, test_prefs split, row 1"
+    assert data.preferences["validation"][1].prompt == [{"role": "user", "content": "21?"}]

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dpo.training.log import Log, _has_key, progress
+from dpo.training.log import Log, _accepted, _has_key, progress
 
 ROOT = Path(__file__).parent.parent
 
@@ -200,6 +200,12 @@ def test_online_with_a_key(tmp_path, monkeypatch, capsys):
         **{"name": tmp_path.name, "dir": tmp_path, "mode": "online", "resume": "allow"},
     }
     assert settings == {"init_timeout": 20, "finish_timeout": 20, "console": "off"}
+
+
+def test_the_end_of_a_long_name_tells_runs_apart():
+    assert _accepted("runs/of: me?,beta=0.1") == "runs-of- me-,beta=0.1"
+    assert _accepted("x" * 100 + "y" * 128) == "y" * 128
+    assert _accepted(" / ") == "-"
 
 
 def test_refuses_other_modes(tmp_path):

@@ -9,7 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo.data.records import Dataset, Demonstration, Preference, distinct, file, labelled, parse, read, sound, write
+from dpo.data.records import (
+    Dataset,
+    Demonstration,
+    Preference,
+    TokenIds,
+    distinct,
+    file,
+    labelled,
+    parse,
+    read,
+    sound,
+    write,
+)
 
 text = st.text(st.characters(exclude_categories=["Cs"]))
 turns = st.lists(text.map(lambda words: {"role": "user", "content": words}), min_size=1, max_size=3)
@@ -135,6 +147,56 @@ def test_each_malformed_record_is_named(tmp_path, bad, complaint):
     with pytest.raises(ValueError, match="1 of 2 lines") as error:
         read(lines(tmp_path / "bad.jsonl", row(), bad))
     assert f"line 2: {complaint}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tools", "functions", "documents", "images", "videos", "audios", "system", "system_prompt", "history"),
+        *("chat_template_kwargs", "chat_template"),
+    ],
+)
+def test_what_other_formats_have_a_policy_read_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"must say all that the policy reads in prompt, found {name}, too"):
+        read(lines(tmp_path / "a.jsonl", row() | {name: "x"}))
+    assert read(lines(tmp_path / "a.jsonl", row() | {name: None})) == [Preference("p", "c", "r")]
+
+
+def test_each_column_is_where_it_belongs(tmp_path):
+    """Text, messages, and conversations of several turns, whatever `prompt` says beside them; ends and tokens."""
+    asked = [{"role": "system", "content": " Be brief. "}, USER, ASSISTANT, USER]
+    good, bad = ([{"role": "assistant", "content": words}] for words in (" yes\n", "no"))
+    ids = {"tokenizer": "t", "prompt": [1], "chosen": [2, 3], "rejected": [4]}
+    found = read(
+        lines(
+            tmp_path / "a.jsonl",
+            row(chosen_ended=False),
+            row(rejected_ended=False, token_ids=ids),
+            row(asked, good, bad),
+            *(row(prompt, asked + good, asked + bad) for prompt in (None, "hi", asked)),
+        )
+    )
+    assert found == [
+        Preference("p", "c", "r", chosen_ended=False, rejected_ended=True),
+        Preference("p", "c", "r", True, False, token_ids=TokenIds("t", prompt=[1], chosen=[2, 3], rejected=[4])),
+        *[Preference(asked, good, bad)] * 4,
+    ]
+    assert [pair.origin for pair in found] == [f"{tmp_path / 'a.jsonl'}, line {n}" for n in range(1, 7)]
+
+
+def test_a_file_is_split_by_the_share_that_is_asked_for(tmp_path):
+    write(tmp_path / "a.jsonl", [Preference(f"{n}", "a", "b", n % 2 == 0) for n in range(200)])
+    data = file(str(tmp_path / "a.jsonl"), None, 0.5, "keep")
+    train, held_out = (data.preferences[split] for split in ("train", "validation"))
+    assert 70 < len(held_out) < 130
+    assert data.prompts == {
+        "train": [pair.prompt for pair in train],
+        **{split: [pair.prompt for pair in held_out] for split in ("validation", "test")},
+    }
+    assert [(one.prompt, one.ended, one.origin) for one in data.demonstrations] == [
+        (pair.prompt, pair.chosen_ended, pair.origin) for pair in train
+    ]
+    assert data.on_faulty == "keep"
 
 
 def test_malformed_lines_are_counted_and_the_first_few_listed(tmp_path):

@@ -51,8 +51,11 @@ def lines(file: Path) -> list[dict[str, Any]]:
 def test_files_hold_what_the_model_says(tmp_path, given, tiny_model):
     rows = scored(tmp_path / "scores", *given, "per_token=true")
     assert [len(rows[split]) for split in score.SPLITS] == [8, 4]
+    result = json.loads((tmp_path / "scores" / "evaluation.json").read_text())
+    assert result.pop("seconds") > 0
+    assert result == {"train pairs": 8, "validation pairs": 4, "train pairs cut": 0, "validation pairs cut": 0}
     model, tokenizer = models.load(tiny_model("llama"))
-    for line in rows["train"]:
+    for line in rows["train"] + rows["validation"]:
         [pair] = tokenize([Preference(line["prompt"], line["chosen"], line["rejected"])], tokenizer, 200, "error")
         for name, tokens in (("chosen", pair.chosen), ("rejected", pair.rejected)):
             index, real = torch.zeros(1, dtype=torch.long), torch.ones(1, dtype=torch.bool)
