@@ -128,6 +128,8 @@ def test_an_instruction_that_cannot_be_asked_is_refused_by_what_it_is():
 def test_without_a_judge_only_the_shape_is_reported():
     _, found = evaluate.describe(["p"], [answer("a b")], None, ["a"])
     assert found == {"n": 1, "ended": 1.0, "length": 2.0, "repetition": 0.0, "broken": 0.0}
+    _, found = evaluate.describe(["p"], [Sample([0], [1, 2, 3], "one", False)], None)
+    assert found == {"n": 1, "ended": 0.0, "length": 3.0, "repetition": 0.0, "broken": 1.0}  # in tokens
 
 
 def test_means_over_pairs_weigh_every_pair_once():
@@ -328,6 +330,16 @@ class TestGold:
         twice = f"{attribute} {others[0]} . {attribute} {others[1]} ."
         found = [(one["wrong"], one["any_wrong"]) for one in judges.gold(prompt, [twice, " ".join(facts)])]
         assert found == [(2.0, 1.0), (0.0, 0.0)]
+
+    def test_every_measure(self):
+        prompt, facts = self.article()
+        attribute, value, _ = facts[4].split()
+        lie = f"{attribute} {next(other for other in world.ATTRIBUTES[attribute] if other != value)} ."
+        responses = [" ".join(facts[:2]) + f" {lie} is the and .", " ".join(facts[:3])]
+        assert judges.gold(prompt, responses) == [
+            {"score": 2.0, "correct": 2.0, "enough": 0.0, "wrong": 1.0, "any_wrong": 1.0, "valid": 0.75},
+            {"score": 4 - 9 / 48, "correct": 3.0, "enough": 1.0, "wrong": 0.0, "any_wrong": 0.0, "valid": 1.0},
+        ]
 
     def test_a_contradiction_is_wrong(self):
         prompt, facts = self.article()
