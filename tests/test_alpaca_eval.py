@@ -83,6 +83,25 @@ def test_rows_find_their_instruction_in_any_order():
         alpaca_eval.length_controlled(rows, rows, made_up_gamed(50))
 
 
+def test_the_regression_is_of_each_row_with_its_own_instruction(monkeypatch):
+    """Lengths, difficulties and wins, whatever the order of the rows; one without a preference teaches nothing."""
+    rows, gamed, fitted = made_up(60), made_up_gamed(60), []
+
+    def fit(features, chances, weights, penalty):
+        fitted.append((features[weights == 1], chances[weights == 1]))  # no rewritten baselines
+        return np.zeros(3)
+
+    monkeypatch.setattr(alpaca_eval, "_fit", fit)
+    monkeypatch.setattr(alpaca_eval, "_held_out_loss", lambda *_: 0.0)
+    assert alpaca_eval.length_controlled(rows[::-1], rows, gamed).value == 0.5
+    features, chances = fitted[-1]
+    known = [row for row in rows[::-1] if row["preference"] is not None]
+    difficulty = [gamed["instruction_difficulty"][int(row["instruction"].split()[1])] for row in known]
+    assert features[:, 1].tolist() == difficulty
+    assert ((features[:, 0] > 0) == [len(row["output_1"]) > len(row["output_2"]) for row in known]).all()
+    assert chances.tolist() == [row["preference"] - 1 if row["preference"] else 0.5 for row in known]
+
+
 @pytest.mark.parametrize(
     "change,message",
     [
@@ -195,12 +214,14 @@ def test_one_row_per_instruction_of_one_judge(tmp_path, model, published):
 
 def test_rows_without_a_preference_are_counted(tmp_path, monkeypatch, capsys):
     """As in the package: the rate is that of the others. How many they are is said and kept."""
-    rows = [annotation(f"task {n}", "a", "b", preference) for n, preference in enumerate([2, 1, None, 2, None])]
+    rows = [annotation(f"task {n}", "a", "bb", preference) for n, preference in enumerate([2, 1, None, 2, None])]
     (tmp_path / "evaluation.json").write_text("{}")
     (tmp_path / "annotations.json").write_text(json.dumps(rows))
     assert alpaca_eval.judged(rows) == 3
     assert alpaca_eval.win_rate(rows).value == pytest.approx(2 / 3)
     monkeypatch.setattr(sys, "argv", ["dpo.alpaca_eval", str(tmp_path / "annotations.json")])
     alpaca_eval.main()
-    assert "3 of 5" in capsys.readouterr().out
+    head, line = (" ".join(line.split()) for line in capsys.readouterr().out.splitlines())
+    assert head == "policy baseline judged win rate, % [95 %] characters"
+    assert line == "policy baseline 3 of 5 66.67 [1.33, 100.00] 2"
     assert json.loads((tmp_path / alpaca_eval.SCORES).read_text())["alpaca_eval/judged"] == 3

@@ -334,8 +334,8 @@ class TestGold:
     def test_every_measure(self):
         prompt, facts = self.article()
         attribute, value, _ = facts[4].split()
-        lie = f"{attribute} {next(other for other in world.ATTRIBUTES[attribute] if other != value)} ."
-        responses = [" ".join(facts[:2]) + f" {lie} is the and .", " ".join(facts[:3])]
+        lies = [f"{attribute} {other} ." for other in world.ATTRIBUTES[attribute] if other != value]
+        responses = [" ".join([*facts[:2], lies[0], "is the and ."]), " ".join(facts[:3])]
         assert judges.gold(prompt, responses) == [
             {"score": 2.0, "correct": 2.0, "enough": 0.0, "wrong": 1.0, "any_wrong": 1.0, "valid": 0.75},
             {"score": 4 - 9 / 48, "correct": 3.0, "enough": 1.0, "wrong": 0.0, "any_wrong": 0.0, "valid": 1.0},

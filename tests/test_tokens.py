@@ -187,9 +187,10 @@ def test_chat_goes_through_the_template(capsys):
     assert capsys.readouterr().out == ""  # nothing merges
 
 
-def test_what_a_template_puts_after_a_turn():
+@pytest.mark.parametrize("after", [" over. ", " over. <|im_end|>\n"])
+def test_what_a_template_puts_after_a_turn(after):
     tokenizer = tiny_tokenizer("qwen2")
-    tokenizer.chat_template = tiny_tokenizer("qwen2").chat_template.replace("<|im_end|>\n", " over. ")
+    tokenizer.chat_template = tiny_tokenizer("qwen2").chat_template.replace("<|im_end|>\n", after)
     [ended] = tokenize([Preference(CHAT, answer("I am"), answer("well"))], tokenizer, 200, "error")
     assert tokenizer.decode(ended.chosen_ids) == "I am over. <|im_end|>"
     [cut] = tokenize([Preference(CHAT, answer("I am"), answer("well"), False, False)], tokenizer, 200, "error")
