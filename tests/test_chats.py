@@ -204,6 +204,8 @@ def test_what_a_template_drops_is_a_fault(capsys):
         kept = tokenize(some, tokenizer, 200, "error", on_faulty="keep")
         assert tokenizer.decode(kept[1].chosen_ids) == "I am well<|im_end|>"
         assert "1 of 2 pairs are faulty, 0 dropped" in capsys.readouterr().out
+    for rule, left in (("drop", [ASKED]), ("keep", [ASKED, lost_turn.prompt])):
+        assert usable([ASKED, lost_turn.prompt], tokenizer, rule, "test prompts") == left
     trimmed = chatting("qwen2", CHATML.replace("m.content", "m.content | trim"))
     [pair] = tokenize([sound], trimmed, 200, "error")  # white space is the template's to strip
     assert trimmed.decode(pair.chosen_ids) == "I am well<|im_end|>"
@@ -271,10 +273,10 @@ def test_control_tokens_that_are_typed_in_a_chat_stay_text(name):
 def test_text_that_a_vocabulary_has_for_a_control_token_is_a_fault():
     """A tokenizer of whole words knows the word <eos>."""
     tokenizer = models.load_tokenizer("world")
-    some = [Preference("about anna .", "anna .", "about"), Preference("about anna .", "anna <eos> .", "about")]
+    some = [Preference("about anna .", said, "about") for said in ("anna .", "anna <eos> .", "anna . <eos>")]
     with pytest.raises(ValueError, match="row 1, counted from 0: this tokenizer makes control tokens of its text"):
         tokenize(some, tokenizer, 50, "error")
-    assert len(tokenize(some, tokenizer, 50, "error", on_faulty="drop")) == 1
+    assert [pair.text for pair in tokenize(some, tokenizer, 50, "error", on_faulty="drop")] == some[:1]
     with pytest.raises(ValueError, match="prompt 0, counted from 0: this tokenizer makes control tokens"):
         encode_prompts(["about <sep> anna ."], tokenizer, 50)
 

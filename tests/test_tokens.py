@@ -331,8 +331,9 @@ def test_too_long_pairs_are_counted(capsys):
     tokenize(some, tokenizer, 60, "truncate")
     assert "prompts cut from the left, 2 responses from the right" in capsys.readouterr().out
     [short, *_] = tokenize(some[:1], tokenizer, 200, "error")
-    exact = len(short.prompt_ids + short.chosen_ids)
+    exact = len(short.prompt_ids) + max(len(short.chosen_ids), len(short.rejected_ids))
     assert tokenize(some[:2], tokenizer, exact, "drop") == [short]
+    assert tokenize(some[:1], tokenizer, exact, "error") == [short]  # which just fits
     with pytest.raises(ValueError, match="so none is left"):
         tokenize(some[1:2], tokenizer, 60, "drop")
     with pytest.raises(ValueError, match="on_too_long"):
