@@ -110,7 +110,8 @@ def test_a_template_without_an_end_is_said(capsys):
     assert tokenizer.decode(pair.chosen_ids) == "I am well\n\n</s>"
     assert "the chat template writes no end of turn, so train pairs end in </s>" in capsys.readouterr().out
     assert ends(tokenizer, GenerationConfig(eos_token_id=None)) == [tokenizer.eos_token_id]
-    assert ends(tokenizer, GenerationConfig(eos_token_id=[7, 5])) == sorted([7, 5, tokenizer.eos_token_id])
+    plain = tiny_tokenizer("llama")
+    assert ends(plain, GenerationConfig(eos_token_id=[7, 5])) == sorted([7, 5, plain.eos_token_id])
 
 
 def test_the_end_that_the_template_alone_knows_stops_sampling_and_stays_with_the_policy(tiny_model, tmp_path):
