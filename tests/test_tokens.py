@@ -293,6 +293,40 @@ def content(text):
     return text if isinstance(text, str) else text[-1]["content"]
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_a_response_loses_its_end(kind):
+    """Plain text and a message; the other response, which fits, stays as it is."""
+    tokenizer, said = tiny_tokenizer(kind), "The capital of Italy is Rome, and cats sleep."
+    prompt, sides = (CHAT, (answer(said), answer("I"))) if kind == "qwen2" else ("Rome:", (said, "I"))
+    for texts, cut in ((sides, "chosen"), (sides[::-1], "rejected")):
+        [whole] = tokenize([Preference(prompt, *texts)], tokenizer, 200, "error")
+        least = 1 if kind == "gpt2" else len(whole.prompt_ids)  # of a chat the last turn's text is cut at first
+        [pair] = tokenize([Preference(prompt, *texts)], tokenizer, least + 6, "truncate")
+        ids, text = getattr(pair, f"{cut}_ids"), content(getattr(pair.text, cut))
+        assert ids == getattr(whole, f"{cut}_ids")[: len(ids)]
+        assert 6 <= len(ids) < len(getattr(whole, f"{cut}_ids"))
+        assert tokenizer.decode(ids) == text
+        assert said.startswith(text)
+        other = {"chosen": "rejected", "rejected": "chosen"}[cut]
+        assert getattr(pair, f"{other}_ids") == getattr(whole, f"{other}_ids")
+        assert {cut} <= set(pair.cut) <= {cut, "prompt"}
+        assert (getattr(pair.text, f"{cut}_ended"), getattr(pair.text, f"{other}_ended")) == (False, True)
+
+
+def test_a_chat_loses_no_turn_more_than_its_text_asks_for():
+    tokenizer = tiny_tokenizer("qwen2")
+    told = [{"role": "developer", "content": "hello there"}]
+    turns = [{"role": "user", "content": "Tell me about cats and dogs."}, *answer("Cats sleep, dogs run.")]
+    last = [{"role": "user", "content": "What is the capital of Italy?"}]
+    some = [Preference([*told, *turns, *turns, *last], answer("Rome"), answer("cats"))]
+    [whole] = tokenize(some, tokenizer, 1000, "error")
+    longest = len(whole.prompt_ids) + max(len(whole.chosen_ids), len(whole.rejected_ids))
+    spoken = sum(len(tokenizer(message["content"])["input_ids"]) for message in turns)
+    for less, kept in ((0, 2), (1, 1), (spoken, 1), (2 * spoken, 0)):
+        [pair] = tokenize(some, tokenizer, longest - less, "truncate")
+        assert pair.text.prompt == [*told, *turns * kept, *last]
+
+
 def test_a_chat_loses_its_oldest_turns(capsys):
     tokenizer = tiny_tokenizer("qwen2")
     turns = [{"role": "user", "content": "Tell me about cats and dogs."}, *answer("Cats sleep, dogs run.")]
@@ -388,6 +422,8 @@ def test_long_prompts_to_sample_from_are_cut_and_counted(capsys):
     assert long[0] == tokenizer.bos_token_id
     assert long[1:] == tokenizer(PROMPT * 5)["input_ids"][-49:]
     assert short == tokenizer(PROMPT)["input_ids"]
+    for length in (len(short), len(short) - 1):
+        assert [len(ids) for ids in encode_prompts([PROMPT], tokenizer, length)] == [length]
     assert "1 of 2 prompts cut from the left to 50 tokens" in capsys.readouterr().out
 
 
