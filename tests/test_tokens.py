@@ -457,6 +457,16 @@ def test_typed_special_tokens_are_cut_as_the_text_that_they_are(capsys):
         tokenize([some], tokenizer, 5, "truncate")
 
 
+@pytest.mark.parametrize("length", range(4, 9))
+def test_a_prompt_keeps_its_last_character_whole(length):
+    """Of which each byte is a token; the prompt before it is cut, and never all of it."""
+    tokenizer = tiny_tokenizer("gpt2")
+    assert len(tokenizer("☃")["input_ids"]) == 3
+    [pair] = tokenize([Preference("a☃", " Rome Rome Rome", "b")], tokenizer, length, "truncate")
+    assert pair.text.prompt == ("a☃" if length == 8 else "☃")
+    assert pair.prompt_ids == tokenizer(pair.text.prompt)["input_ids"]
+
+
 def test_what_sampled_pairs_lost_is_counted_among_those_that_are_left(capsys):
     tokenizer = chat_that_refuses("Refused")
     [pair] = tokenize([Preference(CHAT, "a", "b")], tokenizer, 200, "error")

@@ -132,8 +132,8 @@ def _beginning(prompt: Text, tokens: int, literal: Literal) -> tuple[Text, bool]
     """The prompt without its first tokens, or of a chat with no less than these off; and whether more can go."""
     if isinstance(prompt, str):
         spans = _spans(prompt, literal)
-        last = len(spans) - 1  # one stays
-        return prompt[spans[min(tokens, last) - 1][1] if last > 0 else 0 :], tokens < last
+        last = len(spans) - 1  # one stays, and its character whole, of which tokens before it may be other bytes
+        return prompt[min(spans[min(tokens, last) - 1][1], spans[last][0]) if last > 0 else 0 :], tokens < last
     first = next((place for place, one in enumerate(prompt) if one["role"] not in ("system", "developer")), 0)
     turns = [place for place in range(first, len(prompt)) if place == first or prompt[place]["role"] == "user"]
     gone = 0
