@@ -136,7 +136,7 @@ def test_policy_and_reference_are_told_at_the_paths_that_count(tmp_path):
     for number, folder in enumerate((one, other)):
         folder.mkdir()
         shutil.copy(WORLD_BASE / "config.json", folder)
-        save_file({"some.weight": torch.full((2,), number)}, folder / "model.safetensors")
+        save_file({"some.weight": torch.full((2,), float(number))}, folder / "model.safetensors")
     write(other / "pairs.jsonl", ROWS)  # a model's folder all the same
 
     def told(**policy):
