@@ -326,7 +326,7 @@ def test_all_that_the_optimizer_and_the_schedule_hold_is_taken_back(tmp_path):
     assert other.scheduler.state_dict() == toy.scheduler.state_dict()
     for mine, theirs in zip(other.model.parameters(), toy.model.parameters(), strict=True):
         mine, theirs = other.optim.state[mine], toy.optim.state[theirs]
-        assert {name for name in mine} == {"step", "exp_avg", "exp_avg_sq"}
+        assert set(mine) == {"step", "exp_avg", "exp_avg_sq"}
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 

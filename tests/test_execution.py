@@ -28,7 +28,8 @@ class Process:
         self.command, self.how, self.asked, self.heard = command, how, 0, []
         self.directory = Path(command[-1])
         self.pid = 4_000_000 + len(STARTED)
-        self.returncode, self.files, self.deaf = ENDS.get(self.directory.name, (0, {"evaluation.json": FINISHED}, False))
+        well = (0, {"evaluation.json": FINISHED}, False)
+        self.returncode, self.files, self.deaf = ENDS.get(self.directory.name, well)
         self.beside = sum(one.poll_ is None for one in STARTED)
         self.poll_: int | None = None
         self.status = runs.status(self.directory)
@@ -228,9 +229,8 @@ def test_the_exit_code_is_that_of_what_was_started(tmp_path, monkeypatch, capsys
 
 def test_a_reason_is_said_once_with_the_first_that_has_it(capsys):
     launch._list([Refused(["a=1", "b=2"], "no\nnever"), Refused(["c=3"], "why"), Refused(["d=4"], "no\nnever")])
-    assert capsys.readouterr().err == (
-        "nothing was started:\n\na=1 b=2 (and 1 more)\n  no\n  never\n\nc=3\n  why\n"
-    )
+    said = "nothing was started:\n\na=1 b=2 (and 1 more)\n  no\n  never\n\nc=3\n  why\n"
+    assert capsys.readouterr().err == said
 
 
 class Taken(Exception):

@@ -77,7 +77,7 @@ def world(tiny_model, tmp_path_factory) -> dict[str, str]:
 @pytest.fixture
 def ask(world, tmp_path, monkeypatch):
     """ask(kind, config): with what `remember` is called; build: what to do with the function that makes it."""
-    load, build = lru_cache(models.load), []
+    load, load_tokenizer, build = lru_cache(models.load), lru_cache(models.load_tokenizer), []
 
     def remember(root, kind, key, make, any_true=bool, about=dict):
         if build:
@@ -87,6 +87,7 @@ def ask(world, tmp_path, monkeypatch):
     for module in (sft, generate, evaluate, scoring):
         monkeypatch.setattr(module, "remember", remember)
     monkeypatch.setattr(models, "load", load)
+    monkeypatch.setattr(models, "load_tokenizer", load_tokenizer)
     demonstrations = [Demonstration(chat, said("It is.")) for chat in CHATS]
     pairs = [Preference(chat, said("Yes."), said("No, never.")) for chat in CHATS]
     length = lambda prompt, texts: [{"score": float(len(text) % 3)} for text in texts]  # noqa: E731
@@ -96,7 +97,7 @@ def ask(world, tmp_path, monkeypatch):
         given = {"demonstrations": demonstrations, "prompts": CHATS, "held_out": CHATS[:1], "weights": "w", **changed}
         model, tokenizer = load(world["one"], torch.device("cpu"), date="2024-07-26")
         tokenizer = changed.get("tokenizer", tokenizer)
-        with pytest.raises(Asked) as caught:
+        with pytest.raises(Asked) as caught:  # noqa: PT012
             if kind == "sft":
                 sft.cached_policy(config, given["demonstrations"], torch.device("cpu"), given.get("on_faulty", "error"))
             if kind == "pairs":
@@ -245,7 +246,7 @@ def test_the_fingerprint_of_a_large_weight_sees_every_byte(place):
 
 
 def test_a_cached_policy_lies_where_its_key_says(ask, settings, tmp_path):
-    """The checkpoint that it resumes from is not kept, and the next attempt trains nothing where the policy is there."""
+    """No checkpoint is kept, and the next attempt trains nothing where the policy is there."""
     made: list[Path] = []
 
     def make(build):

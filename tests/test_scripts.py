@@ -1,4 +1,4 @@
-"""The scripts of a cluster, executed by bash with a fake task id, beside programs that only note how they were called."""
+"""The scripts of a cluster, executed by bash with a fake task id, beside programs that note how they are called."""
 
 import json
 import os
@@ -73,13 +73,14 @@ def executed(notes: Sequence[str]) -> list[str]:
 
 
 def launcher(**changed: Any) -> Slurm:
-    settings = {"partition": None, "account": None, "time": "04:00:00", "nodes": 1, "gpus": 0, "cpus": 4, "memory": None}
+    settings = {"partition": None, "account": None, "time": "04:00:00", "nodes": 1, "gpus": 0, "cpus": 4}
     settings |= {"array_limit": 16, "grace": 120, "restarts": 100, "before": [], "container": None, "python": "python"}
-    return Slurm(**{**settings, "options": [], "submit": True, **changed})
+    return Slurm(**{**settings, "memory": None, "options": [], "submit": True, **changed})
 
 
 def planned(*names: str, **config: Any) -> list[Run]:
-    return [Run(Path(name), {"id": "0", "name": "dev", "processes": 1, "device": "cpu", **config}, name) for name in names]
+    settings = {"id": "0", "name": "dev", "processes": 1, "device": "cpu", **config}
+    return [Run(Path(name), settings, name) for name in names]
 
 
 @pytest.mark.parametrize("task", range(4))
@@ -292,7 +293,7 @@ def test_slurm_is_asked_before_anything_is_written(asked):
 
 
 def test_what_is_queued_is_read_from_manifests(tmp_path, asked):
-    calls, answers = asked
+    _, answers = asked
     for folder in ("here", "my own place"):
         (tmp_path / folder / "runs").mkdir(parents=True)
         for name in ("one.txt", "my list.txt"):
