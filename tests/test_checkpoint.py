@@ -100,6 +100,7 @@ def test_only_the_latest_is_kept_and_found(tmp_path):
 
 
 def test_the_newest_few_are_kept(tmp_path):
+    (tmp_path / "step-4.unfinished").mkdir()  # by a process that was killed
     with Toy(steps=1).checkpoints(tmp_path, keep=2) as checkpoints:
         for step in (9, 10, 11):
             checkpoints.save(step)

@@ -184,7 +184,7 @@ def test_threads_and_gpus_are_divided(tmp_path, monkeypatch):
     assert "CUDA_VISIBLE_DEVICES" not in alone.how["env"]
     assert alone.how["stdout"] is None  # the only one speaks for itself
     STARTED.clear()
-    Execution(planned(tmp_path, *"ghijklmn", processes=1), 8, []).run()
+    Execution(planned(tmp_path, *"ghijklmn", processes=2), 8, []).run()
     assert {one.how["env"]["MKL_NUM_THREADS"] for one in STARTED} == {"1"}  # at least one
 
 

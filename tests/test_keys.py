@@ -186,6 +186,10 @@ def test_what_is_given_beside_the_settings_decides_too(ask, settings, world, mon
 
     answers = [Demonstration(CHATS[0], said("It is.")), Demonstration(CHATS[1], said("It is."))]
     assert missed("sft", demonstrations=answers)
+    silent = changed(settings, "policy.chat_template", world)
+    silent.policy.chat_template = "{# renders the same, and is saved with the policy #}" + TODAY + CHAT_TEMPLATE
+    assert missed("sft", silent)
+    assert missed("sft", changed(settings, "policy.base", world))
     asked: list[Any] = []
     with monkeypatch.context() as patch:
         patch.setattr(sft, "tokenize_demonstrations", lambda *given: asked.append(given) or [])
