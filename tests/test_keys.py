@@ -190,6 +190,9 @@ def test_what_is_given_beside_the_settings_decides_too(ask, settings, world, mon
     silent.policy.chat_template = "{# renders the same, and is saved with the policy #}" + TODAY + CHAT_TEMPLATE
     assert missed("sft", silent)
     assert missed("sft", changed(settings, "policy.base", world))
+    second = copy.deepcopy(settings)
+    second.betas = [settings.betas[0], 0.95]
+    assert missed("sft", second)
     asked: list[Any] = []
     with monkeypatch.context() as patch:
         patch.setattr(sft, "tokenize_demonstrations", lambda *given: asked.append(given) or [])
