@@ -138,6 +138,7 @@ def test_pairs_prefer_the_higher_score(tmp_path, llama):
         assert len(pair.chosen) // 10 > len(pair.rejected) // 10
     per_prompt = [sum(pair.prompt == prompt for pair in pairs["train"]) for prompt in PROMPTS]
     assert max(per_prompt) <= 2
+    assert {pair.prompt for pair in pairs["validation"]} <= {*PROMPTS[:2]}
     (folder,) = (path for path in (tmp_path / "pairs").iterdir() if path.is_dir())
     assert read(folder / "train.jsonl") == pairs["train"]
     assert pairs["train"][1].origin == f"{folder / 'train.jsonl'}, line 2"

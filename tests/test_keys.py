@@ -205,11 +205,19 @@ def test_what_is_given_beside_the_settings_decides_too(ask, settings, world, mon
         assert missed("pairs", prompts=prompts)
     assert missed("baseline", prompts=CHATS[1:])
     assert missed("pairs", held_out=CHATS[1:2])
+    cut = [[[{"role": "user", "content": f"{word} 15 even, {'or odd, ' * 15}please?"}]] for word in ("Is", "Was")]
+    for split in ("prompts", "held_out"):  # fed the same, and judged by all of their text
+        one, other = (ask("pairs", settings, **{split: prompts}).key for prompts in cut)
+        assert one["prompt_ids"] == other["prompt_ids"]
+        assert one != other
     assert missed("pairs", prompts=CHATS[:1], held_out=CHATS)
     plain = models.load_tokenizer(world["one"], date="2024-07-26")
     plain.add_special_tokens({"pad_token": "<pad>"})
     for kind in ("pairs", "baseline"):
         assert missed(kind, tokenizer=plain)
+    longer = copy.deepcopy(settings)
+    longer.max_length, longer.max_new_tokens = 61, 5  # so that prompts are cut to as much as before
+    assert {kind for kind in DECIDE if missed(kind, longer)} == {"sft", "pairs", "baseline"}
     graded = copy.deepcopy(settings)
     OmegaConf.set_struct(graded, False)
     graded.judge.strict = True

@@ -102,7 +102,7 @@ def stopped(base) -> Callable[[str], Path]:
     def stopped(reference: str) -> Path:
         directory = folder(base) / f"stopped-{reference}"
         if not directory.exists():
-            play(directory, asked(base, reference), stop=2)
+            play(directory, OmegaConf.merge(asked(base, reference), {"checkpoint_every": 1}), stop=2)
         return directory
 
     return stopped
@@ -116,6 +116,7 @@ def test_stopped_and_resumed_is_the_whole_run(base, stopped, tmp_path, capfd, re
     cut = shutil.copytree(stopped(reference), tmp_path / "cut")
     newest = latest(cut / "checkpoint")
     assert newest.name == "step-2"
+    assert {path.name for path in newest.parent.iterdir()} == {"step-1", "step-2"}
     told = json.loads((newest / "about.json").read_text())
     assert set(told["inputs"]) == {"settings", "policy", "reference", "pairs"}
     assert not told["evaluated"]

@@ -64,8 +64,13 @@ def test_a_run_keeps_the_step_of_lowest_validation_loss(tmp_path, tiny_model, mo
     made_up = iter([0.1, 0.9, 0.3, 0.5, 0.4])
     on_pairs = evaluate.on_pairs
     monkeypatch.setattr(evaluate, "on_pairs", lambda *given: on_pairs(*given) | {"loss": next(made_up)})
+    measure, measured = evaluate.measure, []
+    monkeypatch.setattr(
+        evaluate, "measure", lambda policy, *given: measured.append(models.fingerprint(policy)) or measure(policy, *given)
+    )
     given = [*own(tmp_path, tiny_model("llama")), "steps=4", "evaluate_every=1"]
     _, result = run(tmp_path / "best", *given, "select=validation_loss")
+    assert measured == [models.fingerprint(models.load(str(tmp_path / "best" / "policy"))[0])]
     assert (result["selected_step"], result["steps"], result["loss"]) == (2, 4, 0.3)
     assert not (tmp_path / "best" / "selected").exists()
     monkeypatch.undo()
