@@ -204,13 +204,15 @@ def test_what_is_given_beside_the_settings_decides_too(ask, settings, world, mon
     for prompts in (CHATS[:2], [*CHATS[:2], [{"role": "user", "content": "?"}]]):
         assert missed("pairs", prompts=prompts)
     assert missed("baseline", prompts=CHATS[1:])
+    assert missed("baseline", prompts=[CHATS[0], CHATS[2]])
     assert missed("pairs", held_out=CHATS[1:2])
     cut = [[[{"role": "user", "content": f"{word} 15 even, {'or odd, ' * 15}please?"}]] for word in ("Is", "Was")]
     for split in ("prompts", "held_out"):  # fed the same, and judged by all of their text
         one, other = (ask("pairs", settings, **{split: prompts}).key for prompts in cut)
         assert one["prompt_ids"] == other["prompt_ids"]
         assert one != other
-    assert missed("pairs", prompts=CHATS[:1], held_out=CHATS)
+    one, other = (ask("pairs", settings, prompts=CHATS[:place], held_out=CHATS[place:]).key for place in (1, 2))
+    assert one != other
     plain = models.load_tokenizer(world["one"], date="2024-07-26")
     plain.add_special_tokens({"pad_token": "<pad>"})
     for kind in ("pairs", "baseline"):

@@ -31,7 +31,7 @@ REFERENCES = {
     "prior": {},
     "given": {"path": "given.jsonl"},
     "uniform": {},
-    "moving": {"every": 3, "alpha": 0.4},  # its count matters: it moves after the stop
+    "moving": {"every": 2, "alpha": 0.4},  # it moves before the stop and after it, where its count matters
 }
 
 
@@ -42,7 +42,7 @@ def base(tmp_path_factory, tiny_model) -> Any:
     shutil.copytree(tiny_model("llama"), folder / "policy")
     shutil.copytree(tiny_model("qwen2"), folder / "qwen2")
     other_model(folder, tiny_model)
-    given = [*own(folder, str(folder / "policy")), "steps=4", "evaluate_every=3", "checkpoints_kept=3"]
+    given = [*own(folder, str(folder / "policy")), "steps=4", "evaluate_every=2", "checkpoints_kept=3"]
     config = frozen(folder / "run", *given, "betas=[0.8,0.9]", "schedule=cosine", "warmup_steps=3")
     pairs = [row(pair) for split in call(config.data).preferences.values() for pair in split]
     scores = [one | {"chosen_logprob": -20.0 - n, "rejected_logprob": -19.0 + n} for n, one in enumerate(pairs)]
@@ -97,12 +97,12 @@ def play(directory: Path, config: Any, stop: int | None = None) -> tuple[Any, ..
 
 @pytest.fixture(scope="module")
 def stopped(base) -> Callable[[str], Path]:
-    """`stopped(reference)`: a run that was stopped after two of its four steps."""
+    """`stopped(reference)`: a run that was stopped after three of its four steps."""
 
     def stopped(reference: str) -> Path:
         directory = folder(base) / f"stopped-{reference}"
         if not directory.exists():
-            play(directory, OmegaConf.merge(asked(base, reference), {"checkpoint_every": 1}), stop=2)
+            play(directory, OmegaConf.merge(asked(base, reference), {"checkpoint_every": 1}), stop=3)
         return directory
 
     return stopped
@@ -115,14 +115,14 @@ def test_stopped_and_resumed_is_the_whole_run(base, stopped, tmp_path, capfd, re
     assert [one["step"] for one in rows if one["split"] == "train"] == [1, 2, 3, 4]
     cut = shutil.copytree(stopped(reference), tmp_path / "cut")
     newest = latest(cut / "checkpoint")
-    assert newest.name == "step-2"
-    assert {path.name for path in newest.parent.iterdir()} == {"step-1", "step-2"}
+    assert newest.name == "step-3"
+    assert {path.name for path in newest.parent.iterdir()} == {"step-1", "step-2", "step-3"}
     told = json.loads((newest / "about.json").read_text())
     assert set(told["inputs"]) == {"settings", "policy", "reference", "pairs"}
     assert not told["evaluated"]
     capfd.readouterr()
     again = play(cut, config)
-    assert "training: resumes at step 2 of 4" in capfd.readouterr().out
+    assert "training: resumes at step 3 of 4" in capfd.readouterr().out
     assert again[0] == rows
     assert all(torch.equal(again[1][name], weight) for name, weight in weights.items())
     if reference == "moving":

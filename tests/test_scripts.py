@@ -258,10 +258,10 @@ def test_what_is_submitted(site, monkeypatch, capsys, asked):
     manifest.write_text(f"{names[0]}\n{names[4]}\n")
     answers["squeue"] = 0, f"1|{site}|{manifest.with_suffix('.sbatch').relative_to(site)}\n", ""
     answers["sbatch"] = 0, "812;cluster\n", ""
-    assert launcher(array_limit=1).start(runs) == 1  # one is damaged
+    assert launcher(array_limit=9).start(runs) == 1  # one is damaged
     said = capsys.readouterr()
     assert "runs/dev: 5 runs: 1 finished, 1 damaged, 1 queued, 2 to submit\n" in said.out
-    assert "submitted job 812: 2 runs, 1 at a time" in said.out
+    assert "submitted job 812: 2 runs, 2 at a time" in said.out
     assert f"not submitted: damaged: {names[2]}/evaluation.json must hold" in said.err
     [(_, _, script, _)] = [call for call in calls if call[0] == "sbatch"]
     assert Path(script).with_suffix(".txt").read_text() == f"{names[0]}\n{names[3]}\n"
