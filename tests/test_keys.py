@@ -35,7 +35,7 @@ DECIDE = {  # kind -> settings that decide what is made; all others do not
     "baseline": {"evaluation.prompts", "evaluation.temperature", "evaluation.batch_size"}
     | {"max_length", "max_new_tokens", "seed"},
     "reference": {"precision"},
-    "another reference": {"precision", "policy.date"},
+    "other-reference": {"precision", "policy.date"},
 }
 # What the making reads beside that: where and how, never what.
 HOW = {
@@ -108,7 +108,7 @@ def ask(world, tmp_path, monkeypatch):
                 evaluate.baseline(model, tokenizer, test, config, given["weights"])
             if kind == "reference":
                 Initial().prepare(world["one"], model, {"train": tokenize(pairs, tokenizer, 200, "error")}, config)
-            if kind == "another reference":
+            if kind == "other-reference":
                 reference = OtherTokenizer(world[given.get("path", "one")], None)
                 reference.prepare(world["one"], model, {"train": tokenize(pairs, tokenizer, 200, "error")}, config)
         return caught.value
@@ -136,7 +136,7 @@ def changed(config: Any, key: str, world: dict[str, str]) -> Any:
 @pytest.mark.parametrize("kind", DECIDE)
 def test_what_decides_misses_and_all_else_hits(ask, settings, world, kind):
     found = ask(kind, settings)
-    assert (found.root, found.kind) == (settings.cache, kind.split()[-1])
+    assert (found.root, found.kind) == (settings.cache, kind.rpartition("-")[2])
     assert found.any_true is sharding.any_true  # all ranks build, or none
     assert ask(kind, settings).key == found.key
     keys = flatten(OmegaConf.to_container(settings))
@@ -200,7 +200,7 @@ def test_what_is_given_beside_the_settings_decides_too(ask, settings, world, mon
     assert asked[0][2:] == (60, "truncate", "drop")
     assert missed("pairs", weights="v")
     assert missed("baseline", weights="v")
-    assert missed("another reference", path="other")
+    assert missed("other-reference", path="other")
     for prompts in (CHATS[:2], [*CHATS[:2], [{"role": "user", "content": "?"}]]):
         assert missed("pairs", prompts=prompts)
     assert missed("baseline", prompts=CHATS[1:])
@@ -228,7 +228,7 @@ def test_what_is_given_beside_the_settings_decides_too(ask, settings, world, mon
     for module, version, kinds in (
         (generate, "JUDGES_VERSION", {"pairs"}),
         (sampling, "SAMPLING_VERSION", {"pairs", "baseline"}),
-        (scoring, "SCORING_VERSION", {"reference", "another reference"}),
+        (scoring, "SCORING_VERSION", {"reference", "other-reference"}),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, version, getattr(module, version) + 1)

@@ -59,7 +59,9 @@ def test_a_run_that_resumes_knows_its_best(tmp_path, policy, monkeypatch):
         patch.setattr(models, "save", stopped)
         with pytest.raises(KeyboardInterrupt):
             Selection(tmp_path).offer(40, {"loss": 0.1}, model, tokenizer)
-    assert Selection(tmp_path).step == 20
+    later = Selection(tmp_path)
+    later.offer(30, {"loss": 0.6}, model, tokenizer)  # the best step is behind it
+    assert (later.step, later.metrics) == (20, {"loss": 0.5})
 
 
 def test_a_run_keeps_the_step_of_lowest_validation_loss(tmp_path, tiny_model, monkeypatch):
