@@ -124,7 +124,7 @@ def test_every_file_that_is_read_counts_to_its_last_byte(tmp_path):
         assert told_apart(), name
         (tmp_path / name).write_text("2")
         assert told_apart(), name
-    (tmp_path / "merges.txt").rename(tmp_path / "vocab.txt")
+    (tmp_path / "merges.txt").rename(tmp_path / "merged.txt")
     assert told_apart()
     for name in ("README.md", "scores.jsonl", "training.log"):  # of no concern to a model
         (tmp_path / name).write_text("1")
