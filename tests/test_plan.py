@@ -1,6 +1,7 @@
 """From combinations of overrides to run directories, in this process: what the rehearsal finds is made up."""
 
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,7 @@ def test_a_rehearsal_that_ends_badly_ends_the_plan(monkeypatch):
     class Done:
         returncode, stdout = 3, ""
 
+    monkeypatch.delitem(sys.modules, "torch")  # where it is there, no process is needed
     monkeypatch.setattr(planning.subprocess, "run", lambda *_, **__: Done())
     assert planning.rehearse([]) == []
     with pytest.raises(SystemExit, match="must try the settings, but ended with exit code 3"):
