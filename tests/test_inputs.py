@@ -101,7 +101,6 @@ def test_every_file_that_is_read_counts_to_its_last_byte(tmp_path):
     found = set()
 
     def told_apart() -> bool:
-        inputs.sketch.cache_clear()
         digest = inputs.sketch(tmp_path)
         new = digest not in found
         found.add(digest)
@@ -149,5 +148,4 @@ def test_policy_and_reference_are_told_at_the_paths_that_count(tmp_path):
     )
     before = inputs.sketch(tmp_path)
     write(tmp_path / "given.jsonl.gz", ROWS[1:])
-    inputs.sketch.cache_clear()
     assert inputs.sketch(tmp_path) != before
