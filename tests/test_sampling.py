@@ -56,7 +56,7 @@ def agree(found: list[int], expected: Tensor) -> bool:
     """Within five standard errors for each token that is likely enough, and nothing that cannot be."""
     counts, means = torch.bincount(torch.tensor(found), minlength=len(expected)), len(found) * expected
     likely = means >= 10
-    assert likely.sum() >= 2
+    assert likely.any()
     errors = ((counts - means).abs() / (means * (1 - expected)).sqrt())[likely]
     return bool((errors < 5).all()) and not counts[expected == 0].any()
 
@@ -73,7 +73,7 @@ def test_frequencies_at_a_temperature_within_a_nucleus(llama, temperature, top_p
         for one in found[place::3]:
             after.setdefault(one.response_ids[0], []).extend(one.response_ids[1:])
         common = max(after, key=lambda token: len(after[token]))
-        assert len(after[common]) > 60
+        assert len(after[common]) > 50
         assert agree(after[common], probabilities(llama, [*prompt, common], temperature, top_p))
 
 
@@ -118,7 +118,7 @@ def test_the_text_of_a_response_is_that_before_its_end(llama, monkeypatch):
     model, tokenizer = llama
     [(often, _)] = Counter(one.response_ids[1] for one in draw(llama, PROMPTS * 100)).most_common(1)
     monkeypatch.setattr(model.generation_config, "eos_token_id", [tokenizer.eos_token_id, often])
-    found = draw(llama, PROMPTS * 100, max_new_tokens=6)
+    found = draw(llama, PROMPTS * 400, max_new_tokens=6)
     ended = [one for one in found if one.ended and one.response_ids[-1] == often]
     assert len(ended) > 5
     assert any(len(one.response_ids) > 1 for one in ended)
