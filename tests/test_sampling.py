@@ -35,46 +35,47 @@ def draw(llama, prompts, **changed):
 
 
 @torch.no_grad()
-def probabilities(llama, ids: list[int], temperature: float, top_p: float) -> Tensor:
-    """Of the next token: the most likely ones that together have top_p, and no others."""
+def probabilities(llama, rows: list[list[int]], temperature: float, top_p: float) -> Tensor:
+    """Of the token after each row, all of one length: the most likely ones that together have top_p, and no others."""
     model, tokenizer = llama
     tokens = vocabulary(tokenizer)
-    p = torch.zeros(model.config.vocab_size)
-    p[tokens] = (model(torch.tensor([ids])).logits[0, -1, tokens] / temperature).softmax(-1)
-    kept, total = [], 0.0
-    for token in p.argsort(descending=True).tolist():
-        if total >= top_p:
-            break
-        kept.append(token)
-        total += p[token].item()
-    nucleus = torch.zeros_like(p)
-    nucleus[kept] = p[kept] / total
-    return nucleus
+    p = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.float64)
+    p[:, tokens] = (model(torch.tensor(rows)).logits[:, -1, tokens].double() / temperature).softmax(-1)
+    for row in p:
+        total = 0.0
+        for token in row.argsort(descending=True).tolist():
+            share = row[token].item()
+            if total >= top_p:
+                row[token] = 0
+            total += share
+    return p / p.sum(-1, keepdim=True)
 
 
 def agree(found: list[int], expected: Tensor) -> bool:
     """Within five standard errors for each token that is likely enough, and nothing that cannot be."""
     counts, means = torch.bincount(torch.tensor(found), minlength=len(expected)), len(found) * expected
     likely = means >= 10
-    assert likely.any()
+    assert likely.sum() > 3
     errors = ((counts - means).abs() / (means * (1 - expected)).sqrt())[likely]
     return bool((errors < 5).all()) and not counts[expected == 0].any()
 
 
-@pytest.mark.parametrize("temperature,top_p", [(0.5, 0.5), (1.0, 0.9), (0.5, 1.0)])
+@pytest.mark.parametrize("temperature,top_p", [(0.5, 0.5), (0.5, 1.0)])
 def test_frequencies_at_a_temperature_within_a_nucleus(llama, temperature, top_p):
-    """First tokens after prompts of unequal length in one batch, and second ones after the most frequent first."""
+    """Of first tokens after prompts of unequal length in one batch, and of second ones after all of the first."""
     found = draw(llama, PROMPTS * 1500, temperature=temperature, top_p=top_p)
     for place, prompt in enumerate(PROMPTS):
-        first, after = [one.response_ids[0] for one in found[place::3]], {}
-        expected = probabilities(llama, prompt, temperature, top_p)
-        assert agree(first, expected)
-        assert 1 < (expected > 0).sum() < 300 or top_p == 1
-        for one in found[place::3]:
-            after.setdefault(one.response_ids[0], []).extend(one.response_ids[1:])
-        common = max(after, key=lambda token: len(after[token]))
-        assert len(after[common]) > 50
-        assert agree(after[common], probabilities(llama, [*prompt, common], temperature, top_p))
+        pairs = [one.response_ids for one in found[place::3]]
+        assert agree([pair[0] for pair in pairs], probabilities(llama, [prompt], temperature, top_p)[0])
+        pairs = [pair for pair in pairs if len(pair) == 2]
+        firsts = sorted({pair[0] for pair in pairs})
+        after = probabilities(llama, [[*prompt, first] for first in firsts], temperature, top_p)
+        after = after[[firsts.index(pair[0]) for pair in pairs]]  # (draws, V)
+        drawn = after.gather(1, torch.tensor(pairs)[:, 1:]).squeeze(1)
+        assert drawn.all()
+        mean = (after**2).sum(-1)
+        spread = ((after**3).sum(-1) - mean**2).sum().sqrt()
+        assert abs((drawn - mean).sum()) < 5 * spread  # probabilities of what is drawn are as large as they should be
 
 
 def test_every_token_can_be_drawn(llama):
