@@ -86,7 +86,7 @@ def own(data: Path, base: str) -> list[str]:
 
 
 UNUSUAL = [
-    *("seed=5", "beta=0.7", "lr=4e-3", "loss.label_smoothing=0.2", "batch_size=8", "epochs=2", "schedule=cosine"),
+    *("seed=5", "beta=0.7", "lr=4e-3", "loss.label_smoothing=0.2", "batch_size=12", "epochs=3", "schedule=cosine"),
     *("warmup_steps=1", "betas=[0.6,0.8]", "weight_decay=0.3", "max_grad_norm=0.05", "device=cpu"),
     *("evaluate_every=4", "evaluate_prompts=3", "select=validation_loss", "checkpoint_every=2", "checkpoints_kept=3"),
     *("sft.batch_size=9", "sft.lr=3e-3", "sft.epochs=2", "sft.schedule=linear", "sft.warmup_steps=0.34"),
@@ -256,7 +256,7 @@ def test_every_setting_of_a_run_reaches_its_work(unusual, tiny_model):
     assert [row["lr"] for row in made] == pytest.approx(rates)
     assert near(weights(run.sft), path[-1], path[0])
 
-    # DPO: 20 pairs in batches of 8, 8 and 4, twice; one step of warm-up, then a cosine.
+    # DPO: 20 pairs in batches of 12 and 8, three times; one step of warm-up, then a cosine.
     model = LlamaForCausalLM.from_pretrained(run.sft).double()
     with torch.no_grad():
         reference, held_to = (
@@ -271,7 +271,7 @@ def test_every_setting_of_a_run_reaches_its_work(unusual, tiny_model):
         return dpo_loss(model, [told[row] for row in rows], [reference[row] for row in rows])
 
     rates = [4e-3 * share for share in (1 / 2, *(0.5 + 0.5 * math.cos(math.pi * passed / 5) for passed in range(5)))]
-    losses, norms, path = adamw(model, [lambda rows=rows: step(rows) for rows in windows(5, PAIRS, 8, 2)], rates)
+    losses, norms, path = adamw(model, [lambda rows=rows: step(rows) for rows in windows(5, PAIRS, 12, 3)], rates)
     with torch.no_grad():
         validation.append(dpo_loss(model, held_out, held_to).item())
     assert [row["loss"] for row in run.of("train")] == pytest.approx(losses, rel=1e-4)
