@@ -7,9 +7,11 @@ pairs are the other way round, so that the selected step is not the last.
 import inspect
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dpo import evaluate, generate, score, sft, train
+from dpo import run as executing
 from dpo.config import check, identity
 from dpo.data.batches import Batches, tokenize_demonstrations
 from dpo.data.records import Dataset, Demonstration
@@ -403,6 +406,27 @@ def test_a_setting_alone(tmp_path, tiny_model, data, monkeypatch):
     assert [one["steps"] for one in begun] == [3, 5]
     assert {one["optimizer"] for one in begun} == {torch.optim.RMSprop}
     assert {one["model"] for one in begun} == {models.fingerprint(models.load(llama)[0])}
+
+
+@pytest.mark.parametrize("threads", [3, None])
+def test_threads_are_set_before_the_work_is_imported(tmp_path, monkeypatch, threads):
+    """None: as many as whoever starts the run has set."""
+    names = [f"{library}_NUM_THREADS" for library in ("OMP", "MKL", "OPENBLAS", "RAYON")]
+    for name in (*names, "OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE"):
+        monkeypatch.setenv(name, "7")
+    given, found = frozen(tmp_path / "run", "steps=1"), []
+    values = {**OmegaConf.to_container(given), "threads": threads}
+    (tmp_path / "run" / "config.yaml").write_text(OmegaConf.to_yaml(values))
+    work = SimpleNamespace(run=lambda config, _: found.append((config.threads, config.steps)))
+
+    def imported(name: str) -> SimpleNamespace:
+        found.extend([name, *(os.environ[name] for name in names)])
+        return work
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executing.importlib, "import_module", imported)
+        assert executing._guarded(tmp_path / "run") == 0
+    assert found == ["dpo.train", *([str(threads or 7)] * 4), (threads, 1)]
 
 
 def test_every_setting_of_sft_reaches_its_work(tmp_path, tiny_model, data):
