@@ -185,9 +185,25 @@ def tokens(folder: str, number: int) -> tuple[list[int], list[int], list[int]]:
     return tokenizer(prompt)["input_ids"], *responses
 
 
-def logp(model: LlamaForCausalLM, prompt: list[int], response: list[int]) -> Tensor:
-    logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum()
+def logps(model: LlamaForCausalLM, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+    """Of the response of each row; what pads a row comes after all that is read.  # (rows,)"""
+    longest = max(len(prompt) + len(response) for prompt, response in rows)
+    padded = torch.tensor(
+        [[*prompt, *response, *[0] * (longest - len(prompt) - len(response))] for prompt, response in rows]
+    )
+    found = model(input_ids=padded).logits.log_softmax(-1)
+    return torch.stack(
+        [
+            found[row, range(len(prompt) - 1, len(prompt) + len(response) - 1), response].sum()
+            for row, (prompt, response) in enumerate(rows)
+        ]
+    )
+
+
+def both(model: LlamaForCausalLM, pairs: Sequence[tuple[list[int], list[int], list[int]]]) -> Tensor:
+    """Of better and worse responses.  # (2, pairs)"""
+    better, worse = ([(pair[0], pair[side]) for pair in pairs] for side in (1, 2))
+    return logps(model, [*better, *worse]).view(2, -1)
 
 
 def windows(seed: int, items: int, size: int, epochs: int) -> list[list[int]]:
@@ -226,15 +242,11 @@ def near(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str,
     return bool(off < within**2 * way)
 
 
-def dpo_loss(model: LlamaForCausalLM, pairs, reference, beta: float = 0.7, smoothing: float = 0.2) -> Tensor:
-    """Mean over pairs; reference: log-probs of the two responses of each."""
-    values = []
-    for (prompt, better, worse), (of_better, of_worse) in zip(pairs, reference, strict=True):
-        margin = logp(model, prompt, better) - of_better - logp(model, prompt, worse) + of_worse
-        values.append(
-            -(1 - smoothing) * logsigmoid(beta * margin) - smoothing * logsigmoid(-beta * margin),
-        )
-    return torch.stack(values).mean()
+def dpo_loss(model: LlamaForCausalLM, pairs, reference: Tensor, beta: float = 0.7, smoothing: float = 0.2) -> Tensor:
+    """Mean over pairs."""
+    better, worse = both(model, pairs) - reference
+    margins = beta * (better - worse)
+    return (-(1 - smoothing) * logsigmoid(margins) - smoothing * logsigmoid(-margins)).mean()
 
 
 def test_every_setting_of_a_run_reaches_its_work(unusual, tiny_model):
@@ -248,7 +260,7 @@ def test_every_setting_of_a_run_reaches_its_work(unusual, tiny_model):
     mean_length = sum(len(better) for _, better, _ in told) / PAIRS
 
     def likelihood(rows: list[int]) -> Tensor:
-        return -torch.stack([logp(model, told[row][0], told[row][1]) for row in rows]).mean() / mean_length
+        return -logps(model, [told[row][:2] for row in rows]).mean() / mean_length
 
     steps = [lambda rows=rows: likelihood(rows) for rows in windows(5, PAIRS, 9, 2)]
     rates = [3e-3 * share for share in (1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4)]
@@ -262,16 +274,13 @@ def test_every_setting_of_a_run_reaches_its_work(unusual, tiny_model):
     # DPO: 20 pairs in batches of 12 and 8, three times; one step of warm-up, then a cosine.
     model = LlamaForCausalLM.from_pretrained(run.sft).double()
     with torch.no_grad():
-        reference, held_to = (
-            [(logp(model, prompt, better), logp(model, prompt, worse)) for prompt, better, worse in some]
-            for some in (told, held_out)
-        )
+        reference, held_to = both(model, told), both(model, held_out)
     validation: list[float] = []
 
     def step(rows: list[int]) -> Tensor:
         with torch.no_grad():
             validation.append(dpo_loss(model, held_out, held_to).item())
-        return dpo_loss(model, [told[row] for row in rows], [reference[row] for row in rows])
+        return dpo_loss(model, [told[row] for row in rows], reference[:, rows])
 
     rates = [4e-3 * share for share in (1 / 2, *(0.5 + 0.5 * math.cos(math.pi * passed / 5) for passed in range(5)))]
     losses, norms, path = adamw(model, [lambda rows=rows: step(rows) for rows in windows(5, PAIRS, 12, 3)], rates)
