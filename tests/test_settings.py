@@ -7,33 +7,26 @@ pairs are the other way round, so that the selected step is not the last.
 import inspect
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, tiny_tokenizer
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from dpo import evaluate, generate, score, sft, train
-from dpo import run as executing
+from dpo import evaluate, score, sft, train
 from dpo.config import check, identity
-from dpo.data.batches import Batches, tokenize_demonstrations
-from dpo.data.records import Dataset, Demonstration
-from dpo.judges import shorter
+from dpo.data.batches import Batches
 from dpo.plan import resolve
 from dpo.policy import model as models
 from dpo.policy import scoring
-from dpo.policy.sampling import Sample
 from dpo.training import sharding
 from dpo.training.log import Log
 from dpo.training.sharding import Layout
@@ -68,13 +61,14 @@ def texts(number: int) -> tuple[str, str, str]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Pairs of unequal length; the last is too long. Held out: other prompts, and what is better is worse."""
+    """Pairs of unequal length; one of each split is too long. Held out: other prompts, and what is better is worse."""
     folder = tmp_path_factory.mktemp("data")
     names = ("prompt", "chosen", "rejected")
     rows = [dict(zip(names, texts(number), strict=True)) for number in range(PAIRS)]
     rows.append({"prompt": "Human: Why?", "chosen": " So." + " it is" * LONGEST, "rejected": " No."})
     held_out = [texts(number) for number in range(100, 100 + HELD_OUT)]
     others = [dict(zip(names, (prompt, worse, better), strict=True)) for prompt, better, worse in held_out]
+    others.insert(1, {"prompt": " it is" * LONGEST, "chosen": " So.", "rejected": " No."})
     for name, some in (("pairs", rows), ("held_out", others)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     (folder / "instructions.json").write_text(json.dumps(INSTRUCTIONS))
@@ -343,7 +337,8 @@ def check_calls(run: Run, base: str) -> None:
     assert [demonstrated[name] for name in ("max_length", "on_too_long", "on_faulty")] == [LONGEST, "drop", "keep"]
     assert {(one["key"], one["length"]) for one in calls["model.check_length"]} == {("max_length", LONGEST)}
     limit = LONGEST - 6  # what is left for prompts
-    assert max(len(ids) for one in calls["evaluate.sample"] for ids in one["prompts"]) <= limit
+    longest = [max(map(len, one["prompts"])) for one in calls["evaluate.sample"]]
+    assert [length == limit for length in longest] == [True] * 6 + [False] + [True] * 2  # no instruction is so long
 
     mirrored = [one for one in calls["Log.__init__"] if one["run_id"]]
     assert [(one["run_id"], one["group"]) for one in mirrored] == [(f"unusual-{run.config.id}", "unusual")]
@@ -417,25 +412,10 @@ def test_a_setting_alone(tmp_path, tiny_model, data, monkeypatch):
     assert {one["model"] for one in begun} == {models.fingerprint(models.load(llama)[0])}
 
 
-@pytest.mark.parametrize("threads", [3, None])
-def test_threads_are_set_before_the_work_is_imported(tmp_path, monkeypatch, threads):
-    """None: as many as whoever starts the run has set."""
-    names = [f"{library}_NUM_THREADS" for library in ("OMP", "MKL", "OPENBLAS", "RAYON")]
-    for name in (*names, "OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE"):
-        monkeypatch.setenv(name, "7")
-    given, found = frozen(tmp_path / "run", "steps=1"), []
-    values = {**OmegaConf.to_container(given), "threads": threads}
-    (tmp_path / "run" / "config.yaml").write_text(OmegaConf.to_yaml(values))
-    work = SimpleNamespace(run=lambda config, _: found.append((config.threads, config.steps)))
-
-    def imported(name: str) -> SimpleNamespace:
-        found.extend([name, *(os.environ[name] for name in names)])
-        return work
-
-    with monkeypatch.context() as patch:
-        patch.setattr(executing.importlib, "import_module", imported)
-        assert executing._guarded(tmp_path / "run") == 0
-    assert found == ["dpo.train", *([str(threads or 7)] * 4), (threads, 1)]
+NOT_OF_SFT = (
+    *("beta", "lr", "loss.label_smoothing", "batch_size", "epochs", "schedule", "warmup_steps", "evaluate_prompts"),
+    "select",
+)
 
 
 def test_every_setting_of_sft_reaches_its_work(tmp_path, tiny_model, data):
@@ -468,109 +448,3 @@ def test_every_setting_of_sft_reaches_its_work(tmp_path, tiny_model, data):
     assert drawn == [(2, 0.8, 3), (2, 0.8, 3), (4, 0.8, 3)]  # before training, after it, and what is measured
     (logged,) = calls["Log.__init__"]
     assert (logged["run_id"], logged["group"]) == (f"unusual-{run.config.id}", "unusual")
-
-
-NOT_OF_SFT = (
-    *("beta", "lr", "loss.label_smoothing", "batch_size", "epochs", "schedule", "warmup_steps", "evaluate_prompts"),
-    "select",
-)
-
-WORDS = (2, 4, 4, 1, 3)  # of the responses to each prompt: two are as good as each other
-
-
-def test_sampled_pairs_follow_the_settings(tmp_path, tiny_model, data, monkeypatch):
-    llama, asked, judged = tiny_model("llama"), [], []
-
-    def drawn(model, tokenizer, prompts, *, top_p=1.0, **named) -> list[Sample]:
-        asked.append({"prompts": prompts, "top_p": top_p, **named})
-        samples = []
-        for place, ids in enumerate(prompts):
-            row, nth = divmod(place, len(WORDS))
-            text = " ".join([f"{row}/{nth}"] * WORDS[nth])
-            samples.append(Sample(ids, [100 + row, 200 + nth, 2], text, ended=nth % 2 == 0))
-        return samples
-
-    def judge(prompt, responses):
-        judged.append(prompt)
-        return [{"score": float(len(response.split()))} for response in responses]
-
-    monkeypatch.setattr(generate, "sample", drawn)
-    given = ["generation.samples=5", "generation.temperature=0.3", "generation.top_p=0.6", "generation.batch_size=7"]
-    given += ["generation.pairs_per_prompt=3", "evaluation.temperature=0.8", "evaluation.batch_size=3"]
-    given += [*own(data, llama), f"policy.path={llama}", "judge=shorter"]
-    model, tokenizer = models.load(llama)
-    long = "Human: " + "it is " * LONGEST
-    prompts = {"train": [texts(number)[0] for number in range(5)] + [long], "validation": [texts(9)[0]]}
-
-    def sampled(name: str, *more: str):
-        asked.clear()
-        config = frozen(tmp_path / name / "run", *given, *more)
-        return generate.preferences(model, tokenizer, prompts, judge, config, "w")
-
-    found = sampled("some", "seed=5")
-    named = ("max_new_tokens", "temperature", "top_p", "batch_size")
-    assert [[one[name] for name in named] for one in asked] == [[6, 0.3, 0.6, 7]] * 2
-    assert [len(one["prompts"]) for one in asked] == [6 * 5, 5]
-    assert max(len(ids) for ids in asked[0]["prompts"]) == LONGEST - 6
-    fed = asked[0]["prompts"][::5]
-    assert asked[0]["prompts"] == [ids for ids in fed for _ in range(5)]
-    seeds = [one["seed"] for one in asked]
-    assert judged == [*prompts["train"], *prompts["validation"]]  # whole
-
-    pairs = {}
-    for pair in found["train"]:
-        (row, better), (other, worse) = (map(int, text.split()[0].split("/")) for text in (pair.chosen, pair.rejected))
-        assert row == other
-        assert pair.prompt == (prompts["train"][row] if row < 5 else tokenizer.decode(fed[5], skip_special_tokens=True))
-        assert WORDS[better] > WORDS[worse]
-        assert (pair.chosen_ended, pair.rejected_ended) == (better % 2 == 0, worse % 2 == 0)
-        assert (pair.token_ids.prompt, pair.token_ids.chosen) == (fed[row], [100 + row, 200 + better, 2])
-        assert pair.token_ids.rejected == [100 + row, 200 + worse, 2]
-        pairs.setdefault(row, set()).add((better, worse))
-    assert [len(pairs[row]) for row in range(6)] == [3] * 6
-    assert len(set(map(frozenset, pairs.values()))) > 1  # they are drawn
-    assert len(found["validation"]) == 3
-
-    every = sampled("all", "seed=6", "generation.pairs_per_prompt=20")["validation"]
-    drawn_pairs = {tuple(int(text.split()[0].split("/")[1]) for text in (one.chosen, one.rejected)) for one in every}
-    assert drawn_pairs == {(one, two) for one in range(5) for two in range(5) if WORDS[one] > WORDS[two]}
-    assert len(every) == 9
-    assert len({*seeds, *(one["seed"] for one in asked)}) == 4
-
-
-def test_sampled_pairs_are_made_by_the_rule_for_faulty_prompts(tmp_path, tiny_model, data, monkeypatch):
-    llama, rules = tiny_model("llama"), []
-
-    def preferences(*given: Any) -> Any:
-        rules.append(given[-1])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(generate, "preferences", preferences)
-    config = frozen(tmp_path / "run", *own(data, llama), f"policy.path={llama}")
-    dataset = Dataset([], {}, {"train": ["a"], "validation": ["b"], "test": ["c"]}, on_faulty="keep")
-    with pytest.raises(KeyboardInterrupt):
-        score.prepare(config, dataset, shorter, *score.encode(config, dataset))
-    assert rules == ["keep"]
-
-
-def test_rules_for_demonstrations(tiny_model, capsys):
-    """Those of pairs: what is cut has no end, what is too long or faulty follows its setting."""
-    tokenizer = models.load_tokenizer(tiny_model("llama"))
-    some = [Demonstration("Is it?", " Yes."), Demonstration("Is it?", " Yes.", ended=False)]
-    (prompt, whole), (_, cut) = tokenize_demonstrations(some, tokenizer, 40, "error")
-    assert whole == [*cut, tokenizer.eos_token_id]
-    long = [*some, Demonstration("Is it?", " Yes" * 40)]
-    assert tokenize_demonstrations(long, tokenizer, 40, "drop") == [(prompt, whole), (prompt, cut)]
-    assert len(tokenize_demonstrations(long, tokenizer, 40, "truncate")[2][1]) == 40 - 2  # BOS and a token of text
-    with pytest.raises(ValueError, match="1 of 3 demonstrations have more than 40 tokens"):
-        tokenize_demonstrations(long, tokenizer, 40, "error")
-    chats = tiny_tokenizer("qwen2")
-    chats.chat_template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}" + CHAT_TEMPLATE
-    )
-    asked = [{"role": "user", "content": "Is it?"}]
-    answer = [{"role": "assistant", "content": "Yes."}]
-    faulty = [Demonstration(asked, answer), Demonstration([{"role": "system", "content": "Be."}, *asked], answer)]
-    with pytest.raises(ValueError, match="1 of 2 demonstrations are faulty"):
-        tokenize_demonstrations(faulty, chats, 40, "error")
-    assert len(tokenize_demonstrations(faulty, chats, 40, "error", "drop")) == 1
