@@ -342,7 +342,7 @@ def check_calls(run: Run, base: str) -> None:
 
     mirrored = [one for one in calls["Log.__init__"] if one["run_id"]]
     assert [(one["run_id"], one["group"]) for one in mirrored] == [(f"unusual-{run.config.id}", "unusual")]
-    assert mirrored[0]["config"]["lr"] == 4e-3
+    assert (mirrored[0]["config"]["lr"], mirrored[0]["wandb"].mode) == (4e-3, "disabled")
 
 
 INCIDENTAL = [
