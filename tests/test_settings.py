@@ -146,7 +146,8 @@ WATCHED = [
     *((models, name) for name in ("load", "load_tokenizer", "check_length", "recompute")),
     *((sharding, name) for name in ("join", "layout")),
     *((train, "fit"), (sft, "fit"), (train, "optimizer"), (sft, "optimizer"), (sft, "tokenize_demonstrations")),
-    *((evaluate, "sample"), (evaluate, "kl"), (evaluate, "usable"), (score, "tokenize"), (score, "told_apart")),
+    *((evaluate, "sample"), (evaluate, "kl"), (evaluate, "branched"), (scoring, "branched"), (scoring, "dealt")),
+    *((score, "tokenize"), (score, "told_apart")),
     *((train, "sequence_logps"), (sft, "sequence_logps"), (scoring, "token_logps"), (evaluate, "sequence_kl")),
     *((Log, "__init__"), (Batches, "__init__")),
 ]
@@ -371,7 +372,10 @@ def test_what_changes_no_number(unusual, tmp_path, tiny_model, data):
         made = run.calls["Batches.__init__"]
         assert [one["collate"].keywords["packed"] for one in made] == [packed] * 3
         assert tuple(one["micro_batch_tokens"] for one in made) == most
-    assert all(one["settings"].packed is False for one in other.calls["evaluate.kl"])
+    for run, layouts in ((unusual, {True}), (other, {False})):
+        assert {one["packed"] for one in run.calls["evaluate.branched"]} == layouts
+        assert {one["packed"] for one in run.calls["scoring.branched"]} == layouts | {False}  # once more, to compare
+    assert {one["limit"] for one in other.calls["scoring.dealt"]} == {70}
 
 
 NAMES = ("sft.sequence_logps", "train.sequence_logps", "scoring.token_logps", "evaluate.sequence_kl", "evaluate.sample")
@@ -388,6 +392,8 @@ def test_the_precision_is_that_of_all_matrix_products_in_training_validation_and
         assert {one["products"] for one in run.calls[name]} == {torch.float32 if whole else torch.bfloat16}, name
         assert {one["products"] for one in unusual.calls[name]} == {torch.float32}, name
     assert {one["grad"] for one in run.calls["train.sequence_logps"]} == {False, True}  # validation, too
+    seeds, others = ({one["seed"] for one in each.calls["evaluate.sample"]} for each in (run, unusual))
+    assert not seeds & others  # of seeds 0 and 5
     assert {one["layout"].precision for one in run.calls["model.load"]} == {"bf16"}
     assert {one["precision"] for one in (*run.calls["sft.fit"], *run.calls["train.fit"])} == {"bf16"}
 
