@@ -8,7 +8,17 @@ from conftest import CHAT_TEMPLATE, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo.data.batches import Batches, Pair, branched, collate, collate_pairs, dealt, size, tokenize_demonstrations
+from dpo.data.batches import (
+    Batches,
+    Pair,
+    branched,
+    collate,
+    collate_pairs,
+    dealt,
+    encode_prompts,
+    size,
+    tokenize_demonstrations,
+)
 from dpo.data.records import Demonstration
 
 SEQUENCES = [([1, 2, 3], [4, 9]), ([5], [9])]
@@ -194,6 +204,16 @@ def test_impossible_sizes(options):
         batches(5, **options)
     with pytest.raises(ValueError, match="at least one item"):
         batches(0, batch_size=4)
+
+
+def test_a_prompt_of_just_the_limit_is_whole(capsys):
+    tokenizer = tiny_tokenizer("llama")
+    [ids] = encode_prompts(["Is it? Tell me."], tokenizer, 100)
+    assert encode_prompts(["Is it? Tell me."], tokenizer, len(ids)) == [ids]
+    assert capsys.readouterr().out == ""
+    [cut] = encode_prompts(["Is it? Tell me."], tokenizer, len(ids) - 1)
+    assert cut == [ids[0], *ids[2:]]  # BOS stays
+    assert f"1 of 1 prompts cut from the left to {len(cut)} tokens" in capsys.readouterr().out
 
 
 def test_rules_for_demonstrations():
