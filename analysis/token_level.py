@@ -17,10 +17,20 @@ import pandas as pd
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from analysis.kl_strength import at_best_lr, of_one_policy, parted
-from analysis.reference_compatibility import KEYS, methods, trained
+from analysis.kl_strength import at_best_lr, of_one_policy
+from analysis.reference_compatibility import KEYS, methods
 from analysis.report import Frames, main
-from analysis.seeds import Interval, best_minus_best, findings, finished, holds, interval, paired, unmeasured
+from analysis.seeds import (
+    Interval,
+    best_minus_best,
+    findings,
+    finished,
+    holds,
+    interval,
+    paired,
+    trained,
+    unmeasured,
+)
 from dpo import score
 from dpo.data.chats import ends
 from dpo.data.world import values_told
@@ -91,7 +101,7 @@ def read(strength: str | Path, necessity: str | Path | None = None, **only: str)
     world: by beta, seed and kind of value. ends, with `necessity`: log-prob of EOS after training, by method, seed and
     response.
     """
-    final = at_best_lr(parted(of_one_policy(strength, only))[0])
+    final = at_best_lr(trained(of_one_policy(strength, only)))
     if final.empty:
         raise ValueError(f"{strength} must hold finished runs that have been trained, found none")
     found = of_runs(strength, final, ["beta", "seed"])
