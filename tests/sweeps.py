@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytest
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -49,6 +51,19 @@ def numbers(text: str) -> list[float]:
     """The means and intervals that a finding tells of."""
     found = re.findall(r"(-?\d+\.\d+) \[(-?\d+\.\d+), (-?\d+\.\d+)\]", text)
     return [float(one) for interval in found for one in interval]
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """The figures that are saved, and not painted: that takes a second each."""
+    figures = []
+
+    def savefig(figure, path, **given):
+        figures.append(figure)
+        Path(path).write_text("")
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
 
 
 def curves(figure: Figure) -> list[dict[str, list[list[float]]]]:

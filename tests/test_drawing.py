@@ -1,12 +1,10 @@
 """The sweep's figure: what lies on which axis, on what scale, with which bars, and what the legend says of it."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
+from sweeps import saved  # noqa: F401
 
 from dpo import drawing
 
@@ -18,15 +16,8 @@ KL, WIN, ACCURACY = (
 
 
 @pytest.fixture
-def drawn(monkeypatch, tmp_path):
-    """`drawn(frame, swept)`: the figure that `dpo.drawing.draw` would save."""
-    saved = []
-
-    def savefig(figure, path, **given):
-        saved.append(figure)
-        Path(path).write_text("")
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
+def drawn(saved, tmp_path):  # noqa: F811
+    """`drawn(frame, swept)`: the figure that `dpo.drawing.draw` saves."""
 
     def draw(frame, swept):
         frame = pd.DataFrame(frame)
@@ -47,8 +38,8 @@ def bars(axis):
         sides = {}
         for segment in segments:
             ends = np.array(segment.get_segments())
-            across = int(np.ptp(ends[..., 1]) == 0 or np.ptp(ends[0, :, 0]) > 0)
-            sides["x" if across else "y"] = np.sort(ends[..., 0 if across else 1]).tolist()
+            sideways = np.ptp(ends[0, :, 0]) > 0
+            sides["x" if sideways else "y"] = np.sort(ends[..., 0 if sideways else 1]).tolist()
         label = container.get_label()
         found[number if label.startswith("_") else label] = (list(line.get_xdata()), list(line.get_ydata()), sides)
     return found
