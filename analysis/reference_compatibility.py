@@ -8,6 +8,7 @@ prints the tables and the findings, and writes them, the figures and the numbers
 fourth folder has the runs that the other three lack: policies before training, and held to themselves.
 """
 
+from itertools import cycle
 from math import isfinite, nan
 from pathlib import Path
 
@@ -302,7 +303,7 @@ def figure(final: pd.DataFrame, columns: str, panels: str | None = None) -> Figu
             tidy(axis, str(title), "beta", label)
             axis.set_xscale("log")
             plain(axis.xaxis)
-            for colour, (name, line) in zip(COLOURS, rows.groupby(columns, sort=False), strict=False):
+            for colour, (name, line) in zip(cycle(COLOURS), rows.groupby(columns, sort=False), strict=False):
                 points = {beta: seeds.interval(same[value]) for beta, same in line.groupby("beta")}
                 means = [one.mean for one in points.values()]
                 halves = [one.half if isfinite(one.half) else 0.0 for one in points.values()]

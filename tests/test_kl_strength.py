@@ -180,6 +180,8 @@ def test_frontier():
         "beta",
         ["0.01", "0.1"],
     )
+    many = runs_of(({**rows[0], "beta": (1 + number) / 10} for number in range(9)), seeds=1)
+    assert len(kl_strength.figure(many, way).axes[0].get_legend().get_texts()) == 9  # more than there are colours
     assert not kl_strength.study({**frames, "runs": frames["runs"].drop(columns="kl")})[1]  # nothing to draw
 
 

@@ -215,7 +215,7 @@ def test_tables_over_seeds_by_hand():
     assert first["win rate"] == "0.650 ± 0.191"  # the root of (2 0.15^2 + 0.05^2 + 0.25^2) / 3
     assert first["KL"] == "3.00 ± 2.65"  # of 1, 2 and 6: the root of (4 + 1 + 9) / 2
     assert (first["accuracy"], first["wrong"]) == ("0.700 ± 0.000", "-")
-    assert (second["alpha"], second["seeds"], second["win rate"][:5]) == ("0.5", "1", "0.400")
+    assert (second["alpha"], second["seeds"], second["win rate"]) == ("0.5", "1", "0.400")
 
 
 def test_frames_by_hand(tmp_path):

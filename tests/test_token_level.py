@@ -293,3 +293,9 @@ def test_figures():
     [axis] = token_level.lines(table.reset_index(drop=True).rename_axis("position"), "title").axes
     drawn = {line.get_label(): list(line.get_ydata()) for line in axis.lines[:2]}
     assert (axis.get_xlabel(), drawn) == ("position", {"0.1": [-9.0, -5.0], "1": [-4.0, -2.0]})
+
+    many = pd.DataFrame({number / 10: [-1.0] for number in range(9)}, index=["EOS"])  # more than there are colours
+    assert len(token_level.bars(many, "title", "nats").axes[0].containers) == 9
+    assert len(token_level.lines(many.reset_index(drop=True), "title").axes[0].get_legend().get_texts()) == 9
+    table = token_level.bins(pd.DataFrame({"beta": many.columns, "difference": -1.0}))
+    assert len(token_level.figure_1(table).axes[0].patches) == 9
