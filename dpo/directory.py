@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from copy import deepcopy
 from functools import lru_cache
 from io import StringIO
@@ -15,6 +16,26 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 SCORES = "alpaca_eval_scores.json"  # what `dpo.alpaca_eval` adds to a run
+
+
+def folders(path: Path) -> list[Path]:
+    """The run directories in `path`.
+
+    Raises: ValueError if it is no folder.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path} must be a folder of run directories, such as runs/dev; it does not exist")
+    names = ("config.yaml", "evaluation.json", "metrics.jsonl")
+    return sorted({file.parent for name in names for file in path.glob(f"*/{name}")})
+
+
+def configs(path: Path) -> dict[str, dict[str, Any]]:
+    """The frozen config of each run in `path` that has one which can be read."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in folders(path):
+        with suppress(ValueError):
+            found[run.name] = config(run)
+    return {run: values for run, values in found.items() if values}
 
 
 def status(directory: str | Path, queued: Collection[Path] = ()) -> str:

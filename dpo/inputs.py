@@ -5,7 +5,6 @@ The planner records it in the run's config (`provenance.inputs`), and the run co
 
 import hashlib
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,6 @@ def _scores(folder: Path) -> Iterator[Path]:
     return (file for file in sorted(folder.rglob("*")) if file.name.endswith((".jsonl", ".jsonl.gz")))
 
 
-@lru_cache
 def sketch(path: Path) -> str:
     """Digest of a file, or of the files in a folder: names, sizes, and content; of large files at 64 places.
 

@@ -29,8 +29,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo import HOME, runs
+from dpo import HOME
 from dpo.config import OPEN_GROUPS, incidental
+from dpo.directory import reason, status
 from dpo.plan import Composed, Refused, Run, message, plan
 from dpo.run import IN_USE, THREADS
 from dpo.signature import binds, call
@@ -152,11 +153,11 @@ class Execution:
 
     def __init__(self, planned: Sequence[Run], jobs: int, gpus: Sequence[str]) -> None:
         self.planned, self.gpus = planned, gpus
-        states = {run.directory: runs.status(run.directory) for run in planned}
+        states = {run.directory: status(run.directory) for run in planned}
         self.todo = [run for run in planned if states[run.directory] not in ("finished", "damaged")]
         self.jobs = max(1, min(jobs, len(self.todo)))
         self.active: dict[int, tuple[str, Run, subprocess.Popen[bytes], float]] = {}  # by slot
-        self.problems = {path: runs.reason(path) or "" for path, state in states.items() if state == "damaged"}
+        self.problems = {path: reason(path) or "" for path, state in states.items() if state == "damaged"}
         self.received: list[int] = []
 
     def run(self) -> int:
@@ -170,7 +171,7 @@ class Execution:
                 print(f"{run.asked} is {run.directory.name}: the same settings", flush=True)
         try:
             for run in self.todo:
-                if runs.status(run.directory) != "running":
+                if status(run.directory) != "running":
                     run.freeze()
         except OSError as error:
             print(f"could not write a run directory: {error}; nothing was started", file=sys.stderr)
@@ -199,8 +200,10 @@ class Execution:
                 self._ended(*self.active.pop(slot), asked=bool(stopped_by))
         for number, handler in former.items():
             signal.signal(number, handler)
+        from dpo.runs import report  # pandas, which what only plans does without
+
         for folder in folders:
-            runs.report(folder, named={path.name for path in self.problems})
+            report(folder, named={path.name for path in self.problems})
         if stopped_by:
             print(f"stopped, {count(len(waiting))} not started; the same command resumes", flush=True)
         for directory, problem in self.problems.items():
@@ -209,7 +212,7 @@ class Execution:
         return 128 + stopped_by if stopped_by else int(bool(self.problems))
 
     def _start(self, slot: int, title: str, run: Run) -> None:
-        if runs.status(run.directory) == "running":
+        if status(run.directory) == "running":
             self.problems[run.directory] = "another process is executing it"
             print(f"{title} is being executed by another process", flush=True)
             return
@@ -247,19 +250,19 @@ class Execution:
     def _ended(self, title: str, run: Run, process: subprocess.Popen[bytes], began: float, asked: bool) -> None:
         seconds = time.monotonic() - began
         spent = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-        if runs.status(run.directory) == "finished":
+        if status(run.directory) == "finished":
             print(f"{title} finished in {spent}", flush=True)
             return
         if process.returncode == IN_USE:
             problem = "another process is executing it"
-        elif said := runs.reason(run.directory):
+        elif said := reason(run.directory):
             problem = said
         elif asked:
             problem = "stopped before it could say where"
         else:
             problem = _silent(run.directory, process.returncode)
         self.problems[run.directory] = problem
-        verdict = "failed" if runs.status(run.directory) == "failed" else "ended early"
+        verdict = "failed" if status(run.directory) == "failed" else "ended early"
         print(f"{title} {verdict} after {spent}: {problem}", flush=True)
 
 
@@ -285,10 +288,10 @@ def _list(refused: Sequence[Refused]) -> None:
     for one in refused:
         by_reason.setdefault(one.reason, []).append(" ".join(one.overrides))
     print("nothing was started:", file=sys.stderr)
-    for reason, overrides in by_reason.items():
+    for why, overrides in by_reason.items():
         others = f" (and {len(overrides) - 1} more)" if len(overrides) > 1 else ""
         print(f"\n{overrides[0] or 'this command'}{others}", file=sys.stderr)
-        print("\n".join(f"  {line}" for line in reason.splitlines()), file=sys.stderr, flush=True)
+        print("\n".join(f"  {line}" for line in why.splitlines()), file=sys.stderr, flush=True)
 
 
 def _silent(directory: Path, code: int) -> str:

@@ -15,9 +15,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo import HOME, runs
+from dpo import HOME
 from dpo.config import HOMES, NAME_BYTES, RECORDED, decisive, faults, flatten, identity, incidental
 from dpo.directory import config as config_of
+from dpo.directory import configs, status
 
 INPUTS = {  # what a run is made from beside its settings: see dpo.inputs
     "data": "the data",
@@ -126,9 +127,13 @@ def plan(composed: Sequence[Composed]) -> tuple[list[Run], list[Refused]]:
 
 
 def rehearse(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What `dpo.rehearse` finds in each config, in a process that ends: this one imports no torch."""
+    """What `dpo.rehearse` finds in each config, in a process that ends: this one imports no torch, unless it has it."""
     if not configs:
         return []
+    if "torch" in sys.modules:
+        from dpo.rehearse import trials
+
+        return trials(configs)
     command = [sys.executable, "-m", "dpo.rehearse"]
     done = subprocess.run(command, input=json.dumps(configs), stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -168,7 +173,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.on_disk = runs.configs(path) if path.is_dir() else {}
+        self.on_disk = configs(path) if path.is_dir() else {}
         self.runs = dict(self.on_disk)
         self.names = {identity(config): name for name, config in self.on_disk.items()}
         self.values: dict[str, set[str]] = {}  # what a key is in the runs on disk
@@ -245,7 +250,7 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
 def _begun(directory: Path) -> bool:
     """Whether a run has made something that can be resumed or read."""
     made = (directory / "evaluation.json").exists() or any(directory.glob("checkpoint/step-*"))
-    return made or runs.status(directory) == "running"
+    return made or status(directory) == "running"
 
 
 def message(error: Exception) -> str:

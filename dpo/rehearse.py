@@ -8,7 +8,7 @@ configs share is tried once: their data are parsed once, and a bad file is one p
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -77,12 +77,16 @@ def _loss(node: dict[str, Any], beta: float) -> None:
     try_out(call(node), beta)
 
 
+def trials(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each of several configs gets."""
+    rehearsal = Rehearsal()
+    with redirect_stdout(sys.stderr):
+        return [rehearsal.of(config) for config in configs]
+
+
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the planner has it, too, and says so
-    configs, rehearsal = json.load(sys.stdin), Rehearsal()
-    with redirect_stdout(sys.stderr):
-        found = [rehearsal.of(config) for config in configs]
-    json.dump(found, sys.stdout)
+    json.dump(trials(json.load(sys.stdin)), sys.stdout)
 
 
 if __name__ == "__main__":

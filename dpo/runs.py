@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pandas as pd
 
 from dpo import directory
 from dpo.config import HOMES, decisive
-from dpo.directory import reason, status
+from dpo.directory import configs, folders, reason, status
 from dpo.squeue import queued
 
 __all__ = ["configs", "figure", "final", "load", "over_seeds", "reason", "report", "status", "swept", "table"]
@@ -168,18 +167,9 @@ def short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def configs(path: Path) -> dict[str, dict[str, Any]]:
-    """The frozen config of each run in `path` that has one which can be read."""
-    found: dict[str, dict[str, Any]] = {}
-    for run in _runs(path):
-        with suppress(ValueError):
-            found[run.name] = directory.config(run)
-    return {run: config for run, config in found.items() if config}
-
-
 def damaged(path: Path) -> dict[str, str]:
     """The runs in `path` of which a file is not as a run writes it, and what is wrong with it."""
-    return {run.name: wrong for run in _runs(path) if (wrong := directory.damage(run))}
+    return {run.name: wrong for run in folders(path) if (wrong := directory.damage(run))}
 
 
 class DamagedRun(UserWarning):
@@ -191,17 +181,6 @@ def _sound(path: Path) -> dict[str, dict[str, Any]]:
     for run, why in wrong.items():
         warnings.warn(f"{run} is damaged and left out: {why}", DamagedRun, stacklevel=3)
     return {run: config for run, config in configs(path).items() if run not in wrong}
-
-
-def _runs(path: Path) -> list[Path]:
-    """The run directories in `path`.
-
-    Raises: ValueError if it is no folder.
-    """
-    if not path.is_dir():
-        raise ValueError(f"{path} must be a folder of run directories, such as runs/dev; it does not exist")
-    names = ("config.yaml", "evaluation.json", "metrics.jsonl")
-    return sorted({file.parent for name in names for file in path.glob(f"*/{name}")})
 
 
 def _settings(frozen: dict[str, dict[str, Any]], always: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
@@ -267,7 +246,7 @@ def main() -> None:
         sys.exit("usage: python -m dpo.runs runs/<name>")
     path = Path(sys.argv[1])
     try:
-        found = _runs(path)
+        found = folders(path)
     except ValueError as error:
         sys.exit(str(error))
     waiting: set[Path] = set()

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo import HOME, runs
+from dpo import HOME
+from dpo.directory import reason, status
 from dpo.launch import Sweep, count
 from dpo.plan import Run
 from dpo.squeue import ask, queued
@@ -70,10 +71,10 @@ class Slurm(Sweep):
         except RuntimeError as error:
             print(f"{error}; nothing was submitted", file=sys.stderr)
             return 1
-        states = {run.directory: runs.status(run.directory, waiting) for run in planned}
+        states = {run.directory: status(run.directory, waiting) for run in planned}
         settled = ("finished", "running", "queued", "damaged")
         todo = [run for run in planned if states[run.directory] not in settled]
-        damaged = {path.name: runs.reason(path) for path, state in states.items() if state == "damaged"}
+        damaged = {path.name: reason(path) for path, state in states.items() if state == "damaged"}
         folders = list(dict.fromkeys(run.directory.parent for run in planned))
         tally = Counter(state for state in states.values() if state in settled)
         where = ", ".join(map(str, folders))
@@ -92,7 +93,9 @@ class Slurm(Sweep):
                 return 1
         for folder in folders:
             if not todo:
-                runs.report(folder, named=damaged)
+                from dpo.runs import report
+
+                report(folder, named=damaged)
             print(f"  python -m dpo.runs {folder}    where it stands: table, figure, what failed and why")
         for name, wrong in damaged.items():
             print(f"not submitted: {name}: {wrong}", file=sys.stderr, flush=True)

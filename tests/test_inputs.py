@@ -53,7 +53,6 @@ def test_scores_of_a_reference_are_told_however_deep_they_lie(tmp_path):
     found = set()
     for logp in (-1.0, -2.0):
         write(folder / "train.jsonl", [ROWS[0] | {"chosen_logprob": logp, "rejected_logprob": -3.0}])
-        inputs.sketch.cache_clear()
         found.add(inputs.models(settings)["reference"])
     assert len(found) == 2
 
@@ -81,16 +80,13 @@ def test_a_run_refuses_inputs_that_it_was_not_planned_with(tmp_path):
     assert set(record) == {"data", "policy", "reference"}
     frozen = OmegaConf.create(settings | {"provenance": {"inputs": record}})
     OmegaConf.set_struct(frozen, True)
-    inputs.sketch.cache_clear()
     assert contents(inputs.load(frozen)) == record["data"]
 
     write(data, [ROWS[0] | {"chosen": "no", "rejected": "yes"}, *ROWS[1:]])
-    inputs.sketch.cache_clear()
     with pytest.raises(RuntimeError, match="found another data and another reference; put back"):
         inputs.load(frozen)
     write(data, ROWS)
     save_file({"some.weight": torch.cat([torch.zeros(2**20), torch.ones(2**20)])}, weights)  # of the same size
-    inputs.sketch.cache_clear()
     with pytest.raises(RuntimeError, match="found another policy; put back"):
         inputs.load(frozen)
     old = OmegaConf.create(settings)  # frozen before inputs were recorded

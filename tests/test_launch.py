@@ -352,6 +352,7 @@ def test_what_only_plans_imports_no_torch(arguments):
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "hydra.core.override_parser" in imported or "omegaconf" in imported, done.stderr
     assert not imported & {"torch", "transformers", "tokenizers"}
+    assert ("pandas" in imported) == (arguments[1] == "dpo.runs")
 
 
 def test_help(tree):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,14 +42,20 @@ def signals():
         signal.signal(number, handler)
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    return planned(tmp_path_factory.mktemp("once"), "seed=3")
+
+
 @pytest.fixture
-def frozen(tmp_path, monkeypatch):
+def frozen(once, tmp_path, monkeypatch):
     """A planned run whose verb only notes with what it was called; secrets are in the environment."""
-    called = []
+    called, directory = [], tmp_path / once.name
+    shutil.copytree(once, directory)
     verb = SimpleNamespace(run=lambda config, directory: called.append(config))
     monkeypatch.setitem(sys.modules, "dpo.train", verb)
     monkeypatch.setenv("SECRET", "sesame")
-    return planned(tmp_path, "seed=3"), called
+    return directory, called
 
 
 def changed(directory, *keys, id=True, **values):
