@@ -144,6 +144,10 @@ def test_scales_of_the_axes(drawn):
     ]
     below = drawn(REFERENCES.assign(kl=[60.0, 8.0, 7.0, 6.0, -1.0]), ["beta", "reference"])
     assert below.axes[1].get_yscale() == "linear"
+    narrow = drawn(sweep(beta=[0.1, 0.2], win_rate=[0.5, 0.6], kl=[1.0, 2.0]), ["beta"])
+    assert [(axis.get_xscale(), axis.get_yscale()) for axis in narrow.axes] == [
+        *(("log", "linear"), ("log", "linear"), ("linear", "linear"))
+    ]
     many = [0.01 * (1 + number) for number in range(9)]
     crowded = drawn(sweep(beta=many, win_rate=[0.5] * 9, kl=[1.0] * 9), ["beta"])
     assert crowded.axes[0].get_xticks().tolist() != many

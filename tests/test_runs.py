@@ -226,7 +226,7 @@ def test_frames_by_hand(tmp_path):
     ):
         directory = run(tmp_path, beta, batch_size=size, weight_decay=decay, seed=seed)
         config = OmegaConf.load(directory / "config.yaml")
-        own = {"data": {"noise": noise}, "reference": {"path": f"runs/x/seed={seed}/policy"}}
+        own = {"data": {"noise": noise, "decay": decay}, "reference": {"path": f"runs/x/seed={seed}/policy"}}
         OmegaConf.save(OmegaConf.merge(config, own), directory / "config.yaml")
     last = directory
     with open(last / "metrics.jsonl", "a") as file:
@@ -235,7 +235,7 @@ def test_frames_by_hand(tmp_path):
 
     frame = runs.final(tmp_path, ["beta", "lr"])
     keys = ["beta", "batch_size", "weight_decay", "data.noise", "seed"]
-    assert runs.swept(frame) == keys  # and no path, which seed alone decides
+    assert runs.swept(frame) == keys  # and no path, which seed alone decides, nor data.decay, which is weight_decay
     assert frame.columns[: len(keys) + 2].tolist() == ["run", *keys, "lr"]
     assert frame[["beta", "batch_size", "seed", "data.noise"]].values.tolist() == [
         *([0.5, 32, 1, 0.1], [2.0, 16, 0, 0.2], [10.0, 16, 0, 0.1], [10.0, 32, 1, 0.1])
