@@ -103,7 +103,7 @@ def spoken(run):
         ("rejected", 1, "</s>", True, "right", -6.0),
     ]
     found = pd.DataFrame(rows, columns=["response", "position", "token", "end", "value", "difference"])
-    shift = config.seed / 10 + config.beta + (100 if config.lr > 5e-7 else 0)
+    shift = config.seed / 10 + config.beta + (0 if config.lr > 5e-7 else 100)
     found["difference"] -= shift
     return found.assign(pair=0, before=-1.0, after=found["difference"] - 1)
 
@@ -111,14 +111,14 @@ def spoken(run):
 def test_what_is_read(monkeypatch, tmp_path):
     monkeypatch.setattr(token_level, "tokens", spoken)
     for beta in (0.1, 1.0):
-        for lr, score in ((5e-7, 12.0), (1e-6, 11.0)):
+        for lr, score in ((5e-7, 11.0), (1e-6, 12.0)):
             for seed in range(2):
                 run(tmp_path / "strength", score, beta=beta, lr=lr, seed=seed)
-    run(tmp_path / "strength", 5.0, beta=0.2, steps=0)
+    run(tmp_path / "strength", 5.0, beta=0.2, steps=0, lr=1e-6)
     for seed, reference in enumerate(("initial", "uniform", "prior")):
-        run(tmp_path / "necessity", 10.0, reference=reference, seed=seed)
-    run(tmp_path / "necessity", 10.0, reference="uniform", loss="simpo")
-    run(tmp_path / "necessity", 5.0, steps=0, seed=1)
+        run(tmp_path / "necessity", 10.0, reference=reference, seed=seed, lr=1e-6)
+    run(tmp_path / "necessity", 10.0, reference="uniform", loss="simpo", lr=1e-6)
+    run(tmp_path / "necessity", 5.0, steps=0, seed=1, lr=1e-6)
     frames = token_level.read(tmp_path / "strength", tmp_path / "necessity")
     found = frames["items"].set_index(["beta", "seed", "token", "end"])
     assert len(found) == 2 * 2 * 3
