@@ -289,7 +289,7 @@ def test_figures():
         assert [text.get_text() for text in shown] == references
     half = [line for line in drawing.axes[0].lines if len({*line.get_ydata()}) == 1 and line.get_linestyle() == "--"]
     assert [line.get_ydata()[0] for line in half] == [0.5]
-    many = runs_of(row for number in range(9) for row in held_to(f"reference {number}", {0.1: 0.5}))
+    many = runs_of(row for number in range(9) for row in held_to(f"reference {number}", {0.1: 0.5, 1.0: 0.5}))
     assert len(curves(study.figure(many, "reference"))[0]) == 9  # more than there are colours
     judged = study.figure(final.assign(scored_by="alpaca_eval/length_controlled"), "reference", SUMMARIES)
     assert judged.axes[0].get_ylabel() == "length-controlled win rate (%)"
