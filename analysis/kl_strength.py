@@ -7,34 +7,15 @@ prints the tables and the findings, and writes them, the figure and the numbers 
 """
 
 from collections.abc import Mapping
-from itertools import combinations, pairwise
+from itertools import combinations, cycle, pairwise
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
+from analysis import seeds
 from analysis.report import Frames, main
-from analysis.seeds import (
-    Finding,
-    Interval,
-    all_of,
-    best,
-    best_minus_best,
-    cell,
-    findings,
-    finished,
-    grid,
-    holds,
-    interval,
-    margin,
-    measures,
-    more_often,
-    paired,
-    to_decide,
-    unmeasured,
-    verdict,
-)
 from dpo import runs
 from dpo.drawing import COLOURS, plain, tidy
 from dpo.runs import short
@@ -49,7 +30,7 @@ def read(path: str | Path, **only: str) -> Frames:
 
     runs: a row per finished run. history: what was measured before training (on the held-out pairs) and on the way.
 
-    Raises: ValueError as `finished`, or if the runs are of several policies.
+    Raises: ValueError as `seeds.finished`, or if the runs are of several policies.
     """
     final = of_one_policy(path, only)
     history = runs.load(path, KEYS)
@@ -62,37 +43,31 @@ def read(path: str | Path, **only: str) -> Frames:
 
 
 def of_one_policy(path: str | Path, only: Mapping[str, str]) -> pd.DataFrame:
-    """`finished`.
+    """`seeds.finished`.
 
     Raises: ValueError if the runs are of several policies.
     """
-    final = finished(path, KEYS, only)
+    final = seeds.finished(path, KEYS, only)
     if "policy" in final and len(policies := sorted(final["policy"].dropna().unique())) > 1:
         raise ValueError(f"one policy at a time: say policy={' or policy='.join(policies)}")
     return final
 
 
-def parted(final: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The trained runs, and one untrained run (steps=0) per seed: beta and lr, which it was told, are nothing to it."""
-    return final[~final["untrained"]], final[final["untrained"]].drop_duplicates("seed")
-
-
 def table_1(final: pd.DataFrame) -> pd.DataFrame:
     """Score by beta (rows) and learning rate. A win rate is over the policy before training, whose own is 0.5."""
-    trained, untrained = parted(final)
-    table = grid(trained, "beta", ["lr"], "score", name="lr {}".format)
-    own = "0.500" if final["scored_by"].eq("win_rate").all() else ""
-    before = pd.DataFrame(cell(untrained, "score") or own, [UNTUNED], table.columns)
+    trained, _ = seeds.parted(final)
+    table = seeds.grid(trained, "beta", ["lr"], "score", name="lr {}".format)
+    before = pd.DataFrame(seeds.before_training(final), [UNTUNED], table.columns)
     return pd.concat([before, table]).rename_axis("beta")
 
 
 def table_2(final: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
     """Accuracy on held-out pairs of the implicit reward and of the policy's own log-probability, by beta."""
-    (trained, _), before = parted(final), untuned(final, history)
+    (trained, _), before = seeds.parted(final), untuned(final, history)
     table = {}
     for lr, of_lr in trained.groupby("lr"):
         for title, value in ACCURACIES.items():
-            rows = {short(beta): cell(same, value) for beta, same in of_lr.groupby("beta")}
+            rows = {short(beta): seeds.cell(same, value) for beta, same in of_lr.groupby("beta")}
             known = before[value].dropna()
             rows[UNTUNED] = f"{known.mean():.3f}" if len(known) else ""
             table[f"lr {short(lr)}, {title}"] = rows
@@ -103,7 +78,7 @@ def table_2(final: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
 def untuned(final: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
     """What was measured on the held-out pairs before training: a row per seed."""
     start = history[(history["split"] == "validation") & (history["step"] == 0)]
-    both = pd.concat([start, parted(final)[1]]).reindex(columns=["seed", *ACCURACIES.values()])
+    both = pd.concat([start, seeds.parted(final)[1]]).reindex(columns=["seed", *ACCURACIES.values()])
     return both.groupby("seed").first().reset_index()
 
 
@@ -113,22 +88,22 @@ def at_best_lr(trained: pd.DataFrame) -> pd.DataFrame:
     return trained[trained["lr"] == means.idxmax()] if len(trained) else trained
 
 
-def rising(trained: pd.DataFrame, value: str, rates: int = 1) -> Finding:
+def rising(trained: pd.DataFrame, value: str, rates: int = 1) -> seeds.Finding:
     """Whether `value` rises at every step to a smaller beta. One significant fall between two betas refutes it."""
     claim = "2a. The policy's own ranking gets better with every smaller beta"
     of_beta: dict[Any, pd.DataFrame] = dict(tuple(trained.groupby("beta")))
     betas = sorted(of_beta, reverse=True)
     if len(betas) < 2 or value not in trained:
-        return unmeasured(claim, f"it takes {value} at two betas or more")
+        return seeds.unmeasured(claim, f"it takes {value} at two betas or more")
     looks = len(betas) * (len(betas) - 1) // 2
-    rise = {(a, b): paired(of_beta[b], of_beta[a], value, looks * rates) for a, b in combinations(betas, 2)}
-    falls = {pair: found for pair, found in rise.items() if verdict(found) == "refutes"}
+    rise = {(a, b): seeds.paired(of_beta[b], of_beta[a], value, looks * rates) for a, b in combinations(betas, 2)}
+    falls = {pair: found for pair, found in rise.items() if seeds.verdict(found) == "refutes"}
     shown = min(falls, key=lambda pair: falls[pair].high) if falls else (betas[0], betas[-1])
-    decided = "refutes" if falls else all_of([verdict(rise[pair]) for pair in pairwise(betas)])
+    decided = "refutes" if falls else seeds.all_of([seeds.verdict(rise[pair]) for pair in pairwise(betas)])
     change = (
         f"from beta {short(shown[0])} to {short(shown[1])} it changes by {rise[shown]} (one of {looks} pairs of betas)"
     )
-    return Finding(claim, change, decided)
+    return seeds.Finding(claim, change, decided)
 
 
 def claims(final: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
@@ -136,52 +111,53 @@ def claims(final: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
 
     It is chosen on the same runs, so each interval holds at all learning rates together (Bonferroni).
     """
-    every, _ = parted(final)
+    every, _ = seeds.parted(final)
     trained, rates = at_best_lr(every), max(1, every["lr"].nunique())
     of_beta: dict[Any, pd.DataFrame] = dict(tuple(trained.groupby("beta")))
-    found, betas = [inside(of_beta, rates, margin(final))], sorted(of_beta)
+    found, betas = [inside(of_beta, rates, seeds.margin(final))], sorted(of_beta)
     smaller, from_there = trained[trained["beta"] < 0.1], trained[trained["beta"] >= 0.1]
-    position = best_minus_best(smaller, from_there, looks=rates)
+    position = seeds.best_minus_best(smaller, from_there, looks=rates)
     what = "best score below 0.1 minus best from 0.1 on"
-    found.append(holds("1b. The best beta is well below 0.1", what, position, margin=margin(final)))
+    found.append(seeds.holds("1b. The best beta is well below 0.1", what, position, margin=seeds.margin(final)))
     collapse = "1c. Too small a beta can collapse"
     if len(betas) > 1:
         low, high = betas[0], betas[-1]
         names = (f"beta {short(low)}", f"beta {short(high)}")
-        found.append(more_often(collapse, of_beta[low], of_beta[high], names))
+        found.append(seeds.more_often(collapse, of_beta[low], of_beta[high], names))
     else:
-        found.append(unmeasured(collapse, "it takes two betas or more"))
+        found.append(seeds.unmeasured(collapse, "it takes two betas or more"))
     found.append(rising(trained, "logps/accuracies", rates))
-    before = interval(untuned(final, history)["logps/accuracies"])
+    before = seeds.interval(untuned(final, history)["logps/accuracies"])
     found.append(
-        holds(
+        seeds.holds(
             "2b. Before training it is below one half",
             "one half minus the accuracy of the policy before training",
-            Interval(0.5 - before.mean, 0.5 - before.high, 0.5 - before.low, before.seeds),
+            seeds.Interval(0.5 - before.mean, 0.5 - before.high, 0.5 - before.low, before.seeds),
         )
     )
     always = "2c. The implicit reward ranks better than chance at every beta"
     if "rewards/accuracies" in trained and len(betas):
         wrong = trained.assign(wrong=-trained["rewards/accuracies"])
-        found.append(holds(always, "its lowest accuracy over betas", -best(wrong, value="wrong", looks=rates), 0.5))
+        lowest = -seeds.best(wrong, value="wrong", looks=rates)
+        found.append(seeds.holds(always, "its lowest accuracy over betas", lowest, 0.5))
     else:
-        found.append(unmeasured(always, "no run has rewards/accuracies"))
-    return findings(found)
+        found.append(seeds.unmeasured(always, "no run has rewards/accuracies"))
+    return seeds.findings(found)
 
 
-def inside(of_beta: dict[Any, pd.DataFrame], rates: int, margin: float) -> Finding:
+def inside(of_beta: dict[Any, pd.DataFrame], rates: int, margin: float) -> seeds.Finding:
     """Whether a beta between the smallest and the largest is better than both."""
     claim, betas = "1a. The best beta lies between too weak and too strong a constraint", sorted(of_beta)
     if len(betas) < 3:
-        return unmeasured(claim, f"it takes three betas or more, found {len(betas)}")
+        return seeds.unmeasured(claim, f"it takes three betas or more, found {len(betas)}")
     between = pd.concat([of_beta[beta] for beta in betas[1:-1]])
-    parts = [best_minus_best(between, of_beta[end], looks=rates) for end in (betas[0], betas[-1])]
-    decided = all_of([verdict(one, 0.0, margin) for one in parts])
+    parts = [seeds.best_minus_best(between, of_beta[end], looks=rates) for end in (betas[0], betas[-1])]
+    decided = seeds.all_of([seeds.verdict(one, 0.0, margin) for one in parts])
     at = f"lr {short(between['lr'].iloc[0])}" + (f", of {rates}" if rates > 1 else "")
-    return Finding(
+    return seeds.Finding(
         claim,
         f"best score between minus that at beta {short(betas[0])}: {parts[0]}, minus at {short(betas[-1])}: {parts[1]}"
-        f"{to_decide([(one, 0.0) for one in parts], decided, margin)} ({at})",
+        f"{seeds.to_decide([(one, 0.0) for one in parts], decided, margin)} ({at})",
         decided,
     )
 
@@ -197,7 +173,7 @@ def figure(final: pd.DataFrame, history: pd.DataFrame) -> Figure:
         axis.set_xscale("log")
         plain(axis.xaxis)
         axis.axhline(0.5, color="0.5", lw=1, ls="--", zorder=0)
-        for colour, beta in zip(COLOURS, betas, strict=False):
+        for colour, beta in zip(cycle(COLOURS), betas, strict=False):
             ends = final[(final["lr"] == lr) & (final["beta"] == beta)]
             way = on_the_way[(on_the_way["lr"] == lr) & (on_the_way["beta"] == beta)]
             axis.plot(way["kl"], way["win_rate"], "o", color=colour, ms=3, alpha=0.35, mec="none")
@@ -209,8 +185,8 @@ def figure(final: pd.DataFrame, history: pd.DataFrame) -> Figure:
 def study(frames: Frames) -> tuple[dict[str, pd.DataFrame], dict[str, Figure]]:
     """Tables and figures of what `read` has read, by name."""
     final, history = frames["runs"], frames["history"]
-    trained, _ = parted(final)
-    tables = {"table_1": table_1(final), "measures": measures(trained, ["lr", "beta"])}
+    trained, _ = seeds.parted(final)
+    tables = {"table_1": table_1(final), "measures": seeds.measures(trained, ["lr", "beta"])}
     tables |= {"table_2": table_2(final, history), "claims": claims(final, history)}
     drawn = {"kl", "win_rate"} <= set(trained.dropna(axis="columns", how="all")) and len(trained)
     return tables, {"frontier": figure(trained, history)} if drawn else {}

@@ -8,33 +8,15 @@ prints the tables and the findings, and writes them, the figures and the numbers
 fourth folder has the runs that the other three lack: policies before training, and held to themselves.
 """
 
+from itertools import cycle
 from math import isfinite, nan
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
+from analysis import seeds
 from analysis.report import Frames, main
-from analysis.seeds import (
-    MEASURES,
-    UNMEASURED,
-    Finding,
-    Interval,
-    at_best,
-    best,
-    best_minus_best,
-    cell,
-    findings,
-    finished,
-    grid,
-    holds,
-    interval,
-    margin,
-    measures,
-    paired,
-    unmeasured,
-    wide,
-)
 from dpo.drawing import COLOURS, plain, tidy
 from dpo.runs import short
 
@@ -70,16 +52,16 @@ def read(
 
     strength: of a sweep by `kl_strength`, for runs that those lack. only: values of keys, such as policy.
 
-    Raises: ValueError as `finished`, or if the first or third sweep is of several policies.
+    Raises: ValueError as `seeds.finished`, or if the first or third sweep is of several policies.
     """
     names = {"necessity": necessity, "compatibility": compatibility, "tuned": tuned}
-    frames = {name: finished(path, KEYS[name], only, ALL_KEYS) for name, path in names.items()}
+    frames = {name: seeds.finished(path, KEYS[name], only, ALL_KEYS) for name, path in names.items()}
     for name in ("necessity", "tuned"):
         if len(found := frames[name][policies(frames[name])].unique()) > 1:
             raise ValueError(f"one policy at a time in {names[name]}: say policy={' or policy='.join(map(str, found))}")
     if strength is None:
         return frames
-    more = finished(strength, SETTING, only, ALL_KEYS)
+    more = seeds.finished(strength, SETTING, only, ALL_KEYS)
     frames["necessity"] = joined(frames["necessity"], more[more["untrained"]])
     return frames | {name: joined(frames[name], more) for name in ("compatibility", "tuned")}
 
@@ -103,16 +85,12 @@ def policies(final: pd.DataFrame) -> str:
     return SUMMARIES if SUMMARIES in final else "policy"
 
 
-def trained(final: pd.DataFrame) -> pd.DataFrame:
-    return final[~final["untrained"]]
-
-
 def methods(final: pd.DataFrame) -> pd.DataFrame:
     """The runs of `table=necessity` with the name of their method, in the order of METHODS; first SFT: no steps."""
     pairs = zip(final["loss"], final["reference"], final["untrained"], strict=True)
     names = [UNTUNED if start else METHODS.get((loss, held), f"{loss}, {held}") for loss, held, start in pairs]
     named = final.assign(method=names)
-    named = pd.concat([named[~named["untrained"]], named[named["untrained"]].drop_duplicates("seed")])
+    named = pd.concat(seeds.parted(named))
     order = dict.fromkeys([UNTUNED, *METHODS.values(), *sorted(names)])
     return named.sort_values("method", key=lambda column: column.map([*order].index), kind="stable")
 
@@ -120,36 +98,34 @@ def methods(final: pd.DataFrame) -> pd.DataFrame:
 def table_3(final: pd.DataFrame) -> pd.DataFrame:
     """Score and what else is measured, at the beta of each method that has the best mean score.
 
-    That beta has been lucky. The interval of its score allows for it (`best`), those of the other columns do not.
+    That beta has been lucky. The interval of its score allows for it (`seeds.best`), those of the other columns do not.
     """
     rows = {}
     for method, same in methods(final).groupby("method", sort=False):
-        start, shown = method == UNTUNED, same if method == UNTUNED else at_best(same)
-        row = {"score": cell(shown, "score", found=None if start else best(same))}
-        row |= {title: cell(shown, value, form) for title, (value, form) in MEASURES.items()}
+        start, shown = method == UNTUNED, same if method == UNTUNED else seeds.at_best(same)
+        row = {"score": seeds.cell(shown, "score", found=None if start else seeds.best(same))}
+        row |= {title: seeds.cell(shown, value, form) for title, (value, form) in seeds.MEASURES.items()}
         rows[method] = row | {"beta": "" if start else short(shown["beta"].iloc[0])}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
 
 
 def table_3_by_beta(final: pd.DataFrame) -> pd.DataFrame:
     """Score of each method over its grid."""
-    return grid(methods(trained(final)), "beta", ["method"], "score")
+    return seeds.grid(methods(seeds.trained(final)), "beta", ["method"], "score")
 
 
 def table_4(final: pd.DataFrame) -> pd.DataFrame:
     """Score by beta (rows), policy and reference (columns)."""
-    return grid(trained(final), "beta", [policies(final), "reference"], "score")
+    return seeds.grid(seeds.trained(final), "beta", [policies(final), "reference"], "score")
 
 
 def table_5(final: pd.DataFrame) -> pd.DataFrame:
     """Score at the best beta of each reference, a column for each policy, and before training."""
-    own = "0.500" if final["scored_by"].eq("win_rate").all() else ""
     table = {}
     for policy, of_policy in final.groupby(policies(final), sort=False):
-        start = of_policy[of_policy["untrained"]].drop_duplicates("seed")
-        column = {UNTUNED: cell(start, "score") or own}
-        for reference, same in trained(of_policy).groupby("reference", sort=False):
-            column[str(reference)] = cell(at_best(same), "score", found=best(same))
+        column = {UNTUNED: seeds.before_training(of_policy)}
+        for reference, same in seeds.trained(of_policy).groupby("reference", sort=False):
+            column[str(reference)] = seeds.cell(seeds.at_best(same), "score", found=seeds.best(same))
         table[policy] = column
     names = pd.DataFrame(table).fillna("").rename_axis("reference")
     return names.sort_index(
@@ -161,7 +137,7 @@ def of_tuned(final: pd.DataFrame) -> pd.DataFrame:
     """The runs of `table=tuned_reference` with what they are held to, as `held`: itself after an earlier DPO, itself,
     or itself over as many epochs as the earlier DPO and this one have together.
     """
-    final = trained(final)
+    final = seeds.trained(final)
     epochs = pd.to_numeric(final.get("epochs", pd.Series(nan, final.index)))
     usual = epochs[final["reference"] != ITSELF].max()
     names = [
@@ -173,38 +149,40 @@ def of_tuned(final: pd.DataFrame) -> pd.DataFrame:
 
 def table_7(final: pd.DataFrame) -> pd.DataFrame:
     """Score by beta of a policy that is held to itself after an earlier DPO, and to itself."""
-    return grid(of_tuned(final), "beta", ["held"], "score")
+    return seeds.grid(of_tuned(final), "beta", ["held"], "score")
 
 
 def claims_of_necessity(final: pd.DataFrame) -> pd.DataFrame:
     """The fourth of the paper's claims, without its part on EOS (see `token_level`), and what other losses come to."""
-    named, near = methods(trained(final)), margin(final)
+    named, near = methods(seeds.trained(final)), seeds.margin(final)
     posterior, dpo = (named[named["method"] == name] for name in ("posterior", "DPO"))
-    huge = best_minus_best(posterior[posterior["beta"] >= 10], posterior[posterior["beta"] < 10])
+    huge = seeds.best_minus_best(posterior[posterior["beta"] >= 10], posterior[posterior["beta"] < 10])
     longer, betas = over_betas(posterior, dpo, "length")
     found = [
-        holds(
+        seeds.holds(
             "4a. The reference is necessary: DPO beats the posterior reward, each at its best beta",
             f"best score of DPO ({grid_of(dpo)}) minus that of posterior ({grid_of(posterior)})",
-            best_minus_best(dpo, posterior),
+            seeds.best_minus_best(dpo, posterior),
             margin=near,
         ),
-        holds(
+        seeds.holds(
             "4b. The posterior reward needs a huge beta", "best score from 10 on minus best below 10", huge, margin=near
         ),
-        holds("4c. It makes responses much longer", f"length minus that of DPO, mean over {betas}, tokens", longer),
+        seeds.holds(
+            "4c. It makes responses much longer", f"length minus that of DPO, mean over {betas}, tokens", longer
+        ),
     ]
     for name in ("SimPO", "ORPO"):
         other = named[named["method"] == name]
         found.append(
-            holds(
+            seeds.holds(
                 f"Extension. {name}, which has no reference, beats DPO, each at its best beta",
                 f"best score of {name} ({grid_of(other)}) minus that of DPO ({grid_of(dpo)})",
-                best_minus_best(other, dpo),
+                seeds.best_minus_best(other, dpo),
                 margin=near,
             )
         )
-    return findings(found)
+    return seeds.findings(found)
 
 
 def grid_of(same: pd.DataFrame) -> str:
@@ -212,58 +190,60 @@ def grid_of(same: pd.DataFrame) -> str:
     betas = sorted(same["beta"].unique())
     if not betas:
         return "no runs"
-    top = at_best(same)["beta"].iloc[0]
+    top = seeds.at_best(same)["beta"].iloc[0]
     end = ", the end of its grid" if len(betas) > 1 and top in (betas[0], betas[-1]) else ""
     return f"{len(betas)} betas, best {short(top)}{end}"
 
 
-def over_betas(one: pd.DataFrame, other: pd.DataFrame, value: str = "score") -> tuple[Interval, str]:
+def over_betas(one: pd.DataFrame, other: pd.DataFrame, value: str = "score") -> tuple[seeds.Interval, str]:
     """`one` minus `other`, the mean over the betas that both have, and which they are: no beta is chosen."""
     betas = sorted({*one["beta"]} & {*other["beta"]})
     if not betas or value not in one:
-        return UNMEASURED, "betas that both have"
+        return seeds.UNMEASURED, "betas that both have"
     means = []
     for side in (one, other):
-        mine = wide(side[side["beta"].isin(betas)], "beta", value).dropna()  # a seed without one of the betas is out
+        shared = side[side["beta"].isin(betas)]
+        mine = seeds.wide(shared, "beta", value).dropna()  # a seed without one of the betas is out
         means.append(mine.mean(axis=1).rename(value).reset_index())
-    return paired(means[0], means[1], value), f"betas {', '.join(map(short, betas))}"
+    return seeds.paired(means[0], means[1], value), f"betas {', '.join(map(short, betas))}"
 
 
 def claims_of_compatibility(final: pd.DataFrame) -> pd.DataFrame:
     """The fifth of the paper's claims, for each policy."""
-    found: list[Finding] = []
-    for name, same in trained(final).groupby(policies(final), sort=False):
+    found: list[seeds.Finding] = []
+    for name, same in seeds.trained(final).groupby(policies(final), sort=False):
         policy = str(name)
         if policy not in FITTING:
-            found.append(unmeasured(f"5. A stronger reference helps if it fits ({policy})", "FITTING lacks the policy"))
+            claim = f"5. A stronger reference helps if it fits ({policy})"
+            found.append(seeds.unmeasured(claim, "FITTING lacks the policy"))
             continue
         of: dict[str, pd.DataFrame] = {
             name: same[same["reference"] == name] for name in (ITSELF, *FITTING[policy]) if name
         }
-        (fits, foreign, other), near, itself = FITTING[policy], margin(final), of[ITSELF]
+        (fits, foreign, other), near, itself = FITTING[policy], seeds.margin(final), of[ITSELF]
         stays, betas = over_betas(itself, of[foreign])
         compatible = of[fits]
-        shift = paired(compatible[compatible["beta"] == 1], compatible[compatible["beta"] == 0.01])
+        shift = seeds.paired(compatible[compatible["beta"] == 1], compatible[compatible["beta"] == 0.01])
         found += [
-            holds(
+            seeds.holds(
                 f"5a. A stronger reference that is related to the policy helps ({policy})",
                 f"best score with {fits} minus with itself",
-                best_minus_best(of[fits], itself),
+                seeds.best_minus_best(of[fits], itself),
                 margin=near,
             ),
-            holds(
+            seeds.holds(
                 f"5b. One that is not does not ({policy})",
                 f"best score with itself minus with {foreign}",
-                best_minus_best(itself, of[foreign]),
+                seeds.best_minus_best(itself, of[foreign]),
                 margin=near,
             ),
-            holds(
+            seeds.holds(
                 f"5c. It does harm at the same beta ({policy})",
                 f"score with itself minus with {foreign}, mean over {betas}",
                 stays,
                 margin=near,
             ),
-            holds(
+            seeds.holds(
                 f"5d. The best beta of the stronger one is about 1, and not 0.01 ({policy})",
                 f"score with {fits} at beta 1 minus at 0.01",
                 shift,
@@ -272,39 +252,41 @@ def claims_of_compatibility(final: pd.DataFrame) -> pd.DataFrame:
         ]
         if other:
             found.append(
-                holds(
+                seeds.holds(
                     f"5e. Another tokenizer does not forbid a gain ({policy})",
                     f"best score with {other} minus with itself",
-                    best_minus_best(of[other], itself),
+                    seeds.best_minus_best(of[other], itself),
                     margin=near,
                 )
             )
-    return findings(found)
+    return seeds.findings(found)
 
 
 def claims_of_tuned(final: pd.DataFrame) -> pd.DataFrame:
     """What Table 7 shows for one policy: 16.75 held to itself after DPO, 16.25 held to itself (published). The earlier
     DPO is training, too, which the paper does not control for.
     """
-    held, near = of_tuned(final), margin(final)
+    held, near = of_tuned(final), seeds.margin(final)
     itself = held["reference"] == ITSELF
     tuned = held[~itself]
     control = "Extension. It is a better one than itself over as many epochs as both trainings have"
     longer = held[itself & held["longer"]]
     what = "best score held to itself after DPO minus held to itself"
-    return findings(
+    return seeds.findings(
         [
-            holds(
+            seeds.holds(
                 "Table 7. Itself after DPO is a better reference than itself",
                 what,
-                best_minus_best(tuned, held[itself & held["usual"]]),
+                seeds.best_minus_best(tuned, held[itself & held["usual"]]),
                 margin=near,
             ),
-            unmeasured(
+            seeds.unmeasured(
                 control, f"no runs of reference={ITSELF} over twice the epochs, so the claim above is not controlled"
             )
             if longer.empty
-            else holds(control, f"{what} over twice the epochs", best_minus_best(tuned, longer), margin=near),
+            else seeds.holds(
+                control, f"{what} over twice the epochs", seeds.best_minus_best(tuned, longer), margin=near
+            ),
         ]
     )
 
@@ -321,8 +303,8 @@ def figure(final: pd.DataFrame, columns: str, panels: str | None = None) -> Figu
             tidy(axis, str(title), "beta", label)
             axis.set_xscale("log")
             plain(axis.xaxis)
-            for colour, (name, line) in zip(COLOURS, rows.groupby(columns, sort=False), strict=False):
-                points = {beta: interval(same[value]) for beta, same in line.groupby("beta")}
+            for colour, (name, line) in zip(cycle(COLOURS), rows.groupby(columns, sort=False), strict=False):
+                points = {beta: seeds.interval(same[value]) for beta, same in line.groupby("beta")}
                 means = [one.mean for one in points.values()]
                 halves = [one.half if isfinite(one.half) else 0.0 for one in points.values()]
                 axis.errorbar(list(points), means, halves, color=colour, marker="o", ms=4, capsize=2, label=str(name))
@@ -340,15 +322,15 @@ def study(frames: Frames) -> tuple[dict[str, pd.DataFrame], dict[str, Figure]]:
         "table_3": table_3(needed),
         "table_3_by_beta": table_3_by_beta(needed),
         "table_4": table_4(fitting),
-        "table_4_measures": measures(trained(fitting), [policies(fitting), "reference", "beta"]),
+        "table_4_measures": seeds.measures(seeds.trained(fitting), [policies(fitting), "reference", "beta"]),
         "table_5": table_5(fitting),
         "table_7": table_7(after),
-        "table_7_measures": measures(of_tuned(after), ["held", "beta"]),
+        "table_7_measures": seeds.measures(of_tuned(after), ["held", "beta"]),
         "claims_of_references": pd.concat(claims),
     }
     figures = {
-        "necessity": figure(methods(trained(needed)), "method"),
-        "compatibility": figure(trained(fitting), "reference", policies(fitting)),
+        "necessity": figure(methods(seeds.trained(needed)), "method"),
+        "compatibility": figure(seeds.trained(fitting), "reference", policies(fitting)),
     }
     return tables, figures
 

@@ -275,6 +275,20 @@ def finished(path: str | Path, keys: Sequence[str], only: Mapping[str, str], sho
     return frame.assign(score=frame[known[0]] * SCORES[known[0]][1], scored_by=known[0])
 
 
+def trained(final: pd.DataFrame) -> pd.DataFrame:
+    return final[~final["untrained"]]
+
+
+def parted(final: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The trained runs, and one untrained run (steps=0) per seed: beta and lr, which it was told, are nothing to it."""
+    return trained(final), final[final["untrained"]].drop_duplicates("seed")
+
+
+def before_training(final: pd.DataFrame) -> str:
+    """The cell of the policy before training. A win rate is over it, so its own is one half."""
+    return cell(parted(final)[1], "score") or ("0.500" if final["scored_by"].eq("win_rate").all() else "")
+
+
 def same_value(found: Any, wanted: str) -> bool:
     """Whether a setting has the value that a command line names: 5e-4 is 0.0005."""
     try:

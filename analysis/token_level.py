@@ -9,6 +9,7 @@ optional, holds the methods of Figure 3.
 
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,20 @@ import pandas as pd
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from analysis.kl_strength import at_best_lr, of_one_policy, parted
-from analysis.reference_compatibility import KEYS, methods, trained
+from analysis.kl_strength import at_best_lr, of_one_policy
+from analysis.reference_compatibility import KEYS, methods
 from analysis.report import Frames, main
-from analysis.seeds import Interval, best_minus_best, findings, finished, holds, interval, paired, unmeasured
+from analysis.seeds import (
+    Interval,
+    best_minus_best,
+    findings,
+    finished,
+    holds,
+    interval,
+    paired,
+    trained,
+    unmeasured,
+)
 from dpo import score
 from dpo.data.chats import ends
 from dpo.data.world import values_told
@@ -91,7 +102,7 @@ def read(strength: str | Path, necessity: str | Path | None = None, **only: str)
     world: by beta, seed and kind of value. ends, with `necessity`: log-prob of EOS after training, by method, seed and
     response.
     """
-    final = at_best_lr(parted(of_one_policy(strength, only))[0])
+    final = at_best_lr(trained(of_one_policy(strength, only)))
     if final.empty:
         raise ValueError(f"{strength} must hold finished runs that have been trained, found none")
     found = of_runs(strength, final, ["beta", "seed"])
@@ -249,7 +260,7 @@ def figure_1(table: pd.DataFrame) -> Figure:
     tidy(axis, "Vocabulary items by mean change", "mean log-prob after minus before (nats)", "share of items")
     axis.set_yscale("log")
     edges = [table.index[0].left, *(bin.right for bin in table.index)]
-    for colour, beta in zip(COLOURS, table.columns, strict=False):
+    for colour, beta in zip(cycle(COLOURS), table.columns, strict=False):
         axis.stairs(table[beta], edges, lw=1.5, color=colour, label=short(beta))
     axis.legend(title="beta", frameon=False)
     return drawing
@@ -263,7 +274,7 @@ def bars(table: pd.DataFrame, title: str, across: str) -> Figure:
     if table.empty:  # no item is seen often enough
         return drawing
     height = 0.8 / len(table.columns)
-    for number, (colour, column) in enumerate(zip(COLOURS, table.columns, strict=False)):
+    for number, (colour, column) in enumerate(zip(cycle(COLOURS), table.columns, strict=False)):
         axis.barh(np.arange(len(table)) + number * height, table[column], height, color=colour, label=short(column))
     axis.set_yticks(np.arange(len(table)) + 0.4 - height / 2, [str(name) for name in table.index])
     axis.invert_yaxis()
@@ -276,7 +287,7 @@ def lines(table: pd.DataFrame, title: str) -> Figure:
     drawing = Figure(figsize=(7, 4), layout="constrained", dpi=150)
     axis = drawing.subplots()
     tidy(axis, title, str(table.index.name), "mean log-prob after minus before (nats)")
-    for colour, column in zip(COLOURS, table.columns, strict=False):
+    for colour, column in zip(cycle(COLOURS), table.columns, strict=False):
         axis.plot(table.index, table[column], color=colour, label=short(column))
     axis.axhline(0, color="0.5", lw=1, ls="--", zorder=0)
     if len(table):

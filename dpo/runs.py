@@ -121,7 +121,8 @@ def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
         row = dict(zip(keys, map(short, values), strict=True)) | {"seeds": str(len(same))}
         for title, name, form in (("win rate", "win_rate", ".3f"), ("KL", "kl", ".2f"), *MEASURED):
             known = same.get(name, pd.Series(dtype=float)).dropna()
-            row[title] = f"{known.mean():{form}} ± {known.std():{form}}" if len(known) else DASH
+            spread = f" ± {known.std():{form}}" if len(known) > 1 else ""
+            row[title] = f"{known.mean():{form}}{spread}" if len(known) else DASH
         rows.append(row)
     return pd.DataFrame(rows)
 

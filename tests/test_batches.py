@@ -4,10 +4,22 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import CHAT_TEMPLATE, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo.data.batches import Batches, Pair, branched, collate, collate_pairs, dealt, size
+from dpo.data.batches import (
+    Batches,
+    Pair,
+    branched,
+    collate,
+    collate_pairs,
+    dealt,
+    encode_prompts,
+    size,
+    tokenize_demonstrations,
+)
+from dpo.data.records import Demonstration
 
 SEQUENCES = [([1, 2, 3], [4, 9]), ([5], [9])]
 INDEX, REAL = torch.tensor([7, 3]), torch.tensor([True, False])
@@ -192,3 +204,36 @@ def test_impossible_sizes(options):
         batches(5, **options)
     with pytest.raises(ValueError, match="at least one item"):
         batches(0, batch_size=4)
+
+
+def test_a_prompt_of_just_the_limit_is_whole(capsys):
+    tokenizer = tiny_tokenizer("llama")
+    [ids] = encode_prompts(["Is it? Tell me."], tokenizer, 100)
+    assert encode_prompts(["Is it? Tell me."], tokenizer, len(ids)) == [ids]
+    assert capsys.readouterr().out == ""
+    [cut] = encode_prompts(["Is it? Tell me."], tokenizer, len(ids) - 1)
+    assert cut == [ids[0], *ids[2:]]  # BOS stays
+    assert f"1 of 1 prompts cut from the left to {len(cut)} tokens" in capsys.readouterr().out
+
+
+def test_rules_for_demonstrations():
+    """Those of pairs: what is cut has no end, what is too long or faulty follows its setting."""
+    tokenizer = tiny_tokenizer("llama")
+    some = [Demonstration("Is it?", " Yes."), Demonstration("Is it?", " Yes.", ended=False)]
+    (prompt, whole), (_, cut) = tokenize_demonstrations(some, tokenizer, 40, "error")
+    assert whole == [*cut, tokenizer.eos_token_id]
+    long = [*some, Demonstration("Is it?", " Yes" * 40)]
+    assert tokenize_demonstrations(long, tokenizer, 40, "drop") == [(prompt, whole), (prompt, cut)]
+    assert len(tokenize_demonstrations(long, tokenizer, 40, "truncate")[2][1]) == 40 - 2  # BOS and a token of text
+    with pytest.raises(ValueError, match="1 of 3 demonstrations have more than 40 tokens"):
+        tokenize_demonstrations(long, tokenizer, 40, "error")
+    chats = tiny_tokenizer("qwen2")
+    chats.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}" + CHAT_TEMPLATE
+    )
+    asked = [{"role": "user", "content": "Is it?"}]
+    answer = [{"role": "assistant", "content": "Yes."}]
+    faulty = [Demonstration(asked, answer), Demonstration([{"role": "system", "content": "Be."}, *asked], answer)]
+    with pytest.raises(ValueError, match="1 of 2 demonstrations are faulty"):
+        tokenize_demonstrations(faulty, chats, 40, "error")
+    assert len(tokenize_demonstrations(faulty, chats, 40, "error", "drop")) == 1

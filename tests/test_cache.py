@@ -165,3 +165,67 @@ def test_listing_and_verifying(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main()
     assert capsys.readouterr().out.count("DAMAGED: no record of what was written") == 1
+
+
+def test_files_in_folders_are_recorded_and_checked_on_a_hit(tmp_path):
+    """A policy is a folder within its entry; a few megabytes are read whole, whatever byte changed."""
+
+    def build(folder: Path) -> None:
+        (folder / "policy").mkdir()
+        (folder / "policy" / "weights").write_bytes(bytes(3 * 2**20))
+        for left in ("policy.replaced", "half.unfinished"):  # by writers that were killed, of folders and of files
+            (folder / left).mkdir()
+        (folder / "row.replaced").touch()
+
+    folder, _ = remember(tmp_path, "kind", {"a": 1}, build, about=lambda: {"b": 2})
+    assert {path.name for path in folder.iterdir()} == {"policy", "key.json", "files.json", "about.json"}
+    assert set(json.loads((folder / "files.json").read_text())) == {"policy/weights", "about.json"}
+    assert json.loads((folder / "key.json").read_text()) == {"a": 1}
+    (folder / "policy" / "weights").write_bytes(bytes(3 * 2**20 - 1) + b"1")
+    with pytest.raises(RuntimeError, match="policy/weights changed"):
+        remember(tmp_path, "kind", {"a": 1}, build)
+
+
+def test_other_ranks_build_with_rank_0_or_not_at_all(tmp_path, monkeypatch):
+    """They throw away what they built, and say and ask as often as rank 0 does."""
+    asked: list[bool] = []
+
+    def together(missing: bool):
+        return lambda flag: asked.append(flag) or (flag or missing)
+
+    built: list[Path] = []
+    monkeypatch.setenv("RANK", "1")
+    assert remember(tmp_path, "kind", {"a": 1}, built.append, together(False))[1]
+    assert (asked, built) == ([False], [])
+    folder, cached = remember(tmp_path, "kind", {"a": 1}, built.append, together(True))
+    assert (cached, asked, len(built)) == (False, [False] * 3, 1)
+    assert not built[0].exists()
+    assert not folder.exists()
+    monkeypatch.setenv("RANK", "0")
+    for missing in (True, False):
+        asked.clear()
+        assert remember(tmp_path, "kind", {"a": 1}, _write, together(False)) == (folder, not missing)
+        assert asked == ([True, False] if missing else [False])
+
+
+def test_the_nearest_of_the_same_seed_explains_a_miss(tmp_path):
+    for key in ({"seed": 1, "a": 1, "b": 1, "c": 1}, {"seed": 1, "a": 2, "b": 3}, {"seed": 2, "a": 2, "b": 2, "c": 2}):
+        remember(tmp_path, "kind", key, _write)
+    said = why_missed(tmp_path / "kind", {"seed": 1, "a": 2, "b": 2})
+    assert (said or "").endswith("differs in b (3 there, 2 asked for)")
+    said = why_missed(tmp_path / "kind", {"seed": 2, "a": 2})
+    assert (said or "").endswith("differs in b (2 there, null asked for), c (2 there, null asked for)")
+    assert why_missed(tmp_path / "kind", {"seed": 2}) is not None  # three fields
+    assert why_missed(tmp_path / "kind", {"seed": 2, "d": 1}) is None  # four
+
+
+def test_what_is_unfinished_is_counted_and_not_listed(tmp_path, capsys, monkeypatch):
+    remember(tmp_path, "kind", {"a": 1}, _write)
+    (tmp_path / "kind" / "0f.unfinished").mkdir()
+    monkeypatch.setattr("sys.argv", ["cache", str(tmp_path), "--verify"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    listed = capsys.readouterr().out
+    assert "1 unfinished, 0 damaged" in listed
+    assert "0f.unfinished" not in listed

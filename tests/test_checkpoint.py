@@ -100,6 +100,7 @@ def test_only_the_latest_is_kept_and_found(tmp_path):
 
 
 def test_the_newest_few_are_kept(tmp_path):
+    (tmp_path / "step-4.unfinished").mkdir()  # by a process that was killed
     with Toy(steps=1).checkpoints(tmp_path, keep=2) as checkpoints:
         for step in (9, 10, 11):
             checkpoints.save(step)
@@ -291,3 +292,53 @@ def test_random_state_round_trip():
     first = random.random(), np.random.rand(), torch.rand(()).item()
     checkpoint.set_rng(state)
     assert (random.random(), np.random.rand(), torch.rand(()).item()) == first
+
+
+def test_a_rank_has_its_own_random_state(tmp_path, monkeypatch):
+    """Of two processes, the second saves and takes back its own; a third, which was not there, keeps the one it has."""
+    toy = Toy(steps=1)
+    monkeypatch.setattr(checkpoint, "rank", lambda: 1)
+    monkeypatch.setattr(checkpoint, "world_size", lambda: 2)
+    toy.save(tmp_path, 1)
+    (part,) = (tmp_path / "step-1").glob("*.safetensors")
+    with safe_open(part, "pt") as file:
+        assert {name for name in file.keys() if name.startswith("rng")} == {"rng.1"}  # noqa: SIM118
+    expected = random.random(), np.random.rand(), torch.rand(()).item()
+    other = Toy(seed=5)
+    other.restore(tmp_path)
+    assert (random.random(), np.random.rand(), torch.rand(()).item()) == expected
+    monkeypatch.setattr(checkpoint, "rank", lambda: 2)
+    torch.manual_seed(3)
+    random.seed(3)
+    kept = random.getstate(), torch.get_rng_state()
+    other.restore(tmp_path)
+    assert random.getstate() == kept[0]
+    assert torch.equal(torch.get_rng_state(), kept[1])
+
+
+def test_all_that_the_optimizer_and_the_schedule_hold_is_taken_back(tmp_path):
+    """Also what training set to another value than it began with."""
+    toy = Toy(steps=4)
+    toy.optim.param_groups[0]["weight_decay"] = 0.25
+    toy.save(tmp_path, 4)
+    other = Toy(seed=9)
+    other.restore(tmp_path)
+    assert other.optim.param_groups[0]["weight_decay"] == 0.25
+    assert other.scheduler.state_dict() == toy.scheduler.state_dict()
+    for mine, theirs in zip(other.model.parameters(), toy.model.parameters(), strict=True):
+        mine, theirs = other.optim.state[mine], toy.optim.state[theirs]
+        assert set(mine) == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_save_that_fails_is_known_before_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", full)
+    with Toy(steps=1).checkpoints(tmp_path) as checkpoints:
+        assert not checkpoints.failed
+        checkpoints.save(7)
+        while not checkpoints.pending.done():
+            pass
+        assert checkpoints.failed
+        with pytest.raises(RuntimeError, match="could not save step 7"):
+            checkpoints.finish()
+        assert not checkpoints.failed

@@ -10,7 +10,7 @@ from test_launch import ROOT, said, tree
 from test_runs import command, run
 
 from dpo import runs
-from dpo.directory import SCORES, damage
+from dpo.directory import SCORES, damage, evaluation
 
 __all__ = ["tree"]
 TEXTS = {
@@ -113,6 +113,15 @@ def test_a_reason_that_cannot_be_read(tmp_path, text):
     (directory / "error.json").write_bytes(text)
     assert runs.status(directory) == "failed"
     assert runs.reason(directory).startswith(f"Failed: {directory / 'error.json'} ")
+
+
+def test_what_alpaca_eval_says_joins_what_was_measured(tmp_path):
+    directory = run(tmp_path, 0.1)
+    (directory / SCORES).write_text('{"alpaca_eval/win_rate": 0.25, "win_rate": 0.125}')
+    found = evaluation(directory)
+    assert (found["alpaca_eval/win_rate"], found["win_rate"], found["length"]) == (0.25, 0.125, 20.25)
+    (directory / "evaluation.json").unlink()
+    assert evaluation(directory) == {}  # of a run that is not finished they say nothing
 
 
 def test_a_last_line_that_is_cut_is_no_damage(tmp_path):

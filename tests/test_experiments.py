@@ -1,5 +1,6 @@
 """Experiment files: their grids become runs, the command line wins over them, and no run is named after one."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from test_launch import said, states, tree  # noqa: F401
 
-from dpo.config import check
+from dpo.config import check, flatten
 from dpo.plan import resolve
 from dpo.signature import binds
 
@@ -73,17 +74,22 @@ def test_a_wrong_grid_starts_nothing(trial):
     assert not (trial / "runs").exists()
 
 
-def grid(file: Path) -> list[list[str]]:
-    """Overrides of some runs of an experiment file: every value of every axis, with the first values of the others."""
-    group, axes = file.parent.name, []
-    for override in OverridesParser.create().parse_overrides(
-        [f"{key}={values}" for key, values in OmegaConf.load(file).hydra.sweeper.params.items()]
-    ):
+def axes(file: Path) -> dict[str, list[str]]:
+    """The values of each axis of an experiment's grid, as written."""
+    found = {}
+    params = OmegaConf.load(file).hydra.sweeper.params
+    for override in OverridesParser.create().parse_overrides([f"{key}={values}" for key, values in params.items()]):
         values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
-        axes.append([f"{override.get_key_element()}={value}" for value in values])
-    first = [values[0] for values in axes]
-    runs = [[*first[:at], value, *first[at + 1 :]] for at, values in enumerate(axes) for value in values]
-    return [[f"{group}={file.stem}", *run] for run in runs]
+        found[override.get_key_element()] = values
+    return found
+
+
+def grid(file: Path) -> list[list[str]]:
+    """Overrides of some runs of an experiment: each value of each axis but seed, with the first of the others."""
+    found = {key: values[:1] if key == "seed" else values for key, values in axes(file).items()}
+    first = {key: values[0] for key, values in found.items()}
+    runs = {tuple({**first, key: value}.items()): None for key, values in found.items() for value in values}
+    return [[f"{file.parent.name}={file.stem}", *(f"{key}={value}" for key, value in run)] for run in runs]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
@@ -102,3 +108,168 @@ def test_every_experiment_can_be_planned(file):
     assert f"python -m dpo.train {file.parent.name}={file.stem}" in header
     index = (ROOT / "experiments/README.md").read_text()
     assert f"{file.parent.name}={file.stem}" in index
+
+
+# What each experiment comes to, key by key where that is not a default: first as published (2407.13709), then our own.
+PUBLISHED = {
+    "lr": 5e-7,
+    "batch_size": 32,
+    "epochs": 3,
+    "steps": None,
+    "optimizer": "adamw",
+    "betas": [0.9, 0.999],
+    "weight_decay": 0.01,
+    "schedule": "linear",
+    "warmup_steps": 0.1,
+    "max_grad_norm": 1.0,
+    "max_length": 2048,
+    "precision": "bf16",
+    "evaluate_every": 500,
+    "select": "validation_loss",
+    "processes": 8,
+    "loss._target_": "dpo.losses.dpo",
+    "loss.label_smoothing": 0.0,
+    "reference._target_": "dpo.reference.Initial",
+    "data._target_": "dpo.data.hub.ultrafeedback",
+    "data.repository": "allenai/ultrafeedback_binarized_cleaned",
+    "policy.lr": 5e-7,
+    "policy.max_length": 2048,
+}
+PAPER = {
+    **PUBLISHED,
+    "on_too_long": "truncate",
+    "checkpoint_every": 500,
+    "max_new_tokens": 1024,
+    "policy.max_new_tokens": 1024,
+    **dict.fromkeys(["micro_batch_tokens", "policy.micro_batch_tokens"], 2048),
+    **dict.fromkeys(["policy.sequences", "generation.batch_size", "evaluation.batch_size"], 8),
+    "evaluation.prompts": 200,
+    "evaluation.temperature": 0.7,
+    "evaluation.samples": 0,
+    "data.on_faulty": "drop",
+    "data.validation_fraction": 0.05,
+    "judge": None,
+}
+MISTRAL = {"policy.path": "HuggingFaceH4/mistral-7b-sft-beta", "policy.base": None}
+TULU = {"policy.path": "allenai/tulu-2-7b", "policy.base": None}
+QWEN = {
+    "policy.path": None,
+    "policy.base": "Qwen/Qwen2-1.5B",
+    "sft.batch_size": 32,
+    "sft.lr": 2e-5,
+    "sft.warmup_steps": 0.1,
+}
+SIBLING = {"reference._target_": "dpo.reference.OtherTokenizer", "reference.path": "mistralai/Mistral-7B-Instruct-v0.2"}
+LARGE = {"reference._target_": "dpo.reference.Given", "reference.path": "runs/llama3_70b_instruct"}
+PRIOR = {"reference._target_": "dpo.reference.Prior", "reference.path": None, "reference.prompt": ""}
+TUNED = "runs/paper_kl_strength/beta=0.01,policy=mistral_7b/policy"
+WORLD = {"threads": 1, "evaluate_every": 0}
+FROZEN = {"reference._target_": "dpo.reference.Frozen"}
+RECIPES = {
+    "table=paper_kl_strength policy=mistral_7b": PAPER | MISTRAL,
+    "table=paper_kl_strength policy=tulu_2_7b": PAPER | TULU,
+    "table=paper_necessity policy=mistral_7b reference=uniform": {
+        **PAPER,
+        **MISTRAL,
+        "reference._target_": "dpo.reference.Uniform",
+    },
+    "table=paper_necessity policy=mistral_7b reference=prior": PAPER | MISTRAL | PRIOR,
+    "table=paper_compatibility policy=tulu_2_7b reference=mistral_7b_instruct": PAPER | TULU | SIBLING,
+    "table=paper_compatibility policy=mistral_7b reference=llama3_70b_instruct": PAPER | MISTRAL | LARGE,
+    "table=paper_small_policy policy=qwen2_1_5b": PAPER | QWEN,
+    "table=paper_tuned_reference policy=mistral_7b": PAPER | MISTRAL | FROZEN | {"reference.path": TUNED},
+    "figure=kl_strength": WORLD | {"evaluate_every": 25, "evaluate_prompts": 250},
+    "table=necessity reference=prior": WORLD | PRIOR,
+    "table=compatibility reference=world_clean seed=3": {
+        **WORLD,
+        **FROZEN,
+        "reference.path": "runs/references/data.summaries=clean,seed=3/policy",
+        **{"seed": 3, "data.seed": 3},
+    },
+    "table=tuned_reference reference=world_tuned seed=2": {
+        **WORLD,
+        **FROZEN,
+        "reference.path": "runs/tuned/seed=2/policy",
+        **{"seed": 2, "data.seed": 2},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def composed():
+    """`composed(*overrides)`: the keys of a run, flat; without those of its chat template."""
+
+    def compose_run(*overrides: str) -> dict[str, Any]:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            keys = flatten(resolve(compose("train", list(overrides))))
+        return {key: value for key, value in keys.items() if key != "policy.chat_template"}
+
+    return compose_run
+
+
+@pytest.fixture(scope="module")
+def defaults(composed):
+    return composed()
+
+
+@pytest.mark.parametrize("given", RECIPES)
+def test_recipes(composed, defaults, given):
+    found, expected = composed(*given.split()), RECIPES[given]
+    groups = ("data.", "judge.", "reference.")  # another option has other keys
+    differ = {key for key, value in found.items() if defaults.get(key) != value or key not in defaults} - {"name"}
+    differ = {key for key in differ if found[key] is not None or key in defaults or key in expected}
+    assert {key: found.get(key, "missing") for key in differ | {*expected}} == expected
+    gone = {key for key in defaults if key not in found}
+    assert all(key.startswith(groups) for key in gone)
+
+
+SEEDS = ["0", "1", "2", "3", "4"]
+SELF = ["0.1", "0.05", "0.02", "0.01", "0.005"]
+OTHER = ["10", "1", "0.1", "0.01", "0.005"]
+GRIDS = {
+    "paper_kl_strength": {"policy": ["mistral_7b", "tulu_2_7b"], "beta": SELF},  # Tables 1 and 2
+    "paper_necessity": {  # Table 3; which betas were tried is not known, but the best are 0.01, 100 and 0.01
+        "policy": ["mistral_7b"],
+        "reference": ["initial", "uniform", "prior"],
+        "beta": ["0.01", "0.1", "1", "10", "100"],
+    },
+    "paper_compatibility": {  # Tables 4 and 5
+        "policy": ["mistral_7b", "tulu_2_7b"],
+        "reference": ["mistral_7b_instruct", "llama3_70b_instruct"],
+        "beta": OTHER,
+    },
+    "paper_small_policy": {"policy": ["qwen2_1_5b"], "beta": [*SELF, "0.001"]},  # Table 6
+    "paper_tuned_reference": {"policy": ["mistral_7b"], "beta": OTHER},  # Table 7
+    "kl_strength": {
+        "beta": ["0.003", "0.01", "0.02", "0.1", "0.3", "1"],
+        "lr": ["0.0005", "0.001"],
+        "seed": [str(seed) for seed in range(10)],
+    },
+    "necessity": {
+        "reference": ["initial", "uniform", "prior"],
+        "beta": ["0.01", "0.1", "0.3", "1", "10", "100"],
+        "seed": SEEDS,
+    },
+    "compatibility": {
+        "data.summaries": ["human", "alien"],
+        "reference": ["initial", "world_clean", "world_alien", "world_other_tokenizer"],
+        "beta": ["10", "1", "0.3", "0.1", "0.01"],
+        "seed": SEEDS,
+    },
+    "tuned_reference": {
+        "reference": ["initial", "world_tuned"],
+        "beta": ["10", "1", "0.3", "0.1", "0.01"],
+        "seed": SEEDS,
+    },
+}
+
+
+def test_grids():
+    """Every published row has its run, and the index of experiments says how many runs there are."""
+    assert {file.stem: {key: [*map(str, values)] for key, values in axes(file).items()} for file in FILES} == GRIDS
+    index = (ROOT / "experiments/README.md").read_text()
+    for name, grid in GRIDS.items():
+        if name.startswith("paper_"):
+            assert f"table={name}` |" in index
+            [line] = [line for line in index.splitlines() if f"table={name}` |" in line]
+            assert line.endswith(f"| {math.prod(map(len, grid.values()))} |")

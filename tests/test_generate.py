@@ -4,17 +4,20 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, CONFIGS, tiny_tokenizer
 from omegaconf import OmegaConf
+from test_settings import LONGEST, data, frozen, own, texts  # noqa: F401
 from test_tokens import sentencepiece
 from transformers import LlamaForCausalLM
 
-from dpo import generate
+from dpo import generate, score
 from dpo.data.batches import collate_pairs, encode_prompts, tokenize
-from dpo.data.records import read, write
+from dpo.data.records import Dataset, read, write
+from dpo.judges import shorter
 from dpo.policy import model as models
 from dpo.policy import sampling
 from dpo.policy.logps import sequence_logps
@@ -138,6 +141,7 @@ def test_pairs_prefer_the_higher_score(tmp_path, llama):
         assert len(pair.chosen) // 10 > len(pair.rejected) // 10
     per_prompt = [sum(pair.prompt == prompt for pair in pairs["train"]) for prompt in PROMPTS]
     assert max(per_prompt) <= 2
+    assert {pair.prompt for pair in pairs["validation"]} <= {*PROMPTS[:2]}
     (folder,) = (path for path in (tmp_path / "pairs").iterdir() if path.is_dir())
     assert read(folder / "train.jsonl") == pairs["train"]
     assert pairs["train"][1].origin == f"{folder / 'train.jsonl'}, line 2"
@@ -305,3 +309,81 @@ def test_token_ids_are_used_where_they_fit(tmp_path, capsys):
         (tmp_path / "pairs.jsonl").write_text(json.dumps(line | {"token_ids": wrong}))
         with pytest.raises(ValueError, match="line 1: token_ids"):
             read(tmp_path / "pairs.jsonl")
+
+
+WORDS = (2, 4, 4, 1, 3)  # of the responses to each prompt: two are as good as each other
+
+
+def test_sampled_pairs_follow_the_settings(tmp_path, tiny_model, data, monkeypatch):  # noqa: F811
+    llama, asked, judged = tiny_model("llama"), [], []
+
+    def drawn(model, tokenizer, prompts, *, top_p=1.0, **named) -> list[Sample]:
+        asked.append({"prompts": prompts, "top_p": top_p, **named})
+        samples = []
+        for place, ids in enumerate(prompts):
+            row, nth = divmod(place, len(WORDS))
+            text = " ".join([f"{row}/{nth}"] * WORDS[nth])
+            samples.append(Sample(ids, [100 + row, 200 + nth, 2], text, ended=nth % 2 == 0))
+        return samples
+
+    def judge(prompt, responses):
+        judged.append(prompt)
+        return [{"score": float(len(response.split()))} for response in responses]
+
+    monkeypatch.setattr(generate, "sample", drawn)
+    given = ["generation.samples=5", "generation.temperature=0.3", "generation.top_p=0.6", "generation.batch_size=7"]
+    given += ["generation.pairs_per_prompt=3", "evaluation.temperature=0.8", "evaluation.batch_size=3"]
+    given += [*own(data, llama), f"policy.path={llama}", "judge=shorter"]
+    model, tokenizer = models.load(llama)
+    long = "Human: " + "it is " * LONGEST
+    prompts = {"train": [texts(number)[0] for number in range(5)] + [long], "validation": [texts(9)[0]]}
+
+    def sampled(name: str, *more: str):
+        asked.clear()
+        config = frozen(tmp_path / name / "run", *given, *more)
+        return generate.preferences(model, tokenizer, prompts, judge, config, "w")
+
+    found = sampled("some", "seed=5")
+    named = ("max_new_tokens", "temperature", "top_p", "batch_size")
+    assert [[one[name] for name in named] for one in asked] == [[6, 0.3, 0.6, 7]] * 2
+    assert [len(one["prompts"]) for one in asked] == [6 * 5, 5]
+    assert max(len(ids) for ids in asked[0]["prompts"]) == LONGEST - 6
+    fed = asked[0]["prompts"][::5]
+    assert asked[0]["prompts"] == [ids for ids in fed for _ in range(5)]
+    seeds = [one["seed"] for one in asked]
+    assert judged == [*prompts["train"], *prompts["validation"]]  # whole
+
+    pairs = {}
+    for pair in found["train"]:
+        (row, better), (other, worse) = (map(int, text.split()[0].split("/")) for text in (pair.chosen, pair.rejected))
+        assert row == other
+        assert pair.prompt == (prompts["train"][row] if row < 5 else tokenizer.decode(fed[5], skip_special_tokens=True))
+        assert WORDS[better] > WORDS[worse]
+        assert (pair.chosen_ended, pair.rejected_ended) == (better % 2 == 0, worse % 2 == 0)
+        assert (pair.token_ids.prompt, pair.token_ids.chosen) == (fed[row], [100 + row, 200 + better, 2])
+        assert pair.token_ids.rejected == [100 + row, 200 + worse, 2]
+        pairs.setdefault(row, set()).add((better, worse))
+    assert [len(pairs[row]) for row in range(6)] == [3] * 6
+    assert len(set(map(frozenset, pairs.values()))) > 1  # they are drawn
+    assert len(found["validation"]) == 3
+
+    every = sampled("all", "seed=6", "generation.pairs_per_prompt=20")["validation"]
+    drawn_pairs = {tuple(int(text.split()[0].split("/")[1]) for text in (one.chosen, one.rejected)) for one in every}
+    assert drawn_pairs == {(one, two) for one in range(5) for two in range(5) if WORDS[one] > WORDS[two]}
+    assert len(every) == 9
+    assert len({*seeds, *(one["seed"] for one in asked)}) == 4
+
+
+def test_sampled_pairs_are_made_by_the_rule_for_faulty_prompts(tmp_path, tiny_model, data, monkeypatch):  # noqa: F811
+    llama, rules = tiny_model("llama"), []
+
+    def preferences(*given: Any) -> Any:
+        rules.append(given[-1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "preferences", preferences)
+    config = frozen(tmp_path / "run", *own(data, llama), f"policy.path={llama}")
+    dataset = Dataset([], {}, {"train": ["a"], "validation": ["b"], "test": ["c"]}, on_faulty="keep")
+    with pytest.raises(KeyboardInterrupt):
+        score.prepare(config, dataset, shorter, *score.encode(config, dataset))
+    assert rules == ["keep"]

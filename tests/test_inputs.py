@@ -92,3 +92,60 @@ def test_a_run_refuses_inputs_that_it_was_not_planned_with(tmp_path):
     old = OmegaConf.create(settings)  # frozen before inputs were recorded
     OmegaConf.set_struct(old, True)
     assert contents(inputs.load(old)) == record["data"]
+
+
+def test_every_file_that_is_read_counts_to_its_last_byte(tmp_path):
+    """Of a model's folder, in a format that anything reads; and nothing else there."""
+    shutil.copy(WORLD_BASE / "config.json", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(bytes(2**23))  # larger than what is read of it
+    found = set()
+
+    def told_apart() -> bool:
+        digest = inputs.sketch(tmp_path)
+        new = digest not in found
+        found.add(digest)
+        return new
+
+    assert told_apart()
+    for place in (0, 2**23 - 1):
+        content = bytearray(2**23)
+        content[place] = 1
+        (tmp_path / "model.safetensors").write_bytes(content)
+        assert told_apart(), place
+    (tmp_path / "model.safetensors").write_bytes(bytes(2**23 + 1))
+    assert told_apart()
+    for name in ("tokenizer.json", "chat_template.jinja", "tokenizer.model", "merges.txt", "modeling_own.py"):
+        (tmp_path / name).write_text("1")
+        assert told_apart(), name
+        (tmp_path / name).write_text("2")
+        assert told_apart(), name
+    (tmp_path / "merges.txt").rename(tmp_path / "merged.txt")
+    assert told_apart()
+    for name in ("README.md", "scores.jsonl", "training.log"):  # of no concern to a model
+        (tmp_path / name).write_text("1")
+        assert not told_apart(), name
+
+
+def test_policy_and_reference_are_told_at_the_paths_that_count(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for number, folder in enumerate((one, other)):
+        folder.mkdir()
+        shutil.copy(WORLD_BASE / "config.json", folder)
+        save_file({"some.weight": torch.full((2,), float(number))}, folder / "model.safetensors")
+    write(other / "pairs.jsonl", ROWS)  # a model's folder all the same
+
+    def told(**policy):
+        return inputs.models({"policy": {"path": None, "base": None, **policy}, "reference": {"path": str(other)}})
+
+    alone = told(base=str(one))
+    assert alone == {"policy": inputs.sketch(one), "reference": inputs.sketch(other)}
+    assert told(path=str(one), base=str(other)) == alone
+    assert alone["policy"] != alone["reference"]
+    assert set(told(path="someone/on-the-hub")) == {"reference"}
+    write(tmp_path / "given.jsonl.gz", ROWS)
+    assert inputs.models({"policy": {"path": str(one), "base": None}, "reference": {"path": str(tmp_path)}}) == (
+        {"policy": alone["policy"], "reference": inputs.sketch(tmp_path)}
+    )
+    before = inputs.sketch(tmp_path)
+    write(tmp_path / "given.jsonl.gz", ROWS[1:])
+    assert inputs.sketch(tmp_path) != before

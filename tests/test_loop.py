@@ -153,6 +153,33 @@ def test_one_step_by_hand(tmp_path, micro_batch_size):
     assert norm > 0.5
 
 
+@pytest.mark.parametrize("micro_batch_size", [8, 3])
+def test_five_steps_by_hand(tmp_path, micro_batch_size):
+    """A linear regression in NumPy: AdamW with clipping, weight decay, warm-up and decay; unequal gradients."""
+    run = Run(tmp_path, micro_batch_size=micro_batch_size)
+    run.model = nn.Linear(4, 1, bias=False)
+    run.optim = optimizer(run.model, "adamw", 0.05, [0.6, 0.8], 0.3)
+    inputs, targets = run.inputs.double().numpy(), run.targets.double().numpy()
+    w = run.model.weight[0].detach().double().numpy().copy()
+    first, second, rows, path = np.zeros(4), np.zeros(4), [], []
+    for done, rate in enumerate((1 / 3, 2 / 3, 1, 2 / 3, 1 / 3)):
+        order = np.random.default_rng(done // 3).permutation(22)[done % 3 * 8 :][:8]
+        errors = inputs[order] @ w - targets[order]
+        gradient = 2 * errors @ inputs[order] / len(order)
+        norm = np.sqrt((gradient**2).sum())
+        rows.append({"loss": (errors**2).mean(), "absolute": np.abs(errors).mean(), "grad_norm": norm})
+        gradient = gradient * min(1, 1.1 / norm)
+        first, second = 0.6 * first + 0.4 * gradient, 0.8 * second + 0.2 * gradient**2
+        root = np.sqrt(second / (1 - 0.8 ** (done + 1)))
+        w = w - 0.05 * rate * (0.3 * w + first / (1 - 0.6 ** (done + 1)) / (root + 1e-8))
+        path.append(w)
+    norms = [row["grad_norm"] for row in rows]
+    assert min(norms) < 1.1 < max(norms)  # some are clipped, and some are not
+    run.fit(steps=5, max_grad_norm=1.1, checkpoint_every=0)
+    assert run.model.weight[0].tolist() == pytest.approx(path[-1], abs=1e-6)
+    assert [{name: row[name] for name in rows[0]} for row in run.rows] == [pytest.approx(row, rel=1e-5) for row in rows]
+
+
 def test_micro_batches_change_nothing(tmp_path):
     runs = [Run(tmp_path / str(size), micro_batch_size=size) for size in (8, 4, 3, 1)]
     for run in runs:
@@ -183,6 +210,12 @@ def test_evaluations(run):
     other = Run(run.directory / "other")
     other.fit(evaluate=seen.append)
     assert seen == [0, 10]
+
+
+def test_so_many_checkpoints_are_kept(run):
+    """At their interval, which is not that of evaluations, and after the last step."""
+    run.fit(checkpoint_every=3, checkpoints_kept=2, evaluate=run.evaluate, evaluate_every=2)
+    assert {path.name for path in (run.directory / "checkpoint").iterdir()} == {"step-9", "step-10"}
 
 
 def test_evaluation_disturbs_nothing(run, tmp_path):

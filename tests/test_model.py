@@ -8,7 +8,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from dpo.data.batches import branched
@@ -153,6 +153,30 @@ def test_code_that_a_folder_brings_is_not_executed(tiny_model, tmp_path):
     assert not crater.exists()
 
 
+def test_code_that_is_trusted_is_asked_for(tiny_model, monkeypatch):
+    """Of config, weights and tokenizer, and of none of them otherwise."""
+    asked = []
+    for place in (models.AutoConfig, models.AutoModelForCausalLM, models.AutoTokenizer):
+
+        def watched(*given, name=place.__name__, real=place.from_pretrained, **named):
+            asked.append((name, named["trust_remote_code"]))
+            return real(*given, **named)
+
+        monkeypatch.setattr(place, "from_pretrained", watched)
+    for trusted in (True, False):
+        asked.clear()
+        models.load(tiny_model("llama"), trust_remote_code=trusted)
+        names = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
+        assert set(asked) == {(name, trusted) for name in names}
+
+
+@pytest.mark.parametrize("name", ["attn_pdrop", "hidden_dropout", "encoder_layerdrop", "router_jitter_noise"])
+def test_shares_that_are_random_are_off_by_any_name(name):
+    config = LlamaConfig(**{name: 0.5}, initializer_range=0.5)
+    models._silence(config)
+    assert (getattr(config, name), config.initializer_range) == (0.0, 0.5)
+
+
 def test_fingerprint_sees_every_weight(tiny_model):
     found = set()
     model, _ = models.load(tiny_model("llama"))
@@ -274,6 +298,26 @@ def test_tokenizers_that_differ_are_refused(tiny_model):
     llama, gpt2 = (models.load_tokenizer(tiny_model(kind)) for kind in ("llama", "gpt2"))
     with pytest.raises(ValueError, match="reference must have the tokenizer of the policy policy"):
         models.check_same_tokenizer("reference", gpt2, "policy", llama)
+    other = models.load_tokenizer(tiny_model("llama"))
+    other.eos_token = "Rome"  # one of its tokens
+    assert other.get_vocab() == llama.get_vocab()
+    with pytest.raises(ValueError, match=r"found 0 other vocabulary entries and EOS Rome for </s>"):
+        models.check_same_tokenizer("reference", other, "policy", llama)
+    more = models.load_tokenizer(tiny_model("llama"))
+    more.add_tokens(["one"])
+    with pytest.raises(ValueError, match=r"found 1 other vocabulary entries"):
+        models.check_same_tokenizer("reference", more, "policy", llama)
+
+
+def test_the_ids_of_tokens_may_leave_some_out(tiny_model):
+    class Sparse:
+        def get_vocab(self):
+            return {"a": 7, "b": 0, "c": 3, "same as c": 3}
+
+        def __len__(self):
+            return 4
+
+    assert models.vocabulary(Sparse()).tolist() == [0, 3, 7]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2"])

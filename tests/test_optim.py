@@ -1,5 +1,6 @@
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -26,7 +27,9 @@ def test_warmup_then_constant():
 def test_warmup_as_a_share_of_the_steps():
     assert rates("linear", 0.1, 40) == rates("linear", 4, 40)
     assert rates("constant", 0.25, 10) == rates("constant", 2, 10)  # 2.5, rounded to even
+    assert rates("constant", 0.35, 10) == rates("constant", 4, 10)  # up
     assert rates("linear", 0.1, 3) == rates("linear", 0, 3)
+    assert rates("constant", 1, 3)[0] == [0.5, 1, 1]  # a step, not all of them
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
@@ -49,23 +52,43 @@ def test_short_runs_have_a_positive_rate(name, warmup_steps, steps):
     assert all(0 < rate <= 1 for rate in seen)
 
 
+GRADIENTS = ((3.0, -1e-8), (-0.5, 4e-8), (0.25, 1e-7))  # of two weights; the second is no larger than epsilon
+
+
+def stepped(name, weights, lr=0.1, betas=(0.6, 0.9), weight_decay=0.5):
+    """The weights after each of three steps."""
+    model = nn.Linear(2, 1, bias=False)
+    model.weight.data = torch.tensor([weights])
+    optim, path = optimizer(model, name, lr, betas, weight_decay), []
+    for gradient in GRADIENTS:
+        model.weight.grad = torch.tensor([gradient])
+        optim.step()
+        path.append(model.weight[0].tolist())
+    return path
+
+
 def test_adamw_steps_by_hand():
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.constant_(model.weight, 2.0)
-    optim = optimizer(model, "adamw", 0.1, [0.9, 0.99], 0.5)
-    model.weight.grad = torch.tensor([[3.0]])
-    optim.step()
-    # decoupled decay, then a first step of size lr in the direction of the gradient's sign
-    assert model.weight.item() == pytest.approx(2.0 * (1 - 0.1 * 0.5) - 0.1, abs=1e-6)
+    """Decay of the weight itself, means of unequal gradients and of their squares, free of their start at 0."""
+    expected, weights, first, second = [], np.array([2.0, -1.0]), np.zeros(2), np.zeros(2)
+    for step, gradient in enumerate(np.array(GRADIENTS), start=1):
+        first = 0.6 * first + 0.4 * gradient
+        second = 0.9 * second + 0.1 * gradient**2
+        mean, square = first / (1 - 0.6**step), second / (1 - 0.9**step)
+        weights = weights - 0.1 * 0.5 * weights - 0.1 * mean / (np.sqrt(square) + 1e-8)
+        expected.append(weights)
+    np.testing.assert_allclose(stepped("adamw", [2.0, -1.0]), expected, atol=1e-6)
 
 
 def test_rmsprop_steps_by_hand():
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.constant_(model.weight, 2.0)
-    optim = optimizer(model, "rmsprop", 0.1, [0.9, 0.99], 0.5)
-    model.weight.grad = torch.tensor([[3.0]])
-    optim.step()
-    assert model.weight.item() == pytest.approx(2.0 - 0.1 / 0.01**0.5, abs=1e-5)
+    """Decay is part of the gradient; the mean of squares forgets a hundredth a step, and has no betas."""
+    expected, weights, square = [], np.array([2.0, -1.0]), np.zeros(2)
+    for gradient in np.array(GRADIENTS):
+        gradient = gradient + 0.5 * weights
+        square = 0.99 * square + 0.01 * gradient**2
+        weights = weights - 0.1 * gradient / (np.sqrt(square) + 1e-8)
+        expected.append(weights)
+    np.testing.assert_allclose(stepped("rmsprop", [2.0, -1.0]), expected, atol=1e-5)
+    assert stepped("rmsprop", [2.0, -1.0], betas=(0.0, 0.0)) == stepped("rmsprop", [2.0, -1.0])
 
 
 def test_small_rates_still_move_float32_weights():

@@ -130,20 +130,6 @@ def test_where_eos_stands(policy, prompt):
     assert ids.count(tokenizer.eos_token_id) == (4 if policy == "mistral_7b" else 1)
 
 
-@pytest.mark.parametrize("table", sorted(file.stem for file in (ROOT / "experiments/table").glob("paper_*.yaml")))
-def test_the_recipe_is_the_published_one(table):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        params = OmegaConf.load(ROOT / f"experiments/table/{table}.yaml").hydra.sweeper.params
-        for policy in params.policy.split(","):
-            config = resolve(compose("train", [f"table={table}", f"policy={policy}"]))
-            published = {"lr": 5e-7, "batch_size": 32, "epochs": 3, "warmup_steps": 0.1, "schedule": "linear"}
-            published |= {"max_length": 2048, "optimizer": "adamw", "betas": [0.9, 0.999], "weight_decay": 0.01}
-            published |= {"max_grad_norm": 1.0, "precision": "bf16", "select": "validation_loss", "evaluate_every": 500}
-            assert {key: config[key] for key in published} == published
-            assert config["data"]["_target_"] == "dpo.data.hub.ultrafeedback"
-            assert config["judge"] is None
-
-
 def made_by(command: str) -> list[str]:
     """The policies that a command of a header comes to."""
     verb, *overrides = command.removeprefix("python -m dpo.").split()

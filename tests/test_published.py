@@ -2,6 +2,7 @@
 on sweeps that lack something.
 """
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from analysis import kl_strength, published, reference_compatibility, token_level
@@ -69,6 +71,33 @@ def sweeps(tmp_path_factory):
     for beta, score in published.TABLE_7.iloc[:, 0].items():
         run(runs / "tuned", score, reference="other", beta=float(beta))
     return runs
+
+
+CHECKSUMS = [
+    "8c32bf29ade5",
+    "58b7f103ba43",
+    "b0cdea67e393",
+    "d8b3ca0d052c",
+    "750c5ba4273e",
+    "755502db6b22",
+    "af5ea6871d03",
+    "0c73fe35f899",
+]
+
+
+def test_published_tables():
+    """As compared with the paper by eye, table by table; what one of them repeats of another is the same."""
+    tables = [getattr(published, f"TABLE_{number}") for number in range(1, 8)]
+    whole = [json.dumps([one.index.name, one.to_dict("split")]) for one in tables] + [json.dumps(published.FIGURE_2)]
+    assert [hashlib.sha256(one.encode()).hexdigest()[:12] for one in whole] == CHECKSUMS
+    for policy, columns in {"mistral-7b": (0, 1), "tulu-2-7b": (2, 3)}.items():
+        best = [pd.to_numeric(published.TABLE_4.iloc[:, column], errors="coerce").max() for column in columns]
+        itself = pd.to_numeric(published.TABLE_1[policy], errors="coerce").max()
+        assert published.TABLE_5[policy].tolist() == [published.TABLE_1[policy]["inf"], itself, *best]
+    dpo = published.TABLE_3.loc["DPO"]
+    assert [dpo["score"], dpo["policy accuracy"]] == [
+        *(published.TABLE_1["mistral-7b"]["0.01"], published.TABLE_2["mistral-7b policy"]["0.01"])
+    ]
 
 
 def printed(value: Any) -> str:
@@ -225,6 +254,32 @@ def test_the_command_line_of_a_study(tmp_path, monkeypatch, arguments):
         main("usage", kl_strength.read, kl_strength.study)
     assert stopped.value.code
     assert not list(tmp_path.glob("*.csv"))
+
+
+def test_the_command_line_of_a_study_writes(tmp_path, monkeypatch, capsys):
+    """What it reads of all folders, with the keys that it is told, is written into the first."""
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    asked = []
+
+    def read(one, two, **only):
+        asked.append((one, two, only))
+        return {"runs": pd.DataFrame({"run": ["a"], "score": [0.5]})}
+
+    def study(frames):
+        table = pd.DataFrame({"score": ["0.500"]}, index=pd.Index(["0.1"], name="beta"))
+        return {"table_1": table}, {"frontier": Figure()}
+
+    monkeypatch.setattr(sys, "argv", ["study", str(folders[0]), "policy=a=b", str(folders[1])])
+    main("usage", read, study)
+    assert asked == [(*folders, {"policy": "a=b"})]
+    assert "table_1" in (said := capsys.readouterr().out)
+    assert "0.500" in said
+    written = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.*"))
+    assert written == ["one/frames/runs.csv", "one/frontier.png", "one/table_1.csv"]
+    assert pd.read_csv(folders[0] / "table_1.csv").to_dict("list") == {"beta": [0.1], "score": [0.5]}
+    assert pd.read_csv(folders[0] / "frames" / "runs.csv").to_dict("list") == {"run": ["a"], "score": [0.5]}
 
 
 def test_two_runs_are_no_two_seeds(tmp_path):

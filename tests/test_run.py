@@ -70,6 +70,20 @@ def changed(directory, *keys, id=True, **values):
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
 
 
+@pytest.mark.parametrize("threads", [3, None])
+def test_threads_reach_every_library(frozen, monkeypatch, threads):
+    """None: as many as whoever starts the run has set."""
+    directory, _ = frozen
+    names = [f"{library}_NUM_THREADS" for library in ("OMP", "MKL", "OPENBLAS", "RAYON")]
+    for name in (*names, "OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE"):
+        monkeypatch.setenv(name, "7")
+    changed(directory, threads=threads)
+    found = []
+    monkeypatch.setattr(sys.modules["dpo.train"], "run", lambda *_: found.extend(os.environ[name] for name in names))
+    assert executing.execute(directory) == 0
+    assert found == [str(threads or 7)] * 4
+
+
 def refused(directory, called, capsys):
     assert executing.execute(directory) == executing.FAILED
     assert called == []

@@ -1,6 +1,7 @@
 """Run directories as frames, table and figure."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,10 +12,9 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 from omegaconf import OmegaConf
+from sweeps import saved  # noqa: F401
 
 from dpo import runs
-
-PNG = b"\x89PNG"
 
 
 def run(directory: Path, beta: float, finished: bool = True, **settings: Any) -> Path:
@@ -154,39 +154,162 @@ def test_table_without_a_judge(tmp_path):
     assert table["KL [95 %]"].tolist() == ["-"]
 
 
+def test_tables_by_hand():
+    """Each column is the measure of its name; what was not measured has a dash."""
+    first = {
+        "beta": 0.1,
+        "lr": 0.00012345,
+        "n": 1000,
+        "win_rate": 0.6,
+        "win_rate/low": 0.55,
+        "win_rate/high": 0.66,
+        "kl": 10.0,
+        "kl/se": 0.5,
+        "rewards/accuracies": 0.71,
+        "logps/accuracies": 0.72,
+        "rewards/margins": 1.234,
+        "logratios/margins": 12.34,
+        "length": 20.25,
+        "ended": 0.99,
+        "correct": 3.5,
+        "wrong": 0.625,
+        "valid": 0.875,
+    }
+    second = {**first, "lr": None, "win_rate/low": None, "kl/se": None, "valid": None}
+    frame = pd.DataFrame([first, second])
+    frame.attrs["swept"] = ["lr"]
+    expected = {
+        "beta": "0.1",
+        "lr": "0.00012345",
+        "n": "1000",
+        "win rate [95 %]": "0.600 [0.550, 0.660]",
+        "KL [95 %]": "10.00 [9.02, 10.98]",
+        "accuracy": "0.710",
+        "margin": "1.23",
+        "length": "20.2",
+        "ended": "0.990",
+        "correct": "3.50",
+        "wrong": "0.62",
+        "valid": "0.875",
+    }
+    less = dict.fromkeys(["lr", "win rate [95 %]", "KL [95 %]", "valid"], "-")
+    assert runs.table(frame).to_dict("records") == [expected, {**expected, **less}]
+
+
+def test_tables_over_seeds_by_hand():
+    """Mean and standard deviation of the seeds of each setting, of those that have the measure."""
+    frame = pd.DataFrame(
+        {
+            "beta": [0.1] * 4 + [1.0],
+            "alpha": [None, None, None, None, 0.5],
+            "seed": [0, 1, 2, 3, 0],
+            "win_rate": [0.5, 0.5, 0.7, 0.9, 0.4],
+            "kl": [1.0, 2.0, None, 6.0, 3.0],
+            "kl/se": 0.5,
+            "rewards/accuracies": [0.7, 0.7, 0.7, 0.7, 0.6],
+        }
+    )
+    frame.attrs["swept"] = ["beta", "alpha", "seed"]
+    first, second = runs.over_seeds(frame).to_dict("records")
+    assert {key: first[key] for key in ("beta", "alpha", "seeds")} == {"beta": "0.1", "alpha": "-", "seeds": "4"}
+    assert first["win rate"] == "0.650 ± 0.191"  # the root of (2 0.15^2 + 0.05^2 + 0.25^2) / 3
+    assert first["KL"] == "3.00 ± 2.65"  # of 1, 2 and 6: the root of (4 + 1 + 9) / 2
+    assert (first["accuracy"], first["wrong"]) == ("0.700 ± 0.000", "-")
+    assert (second["alpha"], second["seeds"], second["win rate"]) == ("0.5", "1", "0.400")
+
+
+def test_frames_by_hand(tmp_path):
+    """What varies, in its order and that of its values; a row per step and split, the final one of split test."""
+    for beta, size, decay, seed, noise in (
+        *((10.0, 16, 0.0, 0, 0.1), (2.0, 16, 0.1, 0, 0.2)),
+        *((0.5, 32, 0.0, 1, 0.1), (10.0, 32, 0.0, 1, 0.1)),
+    ):
+        directory = run(tmp_path, beta, batch_size=size, weight_decay=decay, seed=seed)
+        config = OmegaConf.load(directory / "config.yaml")
+        own = {"data": {"noise": noise, "decay": decay}, "reference": {"path": f"runs/x/seed={seed}/policy"}}
+        OmegaConf.save(OmegaConf.merge(config, own), directory / "config.yaml")
+    last = directory
+    with open(last / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1, "split": "test", "win_rate": 0.58}\n')
+    (last / "evaluation.json").write_text(json.dumps(evaluation(10.0) | {"win_rate": None, "extra": 7.0}))
+
+    frame = runs.final(tmp_path, ["beta", "lr"])
+    keys = ["beta", "batch_size", "weight_decay", "data.noise", "seed"]
+    assert runs.swept(frame) == keys  # and no path, which seed alone decides, nor data.decay, which is weight_decay
+    assert frame.columns[: len(keys) + 2].tolist() == ["run", *keys, "lr"]
+    assert frame[["beta", "batch_size", "seed", "data.noise"]].values.tolist() == [
+        *([0.5, 32, 1, 0.1], [2.0, 16, 0, 0.2], [10.0, 16, 0, 0.1], [10.0, 32, 1, 0.1])
+    ]
+    assert frame["lr"].tolist() == [5e-4] * 4
+    assert frame["kl"].tolist() == [2.0, 0.5, 0.1, 0.1]
+    assert frame["win_rate"].isna().tolist() == [False, False, False, True]
+    assert frame["extra"].isna().tolist() == [True, True, True, False]
+
+    rows = runs.load(tmp_path)
+    rows = rows[rows["run"] == last.name]
+    where = rows[["step", "split"]].values.tolist()
+    assert where == [[1, "train"], [2, "train"], [2, "validation"], [1, "test"], [2, "test"]]
+    assert rows["win_rate"].tolist()[3] == 0.58
+    assert rows["kl"].tolist()[4] == 0.1
+    assert rows["loss"].tolist()[:3] == pytest.approx([0.69, 0.68, 0.69])
+
+
+def test_a_report_says_all(tmp_path, capsys, saved):  # noqa: F811
+    """The tables, what is damaged and not told of elsewhere, and the numbers as a CSV file."""
+    for seed in (0, 1):
+        directory = run(tmp_path / "dev", 0.1, seed=seed)
+        unjudged = {key: value for key, value in evaluation(0.1 + seed).items() if not key.startswith("win_rate")}
+        (directory / "evaluation.json").write_text(json.dumps(unjudged))
+    broken = run(tmp_path / "dev", 0.2)
+    (broken / "evaluation.json").write_text("{")
+    runs.report(tmp_path / "dev")
+    said = capsys.readouterr().out
+    assert f"{broken.name} is damaged and left out: " in said
+    assert "Mean ± standard deviation over seeds:\nbeta seeds" in " ".join(said.split(" ")).replace("  ", " ")
+    assert "2 finished in" in said
+    written = pd.read_csv(tmp_path / "dev" / "table.csv")
+    assert written["kl"].tolist() == pytest.approx([10.0, 1 / 1.1])
+    assert written["seed"].tolist() == [0, 1]
+    assert saved[0].axes[0].get_ylabel() == "accuracy on held-out pairs"
+    runs.report(tmp_path / "dev", named={broken.name})
+    assert "damaged" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("betas,references,seeds", [([0.1], 1, 1), ([0.01, 0.1, 1.0], 2, 2), ([0.1, 0.2], 1, 3)])
 @pytest.mark.filterwarnings("error")
-def test_figure(tmp_path, betas, references, seeds):
+def test_figure(tmp_path, saved, betas, references, seeds):  # noqa: F811
     for beta in betas:
         for reference in ("initial", "uniform")[:references]:
             for seed in range(seeds):
                 run(tmp_path, beta, reference=reference, seed=seed)
     runs.figure(runs.final(tmp_path), tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").read_bytes().startswith(PNG)
-    assert sorted(path.name for path in tmp_path.glob("*.unfinished")) == []
+    curves = [[list(one[0].get_xdata()) for one in axis.containers] for axis in saved[0].axes]
+    assert curves == [[betas] * references] * 2 + [[[1 / beta for beta in betas]] * references]
+    saved[0].draw_without_rendering()
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("absent", [["win_rate"], ["kl"], ["win_rate", "kl"]])
-def test_figure_without_some_measures(tmp_path, absent):
+def test_figure_without_some_measures(tmp_path, saved, absent):  # noqa: F811
     for beta in (0.1, 0.2):
         directory = run(tmp_path, beta)
         result = {k: v for k, v in evaluation(beta).items() if k.split("/")[0] not in absent}
         (directory / "evaluation.json").write_text(json.dumps(result))
     runs.figure(runs.final(tmp_path), tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").read_bytes().startswith(PNG)
+    quality, distance, frontier = ([*axis.containers[0][0].get_ydata()] for axis in saved[0].axes)
+    assert quality == frontier == ([0.7, 0.7] if "win_rate" in absent else [0.6, 0.6])
+    assert distance == pytest.approx([math.nan, math.nan] if "kl" in absent else [10.0, 5.0], nan_ok=True)
+    saved[0].draw_without_rendering()
 
 
 @pytest.mark.filterwarnings("error")
-def test_figure_shows_another_number_when_beta_is_fixed_and_kl_may_be_zero(tmp_path):
+def test_figure_of_a_kl_below_zero(tmp_path, saved):  # noqa: F811
     for lr in (1e-4, 1e-3):
         directory = run(tmp_path, 0.1, lr=lr)
         (directory / "evaluation.json").write_text(json.dumps(evaluation(0.1) | {"kl": -0.01}))
-    from dpo.drawing import _axis
-
-    frame = runs.final(tmp_path)
-    assert _axis(frame) == "lr"
-    runs.figure(frame, tmp_path / "figure.png")
+    runs.figure(runs.final(tmp_path), tmp_path / "figure.png")
+    assert [axis.get_xscale() for axis in saved[0].axes] == ["log", "log", "linear"]
+    saved[0].draw_without_rendering()
 
 
 @pytest.mark.filterwarnings("error")
@@ -203,7 +326,7 @@ def test_figure_shows_another_number_when_beta_is_fixed_and_kl_may_be_zero(tmp_p
         [{"seed": 1}, {"seed": None}, {"seed": "x"}],
     ],
 )
-def test_table_and_figure_of_mixed_knobs(tmp_path, capsys, knobs):
+def test_table_and_figure_of_mixed_knobs(tmp_path, capsys, saved, knobs):  # noqa: F811
     for number, knob in enumerate(knobs):
         directory = run(tmp_path, 0.1 * (1 + number))
         config = OmegaConf.merge(OmegaConf.load(directory / "config.yaml"), knob)
@@ -214,7 +337,7 @@ def test_table_and_figure_of_mixed_knobs(tmp_path, capsys, knobs):
     assert f"{len(knobs)} finished" in said
     for value in (value for knob in knobs for key, value in knob.items() if key == "knob"):
         assert f" {runs.short(value)} " in said
-    assert (tmp_path / "figure.png").read_bytes().startswith(PNG)
+    saved[0].draw_without_rendering()
     assert len(runs.load(tmp_path)) == 4 * len(knobs)
 
 
@@ -238,7 +361,7 @@ def test_command(tmp_path):
     assert "failed   beta=0.2,reference=initial  ValueError: no" in said.stdout
     assert "10.00 [9.90, 10.10]" in said.stdout
     assert pd.read_csv(tmp_path / "dev" / "table.csv")["kl"].tolist() == [10.0]
-    assert (tmp_path / "dev" / "figure.png").exists()
+    assert (tmp_path / "dev" / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert " torch" not in said.stderr  # at once: torch takes seconds
     said = command(tmp_path, "nowhere")
     assert said.returncode == 1
@@ -254,11 +377,15 @@ def command(cwd: Path, path: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "measured,collapsed",
     [
-        ({"broken": 0.6}, True),  # most responses do not end, repeat themselves or say nothing
+        ({"broken": 0.51}, True),  # most responses do not end, repeat themselves or say nothing
         ({"broken": 0.4, "win_rate": 0.6, "valid": 0.75}, False),
         ({"broken": 0.0, "win_rate": 0.04, "valid": 1.0}, True),  # two right words, and the end
         ({"broken": 0.0, "win_rate": 0.3, "valid": 1.0}, False),  # merely worse
         ({"broken": 0.0, "win_rate": 0.3, "valid": 0.2}, True),
+        ({"broken": 0.5, "valid": 0.5, "win_rate": 0.1}, False),  # half is not most
+        ({"broken": 0.49, "valid": 0.51, "win_rate": 0.11}, False),
+        ({"valid": 0.49}, True),
+        ({"win_rate": 0.09}, True),
         ({"broken": None, "win_rate": None}, False),
         ({}, False),
     ],

@@ -46,7 +46,10 @@ def test_a_run_that_resumes_knows_its_best(tmp_path, policy, monkeypatch):
     again = Selection(tmp_path)
     again.offer(20, {"loss": 0.5}, marked(model, 21), tokenizer)  # comes by there once more, with other rounding
     again.offer(30, {"loss": 0.6}, marked(model, 30), tokenizer)
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "of another attempt").touch()
     again.settle(tmp_path / "policy")
+    assert not (tmp_path / "policy" / "of another attempt").exists()
     assert (again.step, mark(tmp_path / "policy")) == (20, 21)
 
     def stopped(*_, **__):
@@ -56,7 +59,9 @@ def test_a_run_that_resumes_knows_its_best(tmp_path, policy, monkeypatch):
         patch.setattr(models, "save", stopped)
         with pytest.raises(KeyboardInterrupt):
             Selection(tmp_path).offer(40, {"loss": 0.1}, model, tokenizer)
-    assert Selection(tmp_path).step == 20
+    later = Selection(tmp_path)
+    later.offer(30, {"loss": 0.6}, model, tokenizer)  # the best step is behind it
+    assert (later.step, later.metrics) == (20, {"loss": 0.5})
 
 
 def test_a_run_keeps_the_step_of_lowest_validation_loss(tmp_path, tiny_model, monkeypatch):
@@ -64,8 +69,12 @@ def test_a_run_keeps_the_step_of_lowest_validation_loss(tmp_path, tiny_model, mo
     made_up = iter([0.1, 0.9, 0.3, 0.5, 0.4])
     on_pairs = evaluate.on_pairs
     monkeypatch.setattr(evaluate, "on_pairs", lambda *given: on_pairs(*given) | {"loss": next(made_up)})
+    measure, measured = evaluate.measure, []
+    noted = lambda policy, *more: measured.append(models.fingerprint(policy)) or measure(policy, *more)  # noqa: E731
+    monkeypatch.setattr(evaluate, "measure", noted)
     given = [*own(tmp_path, tiny_model("llama")), "steps=4", "evaluate_every=1"]
     _, result = run(tmp_path / "best", *given, "select=validation_loss")
+    assert measured == [models.fingerprint(models.load(str(tmp_path / "best" / "policy"))[0])]
     assert (result["selected_step"], result["steps"], result["loss"]) == (2, 4, 0.3)
     assert not (tmp_path / "best" / "selected").exists()
     monkeypatch.undo()

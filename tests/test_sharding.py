@@ -16,7 +16,7 @@ import torch.distributed as dist
 from test_loop import Items
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo.training import checkpoint, sharding
@@ -278,6 +278,36 @@ def test_blocks_are_the_layers():
     assert sharding.blocks(nn.Linear(2, 2)) == []
 
 
+@pytest.mark.parametrize("offload", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("group,shape", [(None, (6,)), (2, (3, 2))])
+def test_a_layout_reaches_every_block(monkeypatch, group, shape, precision, offload):
+    """Each block, and then the rest: its processes, the dtype of gathered weights and of gradients, where they live."""
+    meshes, sharded = [], []
+    monkeypatch.setattr(sharding, "world_size", lambda: 6)
+    monkeypatch.setattr(sharding, "init_device_mesh", lambda *given, **named: meshes.append((given, named)) or given[1])
+    monkeypatch.setattr(sharding, "fully_shard", lambda part, **named: sharded.append((part, named)))
+    model = llama(False)
+    assert sharding.shard(model, sharding.Layout(group, offload, precision), torch.device("cpu")) is model
+    assert [part for part, _ in sharded] == [*model.model.layers, model]
+    assert meshes[-1][0] == ("cpu", shape)
+    assert meshes[-1][1].get("mesh_dim_names") == (None if group is None else ("copy", "part"))
+    for part, named in sharded:
+        dtypes, place = named.get("mp_policy"), named.get("offload_policy")
+        assert named["mesh"] == shape
+        assert dtypes == (MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bf16" else None)
+        assert place == (CPUOffloadPolicy(pin_memory=False) if offload else None)
+        assert named.get("reshard_after_forward") is (True if part is model else None)
+
+
+def test_files_have_a_limit(monkeypatch):
+    """A tensor that is larger than the limit has a file of its own."""
+    monkeypatch.setattr(sharding, "FILE_BYTES", 40)
+    sizes = {"a": 4, "b": 6, "c": 1, "d": 20, "e": 1}  # of 4 bytes
+    files = sharding.in_files({name: torch.zeros(size) for name, size in sizes.items()})
+    assert files == {"a": 1, "b": 1, "c": 2, "d": 3, "e": 4}
+
+
 def test_device(monkeypatch):
     assert sharding.device("cpu") == sharding.device(torch.device("cpu")) == torch.device("cpu")
     with pytest.raises(ValueError, match="auto, cpu or cuda, got tpu"):
@@ -290,6 +320,8 @@ def test_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "9")
+    assert sharding.device("cpu") == torch.device("cpu")
     assert sharding.device("auto") == sharding.device("cuda") == torch.device("cuda", 1)
 
 

@@ -118,6 +118,7 @@ def test_a_function_of_another_group_is_refused():
     assert "which must return dpo.losses.Loss by its annotation" in binds("loss", metrics, ("pair",))[0]
     abstract = binds("reference", {"_target_": "dpo.reference.ABC"}, ())
     assert "defines no such function" in abstract[0]
+    assert "loss.pair is not an option" in binds("loss", ours["loss"] | {"pair": 1}, ("pair",))[0]  # given later
     assert "loss._partial_ must be true" in binds("loss", ours["loss"] | {"_partial_": False}, ("pair",))[0]
     assert "reference._partial_ must be false" in binds("reference", ours["reference"] | {"_partial_": True}, ())[0]
 

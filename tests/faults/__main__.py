@@ -10,17 +10,20 @@ and with exit code 1 if that is below 95 %, or if a fault is stale: its text is 
 """
 
 import argparse
+import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 
+import pytest
 import yaml
 from tqdm import tqdm
 
@@ -73,37 +76,71 @@ def copy(folder: Path) -> Path:
     return folder / "checkout"
 
 
-def outcome(fault: Fault, checkout: Path) -> str:
-    """ "caught", "missed", or why neither can be said."""
-    file = checkout / fault.file
-    text = file.read_text()
-    try:
-        file.write_text(fault.planted(text))
-        command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-p", "no:cacheprovider", *fault.tests]
-        command += ["--basetemp", str(checkout.parent / "pytest")]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(checkout),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        done = subprocess.run(
-            command,
-            cwd=checkout,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=LONGEST,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired:
-        return "caught"  # it hangs
-    except ValueError as error:
-        return f"stale: {error}"
-    finally:
-        file.write_text(text)
-    said = done.stdout.strip().splitlines()
-    return {0: "missed", 1: "caught"}.get(done.returncode, f"no verdict: {' '.join(said[-2:])}")
+def preload() -> None:
+    """Import what is not ours, which takes longer than most tests: a fork has it."""
+    for module in (
+        "datasets",
+        "hydra",
+        "hypothesis",
+        "matplotlib.pyplot",
+        "pandas",
+        "torch.distributed.fsdp",
+        "transformers",
+    ):
+        importlib.import_module(module)
+    for module in ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM", "PreTrainedTokenizerFast"):
+        getattr(sys.modules["transformers"], module)
+    sys.modules["torch"].set_num_threads(1)
+
+
+def fork(fault: Fault, checkout: Path) -> int:
+    """Start the tests of a fault that is planted; returns the process id."""
+    if pid := os.fork():
+        return pid
+    os.setsid()  # what the tests start ends with them
+    os.chdir(checkout)
+    sys.path[:] = [str(checkout), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    for module in [name for name in sys.modules if name.split(".")[0] in ("analysis", "dpo", "hydra_plugins", "tests")]:
+        del sys.modules[module]
+    os.environ.update(PYTHONPATH=str(checkout), PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
+    said = os.open(checkout.parent / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream, number in ((os.open(os.devnull, os.O_RDONLY), 0), (said, 1), (said, 2)):
+        os.dup2(stream, number)
+    options = ["-n", "0", "-x", "-p", "no:cacheprovider", "--basetemp", str(checkout.parent / "pytest")]
+    os._exit(int(pytest.main([*options, *fault.tests])))
+
+
+def outcomes(faults: Sequence[Fault], checkouts: Sequence[Path]) -> Iterator[tuple[Fault, str]]:
+    """Of each fault "caught", "missed", or why neither can be said; as many at a time as there are checkouts."""
+    waiting, free = list(reversed(faults)), list(checkouts)
+    active: dict[
+        int, tuple[Fault, Path, str, float]
+    ] = {}  # process id -> what it tries, the file's own text, until when
+    while waiting or active:
+        while waiting and free:
+            fault, checkout = waiting.pop(), free.pop()
+            text = (checkout / fault.file).read_text()
+            try:
+                (checkout / fault.file).write_text(fault.planted(text))
+            except ValueError as error:
+                free.append(checkout)
+                yield fault, f"stale: {error}"
+            else:
+                active[fork(fault, checkout)] = fault, checkout, text, time.monotonic() + LONGEST
+        time.sleep(0.05)
+        for pid, (fault, checkout, text, until) in list(active.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if not ended and time.monotonic() < until:
+                continue
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            code = os.waitstatus_to_exitcode(status if ended else os.waitpid(pid, 0)[1])
+            (checkout / fault.file).write_text(text)
+            free.append(checkout)
+            del active[pid]
+            last = " ".join((checkout.parent / "said.txt").read_text(errors="replace").split("\n")[-3:])
+            hung = "caught" if not ended else f"no verdict: {last}"
+            yield fault, {0: "missed", 1: "caught"}.get(code, hung)
 
 
 def main() -> None:
@@ -113,20 +150,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="faults at a time (default: 2)")
     given = parser.parse_args()
     faults = [fault for fault in read(given.lists) if given.k in f"{fault.what} {fault.file}"]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as pool:
-        checkouts: SimpleQueue[Path] = SimpleQueue()
-        for job in range(given.jobs):
-            checkouts.put(copy(Path(folder, str(job))))
-
-        def tried(fault: Fault) -> tuple[Fault, str]:
-            checkout = checkouts.get()
-            try:
-                return fault, outcome(fault, checkout)
-            finally:
-                checkouts.put(checkout)
-
-        found = []
-        for fault, result in (bar := tqdm(pool.map(tried, faults), total=len(faults), unit="fault")):
+    preload()
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        checkouts = [copy(Path(folder, str(job))) for job in range(given.jobs)]
+        for fault, result in (bar := tqdm(outcomes(faults, checkouts), total=len(faults), unit="fault")):
             found.append(result)
             if result != "caught":
                 bar.write(f"{result}: {fault.file}: {fault.what} ({fault.list}.yaml)")
