@@ -1,8 +1,9 @@
 """Plant each listed fault, one at a time, and see whether a test falls.
 
-    python -m tests.faults                   # all of tests/faults/*.yaml; about an hour on two cores
+    python -m tests.faults                   # all of tests/faults/*.yaml; takes hours on two cores
     python -m tests.faults loop plan         # those of some files
     python -m tests.faults loop -k clip      # those whose words hold "clip"
+    python -m tests.faults --sample 100      # some of them, drawn at random
 
 A fault is a change that runs without an error and makes something wrong: a number, a name, a default. Each is planted
 in a copy of the checkout, and the tests named beside it run until the first fails. Ends with the share that was caught,
@@ -12,6 +13,7 @@ and with exit code 1 if that is below 95 %, or if a fault is stale: its text is 
 import argparse
 import importlib
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -148,8 +150,11 @@ def main() -> None:
     parser.add_argument("lists", nargs="*", help="names of tests/faults/*.yaml; all by default")
     parser.add_argument("-k", default="", help="only faults whose words hold this")
     parser.add_argument("--jobs", type=int, default=2, help="faults at a time (default: 2)")
+    parser.add_argument("--sample", type=int, help="only so many, drawn at random")
     given = parser.parse_args()
     faults = [fault for fault in read(given.lists) if given.k in f"{fault.what} {fault.file}"]
+    if given.sample is not None:
+        faults = random.sample(faults, min(given.sample, len(faults)))
     preload()
     found = []
     with tempfile.TemporaryDirectory() as folder:
