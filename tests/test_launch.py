@@ -44,6 +44,9 @@ def run(config, directory):
         if rank == 1:
             raise RuntimeError("rank 1 is bad")
         time.sleep(600)  # until torchrun ends it because of rank 1
+    (directory / f"here-{rank}").touch()
+    while len(list(directory.glob("here-*"))) < int(os.environ.get("WORLD_SIZE", "1")):
+        time.sleep(0.01)  # as in a collective: none is finished before all have begun
     metrics = directory / "metrics.jsonl"
     first = len(metrics.read_text().splitlines()) if metrics.exists() else 0
     received = []

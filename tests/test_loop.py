@@ -518,6 +518,7 @@ def end_at_a_file(number, pause):
     sys.addaudithook(asked)
 
 
+@pytest.mark.long
 def test_killed_fifty_times(tmp_path):
     """Between any two uses of a file; rows and weights are those of a run that nobody disturbed."""
     whole, cut = Run(tmp_path / "whole"), tmp_path / "cut"

@@ -326,7 +326,9 @@ def test_a_wrong_cache_is_noticed(tmp_path, tiny_model, monkeypatch):
         run(tmp_path / "c", *given, "beta=0.3")
 
 
-@pytest.mark.parametrize("reference,kind", [("initial", "qwen2"), ("moving", "llama")])
+@pytest.mark.parametrize(
+    "reference,kind", [("initial", "qwen2"), pytest.param("moving", "llama", marks=pytest.mark.long)]
+)
 def test_two_processes_are_one(tmp_path, tiny_model, reference, kind):
     """Uneven last window, two micro-batches, a cached and a live sharded reference, embeddings tied and not."""
     given = [*own(tmp_path, tiny_model(kind)), f"reference={reference}", "batch_size=10", "micro_batch_tokens=150"]

@@ -108,7 +108,7 @@ def fork(fault: Fault, checkout: Path) -> int:
     said = os.open(checkout.parent / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream, number in ((os.open(os.devnull, os.O_RDONLY), 0), (said, 1), (said, 2)):
         os.dup2(stream, number)
-    options = ["-n", "0", "-x", "-p", "no:cacheprovider", "--basetemp", str(checkout.parent / "pytest")]
+    options = ["-n", "0", "-x", "-m", "", "-p", "no:cacheprovider", "--basetemp", str(checkout.parent / "pytest")]
     os._exit(int(pytest.main([*options, *fault.tests])))
 
 
