@@ -1,9 +1,10 @@
-"""What pyproject.toml cannot say: a wheel carries conf/, experiments/ and the job script inside of dpo."""
+"""What pyproject.toml cannot say: a wheel carries conf/, experiments/ and the job script in dpo, and no analysis/."""
 
 import shutil
+import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_namespace_packages, setup
 from setuptools.command.build_py import build_py
 
 
@@ -20,4 +21,8 @@ class BuildPy(build_py):
                     shutil.copy(file, target)
 
 
-setup(cmdclass={"build_py": BuildPy})
+PACKAGES = ["dpo*", "hydra_plugins*"]  # Hydra finds plugins nowhere else
+if "editable_wheel" in sys.argv:
+    PACKAGES.append("analysis*")  # the notebooks of a checkout import it, wherever they are started
+
+setup(packages=find_namespace_packages(include=PACKAGES), cmdclass={"build_py": BuildPy})
