@@ -1,6 +1,6 @@
 """Plant each listed fault, one at a time, and see whether a test falls.
 
-    python -m tests.faults                   # all of tests/faults/*.yaml; takes hours on two cores
+    python -m tests.faults                   # all of tests/faults/*.yaml; some forty minutes on two cores
     python -m tests.faults loop plan         # those of some files
     python -m tests.faults loop -k clip      # those whose words hold "clip"
     python -m tests.faults --sample 100      # some of them, drawn at random
