@@ -184,6 +184,9 @@ class Execution:
         waiting = [(f"[{n}/{todo}] {run.directory.name}", run) for n, run in enumerate(self.todo, 1)]
         stopped_by = 0
         while (waiting and not stopped_by) or self.active:
+            while self.received:
+                self._pass_on(number := self.received.pop(0), again=bool(stopped_by))
+                stopped_by = stopped_by or number
             for slot in range(self.jobs):
                 if waiting and not stopped_by and slot not in self.active:
                     title, run = waiting.pop(0)
@@ -193,9 +196,6 @@ class Execution:
                         self.problems[run.directory] = f"could not be started: {error}"
                         print(f"{title} {self.problems[run.directory]}", flush=True)
             time.sleep(0.05)
-            while self.received:
-                self._pass_on(number := self.received.pop(0), again=bool(stopped_by))
-                stopped_by = stopped_by or number
             for slot in [slot for slot, (_, _, process, _) in self.active.items() if process.poll() is not None]:
                 self._ended(*self.active.pop(slot), asked=bool(stopped_by))
         for number, handler in former.items():

@@ -151,6 +151,22 @@ def test_a_signal_stops_what_runs_and_starts_no_more(tmp_path, capsys, monkeypat
     assert not ended
 
 
+def test_a_place_that_is_free_after_a_signal_stays_free(tmp_path, capsys):
+    ENDS["a"], ENDS["b"] = (75, {}, True), (75, {}, False)  # b ends while a still saves
+    SIGNALS[:] = [signal.SIGINT]
+    assert Execution(planned(tmp_path, "a", "b", "c"), 2, []).run() == 128 + signal.SIGINT
+    assert [one.directory.name for one in STARTED] == ["a", "b"]
+    assert "stopped, 1 run not started; the same command resumes" in capsys.readouterr().out
+
+
+def test_the_end_of_a_silent_run_is_told_where_the_disk_is_full(tmp_path, monkeypatch):
+    def full(*_: Any, **__: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert launch._silent(tmp_path, -9) == "Killed: killed by signal 9 (out of memory?)"
+
+
 def test_a_second_signal_ends_them_at_once(tmp_path, monkeypatch):
     ended: list[tuple[int, int]] = []
     monkeypatch.setattr(launch.os, "killpg", lambda pid, number: ended.append((pid, number)))
