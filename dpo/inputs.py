@@ -44,12 +44,12 @@ def models(config: Any) -> dict[str, str]:
 def _place(path: str) -> Path:
     """The folder of a model, or a file or folder of log-probs, which no model's config is in."""
     there = Path(path).expanduser()
-    scores = there.is_file() or (there.is_dir() and next(_scores(there), None) and not (there / CONFIG).exists())
+    scores = there.is_file() or (there.is_dir() and next(score_files(there), None) and not (there / CONFIG).exists())
     return there if scores else Path(whereabouts(path))
 
 
-def _scores(folder: Path) -> Iterator[Path]:
-    """As `reference=given` finds them."""
+def score_files(folder: Path) -> Iterator[Path]:
+    """The files of log-probs in a folder, however deep, which `reference=given` reads."""
     return (file for file in sorted(folder.rglob("*")) if file.name.endswith((".jsonl", ".jsonl.gz")))
 
 
@@ -61,7 +61,7 @@ def sketch(path: Path) -> str:
     files = [path]
     if path.is_dir():
         of_model = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES]
-        files = of_model if (path / CONFIG).exists() else [*_scores(path)] or of_model
+        files = of_model if (path / CONFIG).exists() else [*score_files(path)] or of_model
     lines = []
     for file in files:
         size, content = file.stat().st_size, hashlib.sha256()

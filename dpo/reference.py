@@ -23,6 +23,7 @@ from dpo.cache import digest
 from dpo.data.batches import Batch, Pair, Tokens, encode_prompts, tokenize
 from dpo.data.records import Preference, listed, parse, preference, report
 from dpo.data.tokens import encode_alone, encoded, vocabulary
+from dpo.inputs import score_files
 from dpo.losses import rounding
 from dpo.policy import model as models
 from dpo.policy.logps import sequence_logps
@@ -279,7 +280,7 @@ class Given(Tabled):
     def prepare(self, initial: str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any) -> str:
         self.check(initial, settings)
         path = Path(self.path)
-        files = sorted([*path.rglob("*.jsonl"), *path.rglob("*.jsonl.gz")]) if path.is_dir() else [path]
+        files = [*score_files(path)] if path.is_dir() else [path]
         known: dict[str, float] = {}
         for file in files:
             for where, (told, logps) in parse(file, _scored):

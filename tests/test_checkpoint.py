@@ -137,6 +137,8 @@ def test_another_run_and_another_model_are_refused(tmp_path):
         named = " and another ".join(key for key in {**inputs, **others} if key in others)
         with pytest.raises(RuntimeError, match=rf"must be a checkpoint of this run: it was made with another {named};"):
             Toy().restore(tmp_path, inputs={**inputs, **others})
+    with pytest.raises(RuntimeError, match="it was made with another policy;"):
+        Toy().restore(tmp_path, inputs={"settings": "a", "pairs": "b"})
     with pytest.raises(RuntimeError, match=r"must be a checkpoint of this run.*[Ss]ize"):
         Toy(width=9).restore(tmp_path, inputs=inputs)
 

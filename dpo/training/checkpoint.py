@@ -135,7 +135,8 @@ class Checkpoints:
         mine = f"rng.{rank()}"
         try:
             about = _about(path)
-            if changed := [key for key in self.inputs if about.get("inputs", {}).get(key) != self.inputs[key]]:
+            there = about.get("inputs", {})
+            if changed := [key for key in self.inputs | there if there.get(key) != self.inputs.get(key)]:
                 raise ValueError(f"it was made with another {' and another '.join(changed)}")
             model, optimizer = get_state_dict(self.model, self.optimizer)
             tensors = self._tensors(model, optimizer)
