@@ -55,6 +55,7 @@ def execute(directory: Path) -> int:
         except Timeout:
             print(f"{directory} is being executed by another process; wait for it, or end it first", flush=True)
             return IN_USE
+    if _ranks() == 1:  # of several, one may have failed before another looks: what starts them has taken it away
         (directory / "error.json").unlink(missing_ok=True)
     try:
         with _beside_others(directory):

@@ -23,6 +23,7 @@ done
 # The signals are for the ranks. Bash must outlive them to requeue, and runs a trap once srun has ended; python must
 # not die of one before it listens.
 trap : TERM USR1
+rm -f "$directory/error.json" # of a former attempt; the ranks cannot tell it from one that another of them just wrote
 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 bash -c '
     trap "" USR1
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS PYTHONUNBUFFERED=1

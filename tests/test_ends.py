@@ -131,9 +131,10 @@ def test_of_several_ranks_the_first_reason_stays_and_rank_0_alone_says_that_it_s
         assert (tmp_path / "error.json").exists() == (rank == "0")
     assert told(tmp_path) == ("Stopped", "of rank 0", 0)
     (tmp_path / "error.json").unlink()
-    for rank in ("1", "0"):  # rank 0 takes away what a former attempt left; others come later, or before
+    verb.ends = RuntimeError("of rank 1")
+    for rank in ("1", "0"):  # one may have failed before another has begun
         monkeypatch.setenv("RANK", rank)
-        executing._record(tmp_path, "RuntimeError", f"of rank {rank}", "")
+        assert executing.execute(tmp_path) == 1
     assert told(tmp_path) == ("RuntimeError", "of rank 1", 1)
     monkeypatch.setenv("RANK", "1")
     verb.ends = None

@@ -172,6 +172,7 @@ def test_restarts_and_what_was_cancelled(site):
     ],
 )
 def test_a_run_that_could_not_say_why_has_a_reason(site, code, message):
+    (site / NAMES[0] / "error.json").write_text('{"type": "Stopped", "message": "of a former attempt"}')
     assert bash(site, "slurm/execute.sh", NAMES[0], CODE=str(code))[0] == code
     error = json.loads((site / NAMES[0] / "error.json").read_text())
     assert error == {"type": "Killed", "message": message, "traceback": ""}
