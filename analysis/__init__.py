@@ -1,1 +1,1 @@
-"""The studies: functions over `dpo.runs` frames, and beside each the notebook that shows what they give."""
+"""The studies: functions over `dpo.results` frames, and beside each the notebook that shows what they give."""

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 
 from analysis import seeds
 from analysis.report import Frames, main
-from dpo import runs
-from dpo.drawing import COLOURS, plain, tidy
-from dpo.runs import short
+from dpo import results
+from dpo.results import short
+from dpo.results.figures import COLOURS, plain, tidy
 
 KEYS = ("beta", "lr", "seed")
 UNTUNED = "inf"  # the row of the policy before training
@@ -33,7 +33,7 @@ def read(path: str | Path, **only: str) -> Frames:
     Raises: ValueError as `seeds.finished`, or if the runs are of several policies.
     """
     final = of_one_policy(path, only)
-    history = runs.load(path, KEYS)
+    history = results.load(path, KEYS)
     history = history[history["run"].isin(final["run"])].reindex(
         columns=["run", *KEYS, "split", "step", "kl", "win_rate", *ACCURACIES.values()]
     )

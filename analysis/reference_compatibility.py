@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 
 from analysis import seeds
 from analysis.report import Frames, main
-from dpo.drawing import COLOURS, plain, tidy
-from dpo.runs import short
+from dpo.results import short
+from dpo.results.figures import COLOURS, plain, tidy
 
 SUMMARIES = "data.summaries"  # what makes one policy another in the embedded world: the language of its demonstrations
 SETTING = ("beta", "seed", "reference", SUMMARIES)

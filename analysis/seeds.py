@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from scipy.stats import t as student
 
-from dpo import runs
-from dpo.runs import degenerate, short
+from dpo import results
+from dpo.results import degenerate, short
 
 Floats = NDArray[np.float64]
 
@@ -240,18 +240,18 @@ def all_of(verdicts: Sequence[str]) -> str:
 
 
 def finished(path: str | Path, keys: Sequence[str], only: Mapping[str, str], shown: Sequence[str] = ()) -> pd.DataFrame:
-    """`runs.final` where each key of `only` has that value, with columns `score`, the length-controlled win rate of
-    AlpacaEval (in percent) where `dpo.alpaca_eval` has added it to the runs, else the win rate, `scored_by`, which of
-    them, and `untrained`, whether the run has measured a policy before training (steps=0).
+    """`results.final` where each key of `only` has that value, with columns `score`, the length-controlled win rate
+    of AlpacaEval (in percent) where `dpo.results.alpaca_eval` has added it to the runs, else the win rate, `scored_by`,
+    which of them, and `untrained`, whether the run has measured a policy before training (steps=0).
 
     shown: further settings that are columns.
 
     Raises: ValueError if there is no such run, key or score, or two runs differ in none of `keys`.
     """
-    frame = runs.final(path, [*dict.fromkeys([*keys, *shown, "policy", *only])])
+    frame = results.final(path, [*dict.fromkeys([*keys, *shown, "policy", *only])])
     for key, value in only.items():
         if key not in frame and len(frame):
-            known = sorted(column for column in {*runs.swept(frame), *keys, "policy"} if column in frame)
+            known = sorted(column for column in {*results.swept(frame), *keys, "policy"} if column in frame)
             near = get_close_matches(key, known, 1)
             raise ValueError(
                 f"{key}={value} must name a key of the runs in {path}, found none called {key}; "
@@ -270,7 +270,7 @@ def finished(path: str | Path, keys: Sequence[str], only: Mapping[str, str], sho
         unscored = frame[frame.reindex(columns=list(SCORES)).isna().all(axis=1)]["run"].tolist()
         raise ValueError(
             f"every run in {path} needs a win rate or, where no judge is at hand, the scores that python -m "
-            f"dpo.alpaca_eval adds; {', '.join(unscored[:3]) or 'some have the one and some the other: all'} have none"
+            f"dpo.results.alpaca_eval adds; {', '.join(unscored[:3]) or 'some have one, some the other: all'} have none"
         )
     return frame.assign(score=frame[known[0]] * SCORES[known[0]][1], scored_by=known[0])
 
@@ -303,7 +303,7 @@ def apart(path: str | Path, frame: pd.DataFrame, keys: list[str]) -> None:
     alike = frame[frame.duplicated([*keys, *policy, "untrained"], keep=False) & ~frame["untrained"]]
     if len(alike):
         twins = next(iter(alike.groupby([*keys, *policy], dropna=False)["run"]))[1].tolist()
-        others = [key for key in runs.swept(frame) if key in alike and key not in keys and alike[key].nunique() > 1]
+        others = [key for key in results.swept(frame) if key in alike and key not in keys and alike[key].nunique() > 1]
         said = " or ".join(f"{others[0]}={short(value)}" for value in alike[others[0]].unique()) if others else ""
         raise ValueError(
             f"the runs in {path} must differ in {', '.join(keys)}, found {' and '.join(twins[:2])}"

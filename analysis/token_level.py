@@ -34,12 +34,12 @@ from analysis.seeds import (
 )
 from dpo import score
 from dpo.data.chats import ends
-from dpo.data.world import values_told
-from dpo.drawing import COLOURS, tidy
-from dpo.reference import Frozen, Initial
-from dpo.runs import short
-from dpo.signature import call
+from dpo.references import Frozen, Initial
+from dpo.results import short
+from dpo.results.figures import COLOURS, tidy
+from dpo.sweep.signature import call
 from dpo.training.log import progress
+from dpo.world.language import values_told
 
 OFTEN = 100  # occurrences from which on a token's mean is shown (the paper's)
 BINS = [float(edge) for edge in np.arange(-100, 20)]  # nats; the paper's widths are not known

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # both as dpo.run sets them, for all contenders
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # both as dpo.sweep.execute sets them, for all contenders
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""The commands under one name: `dpo VERB ...` is `python -m dpo.VERB ...`.
+"""The commands under one name: `dpo train ...` is `python -m dpo.train ...`.
 
     dpo train -m beta=0.01,0.1
 
@@ -15,11 +15,12 @@ SWEEPS = {  # take key=value
     "score": "score pairs under a reference ahead of time",
 }
 VERBS = SWEEPS | {
-    "runs": "where a sweep stands: states, table, figure",
-    "run": "execute one run directory from its frozen config",
+    "results": "where a sweep stands: states, table, figure",
+    "execute": "execute one run directory from its frozen config",
     "cache": "list and check what is computed once: SFT policies, pairs, reference log-probs",
     "alpaca_eval": "win rates from AlpacaEval's annotation files",
 }
+MODULES = {"results": "results.__main__", "execute": "sweep.execute", "alpaca_eval": "results.alpaca_eval"}
 USAGE = "usage: dpo VERB ...\n\n" + "".join(f"  {verb:12} {what}\n" for verb, what in VERBS.items())
 
 
@@ -32,8 +33,8 @@ def main() -> None:
         sys.exit(0 if verb in ("", "-h", "--help") else f"\nVERB must be one of {', '.join(VERBS)}, got {verb}")
     sys.argv = [sys.argv[0], *rest]
     if verb in SWEEPS:
-        importlib.import_module("dpo.launch").command(verb)
-    importlib.import_module(f"dpo.{verb}").main()
+        importlib.import_module("dpo.sweep.launch").command(verb)
+    importlib.import_module(f"dpo.{MODULES.get(verb, verb)}").main()
 
 
 def _completed() -> str:

@@ -20,9 +20,9 @@ from dpo.judges import Judge
 from dpo.policy import model as models
 from dpo.policy.logps import forward_tokens, packable, sequence_kl
 from dpo.policy.sampling import Sample, inputs, sample
+from dpo.training.distributed import all_sum, any_true, device_of, is_main
 from dpo.training.log import progress
 from dpo.training.loop import refuse
-from dpo.training.sharding import all_sum, any_true, device_of, is_main
 
 DIVERGED = "Training diverged, if it was finite before: lower the learning rate. Else look at these items."
 TEXTS = ("prompt", "response", "baseline")  # columns of a row that have no mean

@@ -17,7 +17,7 @@ from dpo.data.records import Preference, Text, TokenIds, read, write, write_rows
 from dpo.data.tokens import decode, vocabulary
 from dpo.judges import JUDGES_VERSION, Judge
 from dpo.policy.sampling import Sample, inputs, sample
-from dpo.training.sharding import any_true
+from dpo.training.distributed import any_true
 
 
 def preferences(

@@ -6,8 +6,8 @@ and win rates; every further key is a measure of that response and is averaged i
 
 from collections.abc import Callable
 
-from dpo.data import world
 from dpo.data.records import Text
+from dpo.world import language
 
 JUDGES_VERSION = 1  # part of the cache key of judged pairs: raise it when a change of a judge changes its scores
 
@@ -25,12 +25,12 @@ def gold(prompt: Text, responses: list[str]) -> list[dict[str, float]]:
         raise ValueError(
             "judge=gold reads articles of the embedded world, found a chat; try judge=none or judge=shorter"
         )
-    verdicts = [world.verdict(prompt, response) for response in responses]
+    verdicts = [language.verdict(prompt, response) for response in responses]
     return [
         {
-            "score": world.utility(verdict),
+            "score": language.utility(verdict),
             "correct": float(verdict.correct),
-            "enough": float(verdict.correct >= world.ENOUGH),
+            "enough": float(verdict.correct >= language.ENOUGH),
             "wrong": float(verdict.wrong),
             "any_wrong": float(verdict.wrong > 0),
             "valid": verdict.valid,

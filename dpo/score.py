@@ -7,9 +7,9 @@ the pairs, for other machines and programs: `reference=given reference.path=runs
 """
 
 if __name__ == "__main__":
-    from dpo import launch
+    from dpo.sweep import launch
 
-    launch.command("score")  # ends here: a run is `python -m dpo.run`, and what it imports is slow
+    launch.command("score")  # ends here: a run is `python -m dpo.sweep.execute`, and what it imports is slow
 
 import time
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo import evaluate, generate, sft
 from dpo.data.batches import TOO_LONG, Pair, tokenize, told_apart
 from dpo.data.records import Dataset, Preference, row, write_rows
-from dpo.inputs import load
 from dpo.judges import Judge
 from dpo.policy import model as models
-from dpo.reference import Tabled
-from dpo.signature import call
-from dpo.training import sharding
+from dpo.references import Tabled
+from dpo.sweep.inputs import load
+from dpo.sweep.signature import call
+from dpo.training import distributed
 
 SPLITS = ("train", "validation")
 
@@ -48,15 +48,15 @@ def run(config: DictConfig, directory: Path) -> None:
     reference = call(config.reference)
     if not isinstance(reference, Tabled):
         say(f"reference={config.choices.reference} has no scores to make: it moves with the policy, or is no model")
-        if sharding.is_main():
+        if distributed.is_main():
             evaluate.finish(directory, {"seconds": time.monotonic() - began})
         return
     dataset = load(config)
     reference.check(config.policy.path or config.policy.base, config)
     start, policy, pairs = prepare(config, dataset, call(config.judge), *encode(config, dataset))
     say(f"reference: {reference.prepare(start, policy, pairs, config)}")
-    sharding.leave()
-    if not sharding.is_main():
+    distributed.leave()
+    if not distributed.is_main():
         return
     for split, items in pairs.items():
         rows = []
@@ -113,10 +113,10 @@ def prepare(
     The policy is trained first, and the pairs are sampled from it, where the config and the data bring none. Several
     processes join here.
     """
-    device = sharding.join(config.device)
+    device = distributed.join(config.device)
     start = initial_policy(config, dataset, device)
     trusted, rule = config.policy.trust_remote_code, dataset.on_faulty
-    policy, _ = models.load(start, device, trusted, layout=sharding.layout(config))
+    policy, _ = models.load(start, device, trusted, layout=distributed.layout(config))
     if not pairs:
         weights = models.fingerprint(policy)
         sampled = generate.preferences(policy, tokenizer, dataset.prompts, judge, config, weights, rule)
@@ -138,5 +138,5 @@ def initial_policy(config: DictConfig, dataset: Dataset, device: torch.device) -
 
 
 def say(line: str) -> None:
-    if sharding.is_main():
+    if distributed.is_main():
         print(line, flush=True)

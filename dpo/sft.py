@@ -6,9 +6,9 @@
 """
 
 if __name__ == "__main__":
-    from dpo import launch
+    from dpo.sweep import launch
 
-    launch.command("sft")  # ends here: a run is `python -m dpo.run`, and what it imports is slow
+    launch.command("sft")  # ends here: a run is `python -m dpo.sweep.execute`, and what it imports is slow
 
 import shutil
 import time
@@ -23,15 +23,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import evaluate
-from dpo.alpaca_eval import read_instructions, write_outputs
 from dpo.cache import digest, remember
 from dpo.data.batches import Batch, Batches, Tokens, collate, size, tokenize_demonstrations
+from dpo.data.instructions import read_instructions, write_outputs
 from dpo.data.records import Demonstration, write_rows
-from dpo.inputs import load
 from dpo.policy import model as models
 from dpo.policy.logps import packable, sequence_logps
-from dpo.signature import call
-from dpo.training import sharding
+from dpo.sweep.inputs import load
+from dpo.sweep.signature import call
+from dpo.training import distributed
 from dpo.training.log import Log
 from dpo.training.loop import fit
 from dpo.training.optim import optimizer, schedule
@@ -54,8 +54,8 @@ def run(config: DictConfig, directory: Path) -> None:
     items = tokenize_demonstrations(dataset.demonstrations, tokenizer, *rules)
     test = evaluate.test_prompts(dataset, config, tokenizer)
     evaluate.questions(instructions, tokenizer, config)  # what cannot be asked stops here, not after training
-    device = sharding.join(config.device)
-    model, _ = models.load(base, device, trusted, layout=sharding.layout(config))
+    device = distributed.join(config.device)
+    model, _ = models.load(base, device, trusted, layout=distributed.layout(config))
     packed = packs(model, items, config)
     if config.recompute:
         models.recompute(model)
@@ -71,20 +71,20 @@ def run(config: DictConfig, directory: Path) -> None:
         answers = evaluate.respond(model, tokenizer, test, config, "policy")
         responses, measured = evaluate.describe(test, answers, judge)
         log.write(steps(config, len(items)), "test", measured)
-    if sharding.is_main():
+    if distributed.is_main():
         if instructions:
             write_outputs(directory, instructions, outputs)
         write_rows(directory / "responses.jsonl", responses)
         done = {"steps": steps(config, len(items)), "seconds": time.monotonic() - began, **measured}
         evaluate.finish(directory, done)
-    sharding.leave()
+    distributed.leave()
 
 
 def cached_policy(
     config: Any, demonstrations: list[Demonstration], device: torch.device, on_faulty: str = "error"
 ) -> tuple[str, bool]:
     """Folder of the SFT policy that `dpo.train` starts from, made once per recipe; and whether it was there."""
-    chosen, layout = config.policy, sharding.layout(config)
+    chosen, layout = config.policy, distributed.layout(config)
     template = chosen.chat_template
     model, tokenizer = models.load(chosen.base, device, chosen.trust_remote_code, template, layout, chosen.date)
     items = tokenize_demonstrations(demonstrations, tokenizer, config.max_length, config.on_too_long, on_faulty)
@@ -100,19 +100,19 @@ def cached_policy(
     }
 
     def build(folder: Path) -> None:
-        folder = sharding.gathered([folder])[0]  # rank 0's: each writes its part of checkpoint and policy there
+        folder = distributed.gathered([folder])[0]  # rank 0's: each writes its part of checkpoint and policy there
         # The policy appears whole: where it is, a former attempt failed after it.
-        if not sharding.any_true(sharding.is_main() and (folder / "policy").is_dir()):
+        if not distributed.any_true(distributed.is_main() and (folder / "policy").is_dir()):
             with Log(folder) as log:
                 packed = packs(model, items, config)
                 if config.recompute:
                     models.recompute(model)
                 train(model, tokenizer, items, packed, config, folder / "checkpoint", log)
             models.save(model, tokenizer, folder / "policy")
-        if sharding.is_main():
+        if distributed.is_main():
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # a policy needs nothing to resume from
 
-    folder, cached = remember(config.cache, "sft", key, build, sharding.any_true)
+    folder, cached = remember(config.cache, "sft", key, build, distributed.any_true)
     return str(folder / "policy"), cached
 
 
@@ -146,8 +146,8 @@ def train(
         batch_size=recipe.batch_size,
         micro_batch_tokens=config.micro_batch_tokens,
         seed=config.seed,
-        rank=sharding.rank(),
-        world_size=sharding.world_size(),
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
     )
     last = steps(config, len(items))
     inputs = {"base": models.fingerprint(model), "demonstrations": digest(items)}

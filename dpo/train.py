@@ -4,9 +4,9 @@ python -m dpo.train -m beta=0.01,0.02,0.1
 """
 
 if __name__ == "__main__":
-    from dpo import launch
+    from dpo.sweep import launch
 
-    launch.command("train")  # ends here: a run is `python -m dpo.run`, and what it imports is slow
+    launch.command("train")  # ends here: a run is `python -m dpo.sweep.execute`, and what it imports is slow
 
 import math
 import time
@@ -21,19 +21,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo import evaluate
-from dpo.alpaca_eval import read_instructions, write_outputs
 from dpo.cache import digest
 from dpo.data.batches import Batch, Batches, Pair, branched, collate_pairs, size
+from dpo.data.instructions import read_instructions, write_outputs
 from dpo.data.records import write_rows
-from dpo.inputs import load
 from dpo.losses import PairLogps, dpo, metrics
 from dpo.policy import model as models
+from dpo.policy.best import Selection
 from dpo.policy.logps import differing, forward_tokens, packable, sequence_logps
-from dpo.reference import Frozen, Reference
+from dpo.references import Frozen, Reference
 from dpo.score import encode, prepare, say
-from dpo.selection import Selection
-from dpo.signature import call
-from dpo.training import sharding
+from dpo.sweep.inputs import load
+from dpo.sweep.signature import call
+from dpo.training import distributed
 from dpo.training.log import Log
 from dpo.training.loop import autocast, fit
 from dpo.training.optim import optimizer, schedule
@@ -55,7 +55,7 @@ def run(config: DictConfig, directory: Path) -> None:
     test = evaluate.test_prompts(dataset, config, tokenizer)
     evaluate.questions(instructions, tokenizer, config)  # what cannot be asked stops here, not after training
     start, policy, pairs = prepare(config, dataset, judge, tokenizer, pairs)
-    weights, device, layout = models.fingerprint(policy), sharding.device_of(policy), sharding.layout(config)
+    weights, device, layout = models.fingerprint(policy), distributed.device_of(policy), distributed.layout(config)
     baseline = evaluate.baseline(policy, tokenizer, test, config, weights) if judge else None
     say(f"reference: {reference.prepare(start, policy, pairs, config)}")
     packed = config.packed and packable(policy, [pair.branches for pair in pairs["train"]])
@@ -68,8 +68,8 @@ def run(config: DictConfig, directory: Path) -> None:
             batch_size=batch_size,
             micro_batch_tokens=tokens,
             seed=seed,
-            rank=sharding.rank(),
-            world_size=sharding.world_size(),
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
         )
 
     train = batches("train", config.batch_size, config.micro_batch_tokens, config.seed)
@@ -140,12 +140,12 @@ def run(config: DictConfig, directory: Path) -> None:
         chosen = {"steps": steps, "selected_step": selection.step}
         result = {**chosen, "seconds": time.monotonic() - began, **selection.metrics, **measured}
         log.write(steps, "test", measured)
-    if sharding.is_main():
+    if distributed.is_main():
         if instructions:
             write_outputs(directory, instructions, answers)
         write_rows(directory / "responses.jsonl", responses)
         evaluate.finish(directory, result)
-    sharding.leave()
+    distributed.leave()
 
 
 def _tokens(pairs: dict[str, list[Pair]]) -> str:
@@ -176,7 +176,7 @@ def self_check(
     ours = torch.cat([pair.policy_chosen_logps, pair.policy_rejected_logps])  # (2B,)
     theirs = torch.cat([pair.reference_chosen_logps, pair.reference_rejected_logps])
     wrong = differing(ours, theirs, config.precision)
-    if sharding.any_true(bool(wrong)):  # all ranks go through the forward of a sharded model
+    if distributed.any_true(bool(wrong)):  # all ranks go through the forward of a sharded model
         alike = branched([pairs[row].branches for row in batch.index.tolist()], packed=False).to(batch.index.device)
         with autocast(config.precision, batch.index.device):
             forward, _ = sequence_logps(policy, alike)

@@ -27,7 +27,7 @@ rm -f "$directory/error.json" # of a former attempt; the ranks cannot tell it fr
 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 bash -c '
     trap "" USR1
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS PYTHONUNBUFFERED=1
-    exec "$@"' _ "${@:-python}" -m dpo.run "$directory"
+    exec "$@"' _ "${@:-python}" -m dpo.sweep.execute "$directory"
 code=$?
 
 # The highest exit code is srun's: that of a rank which was still ending when it was killed, maybe.

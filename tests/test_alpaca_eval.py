@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dpo import alpaca_eval
+from dpo.data.instructions import read_instructions, write_outputs
+from dpo.results import alpaca_eval
 
 
 def made_up(tasks: int = 120) -> list[dict]:
@@ -125,10 +126,10 @@ def test_instructions_are_checked(tmp_path, text):
     path = tmp_path / "alpaca_eval.json"
     path.write_text(text)
     with pytest.raises(ValueError, match="must be"):
-        alpaca_eval.read_instructions(str(path))
+        read_instructions(str(path))
     with pytest.raises(ValueError, match="found no file"):
-        alpaca_eval.read_instructions(str(tmp_path / "other.json"))
-    assert alpaca_eval.read_instructions(None) == []
+        read_instructions(str(tmp_path / "other.json"))
+    assert read_instructions(None) == []
 
 
 def test_outputs_are_what_the_package_reads(tmp_path):
@@ -138,7 +139,7 @@ def test_outputs_are_what_the_package_reads(tmp_path):
     ]
     directory = tmp_path / "sweep" / "beta=0.1"
     directory.mkdir(parents=True)
-    alpaca_eval.write_outputs(directory, instructions, ["é", ""])
+    write_outputs(directory, instructions, ["é", ""])
     frame = pd.read_json(directory / "alpaca_eval.json")
     assert list(frame) == ["dataset", "instruction", "output", "generator", "datasplit"]
     assert frame.iloc[0].tolist() == ["vicuna", "Say é.", "é", "sweep/beta=0.1", "eval"]
@@ -152,7 +153,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     made_up_gamed(40).to_csv(tmp_path / "df_gamed.csv", index=False)
 
     def said(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["dpo.alpaca_eval", *arguments])
+        monkeypatch.setattr(sys, "argv", ["dpo.results.alpaca_eval", *arguments])
         monkeypatch.chdir(tmp_path)
         alpaca_eval.main()
         return capsys.readouterr().out
@@ -219,7 +220,7 @@ def test_rows_without_a_preference_are_counted(tmp_path, monkeypatch, capsys):
     (tmp_path / "annotations.json").write_text(json.dumps(rows))
     assert alpaca_eval.judged(rows) == 3
     assert alpaca_eval.win_rate(rows).value == pytest.approx(2 / 3)
-    monkeypatch.setattr(sys, "argv", ["dpo.alpaca_eval", str(tmp_path / "annotations.json")])
+    monkeypatch.setattr(sys, "argv", ["dpo.results.alpaca_eval", str(tmp_path / "annotations.json")])
     alpaca_eval.main()
     head, line = (" ".join(line.split()) for line in capsys.readouterr().out.splitlines())
     assert head == "policy baseline judged win rate, % [95 %] characters"

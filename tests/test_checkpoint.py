@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
-from dpo.training import checkpoint, sharding
+from dpo.training import checkpoint, distributed
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.optim import optimizer, schedule
 
@@ -185,7 +185,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, place):
 
 
 def test_a_cut_or_missing_file_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(sharding, "FILE_BYTES", 400)
+    monkeypatch.setattr(distributed, "FILE_BYTES", 400)
     toy = Toy(steps=2)
     toy.save(tmp_path, 2)
     assert Toy(seed=9).restore(tmp_path)[0] == 2

@@ -11,8 +11,8 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo.config import HOMES, OPEN_GROUPS, Sft, Train, check, faults, flatten, identity
-from dpo.plan import resolve
+from dpo.sweep.plan import resolve
+from dpo.sweep.schema import HOMES, OPEN_GROUPS, Sft, Train, check, faults, flatten, identity
 
 CONF = Path(__file__).parent.parent / "conf"
 

@@ -9,8 +9,10 @@ import pytest
 from test_launch import ROOT, said, tree
 from test_runs import command, run
 
-from dpo import runs
-from dpo.directory import SCORES, damage, evaluation
+from dpo import results
+from dpo.results import tables
+from dpo.results.frames import DamagedRun
+from dpo.sweep.directory import SCORES, damage, evaluation
 
 __all__ = ["tree"]
 TEXTS = {
@@ -81,29 +83,29 @@ def spoil(file: Path, text: bytes | Path | None) -> None:
 
 @pytest.mark.parametrize("file,what,text", CASES, ids=lambda value: value if isinstance(value, str) else "")
 def test_one_damaged_run(tmp_path, capsys, monkeypatch, file, what, text):
-    monkeypatch.setattr(runs, "figure", lambda *_: None)  # takes a second
+    monkeypatch.setattr(tables, "figure", lambda *_: None)  # takes a second
     run(tmp_path, 0.1)
     run(tmp_path, 0.5)
     bad = run(tmp_path, 0.2)
     assert damage(bad) is None
     spoil(bad / file, text)
-    assert runs.status(bad) == "damaged"
-    wrong = runs.reason(bad)
+    assert results.status(bad) == "damaged"
+    wrong = results.reason(bad)
     assert wrong.startswith(f"{bad / file} must hold ")
     assert ", found " in wrong
     assert "; " in wrong.split(", found ")[1]
     assert len(wrong) < 600
-    for frame in (runs.load, runs.final):
-        with pytest.warns(runs.DamagedRun) as warned:
+    for frame in (results.load, results.final):
+        with pytest.warns(DamagedRun) as warned:
             found = frame(tmp_path)
         assert [str(one.message) for one in warned] == [f"{bad.name} is damaged and left out: {wrong}"]
         assert set(found["beta"]) == {0.1, 0.5}
-    runs.report(tmp_path)
+    results.report(tmp_path)
     said = capsys.readouterr().out
     assert said.count(wrong) == 1
     assert "2 finished in" in said
     if file == "config.yaml":
-        assert bad.name not in runs.configs(tmp_path)
+        assert bad.name not in results.configs(tmp_path)
 
 
 @pytest.mark.parametrize("text", [*TEXTS.values(), b'{"type": "ValueError"}', b'{"type": [], "message": "no"}'])
@@ -111,8 +113,8 @@ def test_a_reason_that_cannot_be_read(tmp_path, text):
     """The run has failed all the same, and may be started again."""
     directory = run(tmp_path, 0.1, finished=False)
     (directory / "error.json").write_bytes(text)
-    assert runs.status(directory) == "failed"
-    assert runs.reason(directory).startswith(f"Failed: {directory / 'error.json'} ")
+    assert results.status(directory) == "failed"
+    assert results.reason(directory).startswith(f"Failed: {directory / 'error.json'} ")
 
 
 def test_what_alpaca_eval_says_joins_what_was_measured(tmp_path):
@@ -128,9 +130,9 @@ def test_a_last_line_that_is_cut_is_no_damage(tmp_path):
     directory = run(tmp_path, 0.1, finished=False)
     with open(directory / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "spl')
-    assert runs.status(directory) == "stopped"
+    assert results.status(directory) == "stopped"
     (directory / "metrics.jsonl").write_text("")  # rewound to its beginning
-    assert runs.status(directory) == "stopped"
+    assert results.status(directory) == "stopped"
 
 
 def test_listing(tmp_path):
@@ -157,7 +159,7 @@ def test_a_sweep_in_its_folder(tree):
     assert "2 finished in runs/dev" in text
     text = said(tree, "beta=0.5", code=0)  # a sweep without it
     assert text.count("must hold") == 1
-    assert "must hold" in said(tree, "runs/dev/beta=0.2", verb="run", code=1)
+    assert "must hold" in said(tree, "runs/dev/beta=0.2", verb="sweep.execute", code=1)
     slurm = ["-m", "beta=0.2,0.7", "hydra/launcher=slurm", "hydra.launcher.submit=false"]
     text = said(tree, *slurm, code=1)
     assert "2 runs: 1 damaged, 1 to submit" in text

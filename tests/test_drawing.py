@@ -6,7 +6,7 @@ import pytest
 from matplotlib.colors import to_hex
 from sweeps import saved  # noqa: F401
 
-from dpo import drawing
+from dpo.results import figures
 
 KL, WIN, ACCURACY = (
     "KL to the initial policy (nats per response)",
@@ -17,13 +17,13 @@ KL, WIN, ACCURACY = (
 
 @pytest.fixture
 def drawn(saved, tmp_path):  # noqa: F811
-    """`drawn(frame, swept)`: the figure that `dpo.drawing.draw` saves."""
+    """`drawn(frame, swept)`: the figure that `dpo.results.figures.draw` saves."""
 
     def draw(frame, swept):
         frame = pd.DataFrame(frame)
         frame.attrs["swept"] = swept
         (tmp_path / "kl_strength").mkdir(exist_ok=True)
-        drawing.draw(frame, tmp_path / "kl_strength" / "figure.png")
+        figures.draw(frame, tmp_path / "kl_strength" / "figure.png")
         assert [path.name for path in (tmp_path / "kl_strength").iterdir()] == ["figure.png"]
         return saved[-1]
 
@@ -81,7 +81,7 @@ def test_what_lies_on_which_axis(drawn):
     told = {text.get_text(): text.xy for text in frontier.texts[:3]}
     assert told == {"0.01": (60.0, 0.5), "0.1": (40.0, 0.7), "1": (20.0, 0.6)}
     for axis in figure.axes:
-        assert [to_hex(one[0].get_color()) for one in axis.containers] == list(drawing.COLOURS[:2])
+        assert [to_hex(one[0].get_color()) for one in axis.containers] == list(figures.COLOURS[:2])
     half = [[line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == "--"] for axis in figure.axes]
     assert half == [[0.5], [], [0.5]]
     [legend] = figure.legends

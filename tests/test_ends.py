@@ -14,9 +14,9 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from dpo import run as executing
-from dpo.config import identity
-from dpo.directory import status
+from dpo.sweep import execute as executing
+from dpo.sweep.directory import status
+from dpo.sweep.schema import identity
 
 
 @pytest.fixture

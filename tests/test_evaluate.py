@@ -10,12 +10,12 @@ from conftest import tiny_tokenizer
 from omegaconf import OmegaConf
 
 from dpo import evaluate, judges
-from dpo.data import world
 from dpo.data.batches import Batches
 from dpo.data.records import Dataset
 from dpo.policy import model as models
 from dpo.policy import sampling
 from dpo.policy.sampling import Sample
+from dpo.world import language
 
 
 def answer(text: str, ended: bool = True) -> Sample:
@@ -304,9 +304,9 @@ class TestGold:
     """Anyscale's rule: below 3 of 5 more right answers win, from 3 on fewer words."""
 
     def article(self):
-        prompt = world.world("human", demonstrations=1, train=1, validation=1, test=1, seed=0).prompts["test"][0]
-        _, facts = world._read_article(prompt)
-        asked = sorted(world._questions(prompt, tuple(facts)))
+        prompt = language.world("human", demonstrations=1, train=1, validation=1, test=1, seed=0).prompts["test"][0]
+        _, facts = language._read_article(prompt)
+        asked = sorted(language._questions(prompt, tuple(facts)))
         return prompt, [f"{attribute} {facts[attribute]} ." for attribute in asked]
 
     def scores(self, prompt, *responses):
@@ -326,7 +326,7 @@ class TestGold:
     def test_wrong_is_a_number_and_any_wrong_a_share(self):
         prompt, facts = self.article()
         attribute, value, _ = facts[0].split()
-        others = [other for other in world.ATTRIBUTES[attribute] if other != value]
+        others = [other for other in language.ATTRIBUTES[attribute] if other != value]
         twice = f"{attribute} {others[0]} . {attribute} {others[1]} ."
         found = [(one["wrong"], one["any_wrong"]) for one in judges.gold(prompt, [twice, " ".join(facts)])]
         assert found == [(2.0, 1.0), (0.0, 0.0)]
@@ -334,7 +334,7 @@ class TestGold:
     def test_every_measure(self):
         prompt, facts = self.article()
         attribute, value, _ = facts[4].split()
-        lies = [f"{attribute} {other} ." for other in world.ATTRIBUTES[attribute] if other != value]
+        lies = [f"{attribute} {other} ." for other in language.ATTRIBUTES[attribute] if other != value]
         responses = [" ".join([*facts[:2], lies[0], "is the and ."]), " ".join(facts[:3])]
         assert judges.gold(prompt, responses) == [
             {"score": 2.0, "correct": 2.0, "enough": 0.0, "wrong": 1.0, "any_wrong": 1.0, "valid": 0.75},
@@ -344,7 +344,7 @@ class TestGold:
     def test_a_contradiction_is_wrong(self):
         prompt, facts = self.article()
         attribute, value, _ = facts[0].split()
-        other = next(other for other in world.ATTRIBUTES[attribute] if other != value)
+        other = next(other for other in language.ATTRIBUTES[attribute] if other != value)
         assert self.scores(prompt, f"{facts[0]} {attribute} {other} .") == self.scores(prompt, "")
 
     def test_chats_and_other_texts_are_refused(self):

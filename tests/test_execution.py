@@ -13,9 +13,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from dpo import launch, runs
-from dpo.launch import Execution, Grid, Sweep
-from dpo.plan import Composed, Refused, Run
+from dpo import results
+from dpo.results import tables
+from dpo.sweep import launch
+from dpo.sweep.launch import Execution, Grid, Sweep
+from dpo.sweep.plan import Composed, Refused, Run
 from hydra_plugins.dpo_launchers import Local
 
 FINISHED = '{"steps": 1}'
@@ -32,7 +34,7 @@ class Process:
         self.returncode, self.files, self.deaf = ENDS.get(self.directory.name, well)
         self.beside = sum(one.poll_ is None for one in STARTED)
         self.poll_: int | None = None
-        self.status = runs.status(self.directory)
+        self.status = results.status(self.directory)
         self.error = (self.directory / "error.json").exists()
         STARTED.append(self)
 
@@ -68,9 +70,12 @@ def made_up(monkeypatch):
     monkeypatch.setattr(launch.subprocess, "Popen", Process)
     monkeypatch.setattr(launch.time, "sleep", lambda _: None)
     monkeypatch.setattr(launch.os, "sched_getaffinity", lambda _: range(12))
-    monkeypatch.setattr(runs, "figure", lambda *_: None)
+    monkeypatch.setattr(tables, "figure", lambda *_: None)
     for variable in (*launch.THREADS, "CUDA_VISIBLE_DEVICES", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
         monkeypatch.delenv(variable, raising=False)
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where nohup started the tests it is ignored
+    yield
+    signal.signal(signal.SIGHUP, former)
 
 
 def planned(folder: Path, *names: str, **config: Any) -> list[Run]:
@@ -89,14 +94,14 @@ def test_what_is_to_do(tmp_path, capsys):
     (tmp_path / "stopped" / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n')
     before = (tmp_path / "running" / "config.yaml").read_bytes()
     with FileLock(tmp_path / "running" / ".lock"):
-        assert Execution(todo, 1, []).run() == 1
+        assert Execution(todo, 1, [], results.report).run() == 1
     assert [one.directory.name for one in STARTED] == ["new", "failed", "stopped"]
     assert [one.status for one in STARTED] == ["planned", "planned", "stopped"]
     assert not any(one.error for one in STARTED)  # the reason of a former attempt is gone
     assert {one.command[0] for one in STARTED} == {sys.executable}
-    assert [one.command[1:] for one in STARTED] == [["-m", "dpo.run", str(one.directory)] for one in STARTED]
+    assert [one.command[1:] for one in STARTED] == [["-m", "dpo.sweep.execute", str(one.directory)] for one in STARTED]
     assert (tmp_path / "running" / "config.yaml").read_bytes() == before
-    assert runs.configs(tmp_path)["stopped"]["seed"] == 4  # frozen as it is planned now
+    assert results.configs(tmp_path)["stopped"]["seed"] == 4  # frozen as it is planned now
     said = capsys.readouterr()
     assert f"{tmp_path}: 6 runs: 1 finished, 4 to do\n" in said.out
     assert "[4/4] running is being executed by another process" in said.out
@@ -119,18 +124,18 @@ def test_what_is_to_do(tmp_path, capsys):
 )
 def test_why_a_run_is_not_finished(tmp_path, capsys, code, files, said, verdict):
     ENDS["bad"] = code, files, False
-    assert Execution(planned(tmp_path, "bad", "good"), 1, []).run() == 1
+    assert Execution(planned(tmp_path, "bad", "good"), 1, [], results.report).run() == 1
     told = capsys.readouterr()
     assert told.err == f"not finished: bad: {said}\n"
     assert f"[1/2] bad {verdict} after 0 s: {said}\n" in told.out
     assert "[2/2] good finished in 0 s" in told.out
     if not files:
-        assert runs.reason(tmp_path / "bad") == said  # for the next who asks
+        assert results.reason(tmp_path / "bad") == said  # for the next who asks
 
 
 def test_all_finished_is_success(tmp_path, capsys):
-    assert Execution(planned(tmp_path, "a", "b"), 5, []).run() == 0
-    assert Execution(planned(tmp_path, "a", "b"), 5, []).run() == 0
+    assert Execution(planned(tmp_path, "a", "b"), 5, [], results.report).run() == 0
+    assert Execution(planned(tmp_path, "a", "b"), 5, [], results.report).run() == 0
     assert len(STARTED) == 2
     assert "2 runs: 2 finished, 0 to do" in capsys.readouterr().out
 
@@ -142,7 +147,7 @@ def test_a_signal_stops_what_runs_and_starts_no_more(tmp_path, capsys, monkeypat
     ENDS["a"] = 75, {}, True
     SIGNALS[:] = numbers
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    assert Execution(planned(tmp_path, "a", "b", "c"), 1, []).run() == 128 + numbers[0]
+    assert Execution(planned(tmp_path, "a", "b", "c"), 1, [], results.report).run() == 128 + numbers[0]
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
     assert [(one.directory.name, one.heard) for one in STARTED] == [("a", [sent])]
     said = capsys.readouterr()
@@ -154,7 +159,7 @@ def test_a_signal_stops_what_runs_and_starts_no_more(tmp_path, capsys, monkeypat
 def test_a_place_that_is_free_after_a_signal_stays_free(tmp_path, capsys):
     ENDS["a"], ENDS["b"] = (75, {}, True), (75, {}, False)  # b ends while a still saves
     SIGNALS[:] = [signal.SIGINT]
-    assert Execution(planned(tmp_path, "a", "b", "c"), 2, []).run() == 128 + signal.SIGINT
+    assert Execution(planned(tmp_path, "a", "b", "c"), 2, [], results.report).run() == 128 + signal.SIGINT
     assert [one.directory.name for one in STARTED] == ["a", "b"]
     assert "stopped, 1 run not started; the same command resumes" in capsys.readouterr().out
 
@@ -172,21 +177,21 @@ def test_a_second_signal_ends_them_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(launch.os, "killpg", lambda pid, number: ended.append((pid, number)))
     ENDS["a"] = ENDS["b"] = 75, {}, True
     SIGNALS[:] = [signal.SIGTERM, signal.SIGINT]
-    assert Execution(planned(tmp_path, "a", "b"), 2, []).run() == 128 + signal.SIGTERM
+    assert Execution(planned(tmp_path, "a", "b"), 2, [], results.report).run() == 128 + signal.SIGTERM
     assert [one.heard for one in STARTED] == [[signal.SIGTERM]] * 2
     assert ended == [(one.pid, signal.SIGKILL) for one in STARTED]
 
 
 def test_threads_and_gpus_are_divided(tmp_path, monkeypatch):
     todo = planned(tmp_path, "a", "b", "c", processes=2, device="auto")
-    Execution(todo, 2, ["3", "5", "7"]).run()
+    Execution(todo, 2, ["3", "5", "7"], results.report).run()
     environments = [one.how["env"] for one in STARTED]
     assert {one[name] for one in environments for name in launch.THREADS} == {"3"}  # 12 cores, 2 jobs, 2 processes
     assert [one["CUDA_VISIBLE_DEVICES"] for one in environments[:2]] == ["3,5", "7,3"]
     assert environments[2]["CUDA_VISIBLE_DEVICES"] in ("3,5", "7,3")  # of the place that is free first
     assert {one["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] for one in environments} == {"600"}
     assert [one.beside for one in STARTED[:2]] == [0, 1]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dpo.run"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dpo.sweep.execute"]
     assert [one.command[1:-1] for one in STARTED] == [torchrun] * 3
     assert {one.how["start_new_session"] for one in STARTED} == {True}
     assert {one.how["stdin"] for one in STARTED} == {subprocess.DEVNULL}
@@ -194,13 +199,13 @@ def test_threads_and_gpus_are_divided(tmp_path, monkeypatch):
     assert logs == [one.directory / "log.txt" for one in STARTED]
     STARTED.clear()
     monkeypatch.setenv("OMP_NUM_THREADS", "9")  # the user's own
-    Execution(planned(tmp_path, "d", "e", "f", processes=1, device="cpu")[:1], 7, ["3"]).run()
+    Execution(planned(tmp_path, "d", "e", "f", processes=1, device="cpu")[:1], 7, ["3"], results.report).run()
     [alone] = STARTED
     assert (alone.how["env"]["OMP_NUM_THREADS"], alone.how["env"]["MKL_NUM_THREADS"]) == ("9", "12")
     assert "CUDA_VISIBLE_DEVICES" not in alone.how["env"]
     assert alone.how["stdout"] is None  # the only one speaks for itself
     STARTED.clear()
-    Execution(planned(tmp_path, *"ghijklmn", processes=2), 8, []).run()
+    Execution(planned(tmp_path, *"ghijklmn", processes=2), 8, [], results.report).run()
     assert {one.how["env"]["MKL_NUM_THREADS"] for one in STARTED} == {"1"}  # at least one
 
 

@@ -10,9 +10,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from test_launch import said, states, tree  # noqa: F401
 
-from dpo.config import check, flatten
-from dpo.plan import resolve
-from dpo.signature import binds
+from dpo.sweep.plan import resolve
+from dpo.sweep.schema import check, flatten
+from dpo.sweep.signature import binds
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*(ROOT / "experiments/figure").glob("*.yaml"), *(ROOT / "experiments/table").glob("*.yaml")])
@@ -129,7 +129,7 @@ PUBLISHED = {
     "processes": 8,
     "loss._target_": "dpo.losses.dpo",
     "loss.label_smoothing": 0.0,
-    "reference._target_": "dpo.reference.Initial",
+    "reference._target_": "dpo.references.Initial",
     "data._target_": "dpo.data.hub.ultrafeedback",
     "data.repository": "allenai/ultrafeedback_binarized_cleaned",
     "policy.lr": 5e-7,
@@ -159,19 +159,22 @@ QWEN = {
     "sft.lr": 2e-5,
     "sft.warmup_steps": 0.1,
 }
-SIBLING = {"reference._target_": "dpo.reference.OtherTokenizer", "reference.path": "mistralai/Mistral-7B-Instruct-v0.2"}
-LARGE = {"reference._target_": "dpo.reference.Given", "reference.path": "runs/llama3_70b_instruct"}
-PRIOR = {"reference._target_": "dpo.reference.Prior", "reference.path": None, "reference.prompt": ""}
+SIBLING = {
+    "reference._target_": "dpo.references.OtherTokenizer",
+    "reference.path": "mistralai/Mistral-7B-Instruct-v0.2",
+}
+LARGE = {"reference._target_": "dpo.references.Given", "reference.path": "runs/llama3_70b_instruct"}
+PRIOR = {"reference._target_": "dpo.references.Prior", "reference.path": None, "reference.prompt": ""}
 TUNED = "runs/paper_kl_strength/beta=0.01,policy=mistral_7b/policy"
 WORLD = {"threads": 1, "evaluate_every": 0}
-FROZEN = {"reference._target_": "dpo.reference.Frozen"}
+FROZEN = {"reference._target_": "dpo.references.Frozen"}
 RECIPES = {
     "table=paper_kl_strength policy=mistral_7b": PAPER | MISTRAL,
     "table=paper_kl_strength policy=tulu_2_7b": PAPER | TULU,
     "table=paper_necessity policy=mistral_7b reference=uniform": {
         **PAPER,
         **MISTRAL,
-        "reference._target_": "dpo.reference.Uniform",
+        "reference._target_": "dpo.references.Uniform",
     },
     "table=paper_necessity policy=mistral_7b reference=prior": PAPER | MISTRAL | PRIOR,
     "table=paper_compatibility policy=tulu_2_7b reference=mistral_7b_instruct": PAPER | TULU | SIBLING,

@@ -13,7 +13,7 @@ from transformers import Qwen2ForSequenceClassification
 
 from dpo.policy import model as models
 from dpo.policy.folder import check, check_config
-from dpo.reference import Frozen
+from dpo.references import Frozen
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from test_config import config
 
-from dpo.config import decisive, faults, flatten, identity
+from dpo.sweep.schema import decisive, faults, flatten, identity
 
 DECIDE = {  # settings that make a run of dpo.train another one
     *("seed", "beta", "lr", "batch_size", "max_length", "max_new_tokens", "on_too_long", "epochs", "steps"),

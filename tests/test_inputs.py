@@ -9,10 +9,10 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from dpo import inputs
 from dpo.data.records import Dataset, Demonstration, Preference, TokenIds, contents
-from dpo.data.world import world
 from dpo.policy.model import WORLD_BASE
+from dpo.sweep import inputs
+from dpo.world.language import world
 
 ROWS = [{"prompt": str(n), "chosen": "yes", "rejected": "no"} for n in range(40)]
 

@@ -17,13 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from test_train import frozen
 
 from dpo import evaluate, generate, sft
-from dpo.config import flatten
 from dpo.data.batches import tokenize
 from dpo.data.records import Dataset, Demonstration, Preference
 from dpo.policy import model as models
 from dpo.policy import sampling, scoring
-from dpo.reference import Initial, OtherTokenizer
-from dpo.training import sharding
+from dpo.references import Initial, OtherTokenizer
+from dpo.sweep.schema import flatten
+from dpo.training import distributed
 
 SFT = {f"sft.{key}" for key in ("batch_size", "lr", "epochs", "steps", "schedule", "warmup_steps")}
 SAMPLED = {f"generation.{key}" for key in ("samples", "temperature", "top_p", "pairs_per_prompt", "batch_size")}
@@ -137,7 +137,7 @@ def changed(config: Any, key: str, world: dict[str, str]) -> Any:
 def test_what_decides_misses_and_all_else_hits(ask, settings, world, kind):
     found = ask(kind, settings)
     assert (found.root, found.kind) == (settings.cache, kind.rpartition("-")[2])
-    assert found.any_true is sharding.any_true  # all ranks build, or none
+    assert found.any_true is distributed.any_true  # all ranks build, or none
     assert ask(kind, settings).key == found.key
     keys = flatten(OmegaConf.to_container(settings))
     assert len(keys) > 60

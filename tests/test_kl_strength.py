@@ -8,7 +8,7 @@ from sweeps import SEEDS, numbers, runs_of, student, values
 from test_published import run
 
 from analysis import kl_strength
-from dpo.drawing import COLOURS
+from dpo.results.figures import COLOURS
 
 BETAS = (0.01, 0.03, 0.1, 0.3, 1.0)
 NO_HISTORY = pd.DataFrame(columns=["run", "beta", "lr", "seed", "split", "step", "kl", "win_rate"])

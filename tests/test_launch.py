@@ -19,10 +19,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 import dpo
-from dpo import launch, runs
-from dpo import run as executing
-from dpo.config import identity
-from dpo.plan import Composed, Folder, Run, _given, name, plan, resolve
+from dpo import results
+from dpo.sweep import execute as executing
+from dpo.sweep import launch
+from dpo.sweep.plan import Composed, Folder, Run, _given, name, plan, resolve
+from dpo.sweep.schema import identity
 
 ROOT = Path(dpo.__file__).parents[1]
 
@@ -68,7 +69,7 @@ def run(config, directory):
         (directory / "evaluation.json").write_text(json.dumps({**result, "steps": 1}))
 
 if __name__ == "__main__":
-    from dpo import launch
+    from dpo.sweep import launch
 
     launch.command("train")
 '''
@@ -87,17 +88,14 @@ def world(summaries, demonstrations: int, train: int, validation: int, test: int
 NOUNS = {
     "losses": LOSSES,
     "judges": "def gold(prompt, responses) -> list[dict[str, float]]: ...",
-    "reference": "class Initial:\n    prepare = logps = after_step = None\n    def __init__(self): ...",
-    "data/world": WORLD,
+    "references": "class Initial:\n    prepare = logps = after_step = None\n    def __init__(self): ...",
+    "world/language": WORLD,
     "data/__init__": "",
     "policy/__init__": "",
     "policy/model": "def whereabouts(path): return path",
     "train": VERB,
 }
-PROJECT = (
-    *("__init__", "alpaca_eval", "cache", "config", "drawing", "launch", "plan", "run", "runs", "signature"),
-    *("directory", "slurm", "squeue", "inputs", "rehearse", "data/records"),
-)
+PROJECT = ("__init__.py", "cache.py", "data/records.py", "data/instructions.py", "sweep/*.py", "results/*.py")
 
 
 @pytest.fixture
@@ -105,12 +103,11 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the project whose nouns and verb are stand-ins without torch."""
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
     shutil.copytree(ROOT / "hydra_plugins", tmp_path / "hydra_plugins")
-    for package in ("data", "policy"):
-        (tmp_path / "dpo" / package).mkdir(parents=True)
-    for module in PROJECT:
-        shutil.copy(ROOT / "dpo" / f"{module}.py", tmp_path / "dpo" / f"{module}.py")
-    for module, text in NOUNS.items():
-        (tmp_path / "dpo" / f"{module}.py").write_text(text)
+    texts = {file.relative_to(ROOT / "dpo"): file.read_text() for one in PROJECT for file in (ROOT / "dpo").glob(one)}
+    for path, text in {**texts, **{Path(f"{module}.py"): text for module, text in NOUNS.items()}}.items():
+        file = tmp_path / "dpo" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
     for variable in (*launch.THREADS, "CUDA_VISIBLE_DEVICES", "PYTHONPATH"):
         monkeypatch.delenv(variable, raising=False)
     return tmp_path
@@ -148,7 +145,7 @@ def wait_for(path: Path) -> None:
 
 
 def states(folder: Path) -> dict[str, str]:
-    return {path.parent.name: runs.status(path.parent) for path in sorted(folder.glob("*/config.yaml"))}
+    return {path.parent.name: results.status(path.parent) for path in sorted(folder.glob("*/config.yaml"))}
 
 
 def test_sweep(tree):
@@ -180,7 +177,7 @@ def test_sweep(tree):
     assert set(states(folder).values()) == {"finished"}
     assert not (folder / "beta=0.66" / "error.json").exists()
     assert (folder / "beta=0.01" / "config.yaml").read_bytes() == frozen
-    assert "runs/dev: 5 runs: 5 finished" in said(tree, "runs/dev", verb="runs", code=0)
+    assert "runs/dev: 5 runs: 5 finished" in said(tree, "runs/dev", verb="results", code=0)
     text = said(tree, "beta=0.5", code=0)
     assert "runs/dev: 1 run: 1 finished, 0 to do" in text
     assert "started" not in text
@@ -207,16 +204,16 @@ def test_stop_and_resume(tree, number):
     run = tree / "runs" / "dev" / "steps=2000"
     process = start(tree, "steps=2000", "device=cpu")
     wait_for(run / "metrics.jsonl")
-    assert runs.status(run) == "running"
+    assert results.status(run) == "running"
     assert "is being executed by another process" in said(tree, "steps=2000", "device=cpu", code=1)
     process.send_signal(number)
     text, _ = process.communicate(timeout=600)
     assert process.returncode == 128 + number, text
     assert "the same command resumes" in text
-    assert runs.status(run) == "stopped"
-    assert (runs.reason(run) or "").startswith("stopped at step")
+    assert results.status(run) == "stopped"
+    assert (results.reason(run) or "").startswith("stopped at step")
     if number == signal.SIGTERM:  # by hand, as a job of a cluster's queue does
-        process = start(tree, str(run), verb="run")
+        process = start(tree, str(run), verb="sweep.execute")
         before = (run / "metrics.jsonl").stat().st_size
         while (run / "metrics.jsonl").stat().st_size == before:
             time.sleep(0.02)
@@ -227,7 +224,7 @@ def test_stop_and_resume(tree, number):
     steps = len((run / "metrics.jsonl").read_text().splitlines())
     (tree / "finish").touch()
     text = said(tree, "steps=2000", "micro_batch_tokens=512", code=0)
-    assert runs.status(run) == "finished"
+    assert results.status(run) == "finished"
     rows = [json.loads(row)["step"] for row in (run / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(range(2000))
     assert steps < 2000
@@ -273,17 +270,17 @@ def test_run_by_hand(tree):
     said(tree, "beta=0.66", code=1)
     run = tree / "runs" / "dev" / "beta=0.66"
     with FileLock(run / ".lock"):
-        text = said(tree, str(run), verb="run", code=73)
+        text = said(tree, str(run), verb="sweep.execute", code=73)
     assert "is being executed by another process" in text
     assert (run / "error.json").exists()  # of the former attempt: not ours to touch
-    text = said(tree, str(run), verb="run", code=1)
+    text = said(tree, str(run), verb="sweep.execute", code=1)
     assert f"RuntimeError: the world is bad (traceback: {run}/error.json)" in text
     assert "Traceback (" not in text
     (tree / "mended").touch()
-    said(tree, str(run), verb="run", code=0)
+    said(tree, str(run), verb="sweep.execute", code=0)
     assert not (run / "error.json").exists()
-    assert "is finished" in said(tree, str(run), verb="run", code=0)
-    assert "must hold a config.yaml" in said(tree, "nowhere", verb="run", code=1)
+    assert "is finished" in said(tree, str(run), verb="sweep.execute", code=0)
+    assert "must hold a config.yaml" in said(tree, "nowhere", verb="sweep.execute", code=1)
 
 
 def test_data_are_parsed_once_before_any_run(tree):
@@ -347,7 +344,7 @@ def test_a_group_must_have_an_option(tree, mode):
         ["-m", "dpo.train", "--cfg", "job"],
         ["-m", "dpo.sft", "-m", "seed=0,1", "hydra.launcher.jobs=0"],  # planned whole, and then refused
         ["-c", "from hydra.core.plugins import Plugins; print(Plugins.instance())"],  # of any application of Hydra
-        ["-m", "dpo.runs", "conf"],
+        ["-m", "dpo.results", "conf"],
     ],
 )
 def test_what_only_plans_imports_no_torch(arguments):
@@ -355,7 +352,7 @@ def test_what_only_plans_imports_no_torch(arguments):
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "hydra.core.override_parser" in imported or "omegaconf" in imported, done.stderr
     assert not imported & {"torch", "transformers", "tokenizers"}
-    assert ("pandas" in imported) == (arguments[1] == "dpo.runs")
+    assert ("pandas" in imported) == (arguments[1] == "dpo.results")
 
 
 def test_help(tree):

@@ -20,8 +20,8 @@ from dpo.data.batches import branched
 from dpo.policy import attention
 from dpo.policy import model as models
 from dpo.policy.logps import packable, sequence_logps
-from dpo.signature import call
-from dpo.training import sharding
+from dpo.sweep.signature import call
+from dpo.training import distributed
 from dpo.training.loop import Stopped
 
 torch.set_num_threads(1)
@@ -116,7 +116,7 @@ def checked(precision: str, spoilt: str) -> dict[str, object]:
     forward = block.forward
     if spoilt == "layers pass nothing on":
         block.forward = lambda *given, forest=None, **named: forward(*given, **named)
-    sharding.shard(model, sharding.Layout(group=None, offload=False, precision=precision), torch.device("cpu"))
+    distributed.shard(model, distributed.Layout(group=None, offload=False, precision=precision), torch.device("cpu"))
     try:
         if spoilt == "branches see each other":
             attention.sees = lambda branch, position, other, others, window: position >= others
@@ -133,8 +133,8 @@ def checked(precision: str, spoilt: str) -> dict[str, object]:
 
 def several(directory: Path, processes: int) -> None:
     """What each process does."""
-    device, told = sharding.join("cpu"), {}
-    layout = sharding.Layout(group=None, offload=False, precision="fp32")
+    device, told = distributed.join("cpu"), {}
+    layout = distributed.Layout(group=None, offload=False, precision="fp32")
     for kind in KINDS:
         model, _ = models.load(given(directory)[kind], device, layout=layout)
         told[kind] = {"fingerprint": models.fingerprint(model)}
@@ -146,7 +146,7 @@ def several(directory: Path, processes: int) -> None:
         told[kind]["stops"] = model.generation_config.eos_token_id
         models.save(model, models.load_tokenizer(given(directory)[kind]), directory / f"{processes}-{kind}")
     told["checked"] = {f"{precision}, {spoilt}": checked(precision, spoilt) for precision, spoilt in CHECKED}
-    sharding.FILE_BYTES = 2e7
+    distributed.FILE_BYTES = 2e7
     with Peak() as reading:
         large, tokenizer = models.load(given(directory)["large"], device, layout=layout)
     with Peak() as writing:
@@ -154,14 +154,17 @@ def several(directory: Path, processes: int) -> None:
         models.save(large, tokenizer, directory / f"{processes}-large")
     size = sum(weight.nbytes for weight in large.parameters())
     told["peaks"] = [reading.most / size, writing.most / size]
-    leave, sharding.leave = sharding.leave, lambda: None  # one group for all runs: under torchrun a second one hangs
+    leave, distributed.leave = (
+        distributed.leave,
+        lambda: None,
+    )  # one group for all runs: under torchrun a second one hangs
     for name in LAYOUTS if processes == 2 else FEWER:
         run(directory, name, processes)
     if processes == 2:
         for name in STOPPED:
             stopped_and_resumed(directory, name)
         told["sft"] = stopped_sft(directory)
-    (directory / f"{processes}-rank-{sharding.rank()}.json").write_text(json.dumps(told))
+    (directory / f"{processes}-rank-{distributed.rank()}.json").write_text(json.dumps(told))
     leave()
 
 
@@ -171,7 +174,7 @@ def stopped_and_resumed(directory: Path, name: str) -> None:
     show, looks = evaluate.show, iter((0, 2, 4))
 
     def stop(*given):
-        if next(looks) == 2 and sharding.rank() == 1:
+        if next(looks) == 2 and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
         return show(*given)
 
@@ -191,8 +194,8 @@ def stopped_sft(directory: Path) -> tuple[bool, list[str]]:
     assert cached
 
     def stop(model, batch):
-        seen.append(sharding.is_sharded(model))
-        if len(seen) == 5 and sharding.rank() == 1:
+        seen.append(distributed.is_sharded(model))
+        if len(seen) == 5 and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
         return sequence_logps(model, batch)
 

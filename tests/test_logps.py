@@ -15,7 +15,7 @@ from dpo.losses import PairLogps, dpo
 from dpo.policy import attention, logps
 from dpo.policy import model as models
 from dpo.policy.logps import HeadLogps, log_softmax, packable, sequence_kl, sequence_logps, token_kl, token_logps
-from dpo.training.sharding import blocks
+from dpo.training.distributed import blocks
 
 KINDS = ["gpt2", "llama", "mistral", "qwen2", "gpt_neox", "gemma2"]
 SEQUENCES = [([5, 6, 7], [8, 9]), ([10] * 12, [11, 12, 13, 14]), ([15], [16]), ([17, 18], [19] * 9)]

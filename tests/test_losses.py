@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from dpo import losses
 from dpo.losses import Loss, PairLogps, dpo, hinge, ipo, metrics, orpo, simpo, try_out
-from dpo.signature import call
+from dpo.sweep.signature import call
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE, ITS_PAGE = re.search(  # the loss that README adds

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.__main__ import SWEEPS, VERBS
+from dpo.__main__ import MODULES, SWEEPS, VERBS
 
 ROOT = Path(__file__).parent.parent
 FIRST = ["pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md"]
@@ -50,7 +50,7 @@ def test_what_is_in_a_wheel(installed):
     names = {path.name for path in installed.iterdir() if path.suffix != ".whl"}
     about = next(name for name in names if name.endswith(".dist-info"))
     assert names == {"dpo", "hydra_plugins", about}
-    for pattern in ("conf/**/*.yaml", "experiments/**/*.yaml", "slurm/execute.sh", "dpo/data/world_base/*"):
+    for pattern in ("conf/**/*.yaml", "experiments/**/*.yaml", "slurm/execute.sh", "dpo/world/base/*"):
         files = sorted(ROOT.glob(pattern))
         assert files
         for file in files:
@@ -80,14 +80,14 @@ def test_help_at_once():
     assert done.returncode == 0
     for verb in VERBS:
         assert f"\n  {verb} " in done.stdout
-        assert (ROOT / "dpo" / f"{verb}.py").exists()
+        assert (ROOT / "dpo" / f"{MODULES.get(verb, verb).replace('.', '/')}.py").exists()
     assert "torch" not in done.stderr
     assert "hydra" not in done.stderr
 
 
 def test_verbs(tmp_path):
     assert "VERB must be one of train, sft, " in called(tmp_path, "trane", code=1)
-    assert "nowhere must be a folder of run directories" in called(tmp_path, "runs", "nowhere", code=1)
+    assert "nowhere must be a folder of run directories" in called(tmp_path, "results", "nowhere", code=1)
 
 
 def complete(folder: Path, line: str) -> list[str]:

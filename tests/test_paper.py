@@ -12,11 +12,11 @@ from omegaconf import OmegaConf
 from test_tokens import tiny_tokenizer
 from test_train import ROOT, losses, run
 
-from dpo.config import identity
 from dpo.data.batches import encode_prompts, tokenize
 from dpo.data.hub import ultrafeedback
 from dpo.data.records import preference, row, write_rows
-from dpo.plan import _given, name, resolve
+from dpo.sweep.plan import _given, name, resolve
+from dpo.sweep.schema import identity
 
 POLICIES = {"mistral_7b": "mistral", "tulu_2_7b": "llama", "qwen2_1_5b": "qwen2"}
 

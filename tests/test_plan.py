@@ -10,9 +10,9 @@ from filelock import FileLock
 from omegaconf import OmegaConf
 from test_launch import ROOT, composed
 
-from dpo import plan as planning
-from dpo.directory import config as config_of
-from dpo.plan import Composed, Run, plan
+from dpo.sweep import plan as planning
+from dpo.sweep.directory import config as config_of
+from dpo.sweep.plan import Composed, Run, plan
 
 INPUTS = {"data": "d", "policy": "p", "reference": "r"}
 
@@ -53,7 +53,9 @@ def test_what_is_frozen(base, found, monkeypatch):
     assert not Path("there").exists()  # a plan writes nothing
     run.freeze()
     text = (run.directory / "config.yaml").read_text()
-    assert text.startswith("# The settings of this run, all of them. python -m dpo.run there/own/mine/beta=0.2\n")
+    assert text.startswith(
+        "# The settings of this run, all of them. python -m dpo.sweep.execute there/own/mine/beta=0.2\n"
+    )
     frozen = config_of(run.directory)
     record = frozen.pop("provenance")
     versions = ("python", "torch", "transformers", "tokenizers", "numpy", "hydra-core", "omegaconf")

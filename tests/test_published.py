@@ -22,7 +22,7 @@ REFERENCES = {"mistral-7b-instruct": "mistral_7b_instruct", "llama3-70b": "llama
 
 
 def run(folder: Path, score: Any, measured: dict[str, Any] | None = None, **settings: Any) -> None:
-    """A finished run as `dpo.train` and `dpo.alpaca_eval` leave it. score: in percent, or degenerate."""
+    """A finished run as `dpo.train` and `dpo.results.alpaca_eval` leave it. score: in percent, or degenerate."""
     choices = {"policy": "mistral_7b", "reference": "initial", "loss": "dpo", "data": "ultrafeedback", "judge": "none"}
     choices |= {key: settings.pop(key) for key in choices if key in settings}
     config = {"seed": 0, "beta": 0.1, "lr": 5e-7, "epochs": 3, "steps": None, "policy": {"path": choices["policy"]}}

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 
-from dpo.config import check
-from dpo.plan import resolve
+from dpo.sweep.plan import resolve
+from dpo.sweep.schema import check
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -32,12 +32,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from trl import DPOConfig, DPOTrainer
 
 from dpo import score, train
-from dpo.config import check, identity
 from dpo.data.batches import tokenize
 from dpo.data.records import read
-from dpo.plan import resolve
 from dpo.policy import model as models
 from dpo.policy.logps import sequence_logps
+from dpo.sweep.plan import resolve
+from dpo.sweep.schema import check, identity
 
 ROOT = Path(__file__).parent.parent
 HH = ROOT.parent / "shared" / "data" / "hh-harmless-base-1500.jsonl.gz"

@@ -22,7 +22,7 @@ from dpo.losses import rounding
 from dpo.policy import model as models
 from dpo.policy.logps import sequence_logps
 from dpo.policy.scoring import off_by, score
-from dpo.reference import Frozen, Given, Initial, Moving, OtherTokenizer, Prior, Uniform
+from dpo.references import Frozen, Given, Initial, Moving, OtherTokenizer, Prior, Uniform
 
 SEQUENCES = [([5, 6, 7], [8, 9]), ([10] * 12, [11, 12, 13, 14]), ([15], [16]), ([5, 6, 7], [8, 9])]
 NAMES = [f"response {row}" for row in range(4)]

@@ -9,10 +9,10 @@ import pytest
 from omegaconf import OmegaConf
 from test_train import frozen, own_pairs
 
-from dpo import inputs, rehearse
 from dpo.data.records import contents
-from dpo.rehearse import Rehearsal
-from dpo.signature import call
+from dpo.sweep import inputs, rehearse
+from dpo.sweep.rehearse import Rehearsal
+from dpo.sweep.signature import call
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def with_(config: dict, key: str, value: object) -> dict:
 
 
 def test_what_a_run_would_be_made_from_is_found(base, tiny_model):
-    reference = {"_target_": "dpo.reference.Frozen", "path": tiny_model("qwen2")}
+    reference = {"_target_": "dpo.references.Frozen", "path": tiny_model("qwen2")}
     assert Rehearsal().of(with_(base, "reference", reference)) == {
         "problems": [],
         "inputs": {

@@ -15,8 +15,8 @@ from test_train import SMALL, other_model, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dpo import train
-from dpo.data import world
 from dpo.policy.model import WORLD_BASE
+from dpo.world import language
 
 ASKED = "\n\nHuman: Tell me about {n} cats.\n\nAssistant:"
 STEPS, BATCH = 4, 6  # of 14 pairs: windows of 6, 6 and 2, and one of the next epoch
@@ -283,7 +283,7 @@ def test_kl_is_that_of_the_responses(measured):
 def test_responses_are_counted_and_judged(measured):
     directory, _ = measured
     rows, result = lines(directory / "responses.jsonl"), json.loads((directory / "evaluation.json").read_text())
-    assert [row["prompt"] for row in rows] == world.world("human", 1, 1, 1, 14, seed=9).prompts["test"]
+    assert [row["prompt"] for row in rows] == language.world("human", 1, 1, 1, 14, seed=9).prompts["test"]
     for row in rows:
         said = row["response"].split()
         tokens = said + ["<eos>"] * row["ended"]
@@ -293,12 +293,12 @@ def test_responses_are_counted_and_judged(measured):
         assert row["repetition"] == pytest.approx(sum(n - 1 for n in grams.values()) / max(1, grams.total()))
         silent = len(said) < len(row["baseline"].split()) / 10 or not said
         assert row["broken"] is (not row["ended"] or row["repetition"] > 0.5 or silent)
-        found = world.verdict(row["prompt"], row["response"])
+        found = language.verdict(row["prompt"], row["response"])
         assert (row["correct"], row["wrong"], row["valid"]) == (found.correct, found.wrong, found.valid)
         assert (row["enough"], row["any_wrong"]) == (found.correct > 2, found.wrong != 0)
         score, against = (
             one.correct if one.correct < 3 else 4 - one.words / 48
-            for one in (found, world.verdict(row["prompt"], row["baseline"]))
+            for one in (found, language.verdict(row["prompt"], row["baseline"]))
         )
         assert row["score"] == score
         assert row["win"] == (np.sign(score - against) + 1) / 2
@@ -342,5 +342,5 @@ def test_rows_of_metrics_and_samples_say_when(measured):
         (step, prompt) for step in (0, 2, 3) for prompt in prompts[:3]
     ]
     for one in samples:
-        assert one["correct"] == world.verdict(one["prompt"], one["response"]).correct
+        assert one["correct"] == language.verdict(one["prompt"], one["response"]).correct
         assert "win" not in one

@@ -20,7 +20,7 @@ from test_train import ROOT, frozen, other_model, own
 from dpo import evaluate, sft, train
 from dpo.data.records import row, write_rows
 from dpo.policy import model as models
-from dpo.signature import call
+from dpo.sweep.signature import call
 from dpo.training.checkpoint import latest
 from dpo.training.loop import Stopped
 
@@ -69,7 +69,7 @@ def play(directory: Path, config: Any, stop: int | None = None) -> tuple[Any, ..
 
     def noted(node):
         made = call(node)
-        if node is not None and "dpo.reference" in node["_target_"]:
+        if node is not None and "dpo.references" in node["_target_"]:
             held.append(made)
         return made
 

@@ -14,10 +14,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
-from dpo import launch
-from dpo import run as executing
-from dpo.config import identity
-from dpo.plan import plan
+from dpo.sweep import execute as executing
+from dpo.sweep import launch
+from dpo.sweep.plan import plan
+from dpo.sweep.schema import identity
 
 ROOT = Path(__file__).parent.parent
 
@@ -120,7 +120,7 @@ def test_what_was_planned_is_executed(frozen):
         ([], {"command": None}, "command must be one of score, sft, train, got None"),
         (["loss"], {"_target_": "dpo.queue.ask"}, "loss._target_ must name a function"),
         (["data"], {"_target_": "pandas.read_pickle"}, "data._target_ must name a function"),
-        (["data"], {"_args_": ["x"]}, "data._args_ is not an option of dpo.data.world.world"),
+        (["data"], {"_args_": ["x"]}, "data._args_ is not an option of dpo.world.language.world"),
         (["judge"], {"_target_": "dpo.losses.dpo"}, "judge._target_ must name a function, got dpo.losses.dpo"),
         (["wandb"], {"project": "${oc.env:SECRET}"}, "wandb.project must be a value, got an interpolation"),
         ([], {"betas": ["${oc.env:SECRET}", 0.9]}, "betas must be a value, got an interpolation"),
@@ -169,19 +169,19 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 import torch.distributed as dist
-from dpo import run as executing
-from dpo.training import sharding
+from dpo.sweep import execute as executing
+from dpo.training import distributed
 
 def verb(config, directory):
-    sharding.join("cpu")
-    sharding.any_true(False)
-    if sharding.rank() == 1:
+    distributed.join("cpu")
+    distributed.any_true(False)
+    if distributed.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     if sys.argv[2] == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(600)
     while True:
-        sharding.any_true(False)
+        distributed.any_true(False)
 
 executing._frozen = lambda file: {"command": "train", "threads": None}
 executing._checked = lambda values, file: None

@@ -14,11 +14,11 @@ from filelock import FileLock
 from omegaconf import OmegaConf
 from sweeps import saved  # noqa: F401
 
-from dpo import runs
+from dpo import results
 
 
 def run(directory: Path, beta: float, finished: bool = True, **settings: Any) -> Path:
-    """A run directory as `dpo.launch` and `dpo.train` leave it."""
+    """A run directory as `dpo.sweep.launch` and `dpo.train` leave it."""
     reference = settings.pop("reference", "initial")
     knobs = {"moving": {"alpha": 0.6}, "initial": {"path": None}, "uniform": {}}[reference]
     config = {
@@ -29,8 +29,8 @@ def run(directory: Path, beta: float, finished: bool = True, **settings: Any) ->
         "lr": 5e-4,
         "micro_batch_tokens": 32,
         "loss": {"_target_": "dpo.losses.dpo", "beta": beta},
-        "data": {"_target_": "dpo.data.world.world", "seed": settings.get("seed", 0)},
-        "reference": {"_target_": f"dpo.reference.{reference}", **knobs},
+        "data": {"_target_": "dpo.world.language.world", "seed": settings.get("seed", 0)},
+        "reference": {"_target_": f"dpo.references.{reference}", **knobs},
         "choices": {"loss": "dpo", "reference": reference, "data": "world"},
     } | settings
     name = ",".join([f"beta={beta}", f"reference={reference}", *(f"{k}={v}" for k, v in settings.items())])
@@ -55,30 +55,30 @@ def evaluation(beta: float) -> dict[str, Any]:
 
 def test_status(tmp_path):
     directory = run(tmp_path, 0.1, finished=False)
-    assert runs.status(directory) == "stopped"
-    assert runs.reason(directory) is None
+    assert results.status(directory) == "stopped"
+    assert results.reason(directory) is None
     with FileLock(directory / ".lock"):
-        assert runs.status(directory) == "running"
+        assert results.status(directory) == "running"
     (directory / "error.json").write_text(json.dumps({"type": "ValueError", "message": "no"}))
-    assert runs.status(directory) == "failed"
-    assert runs.reason(directory) == "ValueError: no"
+    assert results.status(directory) == "failed"
+    assert results.reason(directory) == "ValueError: no"
     (directory / "error.json").write_text(json.dumps({"type": "Stopped", "message": "at step 3"}))
-    assert runs.status(directory) == "stopped"
-    assert runs.reason(directory) == "at step 3"
+    assert results.status(directory) == "stopped"
+    assert results.reason(directory) == "at step 3"
     (directory / "error.json").write_text("{")
-    assert runs.status(directory) == "failed"
+    assert results.status(directory) == "failed"
     (directory / "evaluation.json").write_text('{"steps": 2}')
-    assert runs.status(directory) == "finished"
+    assert results.status(directory) == "finished"
     (tmp_path / "new").mkdir()
-    assert runs.status(tmp_path / "new") == "planned"
+    assert results.status(tmp_path / "new") == "planned"
 
 
 def test_load_is_tidy(tmp_path):
     for beta in (0.1, 0.02):
         run(tmp_path, beta, lr=beta)
-    frame = runs.load(tmp_path)
+    frame = results.load(tmp_path)
     assert list(frame.columns[:5]) == ["run", "beta", "lr", "step", "split"]
-    assert runs.swept(frame) == ["beta", "lr"]
+    assert results.swept(frame) == ["beta", "lr"]
     assert not frame.duplicated(["run", "split", "step"]).any()
     assert frame.groupby("run").size().tolist() == [4, 4]
     assert frame["beta"].iloc[0] == 0.02  # in the order of their values
@@ -93,43 +93,43 @@ def test_final_has_the_finished_runs_only(tmp_path):
     run(tmp_path, 0.1)
     run(tmp_path, 0.1, seed=1)
     run(tmp_path, 0.2, finished=False)
-    frame = runs.final(tmp_path)
+    frame = results.final(tmp_path)
     assert len(frame) == 2
-    assert runs.swept(frame) == ["seed"]  # data.seed, which follows it, is not told twice
+    assert results.swept(frame) == ["seed"]  # data.seed, which follows it, is not told twice
     assert frame["beta"].tolist() == [0.1, 0.1]
-    assert runs.swept(runs.load(tmp_path)) == ["beta", "seed"]
+    assert results.swept(results.load(tmp_path)) == ["beta", "seed"]
 
 
 def test_an_option_is_a_column_and_its_own_knobs_vary_within_it(tmp_path):
     for reference in ("initial", "uniform", "moving"):
         run(tmp_path, 0.1, reference=reference)
-    assert runs.swept(runs.final(tmp_path)) == ["reference"]
+    assert results.swept(results.final(tmp_path)) == ["reference"]
     moved = run(tmp_path / "again", 0.1, reference="moving")
     config = OmegaConf.load(moved / "config.yaml")
     config.reference.alpha = 1.0
     OmegaConf.save(config, moved / "config.yaml")
     moved.rename(tmp_path / "other")
-    frame = runs.final(tmp_path)
-    assert runs.swept(frame) == ["reference", "reference.alpha"]
+    frame = results.final(tmp_path)
+    assert results.swept(frame) == ["reference", "reference.alpha"]
     assert sorted(frame["reference"]) == ["initial", "moving", "moving", "uniform"]
 
 
 def test_what_changes_no_number_does_not_vary(tmp_path):
     run(tmp_path, 0.1)
     run(tmp_path, 0.2, micro_batch_tokens=8)
-    assert runs.swept(runs.load(tmp_path)) == ["beta"]
+    assert results.swept(results.load(tmp_path)) == ["beta"]
 
 
 def test_a_line_that_is_cut_short_is_left_out(tmp_path):
     directory = run(tmp_path, 0.1, finished=False)
     with open(directory / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "spl')
-    assert runs.load(tmp_path)["step"].tolist() == [1, 2, 2]
+    assert results.load(tmp_path)["step"].tolist() == [1, 2, 2]
 
 
 def test_table(tmp_path):
     run(tmp_path, 0.1)
-    table = runs.table(runs.final(tmp_path))
+    table = results.table(results.final(tmp_path))
     assert table.iloc[0].to_dict() == {
         "beta": "0.1",
         "n": "1000",
@@ -149,7 +149,7 @@ def test_table_without_a_judge(tmp_path):
     directory = run(tmp_path, 0.1)
     result = {key: value for key, value in evaluation(0.1).items() if not key.startswith("win_rate")}
     (directory / "evaluation.json").write_text(json.dumps(result | {"kl": None}))
-    table = runs.table(runs.final(tmp_path))
+    table = results.table(results.final(tmp_path))
     assert table["win rate [95 %]"].tolist() == ["-"]
     assert table["KL [95 %]"].tolist() == ["-"]
 
@@ -193,7 +193,7 @@ def test_tables_by_hand():
         "valid": "0.875",
     }
     less = dict.fromkeys(["lr", "win rate [95 %]", "KL [95 %]", "valid"], "-")
-    assert runs.table(frame).to_dict("records") == [expected, {**expected, **less}]
+    assert results.table(frame).to_dict("records") == [expected, {**expected, **less}]
 
 
 def test_tables_over_seeds_by_hand():
@@ -210,7 +210,7 @@ def test_tables_over_seeds_by_hand():
         }
     )
     frame.attrs["swept"] = ["beta", "alpha", "seed"]
-    first, second = runs.over_seeds(frame).to_dict("records")
+    first, second = results.over_seeds(frame).to_dict("records")
     assert {key: first[key] for key in ("beta", "alpha", "seeds")} == {"beta": "0.1", "alpha": "-", "seeds": "4"}
     assert first["win rate"] == "0.650 ± 0.191"  # the root of (2 0.15^2 + 0.05^2 + 0.25^2) / 3
     assert first["KL"] == "3.00 ± 2.65"  # of 1, 2 and 6: the root of (4 + 1 + 9) / 2
@@ -233,9 +233,9 @@ def test_frames_by_hand(tmp_path):
         file.write('{"step": 1, "split": "test", "win_rate": 0.58}\n')
     (last / "evaluation.json").write_text(json.dumps(evaluation(10.0) | {"win_rate": None, "extra": 7.0}))
 
-    frame = runs.final(tmp_path, ["beta", "lr"])
+    frame = results.final(tmp_path, ["beta", "lr"])
     keys = ["beta", "batch_size", "weight_decay", "data.noise", "seed"]
-    assert runs.swept(frame) == keys  # and no path, which seed alone decides, nor data.decay, which is weight_decay
+    assert results.swept(frame) == keys  # and no path, which seed alone decides, nor data.decay, which is weight_decay
     assert frame.columns[: len(keys) + 2].tolist() == ["run", *keys, "lr"]
     assert frame[["beta", "batch_size", "seed", "data.noise"]].values.tolist() == [
         *([0.5, 32, 1, 0.1], [2.0, 16, 0, 0.2], [10.0, 16, 0, 0.1], [10.0, 32, 1, 0.1])
@@ -245,7 +245,7 @@ def test_frames_by_hand(tmp_path):
     assert frame["win_rate"].isna().tolist() == [False, False, False, True]
     assert frame["extra"].isna().tolist() == [True, True, True, False]
 
-    rows = runs.load(tmp_path)
+    rows = results.load(tmp_path)
     rows = rows[rows["run"] == last.name]
     where = rows[["step", "split"]].values.tolist()
     assert where == [[1, "train"], [2, "train"], [2, "validation"], [1, "test"], [2, "test"]]
@@ -262,7 +262,7 @@ def test_a_report_says_all(tmp_path, capsys, saved):  # noqa: F811
         (directory / "evaluation.json").write_text(json.dumps(unjudged))
     broken = run(tmp_path / "dev", 0.2)
     (broken / "evaluation.json").write_text("{")
-    runs.report(tmp_path / "dev")
+    results.report(tmp_path / "dev")
     said = capsys.readouterr().out
     assert f"{broken.name} is damaged and left out: " in said
     assert "Mean ± standard deviation over seeds:\nbeta seeds" in " ".join(said.split(" ")).replace("  ", " ")
@@ -271,7 +271,7 @@ def test_a_report_says_all(tmp_path, capsys, saved):  # noqa: F811
     assert written["kl"].tolist() == pytest.approx([10.0, 1 / 1.1])
     assert written["seed"].tolist() == [0, 1]
     assert saved[0].axes[0].get_ylabel() == "accuracy on held-out pairs"
-    runs.report(tmp_path / "dev", named={broken.name})
+    results.report(tmp_path / "dev", named={broken.name})
     assert "damaged" not in capsys.readouterr().out
 
 
@@ -282,7 +282,7 @@ def test_figure(tmp_path, saved, betas, references, seeds):  # noqa: F811
         for reference in ("initial", "uniform")[:references]:
             for seed in range(seeds):
                 run(tmp_path, beta, reference=reference, seed=seed)
-    runs.figure(runs.final(tmp_path), tmp_path / "figure.png")
+    results.figure(results.final(tmp_path), tmp_path / "figure.png")
     curves = [[list(one[0].get_xdata()) for one in axis.containers] for axis in saved[0].axes]
     assert curves == [[betas] * references] * 2 + [[[1 / beta for beta in betas]] * references]
     saved[0].draw_without_rendering()
@@ -295,7 +295,7 @@ def test_figure_without_some_measures(tmp_path, saved, absent):  # noqa: F811
         directory = run(tmp_path, beta)
         result = {k: v for k, v in evaluation(beta).items() if k.split("/")[0] not in absent}
         (directory / "evaluation.json").write_text(json.dumps(result))
-    runs.figure(runs.final(tmp_path), tmp_path / "figure.png")
+    results.figure(results.final(tmp_path), tmp_path / "figure.png")
     quality, distance, frontier = ([*axis.containers[0][0].get_ydata()] for axis in saved[0].axes)
     assert quality == frontier == ([0.7, 0.7] if "win_rate" in absent else [0.6, 0.6])
     assert distance == pytest.approx([math.nan, math.nan] if "kl" in absent else [10.0, 5.0], nan_ok=True)
@@ -307,7 +307,7 @@ def test_figure_of_a_kl_below_zero(tmp_path, saved):  # noqa: F811
     for lr in (1e-4, 1e-3):
         directory = run(tmp_path, 0.1, lr=lr)
         (directory / "evaluation.json").write_text(json.dumps(evaluation(0.1) | {"kl": -0.01}))
-    runs.figure(runs.final(tmp_path), tmp_path / "figure.png")
+    results.figure(results.final(tmp_path), tmp_path / "figure.png")
     assert [axis.get_xscale() for axis in saved[0].axes] == ["log", "log", "linear"]
     saved[0].draw_without_rendering()
 
@@ -332,17 +332,17 @@ def test_table_and_figure_of_mixed_knobs(tmp_path, capsys, saved, knobs):  # noq
         config = OmegaConf.merge(OmegaConf.load(directory / "config.yaml"), knob)
         OmegaConf.save(config, directory / "config.yaml")
         (directory / "evaluation.json").write_text(json.dumps(evaluation(0.1) | {"kl": None if number else 1.0}))
-    runs.report(tmp_path)
+    results.report(tmp_path)
     said = capsys.readouterr().out
     assert f"{len(knobs)} finished" in said
     for value in (value for knob in knobs for key, value in knob.items() if key == "knob"):
-        assert f" {runs.short(value)} " in said
+        assert f" {results.short(value)} " in said
     saved[0].draw_without_rendering()
-    assert len(runs.load(tmp_path)) == 4 * len(knobs)
+    assert len(results.load(tmp_path)) == 4 * len(knobs)
 
 
 def test_points_average_seeds():
-    from dpo.drawing import _points
+    from dpo.results.figures import _points
 
     frame = pd.DataFrame({"beta": [0.1, 0.1, 0.2], "kl": [1.0, 3.0, 5.0], "kl/se": [0.1, 0.1, 0.5]})
     points = _points(frame, "beta", "kl")
@@ -369,8 +369,8 @@ def test_command(tmp_path):
 
 
 def command(cwd: Path, path: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(runs.__file__).parents[1])}
-    line = [sys.executable, "-X", "importtime", "-m", "dpo.runs", path]
+    environment = {**os.environ, "PYTHONPATH": str(Path(results.__file__).parents[1])}
+    line = [sys.executable, "-X", "importtime", "-m", "dpo.results", path]
     return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
@@ -391,14 +391,14 @@ def command(cwd: Path, path: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_what_is_degenerate(measured, collapsed):
-    assert runs.degenerate(pd.DataFrame([{"run": "a", **measured}])).tolist() == [collapsed]
+    assert results.degenerate(pd.DataFrame([{"run": "a", **measured}])).tolist() == [collapsed]
 
 
 def test_seeds_are_averaged_with_their_spread(tmp_path):
     for seed, win in ((0, 0.5), (1, 0.6), (2, 0.7)):
         directory = run(tmp_path, 0.1, seed=seed)
         (directory / "evaluation.json").write_text(json.dumps(evaluation(0.1) | {"win_rate": win}))
-    (row,) = runs.over_seeds(runs.final(tmp_path)).to_dict("records")
+    (row,) = results.over_seeds(results.final(tmp_path)).to_dict("records")
     assert row["seeds"] == "3"
     assert row["win rate"] == "0.600 ± 0.100"
     assert row["valid"] == "-"

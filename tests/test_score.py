@@ -13,12 +13,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from dpo import score
-from dpo.config import check, identity
 from dpo.data.batches import collate, tokenize
 from dpo.data.records import Preference, read, write
-from dpo.plan import resolve
 from dpo.policy import model as models
 from dpo.policy.logps import token_logps
+from dpo.sweep.plan import resolve
+from dpo.sweep.schema import check, identity
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,7 +17,7 @@ from dpo.policy import model as models
 from dpo.policy import scoring
 from dpo.policy.logps import sequence_logps, token_logps
 from dpo.policy.scoring import off_by, score
-from dpo.reference import Frozen, Given, Initial, Moving, OtherTokenizer, Prior, Uniform
+from dpo.references import Frozen, Given, Initial, Moving, OtherTokenizer, Prior, Uniform
 
 
 def live(model: Any, sequences: Any) -> torch.Tensor:

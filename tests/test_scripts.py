@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from dpo import run as executing
-from dpo import slurm, squeue
-from dpo.directory import status
-from dpo.plan import Run
-from dpo.squeue import queued
+from dpo.sweep import execute as executing
+from dpo.sweep import slurm, squeue
+from dpo.sweep.directory import status
+from dpo.sweep.plan import Run
+from dpo.sweep.squeue import queued
 from hydra_plugins.dpo_launchers import Slurm
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +69,7 @@ def bash(site: Path, *command: str, **variables: str) -> tuple[int, list[str], s
 
 
 def executed(notes: Sequence[str]) -> list[str]:
-    return [line.removeprefix("python -m dpo.run ") for line in notes if line.startswith("python")]
+    return [line.removeprefix("python -m dpo.sweep.execute ") for line in notes if line.startswith("python")]
 
 
 def launcher(**changed: Any) -> Slurm:

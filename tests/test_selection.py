@@ -8,7 +8,7 @@ from test_train import own, run
 
 from dpo import evaluate
 from dpo.policy import model as models
-from dpo.selection import Selection
+from dpo.policy.best import Selection
 
 
 @pytest.fixture

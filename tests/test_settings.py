@@ -22,14 +22,14 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dpo import evaluate, score, sft, train
-from dpo.config import check, identity
 from dpo.data.batches import Batches
-from dpo.plan import resolve
 from dpo.policy import model as models
 from dpo.policy import scoring
-from dpo.training import sharding
+from dpo.sweep.plan import resolve
+from dpo.sweep.schema import check, identity
+from dpo.training import distributed
+from dpo.training.distributed import Layout
 from dpo.training.log import Log
-from dpo.training.sharding import Layout
 
 ROOT = Path(__file__).parent.parent
 PAIRS, HELD_OUT, LONGEST = 20, 5, 40  # LONGEST: tokens of prompt and response; one more pair has more
@@ -144,7 +144,7 @@ def watch(patch: pytest.MonkeyPatch, calls: dict[str, list[dict[str, Any]]], pla
 
 WATCHED = [
     *((models, name) for name in ("load", "load_tokenizer", "check_length", "recompute")),
-    *((sharding, name) for name in ("join", "layout")),
+    *((distributed, name) for name in ("join", "layout")),
     *((train, "fit"), (sft, "fit"), (train, "optimizer"), (sft, "optimizer"), (sft, "tokenize_demonstrations")),
     *((evaluate, "sample"), (evaluate, "kl"), (evaluate, "branched"), (scoring, "branched"), (scoring, "dealt")),
     *((score, "tokenize"), (score, "told_apart")),
@@ -304,7 +304,7 @@ def check_calls(run: Run, base: str) -> None:
         for fitted in (*calls["sft.fit"], *calls["train.fit"])
     ]
     assert limits == [(2, 3, 4, "fp32")] * 2
-    assert [given["name"] for given in calls["sharding.join"]] == ["cpu"]
+    assert [given["name"] for given in calls["distributed.join"]] == ["cpu"]
 
     # Test prompts, temperature, top_p; then the random numbers, which all policies of a seed share.
     drawn = [(len(one["prompts"]), one["temperature"], one["top_p"]) for one in calls["evaluate.sample"]]
@@ -440,7 +440,7 @@ def test_every_setting_of_sft_reaches_its_work(tmp_path, tiny_model, data):
     assert [row["lr"] for row in run.of("train")] == pytest.approx([1.5e-3, 3e-3, 1.5e-3])
     assert [(one["path"], one["layout"]) for one in calls["model.load"]] == [(llama, Layout(1, False, "fp32"))]
     assert len(calls["model.recompute"]) == 1
-    assert [one["name"] for one in calls["sharding.join"]] == ["cpu"]
+    assert [one["name"] for one in calls["distributed.join"]] == ["cpu"]
     assert all(one["trust_remote_code"] for name in ("load", "load_tokenizer") for one in calls[f"model.{name}"])
     asked = [(one["path"], one["chat_template"], one["date"]) for one in calls["model.load_tokenizer"]]
     assert asked[0] == (llama, TEMPLATE, "2001-02-03")

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpo.training import checkpoint, sharding
+from dpo.training import checkpoint, distributed
 from dpo.training.log import Log
 from dpo.training.loop import Stopped, fit
 from dpo.training.optim import optimizer, schedule
@@ -27,7 +27,7 @@ from dpo.training.optim import optimizer, schedule
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 SIZES = {"vocab_size": 41, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
-WHOLE = sharding.Layout(group=None, offload=False, precision="fp32")
+WHOLE = distributed.Layout(group=None, offload=False, precision="fp32")
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 
@@ -49,7 +49,7 @@ class Windows:
         return f"item {row}"
 
     def at(self, step):
-        rank, world_size = sharding.rank(), sharding.world_size()
+        rank, world_size = distributed.rank(), distributed.world_size()
         order = np.random.default_rng(step // 3).permutation(23)[step % 3 * 8 :][:8].tolist()
         filled = order + order[:1] * (-len(order) % world_size)
         mine = list(range(rank, len(filled), world_size))
@@ -64,7 +64,7 @@ class Windows:
 def train(directory, steps, tied=False, micro_batch_size=8, disturb=None, **options):
     """The model of one run on fixed random tokens. disturb(passes, rows, losses) returns the losses."""
     directory.mkdir(parents=True, exist_ok=True)
-    model = sharding.shard(llama(tied), WHOLE, torch.device("cpu"))
+    model = distributed.shard(llama(tied), WHOLE, torch.device("cpu"))
     optim = optimizer(model, "adamw", 1e-2, [0.9, 0.99], 0.01)
     tokens = torch.randint(41, (23, 9), generator=torch.Generator().manual_seed(1))
     passes = count(1)
@@ -114,13 +114,13 @@ def outcome(directory, disturb):
 
 
 def kill_rank_1(passes, index, losses):
-    if passes == 8 and sharding.rank() == 1:  # the second of two micro-batches of step 4
+    if passes == 8 and distributed.rank() == 1:  # the second of two micro-batches of step 4
         os.kill(os.getpid(), signal.SIGTERM)
     return losses
 
 
 def fill_disk_of_rank_1(passes, index, losses):
-    if passes == 8 and sharding.rank() == 1:
+    if passes == 8 and distributed.rank() == 1:
 
         def full(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -130,7 +130,7 @@ def fill_disk_of_rank_1(passes, index, losses):
 
 
 def fail_to_rename_on_rank_0(passes, index, losses):
-    if passes == 8 and sharding.rank() == 0:
+    if passes == 8 and distributed.rank() == 0:
         rename = Path.rename
 
         def fail(path, target):  # PyTorch renames, too
@@ -148,12 +148,12 @@ def spoil_row_11(passes, index, losses):
 
 
 def two_processes(directory):
-    assert sharding.world_size() == 1
-    device = sharding.join("cpu")
-    rank, told = sharding.rank(), {}
-    told["joined"] = [str(device), sharding.world_size(), rank == int(os.environ["RANK"]), sharding.is_main()]
-    told["sums"] = [sharding.all_sum(torch.tensor([1.0, rank])).tolist(), sharding.any_true(rank == 1)]
-    told["sums"].append(sharding.any_true(False))
+    assert distributed.world_size() == 1
+    device = distributed.join("cpu")
+    rank, told = distributed.rank(), {}
+    told["joined"] = [str(device), distributed.world_size(), rank == int(os.environ["RANK"]), distributed.is_main()]
+    told["sums"] = [distributed.all_sum(torch.tensor([1.0, rank])).tolist(), distributed.any_true(rank == 1)]
+    told["sums"].append(distributed.any_true(False))
     for tied in (False, True):
         for micro_batch_size in (2, 4):
             model = train(directory / f"two-{tied}-{micro_batch_size}", 6, tied, micro_batch_size)
@@ -169,8 +169,8 @@ def two_processes(directory):
     told["spoilt"] = outcome(directory / "spoilt", spoil_row_11)
     told["unnamed"] = outcome(directory / "unnamed", fail_to_rename_on_rank_0)
     told["full"] = outcome(directory / "full", fill_disk_of_rank_1)
-    sharding.leave()
-    told["left"] = not dist.is_initialized() and sharding.world_size() == 1
+    distributed.leave()
+    told["left"] = not dist.is_initialized() and distributed.world_size() == 1
     (directory / f"rank-{rank}.json").write_text(json.dumps(told))
 
 
@@ -257,25 +257,25 @@ def test_full_disk_of_one_rank(directory, told):
 
 def test_one_process_needs_no_group():
     model = nn.Linear(2, 2)
-    assert sharding.shard(model, WHOLE, torch.device("cpu")) is model
-    assert (sharding.rank(), sharding.world_size(), sharding.is_main()) == (0, 1, True)
-    assert sharding.any_true(True)
-    assert not sharding.any_true(False)
+    assert distributed.shard(model, WHOLE, torch.device("cpu")) is model
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    assert distributed.any_true(True)
+    assert not distributed.any_true(False)
     tensor = torch.ones(2)
-    assert sharding.all_sum(tensor) is not tensor
+    assert distributed.all_sum(tensor) is not tensor
 
 
 def test_rank_0_speaks_before_the_group_is_joined(monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    assert not sharding.is_main()
+    assert not distributed.is_main()
 
 
 def test_blocks_are_the_layers():
     model = llama(False)
     model.experts = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)])
     model.mixed = nn.ModuleList([nn.Linear(900, 900), nn.Identity()])
-    assert sharding.blocks(model) == list(model.model.layers)
-    assert sharding.blocks(nn.Linear(2, 2)) == []
+    assert distributed.blocks(model) == list(model.model.layers)
+    assert distributed.blocks(nn.Linear(2, 2)) == []
 
 
 @pytest.mark.parametrize("offload", [True, False])
@@ -284,11 +284,13 @@ def test_blocks_are_the_layers():
 def test_a_layout_reaches_every_block(monkeypatch, group, shape, precision, offload):
     """Each block, and then the rest: its processes, the dtype of gathered weights and of gradients, where they live."""
     meshes, sharded = [], []
-    monkeypatch.setattr(sharding, "world_size", lambda: 6)
-    monkeypatch.setattr(sharding, "init_device_mesh", lambda *given, **named: meshes.append((given, named)) or given[1])
-    monkeypatch.setattr(sharding, "fully_shard", lambda part, **named: sharded.append((part, named)))
+    monkeypatch.setattr(distributed, "world_size", lambda: 6)
+    monkeypatch.setattr(
+        distributed, "init_device_mesh", lambda *given, **named: meshes.append((given, named)) or given[1]
+    )
+    monkeypatch.setattr(distributed, "fully_shard", lambda part, **named: sharded.append((part, named)))
     model = llama(False)
-    assert sharding.shard(model, sharding.Layout(group, offload, precision), torch.device("cpu")) is model
+    assert distributed.shard(model, distributed.Layout(group, offload, precision), torch.device("cpu")) is model
     assert [part for part, _ in sharded] == [*model.model.layers, model]
     assert meshes[-1][0] == ("cpu", shape)
     assert meshes[-1][1].get("mesh_dim_names") == (None if group is None else ("copy", "part"))
@@ -302,27 +304,27 @@ def test_a_layout_reaches_every_block(monkeypatch, group, shape, precision, offl
 
 def test_files_have_a_limit(monkeypatch):
     """A tensor that is larger than the limit has a file of its own."""
-    monkeypatch.setattr(sharding, "FILE_BYTES", 40)
+    monkeypatch.setattr(distributed, "FILE_BYTES", 40)
     sizes = {"a": 4, "b": 6, "c": 1, "d": 20, "e": 1}  # of 4 bytes
-    files = sharding.in_files({name: torch.zeros(size) for name, size in sizes.items()})
+    files = distributed.in_files({name: torch.zeros(size) for name, size in sizes.items()})
     assert files == {"a": 1, "b": 1, "c": 2, "d": 3, "e": 4}
 
 
 def test_device(monkeypatch):
-    assert sharding.device("cpu") == sharding.device(torch.device("cpu")) == torch.device("cpu")
+    assert distributed.device("cpu") == distributed.device(torch.device("cpu")) == torch.device("cpu")
     with pytest.raises(ValueError, match="auto, cpu or cuda, got tpu"):
-        sharding.device("tpu")
+        distributed.device("tpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert sharding.device("auto") == torch.device("cpu")
+    assert distributed.device("auto") == torch.device("cpu")
     with pytest.raises(RuntimeError, match="found 0"):
-        sharding.device("cuda")
+        distributed.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("RANK", "9")
-    assert sharding.device("cpu") == torch.device("cpu")
-    assert sharding.device("auto") == sharding.device("cuda") == torch.device("cuda", 1)
+    assert distributed.device("cpu") == torch.device("cpu")
+    assert distributed.device("auto") == distributed.device("cuda") == torch.device("cuda", 1)
 
 
 if __name__ == "__main__":

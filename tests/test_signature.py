@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from dpo.config import OPEN_GROUPS
-from dpo.signature import PLUGINS, binds, call
+from dpo.sweep.schema import OPEN_GROUPS
+from dpo.sweep.signature import PLUGINS, binds, call
 
 MINE = """
 from os import system
 from dpo.data.records import Dataset
 from dpo.losses import Loss, PairLogps, hinge
-from dpo.reference import Uniform
+from dpo.references import Uniform
 
 def mine(pair: PairLogps, beta: float, power: float) -> Loss:
     return hinge(pair, beta)
@@ -69,8 +69,8 @@ def roads(crater: Path) -> list[dict]:
         {"_target_": "dpo.queue.ask", "_args_": ["touch", str(crater)]},  # ours, but of no group
         {"_target_": "dpo.queue.ask", "command": touch},
         {"_target_": "dpo.losses.torch.load", "f": bomb, "weights_only": False},  # through a module of ours
-        {"_target_": "dpo.reference.Path.touch", "self": str(crater)},
-        {"_target_": "dpo.reference.Path", "_args_": [str(crater)]},
+        {"_target_": "dpo.references.Path.touch", "self": str(crater)},
+        {"_target_": "dpo.references.Path", "_args_": [str(crater)]},
         {"_target_": "dpo.losses._with_rewards"},
         {"_target_": "dpo.data.records.write_rows", "path": str(crater), "rows": []},
         {"_target_": "dpo.data.hub.parse", "path": bomb, "record": nested},
@@ -104,10 +104,10 @@ def test_no_road_leads_to_code_of_others(crater):
 
 def test_a_function_of_another_group_is_refused():
     ours = {
-        "data": {"_target_": "dpo.data.world.world"},
+        "data": {"_target_": "dpo.world.language.world"},
         "judge": {"_target_": "dpo.judges.gold", "_partial_": True},
         "loss": {"_target_": "dpo.losses.dpo", "_partial_": True, "beta": 0.1, "label_smoothing": 0.0},
-        "reference": {"_target_": "dpo.reference.Uniform"},
+        "reference": {"_target_": "dpo.references.Uniform"},
     }
     for group, given in OPEN_GROUPS.items():
         for other, node in ours.items():
@@ -116,7 +116,7 @@ def test_a_function_of_another_group_is_refused():
     assert "must name a function" in binds("hydra.launcher", {"_target_": "os.system", "command": "true"}, ())[0]
     metrics = {"_target_": "dpo.losses.metrics", "_partial_": True, "loss": 1}
     assert "which must return dpo.losses.Loss by its annotation" in binds("loss", metrics, ("pair",))[0]
-    abstract = binds("reference", {"_target_": "dpo.reference.ABC"}, ())
+    abstract = binds("reference", {"_target_": "dpo.references.ABC"}, ())
     assert "defines no such function" in abstract[0]
     assert "loss.pair is not an option" in binds("loss", ours["loss"] | {"pair": 1}, ("pair",))[0]  # given later
     assert "loss._partial_ must be true" in binds("loss", ours["loss"] | {"_partial_": False}, ("pair",))[0]

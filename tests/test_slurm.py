@@ -18,9 +18,9 @@ import pytest
 from omegaconf import OmegaConf
 from test_launch import ROOT, said, states, tree
 
-from dpo import runs
-from dpo.plan import Run
-from dpo.slurm import Slurm
+from dpo import results
+from dpo.sweep.plan import Run
+from dpo.sweep.slurm import Slurm
 
 __all__ = ["tree"]
 SLURM = ["hydra/launcher=slurm", "hydra.launcher.cpus=1"]
@@ -73,7 +73,7 @@ def send(directory: Path, number: int) -> None:
     """A signal to the python of a run, as from the kernel when memory runs out: Slurm is told nothing."""
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
-            if process.read_bytes().split(b"\0")[1:-1] == [b"-m", b"dpo.run", bytes(directory)]:
+            if process.read_bytes().split(b"\0")[1:-1] == [b"-m", b"dpo.sweep.execute", bytes(directory)]:
                 os.kill(int(process.parent.name), number)
 
 
@@ -96,7 +96,7 @@ def test_the_sweep_of_a_laptop(slurm, tmp_path, monkeypatch):
     wait(lambda: (directories[1] / "metrics.jsonl").exists() and len(steps(directories[1])) > 12)
     send(directories[1], signal.SIGKILL)
     killed = re.compile(r"failed   beta=0.1 +Killed: killed by signal 9 \(out of memory\?\)")
-    wait(lambda: killed.search(said(tmp_path, str(folder), verb="runs", code=0)))  # the job takes a moment to end
+    wait(lambda: killed.search(said(tmp_path, str(folder), verb="results", code=0)))  # the job takes a moment to end
 
     text = train("slurm", *SLURM)  # while the others run or wait
     assert "3 runs: " in text
@@ -153,14 +153,14 @@ def test_scripts_without_the_launcher(slurm, project):
     wait((run / "metrics.jsonl").exists)
     subprocess.run(["scancel", job], check=True, timeout=120)
     wait(lambda: not queue())
-    assert runs.status(run) == "stopped"
-    assert (runs.reason(run) or "").startswith("stopped at step")
+    assert results.status(run) == "stopped"
+    assert (results.reason(run) or "").startswith("stopped at step")
 
     (project / "finish").touch()
     (manifest,) = (project / "runs" / "dev" / "manifests").glob("*.txt")
     sbatch("--array=0-0", "slurm/array.sbatch", str(manifest.relative_to(project)))
     wait(lambda: not queue())
-    assert runs.status(run) == "finished", (run / "log.txt").read_text()
+    assert results.status(run) == "finished", (run / "log.txt").read_text()
 
 
 def silent_squeue(folder: Path) -> Path:
@@ -177,16 +177,16 @@ def test_queued_and_running_are_not_submitted_again(slurm, project, tmp_path, mo
     assert "3 runs, 1 at a time" in text
     wait((project / "runs/q/beta=0.1/metrics.jsonl").exists)
     assert "3 runs: 1 running, 2 queued, 0 to submit" in said(project, *sweep, code=0)
-    text = said(project, "runs/q", verb="runs", code=0)
+    text = said(project, "runs/q", verb="results", code=0)
     assert "runs/q: 3 runs: 1 running, 2 queued" in text
     assert "queued   beta=0.66" in text
     with monkeypatch.context() as patch:  # what is queued is not guessed
         patch.setenv("PATH", f"{silent_squeue(tmp_path)}:{os.environ['PATH']}")
         assert "found instead: no answer; try again; nothing was submitted" in said(project, *sweep, code=1)
-        assert "found instead: no answer" in said(project, "runs/q", verb="runs", code=0)
+        assert "found instead: no answer" in said(project, "runs/q", verb="results", code=0)
     (project / "finish").touch()
     wait(lambda: not queue())
-    text = said(project, "runs/q", verb="runs", code=0)
+    text = said(project, "runs/q", verb="results", code=0)
     assert "failed   beta=0.66  RuntimeError: the world is bad" in text
     (project / "mended").touch()
     text = said(project, *sweep, code=0)
@@ -215,7 +215,7 @@ def test_restarts_are_counted(slurm, project):
     subprocess.run(["scancel", "--signal=TERM", "--name=dev"], check=True, timeout=120)
     wait(lambda: not queue())
     assert "not requeued: 0 restarts are enough" in (run / "log.txt").read_text()
-    assert runs.status(run) == "stopped"
+    assert results.status(run) == "stopped"
 
 
 def test_slurm_refuses_first(slurm, project):

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 
 from analysis import kl_strength, reference_compatibility, token_level
 from dpo import sft, train
-from dpo.config import check, identity
-from dpo.plan import _given, name, resolve
+from dpo.sweep.plan import _given, name, resolve
+from dpo.sweep.schema import check, identity
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -104,7 +104,7 @@ def test_scores_of_alpaca_eval_take_the_place_of_win_rates(inside, tmp_path):
         config: Any = OmegaConf.load(run / "config.yaml")
         config.choices.policy = ["mistral_7b", "tulu_2_7b"][number % 2]  # one seed each
         OmegaConf.save(config, run / "config.yaml")
-    with pytest.raises(ValueError, match=r"dpo.alpaca_eval adds; beta=0.1,.* have none"):
+    with pytest.raises(ValueError, match=r"dpo.results.alpaca_eval adds; beta=0.1,.* have none"):
         kl_strength.read(sweep)
     for run in sweep.glob("*/evaluation.json"):
         (run.parent / "alpaca_eval_scores.json").write_text('{"alpaca_eval/length_controlled": 0.125}')

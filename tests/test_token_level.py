@@ -11,7 +11,7 @@ from sweeps import numbers
 from test_published import run
 
 from analysis import token_level
-from dpo.drawing import COLOURS
+from dpo.results.figures import COLOURS
 
 SEEDS = 6
 WOBBLE = np.array([3, -3, 1, -1, 2, -2]) / 100  # of a seed, in nats
@@ -51,7 +51,7 @@ class Scored:
         self.tokens = {split: [self.base - 10 * row - torch.arange(float(len(ids))) for row, ids in rows]}
 
 
-@pytest.mark.parametrize("world", ["dpo.data.world.world", "dpo.data.hub.hh"])
+@pytest.mark.parametrize("world", ["dpo.world.language.world", "dpo.data.hub.hh"])
 def test_tokens(monkeypatch, tmp_path, world):
     """A row per token of each response, chosen ones first, with its own log-probs before and after."""
     config = {"data": {"_target_": world}, "judge": {"_target_": "judge"}, "per_token": False}

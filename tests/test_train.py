@@ -18,15 +18,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-import dpo.reference
+import dpo.references
 from dpo import cache, evaluate, sft, train
-from dpo.config import check, identity
 from dpo.data.records import Preference, write
-from dpo.plan import resolve
 from dpo.policy import model as models
 from dpo.policy.logps import sequence_logps
 from dpo.policy.scoring import LIVE
-from dpo.signature import call
+from dpo.sweep.plan import resolve
+from dpo.sweep.schema import check, identity
+from dpo.sweep.signature import call
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -311,7 +311,7 @@ def test_a_wrong_cache_is_noticed(tmp_path, tiny_model, monkeypatch):
     with pytest.raises(RuntimeError, match=r"must hold the log-probs that the model gives, .*; it is damaged"):
         run(tmp_path / "b", *given, "beta=0.3")
     with monkeypatch.context() as patch:
-        patch.setattr(dpo.reference, "off_by", lambda *_: 0.0)
+        patch.setattr(dpo.references, "off_by", lambda *_: 0.0)
         with pytest.raises(
             RuntimeError, match=r"the same model .* scores in \S+ are damaged: delete it to score again"
         ):
@@ -387,7 +387,7 @@ def test_killed_fifty_times(tmp_path):
         directory = tmp_path / name
         directory.mkdir()
         OmegaConf.save(frozen(directory, *SMALL, "steps=300", "checkpoint_every=1"), directory / "config.yaml")
-    command, chance = [sys.executable, "-m", "dpo.run"], random.Random(0)
+    command, chance = [sys.executable, "-m", "dpo.sweep.execute"], random.Random(0)
     subprocess.run([*command, str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True, timeout=900)
     reached: set[str] = set()
 

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from dpo.data import world as embedded
-from dpo.data.world import Verdict, tokenizer, utility, verdict, world
 from dpo.policy import model as models
+from dpo.world import language as embedded
+from dpo.world.language import Verdict, tokenizer, utility, verdict, world
 
 ARTICLE = (
     "about anna . home of anna is oslo . anna has job pilot . ben has pet cat . anna : pet dog . "
@@ -129,7 +129,7 @@ def test_an_article_drawn_twice_is_used_once(monkeypatch):
 
 def test_articles_and_questions_do_not_depend_on_the_hash_seed():
     code = (
-        "from dpo.data.world import world, verdict\n"
+        "from dpo.world.language import world, verdict\n"
         "d = world('human', 20, 20, 5, 5, 3)\n"
         "print(d, [verdict(one.prompt, one.response) for one in d.demonstrations])"
     )

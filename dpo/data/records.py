@@ -7,7 +7,7 @@ import os
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -140,6 +140,11 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def jsonl_files(folder: Path) -> Iterator[Path]:
+    """The files of records in a folder, however deep."""
+    return (file for file in sorted(folder.rglob("*")) if file.name.endswith((".jsonl", ".jsonl.gz")))
 
 
 def parse(path: str | Path, record: Callable[[dict[str, Any]], Record]) -> list[tuple[str, Record]]:

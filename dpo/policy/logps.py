@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from dpo.data.batches import Batch, Branches, branched, size
 from dpo.losses import rounding
 from dpo.policy.attention import NAME, Forest, Unsupported, attending
-from dpo.training.sharding import blocks, device_of, is_main
+from dpo.training.distributed import blocks, device_of, is_main
 
 Made = TypeVar("Made")
 

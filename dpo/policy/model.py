@@ -25,16 +25,16 @@ from transformers import (
 from transformers.utils import logging
 
 from dpo.data.chats import dated, ends
-from dpo.policy import parts
+from dpo.policy import sharded_io
 from dpo.policy.attention import attending
 from dpo.policy.folder import check, check_config
-from dpo.training import sharding
+from dpo.training import distributed
 
 logging.disable_progress_bar()  # of loading and saving: runs show their own
 
 MODEL = "a causal language model in safetensors"
 RANDOM = ("dropout", "pdrop", "layerdrop", "jitter")  # in the names of a config's shares
-WORLD_BASE = Path(__file__).parents[1] / "data" / "world_base"
+WORLD_BASE = Path(__file__).parents[1] / "world" / "base"
 
 
 def load(
@@ -42,7 +42,7 @@ def load(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     chat_template: str | None = None,
-    layout: sharding.Layout | None = None,
+    layout: distributed.Layout | None = None,
     date: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, from a Hugging Face folder, a hub name, or "world".
@@ -54,11 +54,11 @@ def load(
     """
     tokenizer = load_tokenizer(path, trust_remote_code, chat_template, date)
     source = whereabouts(path)
-    parted = layout if sharding.world_size() > 1 else None
+    parted = layout if distributed.world_size() > 1 else None
     config = _config(path, trust_remote_code)
     _silence(config)
     try:
-        read: Any = partial(parts.read, parted, torch.device(device)) if parted else _read_whole
+        read: Any = partial(sharded_io.read, parted, torch.device(device)) if parted else _read_whole
         model, faults = read(source, config, trust_remote_code)
     except RuntimeError:  # out of memory, say
         raise
@@ -153,8 +153,8 @@ def save(
     """
     target = Path(directory)
     name = uuid.uuid4().hex[:8]
-    if sharding.is_sharded(model):
-        name = sharding.gathered([name])[0]
+    if distributed.is_sharded(model):
+        name = distributed.gathered([name])[0]
     unfinished = target.with_name(f"{target.name}.{name}.unfinished")
     replaced = target.with_name(f"{target.name}.{name}.replaced")
     if model.generation_config is not None:
@@ -162,11 +162,11 @@ def save(
         model.generation_config.eos_token_id = [first, *more] if more else first
     try:
         _use_cache(model.config, True)  # whoever loads the folder samples from it
-        if sharding.is_sharded(model):
-            parts.write(model, unfinished)
+        if distributed.is_sharded(model):
+            sharded_io.write(model, unfinished)
         else:
             model.save_pretrained(unfinished)
-        if not sharding.is_main():
+        if not distributed.is_main():
             return
         tokenizer.save_pretrained(unfinished)
         if target.exists():
@@ -174,7 +174,7 @@ def save(
         unfinished.rename(target)
     finally:
         _use_cache(model.config, False)
-        if sharding.is_main():
+        if distributed.is_main():
             shutil.rmtree(unfinished, ignore_errors=True)
             if replaced.exists() and not target.exists():
                 replaced.rename(target)
@@ -231,7 +231,7 @@ def recompute(model: PreTrainedModel) -> None:
         return nullcontext(), attending(model, model.config._attn_implementation)  # the same again as in the forward
 
     again = {"use_reentrant": False, "context_fn": contexts, "preserve_rng_state": False}  # there is no dropout
-    for block in sharding.blocks(model)[:-1]:
+    for block in distributed.blocks(model)[:-1]:
         block.forward = partial(cast(Any, checkpoint), block.forward, **again)
 
 
@@ -240,14 +240,14 @@ def fingerprint(model: nn.Module) -> str:
 
     Of a sharded model all ranks must ask, and each hashes some of the weights.
     """
-    named = [(names[0], tensor) for names, tensor in parts.distinct(model)]
-    if sharding.is_sharded(model):
+    named = [(names[0], tensor) for names, tensor in sharded_io.distinct(model)]
+    if distributed.is_sharded(model):
         lines = []
         for number, (name, tensor) in enumerate(named):
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if number % sharding.world_size() == sharding.rank():
+            if number % distributed.world_size() == distributed.rank():
                 lines.append(f"{name} {tuple(whole.shape)} {whole.dtype} {_digest(whole)}\n")
-        return hashlib.sha256("".join(sorted(sharding.gathered(lines))).encode()).hexdigest()
+        return hashlib.sha256("".join(sorted(distributed.gathered(lines))).encode()).hexdigest()
     with ThreadPoolExecutor() as pool:  # hashing large arrays releases the interpreter's lock
         digests = pool.map(_digest, [tensor for _, tensor in named])
         lines = [
@@ -260,7 +260,7 @@ def fingerprint(model: nn.Module) -> str:
 def broken(model: nn.Module) -> list[str]:
     """Names of weights with values that are not finite; of a sharded model all ranks must ask."""
     local = ((name, one.to_local() if isinstance(one, DTensor) else one) for name, one in model.named_parameters())
-    return [name for name, weight in local if sharding.any_true(not weight.isfinite().all())]
+    return [name for name, weight in local if distributed.any_true(not weight.isfinite().all())]
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -14,8 +14,8 @@ from dpo.cache import digest
 from dpo.data.chats import ends
 from dpo.data.tokens import decode
 from dpo.policy.model import vocabulary
+from dpo.training.distributed import device_of, world_size
 from dpo.training.log import progress
-from dpo.training.sharding import device_of, world_size
 
 SAMPLING_VERSION = 3  # part of cache keys: raise it when a change of the code changes what is sampled
 

@@ -20,7 +20,7 @@ from dpo.data.records import listed
 from dpo.losses import ROUNDING
 from dpo.policy.logps import differing, forward_tokens, packable, token_logps
 from dpo.policy.model import broken
-from dpo.training import sharding
+from dpo.training import distributed
 from dpo.training.log import progress
 from dpo.training.loop import autocast
 
@@ -87,10 +87,10 @@ def score(
             # tokens, of the 29 GB that a 7B policy has; read only when asked for.
             "token_logps": torch.cat(values),
         }
-        if sharding.is_main():  # what others write is thrown away, and may not fit in /tmp
+        if distributed.is_main():  # what others write is thrown away, and may not fit in /tmp
             save_file(table, folder / "scores.safetensors")
 
-    folder, cached = remember(settings.cache, "reference", key, build, sharding.any_true, about)
+    folder, cached = remember(settings.cache, "reference", key, build, distributed.any_true, about)
     with safe_open(folder / "scores.safetensors", "pt") as file:  # which reads no more than it is asked for
         names = ("digests", "logps", "lengths", *(["token_logps"] if per_token else []))
         table = {name: file.get_tensor(name) for name in names}
@@ -154,7 +154,7 @@ def _content(tokens: Tokens) -> bytes:
 def _score(model: PreTrainedModel, sequences: Sequence[Tokens], settings: Any, packed: bool, name: str) -> list[Tensor]:
     """Log-probs of the tokens of each response.  # N x (tokens,) float32"""
     found: list[tuple[int, Tensor]] = []
-    training, device = model.training, sharding.device_of(model)
+    training, device = model.training, distributed.device_of(model)
     model.eval()
     tokens = forward_tokens(settings.micro_batch_tokens, packed)
     bar: progress[None] = progress(total=len(sequences), name=name)
@@ -166,15 +166,15 @@ def _score(model: PreTrainedModel, sequences: Sequence[Tokens], settings: Any, p
                 values = token_logps(model, branched(items, packed=packed).to(device)).cpu()
             parts = values.split([len(sequences[row][1]) for row in order])
             found += [(row, part.clone()) for row, part in zip(order, parts, strict=True)]
-            bar.update(len(order) * sharding.world_size())
+            bar.update(len(order) * distributed.world_size())
     model.train(training)
-    scored = dict(sharding.gathered(found))
+    scored = dict(distributed.gathered(found))
     return [scored[row] for row in range(len(sequences))]
 
 
 def _share(chunks: list[list[list[int]]]) -> list[list[list[int]]]:
     """Those of this rank; some twice, so that every rank makes as many passes through a sharded model."""
-    first, apart = sharding.rank(), sharding.world_size()
+    first, apart = distributed.rank(), distributed.world_size()
     return [chunks[place % len(chunks)] for place in range(first, -(-len(chunks) // apart) * apart, apart)]
 
 

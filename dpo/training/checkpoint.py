@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dpo.training.sharding import any_true, in_files, is_main, rank, world_size
+from dpo.training.distributed import any_true, in_files, is_main, rank, world_size
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process saves alone
 

@@ -18,7 +18,7 @@ from urllib.parse import urlparse
 
 from tqdm import tqdm
 
-from dpo.training.sharding import is_main
+from dpo.training.distributed import is_main
 
 Item = TypeVar("Item")
 WANDB_TIMEOUT = 20  # seconds that W&B may hold up the start or the end of a run

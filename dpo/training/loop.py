@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dpo.training.checkpoint import Checkpoints, get_rng, set_rng
+from dpo.training.distributed import all_sum, any_true, device_of, gathered, is_main, world_size
 from dpo.training.log import Log, progress
-from dpo.training.sharding import all_sum, any_true, device_of, gathered, is_main, world_size
 
 
 class Batch(Protocol):

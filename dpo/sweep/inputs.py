@@ -4,13 +4,12 @@ The planner records it in the run's config (`provenance.inputs`), and the run co
 """
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dpo.data.records import Dataset, contents
+from dpo.data.records import Dataset, contents, jsonl_files
 from dpo.policy.model import whereabouts
-from dpo.signature import call
+from dpo.sweep.signature import call
 
 CONFIG = "config.json"  # of a model
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # of what is read, no README
@@ -44,13 +43,8 @@ def models(config: Any) -> dict[str, str]:
 def _place(path: str) -> Path:
     """The folder of a model, or a file or folder of log-probs, which no model's config is in."""
     there = Path(path).expanduser()
-    scores = there.is_file() or (there.is_dir() and next(score_files(there), None) and not (there / CONFIG).exists())
+    scores = there.is_file() or (there.is_dir() and next(jsonl_files(there), None) and not (there / CONFIG).exists())
     return there if scores else Path(whereabouts(path))
-
-
-def score_files(folder: Path) -> Iterator[Path]:
-    """The files of log-probs in a folder, however deep, which `reference=given` reads."""
-    return (file for file in sorted(folder.rglob("*")) if file.name.endswith((".jsonl", ".jsonl.gz")))
 
 
 def sketch(path: Path) -> str:
@@ -61,7 +55,7 @@ def sketch(path: Path) -> str:
     files = [path]
     if path.is_dir():
         of_model = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES]
-        files = of_model if (path / CONFIG).exists() else [*score_files(path)] or of_model
+        files = of_model if (path / CONFIG).exists() else [*jsonl_files(path)] or of_model
     lines = []
     for file in files:
         size, content = file.stat().st_size, hashlib.sha256()

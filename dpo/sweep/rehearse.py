@@ -1,8 +1,8 @@
-"""Try what a plan would run, in a process of its own, which writes nothing: python -m dpo.rehearse < configs.json
+"""Try what a plan would run, in a process of its own, which writes nothing: python -m dpo.sweep.rehearse < configs.json
 
 The process that plans imports no torch, so that --help, completion and other Hydra applications are quick. It sends its
-resolved configs as a JSON list, and gets for each {"problems": [...], "inputs": {...}}, see `dpo.inputs`. What many
-configs share is tried once: their data are parsed once, and a bad file is one problem.
+resolved configs as a JSON list, and gets for each {"problems": [...], "inputs": {...}}, see `dpo.sweep.inputs`. What
+many configs share is tried once: their data are parsed once, and a bad file is one problem.
 """
 
 import json
@@ -13,13 +13,13 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from dpo import inputs
-from dpo.alpaca_eval import read_instructions
-from dpo.config import misfits
+from dpo.data.instructions import read_instructions
 from dpo.data.records import contents
 from dpo.losses import try_out
 from dpo.policy.model import whereabouts
-from dpo.signature import call
+from dpo.sweep import inputs
+from dpo.sweep.schema import misfits
+from dpo.sweep.signature import call
 
 
 class Rehearsal:

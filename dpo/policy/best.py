@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.policy import model as models
-from dpo.training import sharding
+from dpo.training import distributed
 
 
 class Selection:
@@ -36,7 +36,7 @@ class Selection:
         self.step, self.metrics = step, metrics
         self.folder.mkdir(exist_ok=True)
         models.save(policy, tokenizer, self.folder / f"step-{step}")
-        if sharding.is_main():
+        if distributed.is_main():
             unfinished = self.record.with_suffix(".unfinished")
             unfinished.write_text(json.dumps({"step": step, "metrics": metrics}, indent=1) + "\n")
             unfinished.replace(self.record)  # the new one counts from here on; a stop before this leaves the old one
@@ -47,7 +47,7 @@ class Selection:
     def settle(self, target: Path) -> None:
         """Move the selected policy to `target`; again, after a stop, nothing is left to do. All ranks call it."""
         selected = self.folder / f"step-{self.step}"
-        if sharding.is_main() and selected.is_dir():
+        if distributed.is_main() and selected.is_dir():
             shutil.rmtree(target, ignore_errors=True)
             selected.rename(target)
-        sharding.any_true(False)  # now it is there for all
+        distributed.any_true(False)  # now it is there for all

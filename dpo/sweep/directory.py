@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-SCORES = "alpaca_eval_scores.json"  # what `dpo.alpaca_eval` adds to a run
+SCORES = "alpaca_eval_scores.json"  # what `dpo.results.alpaca_eval` adds to a run
 
 
 def folders(path: Path) -> list[Path]:
@@ -119,7 +119,7 @@ def evaluation(directory: Path) -> dict[str, Any]:
     """
     cures = {
         "evaluation.json": f"move {directory} away, and the same command makes the run again",
-        SCORES: "delete it, and have python -m dpo.alpaca_eval write it again",
+        SCORES: "delete it, and have python -m dpo.results.alpaca_eval write it again",
     }
     found: dict[str, Any] = {}
     for name, cure in cures.items():

@@ -21,14 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.cache import digest
 from dpo.data.batches import Batch, Pair, Tokens, encode_prompts, tokenize
-from dpo.data.records import Preference, listed, parse, preference, report
+from dpo.data.records import Preference, jsonl_files, listed, parse, preference, report
 from dpo.data.tokens import encode_alone, encoded, vocabulary
-from dpo.inputs import score_files
 from dpo.losses import rounding
 from dpo.policy import model as models
 from dpo.policy.logps import sequence_logps
 from dpo.policy.scoring import LIVE, off_by, score
-from dpo.training import sharding
+from dpo.training import distributed
 
 TOO_LONG = (
     "Raise reference.max_length if the model has more positions, or lower max_length with on_too_long=truncate or "
@@ -124,7 +123,7 @@ class Frozen(Tabled):
         sequences = {split: self.sequences(items, split, tokenizer, settings) for split, items in pairs.items()}
         model = policy
         if self.path is not None:
-            device, layout = sharding.device_of(policy), sharding.layout(settings)
+            device, layout = distributed.device_of(policy), distributed.layout(settings)
             model, _ = models.load(self.path, device, trusted, layout=layout)
         self.origin = weights = models.fingerprint(model)
         if self.same_tokens and self.sees_prompt:
@@ -280,7 +279,7 @@ class Given(Tabled):
     def prepare(self, initial: str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any) -> str:
         self.check(initial, settings)
         path = Path(self.path)
-        files = [*score_files(path)] if path.is_dir() else [path]
+        files = [*jsonl_files(path)] if path.is_dir() else [path]
         known: dict[str, float] = {}
         for file in files:
             for where, (told, logps) in parse(file, _scored):
@@ -351,8 +350,8 @@ class Moving(nn.Module):
         pass
 
     def prepare(self, initial: str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any) -> str:
-        device, trusted = sharding.device_of(policy), settings.policy.trust_remote_code
-        model, _ = models.load(initial, device, trusted, layout=sharding.layout(settings))
+        device, trusted = distributed.device_of(policy), settings.policy.trust_remote_code
+        model, _ = models.load(initial, device, trusted, layout=distributed.layout(settings))
         self.model = model.requires_grad_(False).eval()
         return f"moving: starts at the initial policy, weights {models.fingerprint(policy)[:12]}; " + (
             f"every {self.every} steps {self.alpha} of the policy and {1 - self.alpha:g} of itself"

@@ -1,6 +1,6 @@
 """Plan a sweep and execute its runs on this machine: skip what is finished, list what failed.
 
-Nothing is trained in the process that plans: each run is `python -m dpo.run DIRECTORY` in a process of its
+Nothing is trained in the process that plans: each run is `python -m dpo.sweep.execute DIRECTORY` in a process of its
 own, under torchrun if it asks for several.
 """
 
@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,11 +30,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo import HOME
-from dpo.config import OPEN_GROUPS, incidental
-from dpo.directory import reason, status
-from dpo.plan import Composed, Refused, Run, message, plan
-from dpo.run import IN_USE, THREADS
-from dpo.signature import binds, call
+from dpo.sweep.directory import reason, status
+from dpo.sweep.execute import IN_USE, THREADS
+from dpo.sweep.plan import Composed, Refused, Run, message, plan
+from dpo.sweep.schema import OPEN_GROUPS, incidental
+from dpo.sweep.signature import binds, call
 
 MOST = 10_000  # runs of a sweep
 
@@ -86,8 +86,13 @@ class Grid(Sweeper):
         return self.launcher.launch([list(combination) for combination in itertools.product(*axes.values())], 0)
 
 
+Report = Callable[[Path, Collection[str]], None]  # what is said of a folder at the end, see `dpo.results.report`
+
+
 class Sweep(Launcher):
-    """What a launcher is to us: plan every combination of overrides, then start the runs. See `Local`, `dpo.slurm`."""
+    """What a launcher is to us: plan every combination of overrides, then start the runs; see `Local` and `Slurm`."""
+
+    report: Report  # a subclass brings it
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.loader, self.config = hydra_context.config_loader, config
@@ -142,7 +147,7 @@ class Local(Sweep):
         return found
 
     def start(self, planned: Sequence[Run]) -> int:
-        return Execution(planned, self.jobs, self._gpus(planned)).run()
+        return Execution(planned, self.jobs, self._gpus(planned), self.report).run()
 
     def _gpus(self, planned: Sequence[Run]) -> list[str]:
         return _gpus() if any(run.config["device"] != "cpu" for run in planned) else []
@@ -151,8 +156,8 @@ class Local(Sweep):
 class Execution:
     """The processes of a plan, `jobs` at a time. Signals are passed on: runs save and stop, and we wait."""
 
-    def __init__(self, planned: Sequence[Run], jobs: int, gpus: Sequence[str]) -> None:
-        self.planned, self.gpus = planned, gpus
+    def __init__(self, planned: Sequence[Run], jobs: int, gpus: Sequence[str], report: Report) -> None:
+        self.planned, self.gpus, self.report = planned, gpus, report
         states = {run.directory: status(run.directory) for run in planned}
         self.todo = [run for run in planned if states[run.directory] not in ("finished", "damaged")]
         self.jobs = max(1, min(jobs, len(self.todo)))
@@ -200,10 +205,8 @@ class Execution:
                 self._ended(*self.active.pop(slot), asked=bool(stopped_by))
         for number, handler in former.items():
             signal.signal(number, handler)
-        from dpo.runs import report  # pandas, which what only plans does without
-
         for folder in folders:
-            report(folder, named={path.name for path in self.problems})
+            self.report(folder, {path.name for path in self.problems})
         if stopped_by:
             print(f"stopped, {count(len(waiting))} not started; the same command resumes", flush=True)
         for directory, problem in self.problems.items():
@@ -226,7 +229,7 @@ class Execution:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
         several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # time for all ranks to save when stopped
-        command = [sys.executable, *(several if processes > 1 else []), "-m", "dpo.run", str(run.directory)]
+        command = [sys.executable, *(several if processes > 1 else []), "-m", "dpo.sweep.execute", str(run.directory)]
         log = open(run.directory / "log.txt", "ab") if self.jobs > 1 else None  # noqa: SIM115
         # In a session of its own a run gets Ctrl-C once, from us, and not from the terminal as well.
         process = subprocess.Popen(

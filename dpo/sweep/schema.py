@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from hydra.core.config_store import ConfigStore
 
 from dpo.cache import digest
-from dpo.signature import binds, fits, kind
+from dpo.sweep.signature import binds, fits, kind
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Make the embedded world's base model again: a small transformer that looks facts up in articles.
 
-    python -m dpo.pretrain --output dpo/data/world_base
+    python -m dpo.world.pretrain --output dpo/world/base
 
 The base model comes with the code; this command is how it was made, and measures it.
 """
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dpo.data import world
 from dpo.data.batches import Batch, collate, encode_prompts, tokenize_demonstrations
 from dpo.policy import model as models
 from dpo.policy.logps import sequence_logps
@@ -23,6 +22,7 @@ from dpo.policy.sampling import sample
 from dpo.training.log import Log
 from dpo.training.loop import fit
 from dpo.training.optim import optimizer, schedule
+from dpo.world import language
 
 BATCH = 48  # articles per optimizer step
 LONGEST = 144  # tokens of an article and a lesson
@@ -45,7 +45,7 @@ class Lessons:
     def at(self, step: int) -> tuple[list[Batch], int]:
         chance = random.Random(f"lesson {self.seed} {step}")
         facts = max(number for start, number in CURRICULUM.items() if start <= step)
-        lessons = [world.lesson(chance, facts) for _ in range(BATCH)]
+        lessons = [language.lesson(chance, facts) for _ in range(BATCH)]
         tokens = tokenize_demonstrations(lessons, self.tokenizer, LONGEST, "error")
         index, real, pad_id = torch.arange(BATCH), torch.ones(BATCH, dtype=torch.bool), models.pad_id(self.tokenizer)
         return [collate(tokens, index, real, pad_id=pad_id, packed=False)], BATCH
@@ -97,7 +97,7 @@ def measure(
 ) -> dict[str, str | float]:
     """How well the model looks facts up, greedily, in articles that it has not seen."""
     chance = random.Random("measure")
-    lessons = [world.lesson(chance, world.FACTS_PER_ARTICLE) for _ in range(articles)]
+    lessons = [language.lesson(chance, language.FACTS_PER_ARTICLE) for _ in range(articles)]
     prompts = [one.prompt for one in lessons]
     samples = sample(
         model,
@@ -109,7 +109,7 @@ def measure(
         batch_size=250,
         name="measuring",
     )
-    verdicts = [world.verdict(str(prompt), one.text) for prompt, one in zip(prompts, samples, strict=True)]
+    verdicts = [language.verdict(str(prompt), one.text) for prompt, one in zip(prompts, samples, strict=True)]
     return {
         "articles": articles,
         "right answers of 5": sum(verdict.correct for verdict in verdicts) / articles,
@@ -126,13 +126,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the articles")
     parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--phrases", action="store_true", help="with another tokenizer: see dpo.data.world.tokenizer")
+    parser.add_argument("--phrases", action="store_true", help="with another tokenizer, of phrases")
     options = parser.parse_args()
-    tokenizer = world.tokenizer(options.phrases)
+    tokenizer = language.tokenizer(options.phrases)
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as directory:
         model = train(options.seed, options.steps, tokenizer, Path(directory))
-    command = f"python -m dpo.pretrain --output OUTPUT --seed {options.seed} --steps {options.steps}"
+    command = f"python -m dpo.world.pretrain --output OUTPUT --seed {options.seed} --steps {options.steps}"
     command += " --phrases" if options.phrases else ""
     quality = {"command": command} | measure(model, tokenizer)
     models.save(model, tokenizer, options.output)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo import HOME
-from dpo.directory import reason, status
-from dpo.launch import Sweep, count
-from dpo.plan import Run
-from dpo.squeue import ask, queued
+from dpo.sweep.directory import reason, status
+from dpo.sweep.launch import Sweep, count
+from dpo.sweep.plan import Run
+from dpo.sweep.squeue import ask, queued
 
 EXECUTE = HOME / "slurm" / "execute.sh"
 
@@ -93,10 +93,8 @@ class Slurm(Sweep):
                 return 1
         for folder in folders:
             if not todo:
-                from dpo.runs import report
-
-                report(folder, named=damaged)
-            print(f"  python -m dpo.runs {folder}    where it stands: table, figure, what failed and why")
+                self.report(folder, damaged)
+            print(f"  python -m dpo.results {folder}    where it stands: table, figure, what failed and why")
         for name, wrong in damaged.items():
             print(f"not submitted: {name}: {wrong}", file=sys.stderr, flush=True)
         return int(bool(damaged))

@@ -16,11 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo import HOME
-from dpo.config import HOMES, NAME_BYTES, RECORDED, decisive, faults, flatten, identity, incidental
-from dpo.directory import config as config_of
-from dpo.directory import configs, status
+from dpo.sweep.directory import config as config_of
+from dpo.sweep.directory import configs, status
+from dpo.sweep.schema import HOMES, NAME_BYTES, RECORDED, decisive, faults, flatten, identity, incidental
 
-INPUTS = {  # what a run is made from beside its settings: see dpo.inputs
+INPUTS = {  # what a run is made from beside its settings: see dpo.sweep.inputs
     "data": "the data",
     "policy": "the model at policy.path or policy.base",
     "reference": "what is at reference.path",
@@ -62,7 +62,7 @@ class Run:
         file = self.directory / "config.yaml"
         unfinished = self.directory / f"config.{os.getpid()}.unfinished"
         unfinished.write_text(
-            f"# The settings of this run, all of them. python -m dpo.run {self.directory}\n"
+            f"# The settings of this run, all of them. python -m dpo.sweep.execute {self.directory}\n"
             + OmegaConf.to_yaml(OmegaConf.create(self.config))
         )
         try:
@@ -127,14 +127,14 @@ def plan(composed: Sequence[Composed]) -> tuple[list[Run], list[Refused]]:
 
 
 def rehearse(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What `dpo.rehearse` finds in each config, in a process that ends: this one imports no torch, unless it has it."""
+    """What `dpo.sweep.rehearse` finds in each config, in a process that ends: this one is to import no torch."""
     if not configs:
         return []
     if "torch" in sys.modules:
-        from dpo.rehearse import trials
+        from dpo.sweep.rehearse import trials
 
         return trials(configs)
-    command = [sys.executable, "-m", "dpo.rehearse"]
+    command = [sys.executable, "-m", "dpo.sweep.rehearse"]
     done = subprocess.run(command, input=json.dumps(configs), stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} must try the settings, but ended with exit code {done.returncode}")

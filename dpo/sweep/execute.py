@@ -1,6 +1,6 @@
 """Execute one run directory from its frozen config.
 
-    python -m dpo.run runs/dev/beta=0.1
+    python -m dpo.sweep.execute runs/dev/beta=0.1
 
 Exit codes: 0 finished; 1 failed, with the reason in `error.json`; 73 another process has the directory;
 75 stopped, and running it again resumes.
@@ -27,8 +27,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dpo.config import check, identity
-from dpo.directory import damage
+from dpo.sweep.directory import damage
+from dpo.sweep.schema import check, identity
 
 FAILED, IN_USE, STOPPED = 1, 73, 75
 WITHIN = 2.0  # seconds that a rank has to end by itself when another was killed
@@ -51,7 +51,7 @@ def execute(directory: Path) -> int:
     lock = FileLock(directory / ".lock")
     if _rank() == 0:
         try:
-            lock.acquire(timeout=2)  # `dpo.runs` holds it for a moment to see whether a run is running
+            lock.acquire(timeout=2)  # `dpo.results` holds it for a moment to see whether a run is running
         except Timeout:
             print(f"{directory} is being executed by another process; wait for it, or end it first", flush=True)
             return IN_USE
@@ -227,7 +227,7 @@ def _rank() -> int:
 
 def main() -> None:
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m dpo.run DIRECTORY")
+        sys.exit("usage: python -m dpo.sweep.execute DIRECTORY")
     for number in (signal.SIGTERM, signal.SIGUSR1):  # until training has handlers of its own
         signal.signal(number, signal.default_int_handler)
     sys.exit(execute(Path(sys.argv[1])))

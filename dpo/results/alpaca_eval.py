@@ -1,15 +1,14 @@
 """AlpacaEval 2: answers in its format, and win rates from its annotation files, offline.
 
-    python -m dpo.alpaca_eval annotations.json --instructions alpaca_eval.json --gamed df_gamed.csv
+    python -m dpo.results.alpaca_eval annotations.json --instructions alpaca_eval.json --gamed df_gamed.csv
 
 Runs with evaluation.instructions=alpaca_eval.json write their answers; the alpaca_eval package has its judge annotate
 them, in a folder of the run. Both files are of the data set tatsu-lab/alpaca_eval on the hub. Win rates are computed
 here, because the package needs the network for them, and its standard error of the controlled one leaves out that of
-the regression. They are kept in the run, as `alpaca_eval_scores.json`, which `dpo.runs` reads.
+the regression. They are kept in the run, as `alpaca_eval_scores.json`, which `dpo.results` reads.
 """
 
 import argparse
-import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -22,11 +21,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from dpo.data.instructions import Row, read_instructions, rows_of, write_json
 from dpo.data.records import listed
-from dpo.directory import SCORES
+from dpo.sweep.directory import SCORES
 
 Floats = NDArray[np.float64]
-Row = dict[str, Any]
 
 GAMED_WEIGHT = 0.1  # of a row of df_gamed.csv: 0.2, shared by the two rewritten baselines
 RESAMPLES = 500
@@ -44,27 +43,6 @@ class Rate:
         return f"{100 * self.value:.2f} [{100 * self.low:.2f}, {100 * self.high:.2f}]"
 
 
-def read_instructions(path: str | None) -> list[Row]:
-    """AlpacaEval's instructions, in its order; none without a path."""
-    return [] if path is None else _rows(path, "instruction")
-
-
-def write_outputs(directory: Path, instructions: Sequence[Row], answers: Sequence[str]) -> None:
-    """Write a run's `alpaca_eval.json`, what the package takes as model_outputs; the generator is the run."""
-    generator = "/".join(directory.absolute().parts[-2:])
-    rows = [
-        {
-            "dataset": one.get("dataset", ""),
-            "instruction": one["instruction"],
-            "output": answer,
-            "generator": generator,
-            "datasplit": "eval",
-        }
-        for one, answer in zip(instructions, answers, strict=True)
-    ]
-    _write(directory / "alpaca_eval.json", rows)
-
-
 def read_annotations(path: str | Path, instructions: Sequence[Row] = ()) -> list[Row]:
     """One judge's comparisons of one policy (output_2) with one baseline (output_1), one of each instruction.
 
@@ -72,7 +50,7 @@ def read_annotations(path: str | Path, instructions: Sequence[Row] = ()) -> list
     Raises: ValueError if the file is none, compares several policies, holds several judges, an instruction again, or a
     preference outside of [1, 2].
     """
-    rows = _rows(path, "instruction", "output_1", "output_2", "generator_1", "generator_2")
+    rows = rows_of(path, "instruction", "output_1", "output_2", "generator_1", "generator_2")
     compared = sorted({(row["generator_1"], row["generator_2"]) for row in rows})
     if len(compared) > 1:
         raise ValueError(f"{path} must compare one policy with one baseline, found {compared}; split the file")
@@ -218,29 +196,6 @@ def _places(rows: Sequence[Row], instructions: Sequence[Row]) -> list[int]:
     return places
 
 
-def _rows(path: str | Path, *columns: str) -> list[Row]:
-    """A JSON list of objects that have text in these columns."""
-    if not Path(path).is_file():
-        raise ValueError(f"a JSON list must be at {path}, found no file; check the path")
-    try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON, found otherwise: {error}") from error
-    sound = isinstance(rows, list) and all(
-        isinstance(row, dict) and all(isinstance(row.get(column), str) for column in columns) for row in rows
-    )
-    if not sound or not rows:
-        raise ValueError(f"{path} must be a JSON list of objects with {', '.join(columns)}; found otherwise")
-    return rows
-
-
-def _write(path: Path, value: Any) -> None:
-    """Whole, or not at all."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
-
-
 def keep(annotations: Path, scores: dict[str, Rate], judged: int) -> None:
     """Write the scores, and how many judgements they are from, into the run that the annotations lie in, if they do."""
     for folder in annotations.absolute().parents[:2]:
@@ -249,11 +204,13 @@ def keep(annotations: Path, scores: dict[str, Rate], judged: int) -> None:
             for name, rate in scores.items():
                 key = f"alpaca_eval/{name}"
                 kept |= {key: rate.value, f"{key}/low": rate.low, f"{key}/high": rate.high}
-            _write(folder / SCORES, kept)
+            write_json(folder / SCORES, kept)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m dpo.alpaca_eval", description="Win rates of annotated answers.")
+    parser = argparse.ArgumentParser(
+        prog="python -m dpo.results.alpaca_eval", description="Win rates of annotated answers."
+    )
     parser.add_argument("annotations", nargs="+", help="annotations.json of the alpaca_eval package, one per policy")
     parser.add_argument("--instructions", help="alpaca_eval.json; with --gamed for length-controlled win rates")
     parser.add_argument("--gamed", help="df_gamed.csv")

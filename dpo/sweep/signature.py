@@ -8,7 +8,7 @@ class of ours that belongs to its group, or one of a package that the user's own
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from types import NoneType, UnionType
@@ -20,12 +20,12 @@ PLUGINS = "DPO_PLUGINS"  # environment variable: packages of the user's own, par
 WORDS = ("_target_", "_partial_", "_convert_")  # of a node, that are no options
 
 # Group -> where our functions for it live, and what one of them returns or, as a class, can do.
-GROUPS: dict[str, tuple[str, str | tuple[str, ...]]] = {
-    "data": ("dpo.data", "dpo.data.records.Dataset"),
-    "judge": ("dpo.judges", "list[dict[str, float]]"),
-    "loss": ("dpo.losses", "dpo.losses.Loss"),
-    "reference": ("dpo.reference", ("prepare", "logps", "after_step")),
-    "hydra.launcher": ("hydra_plugins.dpo_launchers", ("problems", "start")),
+GROUPS: dict[str, tuple[tuple[str, ...], str | tuple[str, ...]]] = {
+    "data": (("dpo.data", "dpo.world"), "dpo.data.records.Dataset"),
+    "judge": (("dpo.judges",), "list[dict[str, float]]"),
+    "loss": (("dpo.losses",), "dpo.losses.Loss"),
+    "reference": (("dpo.references",), ("prepare", "logps", "after_step")),
+    "hydra.launcher": (("hydra_plugins.dpo_launchers",), ("problems", "start")),
 }
 
 
@@ -37,7 +37,7 @@ def call(node: Any) -> Any:
     if node is None:
         return None
     values: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    function = _located(values["_target_"], [home for home, _ in GROUPS.values()])
+    function = _located(values["_target_"], [home for homes, _ in GROUPS.values() for home in homes])
     if all(_unfit(function, returns) for _, returns in GROUPS.values()):
         raise ValueError(f"_target_ must name a function of a group ({', '.join(GROUPS)}), got {values['_target_']}")
     options = {key: value for key, value in values.items() if key not in WORDS}
@@ -51,9 +51,9 @@ def binds(group: str, node: Any, given: tuple[str, ...]) -> list[str]:
     """
     if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
         return [f"{group} must name its function in _target_, found {node!r}; choose an option: {group}=..."]
-    home, returns = GROUPS[group]
+    homes, returns = GROUPS[group]
     try:
-        target = _located(node["_target_"], [home])
+        target = _located(node["_target_"], homes)
         parameters, unfit = inspect.signature(target, eval_str=True).parameters, _unfit(target, returns)
     except Exception as error:  # whatever importing that module raises
         return [f"{group}._target_ must name a function, got {node['_target_']}: {error}"]
@@ -80,7 +80,7 @@ def binds(group: str, node: Any, given: tuple[str, ...]) -> list[str]:
     return problems
 
 
-def _located(path: str, homes: list[str]) -> Callable[..., Any]:
+def _located(path: str, homes: Sequence[str]) -> Callable[..., Any]:
     """The function or class of that name, made in one of `homes` or in a package of the user's; no other is imported.
 
     Raises: ValueError; and what importing its module raises.

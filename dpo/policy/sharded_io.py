@@ -18,11 +18,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from dpo.policy.folder import check
-from dpo.training import sharding
+from dpo.training import distributed
 
 
 def read(
-    layout: sharding.Layout, device: torch.device, source: str, config: PreTrainedConfig, trust_remote_code: bool
+    layout: distributed.Layout, device: torch.device, source: str, config: PreTrainedConfig, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, dict[str, list[str]]]:
     """A float32 model of a folder or hub name, and the names of weights that do not fit it, by what is the matter.
 
@@ -36,7 +36,7 @@ def read(
     mapping = get_model_conversion_mapping(model)
     renamed = [one for one in mapping if isinstance(one, WeightRenaming)]
     joined = [one for one in mapping if isinstance(one, WeightConverter)]
-    sharding.shard(model, layout, device)
+    distributed.shard(model, layout, device)
     model.to_empty(device="cpu" if layout.offload else device)
     for weight in model.parameters():
         no_init: Any = weight
@@ -106,10 +106,10 @@ def _fill(tensor: Tensor, whole: Tensor) -> None:
 def write(model: PreTrainedModel, folder: Path) -> None:
     """Weights, config and generation config: each rank its own parts first, which rank 0 then joins on disk."""
     state = {names[0]: tensor for names, tensor in distinct(model)}
-    files = sharding.in_files(state)
+    files = distributed.in_files(state)
     writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True, enable_consolidation=True)
     dcp.save(state, storage_writer=writer)
-    if sharding.is_main():
+    if distributed.is_main():
         shutil.rmtree(folder / "sharded")
         model.config.save_pretrained(folder)
         if model.generation_config is not None:

@@ -1,37 +1,17 @@
-"""Run directories as tidy DataFrames, a table and a figure; imports no torch.
+"""Run directories as tidy DataFrames, a table and a figure; imports no torch."""
 
-    python -m dpo.runs runs/dev
-
-says where a sweep stands, and draws its table and figure again.
-"""
-
-import os
-import shutil
-import sys
 import warnings
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from dpo import directory
-from dpo.config import HOMES, decisive
-from dpo.directory import configs, folders, reason, status
-from dpo.squeue import queued
+from dpo.sweep import directory
+from dpo.sweep.directory import configs, folders
+from dpo.sweep.schema import HOMES, decisive
 
-__all__ = ["configs", "figure", "final", "load", "over_seeds", "reason", "report", "status", "swept", "table"]
 DASH = "-"
-MEASURED = (  # columns of the tables, without those that carry an interval: title, metric, format
-    ("accuracy", "rewards/accuracies", ".3f"),
-    ("margin", "rewards/margins", ".3g"),
-    ("length", "length", ".1f"),
-    ("ended", "ended", ".3f"),
-    ("correct", "correct", ".2f"),
-    ("wrong", "wrong", ".2f"),
-    ("valid", "valid", ".3f"),
-)
 
 
 def load(path: str | Path, always: Sequence[str] = ("beta",)) -> pd.DataFrame:
@@ -90,74 +70,6 @@ def final(path: str | Path, always: Sequence[str] = ("beta",)) -> pd.DataFrame:
 def swept(frame: pd.DataFrame) -> list[str]:
     """The config keys that vary between the runs of a frame made by `load` or `final`."""
     return list(frame.attrs["swept"])
-
-
-def table(frame: pd.DataFrame) -> pd.DataFrame:
-    """What a reader compares, as text: one row per run of `final`."""
-    always = ["beta"] if "beta" in frame else []
-    if {"kl", "kl/se"} <= {*frame}:
-        half = 1.96 * frame["kl/se"]
-        frame = frame.assign(**{"kl/low": frame["kl"] - half, "kl/high": frame["kl"] + half})
-    columns = {key: frame[key].map(short) for key in dict.fromkeys([*always, *swept(frame)])}
-
-    def text(name: str, pattern: str, *keys: str) -> None:
-        rows = zip(*(frame.get(key, pd.Series(None, frame.index)) for key in keys), strict=True)
-        cells = [DASH if any(pd.isna(value) for value in row) else pattern.format(*row) for row in rows]
-        columns[name] = pd.Series(cells, frame.index)
-
-    text("n", "{:.0f}", "n")
-    text("win rate [95 %]", "{:.3f} [{:.3f}, {:.3f}]", "win_rate", "win_rate/low", "win_rate/high")
-    text("KL [95 %]", "{:.2f} [{:.2f}, {:.2f}]", *(f"kl{end}" for end in ("", "/low", "/high")))
-    for title, name, form in MEASURED:
-        text(title, f"{{:{form}}}", name)
-    return pd.DataFrame(columns)
-
-
-def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
-    """As `table`, with a row per setting of the other keys: mean ± standard deviation over its seeds."""
-    keys = [key for key in dict.fromkeys(["beta", *swept(frame)]) if key in frame and key != "seed"]
-    rows = []
-    for values, same in frame.groupby(keys, dropna=False, sort=False):
-        row = dict(zip(keys, map(short, values), strict=True)) | {"seeds": str(len(same))}
-        for title, name, form in (("win rate", "win_rate", ".3f"), ("KL", "kl", ".2f"), *MEASURED):
-            known = same.get(name, pd.Series(dtype=float)).dropna()
-            spread = f" ± {known.std():{form}}" if len(known) > 1 else ""
-            row[title] = f"{known.mean():{form}}{spread}" if len(known) else DASH
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def figure(frame: pd.DataFrame, path: str | Path) -> None:
-    """Win rate and KL against beta, and one against the other, as a PNG: see `dpo.drawing`."""
-    from dpo.drawing import draw  # matplotlib takes half a second that the rest does without
-
-    draw(frame, Path(path))
-
-
-def report(path: str | Path, named: Collection[str] = ()) -> None:
-    """Print the table over the finished runs of `path`; write `table.csv` and `figure.png` there.
-
-    named: damaged runs that the reader is told of elsewhere; the others are listed.
-    """
-    path = Path(path)
-    for run, wrong in damaged(path).items():
-        if run not in named:
-            print(f"{run} is damaged and left out: {wrong}", flush=True)
-    with warnings.catch_warnings(action="ignore", category=DamagedRun):
-        frame = final(path)
-    if frame.empty:
-        return
-    print(f"\n{table(frame).to_string(index=False)}\n")
-    if "seed" in swept(frame):
-        print(f"Mean ± standard deviation over seeds:\n{over_seeds(frame).to_string(index=False)}\n")
-    written = [path / "table.csv"]
-    unfinished = path / f"table.{os.getpid()}.unfinished"
-    frame.to_csv(unfinished, index=False)
-    unfinished.replace(path / "table.csv")
-    if "beta" in frame and {"win_rate", "rewards/accuracies"} & {*frame}:
-        written.append(path / "figure.png")
-        figure(frame, written[-1])
-    print(f"{len(frame)} finished in {path}: {', '.join(map(str, written))}", flush=True)
 
 
 def short(value: Any) -> str:
@@ -239,33 +151,3 @@ def _frame(rows: list[dict[str, Any]], keys: list[str]) -> pd.DataFrame:
     frame = pd.DataFrame(rows).dropna(axis="columns", how="all")
     frame.attrs["swept"] = [key for key in keys if key in frame]
     return frame
-
-
-def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m dpo.runs runs/<name>")
-    path = Path(sys.argv[1])
-    try:
-        found = folders(path)
-    except ValueError as error:
-        sys.exit(str(error))
-    waiting: set[Path] = set()
-    if shutil.which("squeue"):
-        try:
-            waiting = queued()
-        except RuntimeError as error:
-            print(error)
-    states = {run.name: status(run, waiting) for run in found}
-    counts = Counter(states.values())
-    print(
-        f"{path}: {len(states)} run{'s' if len(states) != 1 else ''}: "
-        + ", ".join(f"{n} {state}" for state, n in counts.items())
-    )
-    for run, state in states.items():
-        if state != "finished":
-            print(f"  {state:9}{run}  {reason(path / run) or ''}".rstrip())
-    report(path, named=states)
-
-
-if __name__ == "__main__":
-    main()
