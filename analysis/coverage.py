@@ -38,14 +38,14 @@ def sweeps(
     spread of the first.
     collapse: share of seeds for which the last beta collapses, with the mean that it has elsewhere.
     """
-    chance = np.random.default_rng([seeds, betas, int(100 * shared), uneven, int(100 * collapse), WORLDS.index(world)])
-    common = chance.normal(0, 1, (trials, seeds, 1))
+    rng = np.random.default_rng([seeds, betas, int(100 * shared), uneven, int(100 * collapse), WORLDS.index(world)])
+    common = rng.normal(0, 1, (trials, seeds, 1))
     spread = NOISE * (np.linspace(1, 4, betas) if uneven else np.ones(betas))
     found = []
     for ladder in world:
-        own = chance.normal(0, 1, (trials, seeds, betas))
+        own = rng.normal(0, 1, (trials, seeds, betas))
         rates = 0.7 + LADDERS[ladder](betas) + spread * (np.sqrt(shared) * common + np.sqrt(1 - shared) * own)
-        fallen = chance.random((trials, seeds)) < collapse
+        fallen = rng.random((trials, seeds)) < collapse
         rates[..., -1] -= COLLAPSE * (fallen - collapse)
         found.append(rates)
     return found[0], found[1]

@@ -38,10 +38,10 @@ FITTING = {  # policy: a stronger reference that is related to it, one that is n
 UNTUNED = "SFT"
 METHODS = {
     ("dpo", "initial"): "DPO",
-    ("dpo", "uniform"): "posterior",
-    ("dpo", "prior"): "likelihood",
-    ("simpo", "uniform"): "SimPO",
-    ("orpo", "uniform"): "ORPO",
+    ("dpo", "reference_free"): "posterior",
+    ("dpo", "unconditional"): "likelihood",
+    ("simpo", "reference_free"): "SimPO",
+    ("orpo", "reference_free"): "ORPO",
 }
 
 

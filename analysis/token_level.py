@@ -37,7 +37,7 @@ from dpo.data.chats import ends
 from dpo.references import Frozen, Initial
 from dpo.results import short
 from dpo.results.figures import COLOURS, tidy
-from dpo.sweep.signature import call
+from dpo.sweep.signature import instantiate
 from dpo.training.log import progress
 from dpo.world.language import values_told
 
@@ -56,8 +56,8 @@ def tokens(run: str | Path, split: str = "validation") -> pd.DataFrame:
     run = Path(run)
     config: Any = OmegaConf.load(run / "config.yaml")
     config = OmegaConf.merge(config, {"per_token": True})
-    tokenizer, pairs = score.encode(config, dataset := call(config.data))
-    start, policy, pairs = score.prepare(config, dataset, call(config.judge), tokenizer, pairs)
+    tokenizer, pairs = score.encode(config, dataset := instantiate(config.data))
+    start, policy, pairs = score.prepare(config, dataset, instantiate(config.judge), tokenizer, pairs)
     asked = {split: pairs[split]}
     before, after = Initial(), Frozen(str(run / "policy"))
     for reference in (before, after):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dpo.data.batches import Batch, Pair, branched, dealt, size
+from dpo.data.batches import Batch, Pair, balance_by_tokens, collate_responses, size
 from dpo.losses import PairLogps, dpo
 from dpo.policy.logps import _states, by_sequence, sequence_logps
 from dpo.training.loop import autocast
@@ -59,9 +59,9 @@ class Ours:
 
     def step(self, rows: list[int]) -> float:
         self.optimizer.zero_grad()
-        sizes = [size(self.pairs[row].branches) for row in rows]
+        sizes = [size(self.pairs[row].prompt_responses) for row in rows]
         total = 0.0
-        for share in dealt(sizes, self.tokens or sum(sizes), 1):
+        for share in balance_by_tokens(sizes, self.tokens or sum(sizes), 1):
             batch = self._batch([rows[place] for place in share]).to(self.policy.device)
             with self.products:
                 ours = self.logps(self.policy, batch).chunk(2)
@@ -80,8 +80,8 @@ class Ours:
         if self.layout == "packed":  # a row without padding, but every sequence with its own prompt
             both = [(pair.prompt_ids, [pair.chosen_ids]) for pair in some]
             both += [(pair.prompt_ids, [pair.rejected_ids]) for pair in some]
-            return branched(both, index, real, packed=True)
-        return branched([pair.branches for pair in some], index, real, packed=self.layout == "shared")
+            return collate_responses(both, index, real, packed=True)
+        return collate_responses([pair.prompt_responses for pair in some], index, real, packed=self.layout == "shared")
 
 
 def all_positions(policy: Any, batch: Batch) -> Tensor:
@@ -89,7 +89,7 @@ def all_positions(policy: Any, batch: Batch) -> Tensor:
     output = policy(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     logps = output.logits[:, :-1].float().log_softmax(-1)  # (2B, T-1, V)
     picked = logps.gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
-    mask = torch.zeros(batch.input_ids.numel(), device=picked.device).index_fill(0, batch.scored, 1.0)
+    mask = torch.zeros(batch.input_ids.numel(), device=picked.device).index_fill(0, batch.target_positions, 1.0)
     return (picked * mask.view(batch.input_ids.shape)[:, :-1]).sum(-1)
 
 
@@ -102,11 +102,11 @@ def live_reference(policy: Any, batch: Batch) -> Tensor:
 
 def scored_positions(policy: Any, batch: Batch) -> Tensor:
     """The head only where a token is scored, and plain log-softmax."""
-    if batch.trees:
+    if batch.shared_prefixes:
         states = _states(policy, batch)
     else:
         output = policy.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        states = output.last_hidden_state.flatten(0, 1)[batch.scored]
+        states = output.last_hidden_state.flatten(0, 1)[batch.target_positions]
     logps = policy.lm_head(states).float().log_softmax(-1)
     return by_sequence(logps.gather(-1, batch.labels[:, None]).squeeze(-1), batch)
 

@@ -34,7 +34,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dpo.data.batches import Branches, Pair, tokenize
+from dpo.data.batches import Pair, PromptResponses, tokenize
 from dpo.data.hub import hh
 from dpo.policy.scoring import _score
 
@@ -54,20 +54,20 @@ COMPACT, LIVE = "TRL, precomputed, with its head for CUDA", "TRL, live reference
 
 def workload(name: str, count: int, path: Path) -> tuple[list[Pair], int]:
     """Pairs and the size of their vocabulary. A: lengths like those of HH; A_real: HH; B: long prompts."""
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     if name == "A_real":
         pairs = _hh(path)
-        return [pairs[row] for row in chance.permutation(len(pairs))[:count]], 16_000
+        return [pairs[row] for row in rng.permutation(len(pairs))[:count]], 16_000
 
     def lengths(median: int, sigma: float, most: int) -> int:
-        return int(np.clip(chance.lognormal(np.log(median), sigma), 2, most))
+        return int(np.clip(rng.lognormal(np.log(median), sigma), 2, most))
 
     pairs = []
     for _ in range(count):
-        prompt = lengths(120, 0.8, 448) if name == "A" else int(chance.integers(700, 1001))
+        prompt = lengths(120, 0.8, 448) if name == "A" else int(rng.integers(700, 1001))
         longest, median, sigma = (512 - prompt, 70, 0.8) if name == "A" else (280, 60, 0.3)
         sizes = (prompt, lengths(median, sigma, longest), lengths(median, sigma, longest))
-        pairs.append(Pair(*(chance.integers(2, 32_000, size).tolist() for size in sizes)))
+        pairs.append(Pair(*(rng.integers(2, 32_000, size).tolist() for size in sizes)))
     return pairs, 32_000
 
 
@@ -81,7 +81,7 @@ def _hh(path: Path) -> list[Pair]:
     return tokenize(preferences, PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>"), 512, "truncate")
 
 
-def arithmetic(policy: LlamaForCausalLM, items: list[Branches]) -> float:
+def arithmetic(policy: LlamaForCausalLM, items: list[PromptResponses]) -> float:
     """Floating-point operations that a step cannot do without on responses that share the prompt of their item: those
     of a prompt once, of the head and of the last layer's feed-forward part where a token is scored.
     """
@@ -164,8 +164,8 @@ def race(name: str, names: list[str], rounds: int, some: list[str], options: Any
         if off > tolerance:
             raise RuntimeError(f"losses of step {number} must agree within {tolerance}, found {losses}")
         print(f"{name}: step {number} of {rounds}", flush=True)
-    needed = [arithmetic(reference, [pairs[row].branches for row in rows]) for rows in steps]
-    apart = [(prompt, [side]) for prompt, sides in (pair.branches for pair in pairs[WARM:]) for side in sides]
+    needed = [arithmetic(reference, [pairs[row].prompt_responses for row in rows]) for rows in steps]
+    apart = [(prompt, [side]) for prompt, sides in (pair.prompt_responses for pair in pairs[WARM:]) for side in sides]
     rows_of = {}
     for one, took in seconds.items():
         count = len(took)

@@ -12,7 +12,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.cache import digest, remember
-from dpo.data.batches import Batch, Batches, Branches, Pair, branched, dealt, encode_prompts, size
+from dpo.data.batches import (
+    Batch,
+    Batches,
+    Pair,
+    PromptResponses,
+    balance_by_tokens,
+    collate_responses,
+    encode_prompts,
+    size,
+)
 from dpo.data.records import Dataset, Text, listed
 from dpo.data.tokens import encode_alone, usable
 from dpo.data.truncation import cut_prompts
@@ -31,7 +40,7 @@ EMPTY = 0.1  # share of the baseline's words below which a response counts as br
 
 def measure(
     policy: PreTrainedModel,
-    anchors: dict[str, PreTrainedModel],
+    kl_targets: dict[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Text],
     baseline: Sequence[str] | None,
@@ -40,7 +49,7 @@ def measure(
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """A row per prompt with both responses, and figures for `evaluation.json`.
 
-    To those of `describe` come for each of `anchors`, by its name, `kl`: KL(policy || anchor) in nats per response
+    To those of `describe` come for each of `kl_targets`, by its name, `kl`: KL(policy || target) in nats per response
     (Rao-Blackwellized), and `kl_plain` (the log-ratio), each with its standard error, on samples at temperature 1. Both
     are of responses that are cut at `max_new_tokens`: what would come after it is in neither.
     """
@@ -51,9 +60,9 @@ def measure(
         if settings.evaluation.temperature == 1
         else respond(policy, tokenizer, prompts, settings, "policy at temperature 1", temperature=1.0)
     )
-    for anchor, model in anchors.items():
-        plain, rao_blackwell = kl(policy, model, at_one, settings, models.vocabulary(tokenizer), anchor)
-        for name, values in ((anchor, rao_blackwell), (f"{anchor}_plain", plain)):
+    for kl_target, model in kl_targets.items():
+        plain, rao_blackwell = kl(policy, model, at_one, settings, models.vocabulary(tokenizer), kl_target)
+        for name, values in ((kl_target, rao_blackwell), (f"{kl_target}_plain", plain)):
             result[name] = values.mean().item()
             result[f"{name}/se"] = values.std().item() / math.sqrt(len(values))
     return rows, result
@@ -251,13 +260,13 @@ def baseline(
 
 def kl(
     policy: PreTrainedModel,
-    anchor: PreTrainedModel,
+    kl_target: PreTrainedModel,
     samples: Sequence[Sample],
     settings: Any,
     vocabulary: Tensor | None = None,
     name: str = "kl",
 ) -> tuple[Tensor, Tensor]:
-    """Per response, two unbiased estimates of sequence KL(policy || anchor) in nats: the log-ratio, and the sum over
+    """Per response, two unbiased estimates of sequence KL(policy || target) in nats: the log-ratio, and the sum over
     positions of the full-vocabulary KL (Rao-Blackwellized).  # (N,), (N,)
 
     Responses must be the policy's own, sampled at temperature 1 without top-p. KL is that of the process cut at
@@ -268,15 +277,15 @@ def kl(
 
     Raises: RuntimeError if one of them is not finite.
     """
-    items: list[Branches] = [(one.prompt_ids, [one.response_ids]) for one in samples]
-    packed = settings.packed and packable(policy, items) and packable(anchor, items)
+    items: list[PromptResponses] = [(one.prompt_ids, [one.response_ids]) for one in samples]
+    packed = settings.packed and packable(policy, items) and packable(kl_target, items)
     tokens = forward_tokens(settings.micro_batch_tokens, packed)
     plain, rao_blackwell = torch.zeros(2, len(samples))
     bar: progress[None] = progress(total=len(samples), name="KL")
     with torch.no_grad(), bar:
-        for share in dealt([size(item) for item in items], tokens, 1):
-            batch = branched([items[place] for place in share], packed=packed).to(device_of(policy))
-            log_ratios, exact = sequence_kl(policy, anchor, batch, vocabulary)
+        for share in balance_by_tokens([size(item) for item in items], tokens, 1):
+            batch = collate_responses([items[place] for place in share], packed=packed).to(device_of(policy))
+            log_ratios, exact = sequence_kl(policy, kl_target, batch, vocabulary)
             plain[share], rao_blackwell[share] = log_ratios.cpu(), exact.cpu()
             bar.update(len(share))
     if bad := (~(plain + rao_blackwell).isfinite()).nonzero().flatten().tolist():
@@ -300,9 +309,9 @@ def on_pairs(
         for batch in micro_batches:
             batch = batch.to(device)
             losses, values = step(batch)
-            bad += batch.index[batch.real & ~losses.isfinite()].tolist()
+            bad += batch.index[batch.valid & ~losses.isfinite()].tolist()
             for name, value in {"loss": losses, **values}.items():
-                sums[name] = sums.get(name, 0) + (value.double() * batch.real).sum()
+                sums[name] = sums.get(name, 0) + (value.double() * batch.valid).sum()
     means = dict(zip(sums, (all_sum(torch.stack([*sums.values()])) / count).tolist(), strict=True))
     if not math.isfinite(means["loss"]):
         refuse("the validation loss", str(means["loss"]), bad, batches.name, DIVERGED)
@@ -317,7 +326,7 @@ def show(
     settings: Any,
 ) -> list[dict[str, Any]]:
     """Responses to the first few test prompts, to look at while training."""
-    prompts = prompts[: settings.evaluation.samples]
+    prompts = prompts[: settings.evaluation.log_samples]
     if not prompts:
         return []
     return describe(prompts, respond(policy, tokenizer, prompts, settings, ""), judge)[0]

@@ -77,7 +77,7 @@ def _pairs(
     split: str,
 ) -> tuple[list[Preference], list[dict[str, Any]]]:
     settings = config.generation
-    n = settings.samples
+    n = settings.samples_per_prompt
     samples = sample(
         model,
         tokenizer,
@@ -91,7 +91,7 @@ def _pairs(
     )
     samples = [_whole_characters(one, tokenizer) for one in samples]
     own = vocabulary(tokenizer)
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     pairs, candidates = [], []
     for row, (prompt, (start, _)) in enumerate(zip(prompts, fed, strict=True)):
         responses = samples[row * n : (row + 1) * n]
@@ -102,14 +102,14 @@ def _pairs(
         ]
         scored = [(judgement["score"], response) for judgement, response in zip(judgements, responses, strict=True)]
         decisive = [pair for pair in combinations(scored, 2) if pair[0][0] != pair[1][0]]
-        for pair in chance.sample(decisive, min(settings.pairs_per_prompt, len(decisive))):
+        for pair in rng.sample(decisive, min(settings.pairs_per_prompt, len(decisive))):
             (_, worse), (_, better) = sorted(pair, key=lambda scored: scored[0])
             ids = TokenIds(own, better.prompt_ids, better.response_ids, worse.response_ids)
             pairs.append(Preference(start, better.text, worse.text, better.ended, worse.ended, token_ids=ids))
     if not pairs:
         raise RuntimeError(
             f"no two of the {len(samples)} responses to {len(prompts)} prompts differ in score; sample more responses "
-            f"(generation.samples, now {n}) or at a higher temperature (now {settings['temperature']})"
+            f"(generation.samples_per_prompt, now {n}) or at a higher temperature (now {settings['temperature']})"
         )
     return pairs, candidates
 

@@ -23,10 +23,10 @@ from dpo.cache import digest
 from dpo.data.batches import Batch, Pair, Tokens, encode_prompts, tokenize
 from dpo.data.records import Preference, jsonl_files, listed, parse, preference, report
 from dpo.data.tokens import encode_alone, encoded, vocabulary
-from dpo.losses import rounding
+from dpo.losses import tie_tolerance
 from dpo.policy import model as models
 from dpo.policy.logps import sequence_logps
-from dpo.policy.scoring import LIVE, off_by, score
+from dpo.policy.scoring import LIVE, check_against_live, score
 from dpo.training import distributed
 
 TOO_LONG = (
@@ -43,9 +43,9 @@ UNREAD = (
 class Reference(Protocol):
     """What `train` asks of a reference. Pairs come as {split: pairs}, and batches name their rows by `index`."""
 
-    anchor: str | None  # a model, other than the initial policy, whose KL to the policy has a meaning
+    kl_target: str | None  # a model, other than the initial policy, whose KL to the policy has a meaning
     is_initial: bool  # starts as the initial policy: then the DPO loss is ln 2 before training
-    origin: str  # digest of what gives its log-probs: weights, or given numbers; empty if it moves or is uniform
+    fingerprint: str  # digest of what gives its log-probs: weights, or given numbers; empty if it moves or is uniform
 
     def check(self, initial: str, settings: Any) -> None:
         """Refuse what small files alone can tell, before SFT or sampling. initial: the policy, or its base.
@@ -63,12 +63,12 @@ class Reference(Protocol):
         """Called after every optimizer step."""
 
 
-class Tabled(ABC):
+class Precomputed(ABC):
     """A reference that never moves."""
 
-    anchor: str | None = None
+    kl_target: str | None = None
     is_initial = False
-    origin: str
+    fingerprint: str
     table: dict[str, Tensor]  # split -> (N, 2) float32 nats, of chosen and rejected
     lengths: dict[str, Tensor]  # split -> (N, 2) int64, the tokens that were scored; {} where nobody knows
     tokens: dict[str, list[Tensor]]  # split -> 2N x (tokens,), chosen first, where settings.per_token asks for it
@@ -88,7 +88,7 @@ class Tabled(ABC):
         return None
 
 
-class Frozen(Tabled):
+class Frozen(Precomputed):
     """Another model that never moves, and reads the policy's token ids. Scored once, cached by content."""
 
     same_tokens = True  # it reads the policy's token ids
@@ -97,7 +97,7 @@ class Frozen(Tabled):
 
     def __init__(self, path: str | None) -> None:
         if path is not None:
-            models.whereabouts(path)  # a folder that is missing is found out before the first run
+            models.resolve_path(path)  # a folder that is missing is found out before the first run
         self.path = path
 
     def check(self, initial: str, settings: Any) -> None:
@@ -125,21 +125,21 @@ class Frozen(Tabled):
         if self.path is not None:
             device, layout = distributed.device_of(policy), distributed.layout(settings)
             model, _ = models.load(self.path, device, trusted, layout=layout)
-        self.origin = weights = models.fingerprint(model)
+        self.fingerprint = weights = models.fingerprint(model)
         if self.same_tokens and self.sees_prompt:
-            self.anchor = self.path
+            self.kl_target = self.path
             self.is_initial = model is policy or weights == models.fingerprint(policy)  # which reads all weights
         asked, began = list(chain.from_iterable(sequences.values())), time.monotonic()
-        origins = [
-            f"{pair.origin or f'{split} row {row}, counted from 0'} ({side})"
+        sources = [
+            f"{pair.source or f'{split} row {row}, counted from 0'} ({side})"
             for split, items in pairs.items()
             for side in ("chosen", "rejected")
             for row, pair in enumerate(items)
         ]
         about = partial(self.about, pairs, of_pairs if self.same_tokens else tokenizer, settings)
-        scores = score(model, asked, weights, settings, "reference log-probs", origins, per_token, about)
-        origin = "from the cache" if scores.cached else f"computed in {time.monotonic() - began:.1f} s"
-        off, self.folder = off_by(model, asked, scores, settings), scores.folder
+        scores = score(model, asked, weights, settings, "reference log-probs", sources, per_token, about)
+        where = "from the cache" if scores.cached else f"computed in {time.monotonic() - began:.1f} s"
+        off, self.folder = check_against_live(model, asked, scores, settings), scores.folder
         self.table, self.lengths, self.tokens, first = {}, {}, {}, 0
         for split, items in pairs.items():
             rows = slice(first, first := first + 2 * len(items))
@@ -148,7 +148,7 @@ class Frozen(Tabled):
             self.tokens[split] = (scores.token_logps or [])[rows]
         counts = " and ".join(f"{len(items)} {split}" for split, items in pairs.items())
         return (
-            f"{self.name()}, weights {weights[:12]}, log-probs of {counts} pairs {origin}; {LIVE} scored again differ "
+            f"{self.name()}, weights {weights[:12]}, log-probs of {counts} pairs {where}; {LIVE} scored again differ "
             f"by {off:.0e} nats at most"
         )
 
@@ -215,11 +215,11 @@ class OtherTokenizer(Frozen):
         except ValueError:  # of faulty pairs it advises what helps the policy's tokens alone
             sides = [[(text.chosen, text.chosen_ended), (text.rejected, text.rejected_ended)] for text in texts]
             _, faults, _ = encoded([text.prompt for text in texts], sides, tokenizer, keep=False)
-            named = [(texts[row].origin or f"row {row}, counted from 0", faults[row]) for row in sorted(faults)]
+            named = [(texts[row].source or f"row {row}, counted from 0", faults[row]) for row in sorted(faults)]
             report(named, len(texts), len(named), "error", "tokens", what, UNREAD)
             raise
         if unread := [
-            pair.origin or f"row {row}, counted from 0"
+            pair.source or f"row {row}, counted from 0"
             for row, (pair, read) in enumerate(zip(pairs, own, strict=True))
             if pair.unwritten and not (read.text and read.text.token_ids)
         ]:
@@ -231,7 +231,7 @@ class OtherTokenizer(Frozen):
         return super().sequences(own, split, tokenizer, settings)
 
 
-class Prior(Frozen):
+class Unconditional(Frozen):
     """The likelihood reward (2407.13709, Eq. 14-16): log-probs of responses without their prompt.
 
     path: the model, None: the initial policy, as in the paper. prompt: what comes before every response instead; "":
@@ -258,7 +258,7 @@ class Prior(Frozen):
         return [(start, pair.chosen_ids) for pair in pairs] + [(start, pair.rejected_ids) for pair in pairs]
 
 
-class Given(Tabled):
+class PrecomputedFiles(Precomputed):
     """Log-probs from files, for a reference that no machine here can hold: `chosen_logprob` and `rejected_logprob`
     beside each pair, the columns of yale-nlp/RefDPO, whose files do as they are. `dpo.score` writes such files.
 
@@ -274,7 +274,7 @@ class Given(Tabled):
 
     def check(self, initial: str, settings: Any) -> None:
         if getattr(settings, "per_token", False):
-            raise ValueError("per_token=true needs a reference that is a model, not reference=given")
+            raise ValueError("per_token=true needs a reference that is a model, not reference=precomputed")
 
     def prepare(self, initial: str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any) -> str:
         self.check(initial, settings)
@@ -284,9 +284,9 @@ class Given(Tabled):
         for file in files:
             for where, (told, logps) in parse(file, _scored):
                 for content, logp in zip(_contents(told), logps, strict=True):
-                    if abs(known.setdefault(content, logp) - logp) > rounding(torch.tensor(logp), "bf16"):
+                    if abs(known.setdefault(content, logp) - logp) > tie_tolerance(torch.tensor(logp), "bf16"):
                         raise ValueError(f"{file}, {where}: log-prob {logp}, but {known[content]} for the same text")
-        self.table, self.lengths, self.origin = {}, {}, digest(known)
+        self.table, self.lengths, self.fingerprint = {}, {}, digest(known)
         for split, items in pairs.items():
             asked = []
             for pair in items:
@@ -308,10 +308,10 @@ class Given(Tabled):
         return f"given: {len(known)} log-probs from {self.path}"
 
 
-class Uniform:
+class ReferenceFree:
     """Every response equally likely: reference-free DPO, the posterior reward of 2407.13709, Eq. 9-10."""
 
-    anchor, origin = None, ""
+    kl_target, fingerprint = None, ""
     is_initial = False
 
     def check(self, initial: str, settings: Any) -> None:
@@ -327,13 +327,13 @@ class Uniform:
         pass
 
 
-class Moving(nn.Module):
+class EMA(nn.Module):
     """A reference that follows the policy: every `every` optimizer steps, alpha * policy + (1 - alpha) * itself.
 
     alpha: in (0, 1]; 1 copies the policy. Being a module, it is checkpointed with the policy.
     """
 
-    anchor, origin = None, ""
+    kl_target, fingerprint = None, ""
     is_initial = True
 
     def __init__(self, alpha: float, every: int) -> None:

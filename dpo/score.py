@@ -3,7 +3,7 @@
     python -m dpo.score reference=other reference.path=/models/large data=file data.path=pairs.jsonl policy.path=/sft
 
 takes the settings of `dpo.train`, fills the cache that training with these pairs reads, and writes the scores beside
-the pairs, for other machines and programs: `reference=given reference.path=runs/scores/...` reads them again.
+the pairs, for other machines and programs: `reference=precomputed reference.path=runs/scores/...` reads them again.
 """
 
 if __name__ == "__main__":
@@ -25,9 +25,9 @@ from dpo.data.batches import TOO_LONG, Pair, tokenize, told_apart
 from dpo.data.records import Dataset, Preference, row, write_rows
 from dpo.judges import Judge
 from dpo.policy import model as models
-from dpo.references import Tabled
+from dpo.references import Precomputed
 from dpo.sweep.inputs import load
-from dpo.sweep.signature import call
+from dpo.sweep.signature import instantiate
 from dpo.training import distributed
 
 SPLITS = ("train", "validation")
@@ -45,15 +45,15 @@ def run(config: DictConfig, directory: Path) -> None:
     scored, and `cut` says of what: prompt, chosen, rejected.
     """
     began = time.monotonic()
-    reference = call(config.reference)
-    if not isinstance(reference, Tabled):
+    reference = instantiate(config.reference)
+    if not isinstance(reference, Precomputed):
         say(f"reference={config.choices.reference} has no scores to make: it moves with the policy, or is no model")
         if distributed.is_main():
             evaluate.finish(directory, {"seconds": time.monotonic() - began})
         return
     dataset = load(config)
     reference.check(config.policy.path or config.policy.base, config)
-    start, policy, pairs = prepare(config, dataset, call(config.judge), *encode(config, dataset))
+    start, policy, pairs = prepare(config, dataset, instantiate(config.judge), *encode(config, dataset))
     say(f"reference: {reference.prepare(start, policy, pairs, config)}")
     distributed.leave()
     if not distributed.is_main():

@@ -30,7 +30,7 @@ from dpo.data.records import Demonstration, write_rows
 from dpo.policy import model as models
 from dpo.policy.logps import packable, sequence_logps
 from dpo.sweep.inputs import load
-from dpo.sweep.signature import call
+from dpo.sweep.signature import instantiate
 from dpo.training import distributed
 from dpo.training.log import Log
 from dpo.training.loop import fit
@@ -46,7 +46,7 @@ def run(config: DictConfig, directory: Path) -> None:
     began = time.monotonic()
     dataset = load(config)
     instructions = read_instructions(config.evaluation.instructions)
-    judge = call(config.judge)
+    judge = instantiate(config.judge)
     base, trusted = config.policy.path or config.policy.base, config.policy.trust_remote_code
     models.check_length(base, "max_length", config.max_length, trusted)
     tokenizer = models.load_tokenizer(base, trusted, config.policy.chat_template, config.policy.date)
@@ -57,8 +57,8 @@ def run(config: DictConfig, directory: Path) -> None:
     device = distributed.join(config.device)
     model, _ = models.load(base, device, trusted, layout=distributed.layout(config))
     packed = packs(model, items, config)
-    if config.recompute:
-        models.recompute(model)
+    if config.activation_checkpointing:
+        models.checkpoint_activations(model)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     with Log(directory, config.wandb, run_id=f"{config.name}-{config.id}", group=config.name, config=settings) as log:
 
@@ -93,7 +93,7 @@ def cached_policy(
         "demonstrations": digest(items),
         "chat_template": tokenizer.chat_template,
         "sft": dict(config.sft),
-        "optimizer": [config.optimizer, list(config.betas), config.weight_decay, config.max_grad_norm],
+        "optimizer": [config.optimizer, list(config.adam_betas), config.weight_decay, config.max_grad_norm],
         "max_length": config.max_length,
         "precision": config.precision,
         "seed": config.seed,
@@ -105,8 +105,8 @@ def cached_policy(
         if not distributed.any_true(distributed.is_main() and (folder / "policy").is_dir()):
             with Log(folder) as log:
                 packed = packs(model, items, config)
-                if config.recompute:
-                    models.recompute(model)
+                if config.activation_checkpointing:
+                    models.checkpoint_activations(model)
                 train(model, tokenizer, items, packed, config, folder / "checkpoint", log)
             models.save(model, tokenizer, folder / "policy")
         if distributed.is_main():
@@ -153,7 +153,7 @@ def train(
     inputs = {"base": models.fingerprint(model), "demonstrations": digest(items)}
     if settings is not None:
         inputs["settings"] = settings
-    optim = optimizer(model, config.optimizer, recipe.lr, config.betas, config.weight_decay)
+    optim = optimizer(model, config.optimizer, recipe.lr, config.adam_betas, config.weight_decay)
     fit(
         model,
         batches,

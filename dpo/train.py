@@ -22,17 +22,17 @@ from transformers import PreTrainedModel
 
 from dpo import evaluate
 from dpo.cache import digest
-from dpo.data.batches import Batch, Batches, Pair, branched, collate_pairs, size
+from dpo.data.batches import Batch, Batches, Pair, collate_pairs, collate_responses, size
 from dpo.data.instructions import read_instructions, write_outputs
 from dpo.data.records import write_rows
 from dpo.losses import PairLogps, dpo, metrics
 from dpo.policy import model as models
-from dpo.policy.best import Selection
+from dpo.policy.best import BestCheckpoint
 from dpo.policy.logps import differing, forward_tokens, packable, sequence_logps
 from dpo.references import Frozen, Reference
 from dpo.score import encode, prepare, say
 from dpo.sweep.inputs import load
-from dpo.sweep.signature import call
+from dpo.sweep.signature import instantiate
 from dpo.training import distributed
 from dpo.training.log import Log
 from dpo.training.loop import autocast, fit
@@ -48,8 +48,8 @@ def run(config: DictConfig, directory: Path) -> None:
     began = time.monotonic()
     dataset = load(config)  # bad records stop here, before any model is loaded
     instructions = read_instructions(config.evaluation.instructions)
-    judge, loss = call(config.judge), call(config.loss)
-    reference: Reference = call(config.reference)
+    judge, loss = instantiate(config.judge), instantiate(config.loss)
+    reference: Reference = instantiate(config.reference)
     reference.check(config.policy.path or config.policy.base, config)
     tokenizer, pairs = encode(config, dataset)
     test = evaluate.test_prompts(dataset, config, tokenizer)
@@ -58,13 +58,13 @@ def run(config: DictConfig, directory: Path) -> None:
     weights, device, layout = models.fingerprint(policy), distributed.device_of(policy), distributed.layout(config)
     baseline = evaluate.baseline(policy, tokenizer, test, config, weights) if judge else None
     say(f"reference: {reference.prepare(start, policy, pairs, config)}")
-    packed = config.packed and packable(policy, [pair.branches for pair in pairs["train"]])
+    packed = config.packed and packable(policy, [pair.prompt_responses for pair in pairs["train"]])
 
     def batches(split: str, batch_size: int, tokens: int, seed: int) -> Batches[Pair, Batch]:
         return Batches(
             pairs[split],
             partial(collate_pairs, pad_id=models.pad_id(tokenizer), packed=packed),
-            size=lambda pair: size(pair.branches),
+            size=lambda pair: size(pair.prompt_responses),
             batch_size=batch_size,
             micro_batch_tokens=tokens,
             seed=seed,
@@ -81,9 +81,9 @@ def run(config: DictConfig, directory: Path) -> None:
         result = loss(pair, beta=config.beta)
         return result.losses, metrics(pair, result)
 
-    if config.recompute:
-        models.recompute(policy)
-    optim = optimizer(policy, config.optimizer, config.lr, config.betas, config.weight_decay)
+    if config.activation_checkpointing:
+        models.checkpoint_activations(policy)
+    optim = optimizer(policy, config.optimizer, config.lr, config.adam_betas, config.weight_decay)
     say(self_check(policy, reference, train.at(0)[0][0].to(device), pairs["train"], config))
     optim.register_step_post_hook(lambda *_: reference.after_step(policy))
     steps = config.epochs * len(train) if config.steps is None else config.steps
@@ -94,20 +94,20 @@ def run(config: DictConfig, directory: Path) -> None:
 
     def measure(model: PreTrainedModel, prompts: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """Against the policy before training, on the first test prompts; loads what KL is measured to."""
-        paths = {"kl": start} | ({"kl_reference": reference.anchor} if reference.anchor else {})
+        paths = {"kl": start} | ({"kl_reference": reference.kl_target} if reference.kl_target else {})
         trusted = config.policy.trust_remote_code
-        anchors = {name: models.load(path, device, trusted, layout=layout)[0] for name, path in paths.items()}
+        kl_targets = {name: models.load(path, device, trusted, layout=layout)[0] for name, path in paths.items()}
         before = None if baseline is None else baseline[:prompts]
-        return evaluate.measure(model, anchors, tokenizer, test[:prompts], before, judge, config)
+        return evaluate.measure(model, kl_targets, tokenizer, test[:prompts], before, judge, config)
 
-    selection = Selection(directory)
+    selection = BestCheckpoint(directory)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     with Log(directory, config.wandb, run_id=f"{config.name}-{config.id}", group=config.name, config=settings) as log:
 
         def look(done: int) -> None:
             log.write(done, "validation", on_pairs := validate())
-            if done and config.select == "validation_loss":
-                selection.offer(done, on_pairs, policy, tokenizer)
+            if done and config.keep == "best":
+                selection.update(done, on_pairs, policy, tokenizer)
             log.sample(done, evaluate.show(policy, tokenizer, test, judge, config))
             if config.evaluate_prompts and 0 < done < steps:
                 log.write(done, "test", measure(policy, config.evaluate_prompts)[1])
@@ -128,11 +128,16 @@ def run(config: DictConfig, directory: Path) -> None:
             evaluate=look,
             evaluate_every=config.evaluate_every,
             extra=reference if isinstance(reference, nn.Module) else None,
-            inputs={"settings": config.id, "policy": weights, "reference": reference.origin, "pairs": _tokens(pairs)},
+            inputs={
+                "settings": config.id,
+                "policy": weights,
+                "reference": reference.fingerprint,
+                "pairs": _tokens(pairs),
+            },
         )
-        if config.select == "last" or steps == 0:
-            selection.offer(steps, validate(), policy, tokenizer)
-        selection.settle(directory / "policy")
+        if config.keep == "last" or steps == 0:
+            selection.update(steps, validate(), policy, tokenizer)
+        selection.finalize(directory / "policy")
         say(f"policy of step {selection.step} of {steps}, validation loss {selection.metrics['loss']:.4f}")
         trained, _ = models.load(str(directory / "policy"), device, config.policy.trust_remote_code, layout=layout)
         answers = evaluate.answer(trained, tokenizer, instructions, config) if instructions else []
@@ -150,7 +155,7 @@ def run(config: DictConfig, directory: Path) -> None:
 
 def _tokens(pairs: dict[str, list[Pair]]) -> str:
     """Digest of all pairs as they are trained on."""
-    return digest({split: [pair.branches for pair in items] for split, items in pairs.items()})
+    return digest({split: [pair.prompt_responses for pair in items] for split, items in pairs.items()})
 
 
 def pair_logps(policy: PreTrainedModel, reference: Reference, batch: Batch, split: str) -> PairLogps:
@@ -177,7 +182,9 @@ def self_check(
     theirs = torch.cat([pair.reference_chosen_logps, pair.reference_rejected_logps])
     wrong = differing(ours, theirs, config.precision)
     if distributed.any_true(bool(wrong)):  # all ranks go through the forward of a sharded model
-        alike = branched([pairs[row].branches for row in batch.index.tolist()], packed=False).to(batch.index.device)
+        alike = collate_responses([pairs[row].prompt_responses for row in batch.index.tolist()], packed=False).to(
+            batch.index.device
+        )
         with autocast(config.precision, batch.index.device):
             forward, _ = sequence_logps(policy, alike)
         blamed = "the forward agrees with the policy; the reference is another model than it says"

@@ -1,11 +1,11 @@
-"""Attention on trees against attention that sees the whole mask, and what is refused."""
+"""Shared-prefix attention against attention that sees the whole mask, and what is refused."""
 
 import pytest
 import torch
 from torch import nn
 
 from dpo.policy import attention
-from dpo.policy.attention import Forest, Unsupported, attend
+from dpo.policy.attention import SharedPrefixMask, Unsupported, attend
 
 TREES = ((3, (2, 4)), (5, ()), (1, (0, 3, 2)), (2, (6,)))
 LENGTH = sum(prompt + sum(responses) for prompt, responses in TREES)
@@ -44,8 +44,8 @@ def expected(q, k, v, window, cap, scale):
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 100])
 def test_values_and_gradients(groups, cap, window):
     found, wanted = tensors(groups), tensors(groups)
-    forest = Forest(TREES, torch.device("cpu"))
-    out, _ = attend(nn.Module(), *found, None, forest=forest, scaling=0.3, sliding_window=window, softcap=cap)
+    prefix_mask = SharedPrefixMask(TREES, torch.device("cpu"))
+    out, _ = attend(nn.Module(), *found, None, prefix_mask=prefix_mask, scaling=0.3, sliding_window=window, softcap=cap)
     right = expected(*wanted, window, cap, 0.3)
     assert torch.allclose(out, right, atol=1e-12)
     weights = torch.randn(right.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -54,13 +54,13 @@ def test_values_and_gradients(groups, cap, window):
     for mine, other in zip(found, wanted, strict=True):
         assert torch.allclose(mine.grad, other.grad, atol=1e-11)
     plain = [one.detach() for one in found]  # what CUDA runs has no gradient on a CPU
-    flex = attention._by_flex(*plain, forest.block_mask(forest.window(window)), 0.3, cap).transpose(1, 2)
+    flex = attention._by_flex(*plain, prefix_mask.block_mask(prefix_mask.window(window)), 0.3, cap).transpose(1, 2)
     assert torch.allclose(flex, right, atol=1e-12)
 
 
 def test_the_scale_is_that_of_the_head_size():
     found = tensors(4)
-    out, _ = attend(nn.Module(), *found, None, forest=Forest(TREES, torch.device("cpu")))
+    out, _ = attend(nn.Module(), *found, None, prefix_mask=SharedPrefixMask(TREES, torch.device("cpu")))
     assert torch.allclose(out, expected(*found, None, None, 8**-0.5), atol=1e-12)
 
 
@@ -68,8 +68,8 @@ def test_the_scale_is_that_of_the_head_size():
     "options,reason",
     [
         ({}, "do not pass on"),
-        ({"forest": Forest(TREES, torch.device("cpu")), "dropout": 0.1}, "dropout"),
-        ({"forest": Forest(TREES, torch.device("cpu")), "s_aux": torch.zeros(4)}, "sinks"),
+        ({"forest": SharedPrefixMask(TREES, torch.device("cpu")), "dropout": 0.1}, "dropout"),
+        ({"forest": SharedPrefixMask(TREES, torch.device("cpu")), "s_aux": torch.zeros(4)}, "sinks"),
     ],
 )
 def test_what_it_cannot_do_is_refused(options, reason):

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from dpo.data.batches import (
     Batches,
     Pair,
-    branched,
+    balance_by_tokens,
     collate,
     collate_pairs,
-    dealt,
+    collate_responses,
     encode_prompts,
     size,
     tokenize_demonstrations,
@@ -30,14 +30,14 @@ branches = st.tuples(ids, st.lists(st.lists(st.integers(0, 9), max_size=6), min_
 def test_padded_rows():
     batch = collate(SEQUENCES, INDEX, REAL, pad_id=9, packed=False)  # padded with EOS
     assert batch.index.tolist() == [7, 3]
-    assert batch.real.tolist() == [True, False]
+    assert batch.valid.tolist() == [True, False]
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 9], [5, 9, 9, 9, 9]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 1, 0, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
-    assert batch.scored.tolist() == [2, 3, 5]
+    assert batch.target_positions.tolist() == [2, 3, 5]
     assert batch.labels.tolist() == [4, 9, 9]
-    assert batch.owners.tolist() == [0, 0, 1]
-    assert (batch.sequences, batch.trees) == (2, ())
+    assert batch.sequence_ids.tolist() == [0, 0, 1]
+    assert (batch.sequences, batch.shared_prefixes) == (2, ())
 
 
 def test_packed_row():
@@ -45,10 +45,10 @@ def test_packed_row():
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5]]  # nothing is predicted from the last token of a response
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0]]
     assert batch.attention_mask is None
-    assert batch.scored.tolist() == [2, 3, 4]
+    assert batch.target_positions.tolist() == [2, 3, 4]
     assert batch.labels.tolist() == [4, 9, 9]
-    assert batch.owners.tolist() == [0, 0, 1]
-    assert (batch.sequences, batch.trees) == (2, ((3, (1,)), (1, (0,))))
+    assert batch.sequence_ids.tolist() == [0, 0, 1]
+    assert (batch.sequences, batch.shared_prefixes) == (2, ((3, (1,)), (1, (0,))))
 
 
 def test_chosen_come_before_rejected():
@@ -56,34 +56,34 @@ def test_chosen_come_before_rejected():
     batch = collate_pairs(pairs, INDEX, REAL, pad_id=0, packed=False)
     assert batch.input_ids.tolist() == [[1, 2, 9, 0, 0], [4, 5, 6, 9, 0], [1, 3, 9, 0, 0], [4, 5, 7, 7, 9]]
     assert batch.labels.tolist() == [2, 9, 6, 9, 3, 9, 7, 7, 9]
-    assert batch.owners.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 3]
+    assert batch.sequence_ids.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 3]
     assert batch.index.tolist() == [7, 3]
     packed = collate_pairs(pairs, INDEX, REAL, pad_id=0, packed=True)
     assert packed.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 7]]  # a prompt once, then what branches off it
     assert packed.position_ids.tolist() == [[0, 1, 1, 0, 1, 2, 2, 3]]
-    assert packed.scored.tolist() == [0, 1, 4, 5, 0, 2, 4, 6, 7]
-    assert packed.trees == ((1, (1, 1)), (2, (1, 2)))
+    assert packed.target_positions.tolist() == [0, 1, 4, 5, 0, 2, 4, 6, 7]
+    assert packed.shared_prefixes == ((1, (1, 1)), (2, (1, 2)))
     assert torch.equal(packed.labels, batch.labels)
-    assert torch.equal(packed.owners, batch.owners)
+    assert torch.equal(packed.sequence_ids, batch.sequence_ids)
     assert packed.sequences == batch.sequences == 4
 
 
 @given(st.lists(branches, min_size=1, max_size=4), st.booleans())
 def test_both_layouts_hold_the_same_sequences(items, packed):
     """Walk back from each scored place to the tokens that it follows."""
-    batch = branched(items, packed=packed)
+    batch = collate_responses(items, packed=packed)
     most = max(len(responses) for _, responses in items)
     expected = [(prompt, responses[nth]) for nth in range(most) for prompt, responses in items if nth < len(responses)]
     assert batch.sequences == len(expected)
     flat, positions = batch.input_ids.flatten().tolist(), batch.position_ids.flatten().tolist()
     for sequence, (prompt, response) in enumerate(expected):
-        mine = batch.owners == sequence
+        mine = batch.sequence_ids == sequence
         assert batch.labels[mine].tolist() == response
-        for nth, place in enumerate(batch.scored[mine].tolist()):
+        for nth, place in enumerate(batch.target_positions[mine].tolist()):
             assert flat[place] == [*prompt, *response][len(prompt) + nth - 1]
             assert positions[place] == len(prompt) + nth - 1
     if packed:
-        assert sum(prompt + sum(responses) for prompt, responses in batch.trees) == len(flat)
+        assert sum(prompt + sum(responses) for prompt, responses in batch.shared_prefixes) == len(flat)
         assert len(flat) <= sum(size(item) for item in items)
 
 
@@ -97,7 +97,7 @@ def test_everything_moves():
 
 @given(st.lists(st.integers(1, 30), max_size=30), st.integers(1, 60), st.integers(1, 4))
 def test_every_item_is_dealt_once_and_shares_fit(sizes, limit, multiple):
-    shares = dealt(sizes, limit, multiple)
+    shares = balance_by_tokens(sizes, limit, multiple)
     assert sorted(place for share in shares for place in share) == list(range(len(sizes)))
     assert len(shares) % multiple == 0
     for share in shares:
@@ -106,10 +106,10 @@ def test_every_item_is_dealt_once_and_shares_fit(sizes, limit, multiple):
 
 
 def test_shares_are_few_and_even():
-    assert dealt([3, 5, 4, 3, 3], 9, 1) == [[1], [2, 4], [0, 3]]
-    assert dealt([3, 5, 4, 3, 3], 10, 1) == [[1, 3], [2, 0, 4]]
-    assert dealt([1] * 6, 6, 4) == [[0, 4], [1, 5], [2], [3]]
-    assert dealt([20, 1], 6, 1) == [[0], [1]]
+    assert balance_by_tokens([3, 5, 4, 3, 3], 9, 1) == [[1], [2, 4], [0, 3]]
+    assert balance_by_tokens([3, 5, 4, 3, 3], 10, 1) == [[1, 3], [2, 0, 4]]
+    assert balance_by_tokens([1] * 6, 6, 4) == [[0, 4], [1, 5], [2], [3]]
+    assert balance_by_tokens([20, 1], 6, 1) == [[0], [1]]
 
 
 def rows(items, index, real):

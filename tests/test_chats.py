@@ -190,14 +190,14 @@ def test_however_a_template_asks_for_today():
 
 def test_what_a_template_drops_is_a_fault(capsys):
     tokenizer = chatting("qwen2", THINKS)
-    reasoned = Preference(ASKED, answer("why</think>I am well"), answer("I"), origin="a, line 3")
+    reasoned = Preference(ASKED, answer("why</think>I am well"), answer("I"), source="a, line 3")
     lost_turn = Preference([*ASKED, *answer("a</think>b"), *ASKED], answer("I am well"), answer("I"))
     sound = Preference(ASKED, answer(" I am well\n"), answer("I"))
     for faulty, reason in ((reasoned, "part of the response"), (lost_turn, "part of message 2, of the assistant")):
         some = [sound, faulty]
         with pytest.raises(ValueError, match="tokens: 1 of 2 pairs are faulty") as error:
             tokenize(some, tokenizer, 200, "error")
-        assert f"{faulty.origin or 'row 1, counted from 0'}: the chat template drops or rewrites {reason}" in str(
+        assert f"{faulty.source or 'row 1, counted from 0'}: the chat template drops or rewrites {reason}" in str(
             error.value
         )
         assert [pair.text for pair in tokenize(some, tokenizer, 200, "error", on_faulty="drop")] == [sound]
@@ -231,7 +231,7 @@ def test_a_message_that_is_dropped_is_not_found_in_another():
 def test_what_a_template_raises_names_the_record(capsys):
     tokenizer = chatting(*FORMATS["gemma"][:3])
     told = [{"role": "system", "content": "Be brief."}, *ASKED]
-    some = [Preference(ASKED, answer("a"), answer("b")), Preference(told, answer("a"), answer("b"), origin="x, line 2")]
+    some = [Preference(ASKED, answer("a"), answer("b")), Preference(told, answer("a"), answer("b"), source="x, line 2")]
     with pytest.raises(ValueError, match="x, line 2: the chat template does not render it: System role not supported"):
         tokenize(some, tokenizer, 200, "error")
     for rule in ("drop", "keep"):

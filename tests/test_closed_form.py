@@ -12,9 +12,9 @@ from dpo.losses import PairLogps, dpo, ipo
 
 def world(seed: int, responses: int = 7) -> tuple[Tensor, Tensor]:
     """Reference probabilities and rewards, arbitrary."""
-    chance = torch.Generator().manual_seed(seed)
-    reference = torch.rand(responses, generator=chance, dtype=torch.float64) + 0.05
-    return reference / reference.sum(), 2 * torch.randn(responses, generator=chance, dtype=torch.float64)
+    rng = torch.Generator().manual_seed(seed)
+    reference = torch.rand(responses, generator=rng, dtype=torch.float64) + 0.05
+    return reference / reference.sum(), 2 * torch.randn(responses, generator=rng, dtype=torch.float64)
 
 
 def minimize(loss, reference_logps: Tensor, rewards: Tensor) -> tuple[Tensor, float]:

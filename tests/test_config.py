@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo.sweep.plan import resolve
-from dpo.sweep.schema import HOMES, OPEN_GROUPS, Sft, Train, check, faults, flatten, identity
+from dpo.sweep.schema import ALIASES, OPEN_GROUPS, Sft, Train, check, faults, flatten, identity
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -72,8 +72,8 @@ def test_both_pages_have_one_sft_recipe():
         (["warmup_steps=1.5"], "warmup_steps must be a whole number of steps, or a share of them below 1, got 1.5"),
         (["sft.warmup_steps=2.5"], "sft.warmup_steps must be a whole number"),
         (["select=best"], "select must be one of last, validation_loss, got best"),
-        (["betas=[0.9,1.0]"], "betas must be two numbers"),
-        (["betas=[0.9]"], "betas must be two numbers"),
+        (["adam_betas=[0.9,1.0]"], "betas must be two numbers"),
+        (["adam_betas=[0.9]"], "betas must be two numbers"),
         (["optimizer=sgd"], "optimizer must be one of adamw, rmsprop, got sgd"),
         (["schedule=step"], "schedule must be one of"),
         (["sft.schedule=step"], "sft.schedule must be one of"),
@@ -92,7 +92,7 @@ def test_both_pages_have_one_sft_recipe():
         (["~loss.label_smoothing"], "loss.label_smoothing must be given"),
         (["loss.label_smoothing=much"], "loss.label_smoothing must be float, got 'much'"),
         (["loss._target_=dpo.losses.dop"], "loss._target_ must name a function, got dpo.losses.dop"),
-        (["reference=moving", "reference.every=1.5"], "reference.every must be int, got 1.5"),
+        (["reference=ema", "reference.every=1.5"], "reference.every must be int, got 1.5"),
         (["reference=other"], "reference.path must be given"),
         (["data.train=true"], "data.train must be int, got True"),
         (["data.summaries=foo"], "data.summaries must be one of human, clean, alien, alien_clean, got 'foo'"),
@@ -155,7 +155,7 @@ def test_no_number_is_beyond_arithmetic():
     """Neither NaN nor infinite, denormal or huge, whichever key it is; infinity may say that nothing is clipped."""
     base = config()
     for key, value in flatten(base).items():
-        if isinstance(value, bool) or not isinstance(value, float | int) or HOMES.get(key) in base:
+        if isinstance(value, bool) or not isinstance(value, float | int) or ALIASES.get(key) in base:
             continue
         for odd in (math.nan, math.inf, 1e-320, 1e30) if isinstance(value, float) else (10**13,):
             changed: dict[str, Any] = copy.deepcopy(base)
@@ -181,7 +181,7 @@ def test_no_number_is_beyond_arithmetic():
         ("loss.beta=[1]", "beta must be float, got [1]"),
         ("command=foo", "command must be one of score, sft, train, got foo"),
         ("command=score", "per_token must be given"),
-        ("betas=[0.9,nan]", "betas must be a number of size"),
+        ("adam_betas=[0.9,nan]", "betas must be a number of size"),
         ("loss.label_smoothing=nan", "loss.label_smoothing must be a number of size"),
         ("data.train=1e13", "data.train must be a number of size"),
         ("name=''", "name must be a path without control characters, and not empty"),
@@ -214,13 +214,13 @@ def test_one_value_is_one_identity(written):
 def test_the_home_of_a_default_is_no_second_setting():
     assert identity(config("loss.beta=0.3")) == identity(config("beta=0.3")) != identity(config("beta=0.4"))
     assert config("beta=0.3")["loss"]["beta"] == 0.3
-    assert set(HOMES) <= set(flatten(config()))
+    assert set(ALIASES) <= set(flatten(config()))
 
 
 def test_what_is_evaluated_decides_where_it_is_selected():
-    best = ["select=validation_loss"]
+    best = ["keep=best"]
     assert identity(config(*best, "evaluate_every=7")) != identity(config(*best))
-    assert identity(config(*best, "evaluation.samples=2")) == identity(config(*best))
+    assert identity(config(*best, "evaluation.log_samples=2")) == identity(config(*best))
 
 
 def test_identity_allows_infinity():

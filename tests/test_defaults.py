@@ -131,19 +131,22 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
     "policy/qwen2_1_5b": {**LARGE, "base": "Qwen/Qwen2-1.5B"},
     "policy/tiny": SHARED["policy"],
     "policy/tulu_2_7b": {**LARGE, "path": "allenai/tulu-2-7b"},
-    "reference/given": {"_target_": "dpo.references.Given", "path": "???"},
+    "reference/precomputed": {"_target_": "dpo.references.PrecomputedFiles", "path": "???"},
     "reference/initial": {"_target_": "dpo.references.Initial"},
-    "reference/llama3_70b_instruct": {"_target_": "dpo.references.Given", "path": "runs/llama3_70b_instruct"},
+    "reference/llama3_70b_instruct": {
+        "_target_": "dpo.references.PrecomputedFiles",
+        "path": "runs/llama3_70b_instruct",
+    },
     "reference/mistral_7b_instruct": {
         "_target_": "dpo.references.OtherTokenizer",
         "path": "mistralai/Mistral-7B-Instruct-v0.2",
         "max_length": None,
     },
-    "reference/moving": {"_target_": "dpo.references.Moving", "alpha": 0.6, "every": 10},
+    "reference/ema": {"_target_": "dpo.references.EMA", "alpha": 0.6, "every": 10},
     "reference/other": {"_target_": "dpo.references.Frozen", "path": "???"},
     "reference/other_tokenizer": {"_target_": "dpo.references.OtherTokenizer", "path": "???", "max_length": None},
-    "reference/prior": {"_target_": "dpo.references.Prior", "path": None, "prompt": ""},
-    "reference/uniform": {"_target_": "dpo.references.Uniform"},
+    "reference/unconditional": {"_target_": "dpo.references.Unconditional", "path": None, "prompt": ""},
+    "reference/reference_free": {"_target_": "dpo.references.ReferenceFree"},
     "reference/world_alien": {
         "_target_": "dpo.references.Frozen",
         "path": f"{FOLDER}=alien_clean,seed=${{seed}}/policy",
@@ -200,7 +203,14 @@ def test_options():
 
 def test_a_default_follows_its_home():
     """Keys whose default is another key, where that is not its own default."""
-    given = ["seed=3", "loss=simpo", "policy=pretrained", "policy.path=x", "policy.lr=3e-3", "policy.sequences=5"]
+    given = [
+        "seed=3",
+        "loss=simpo",
+        "policy=pretrained",
+        "policy.path=x",
+        "policy.lr=3e-3",
+        "policy.generation_batch_size=5",
+    ]
     given += ["policy.max_length=90", "policy.max_new_tokens=30", "policy.micro_batch_tokens=70"]
     found = config(*given, "reference=world_clean")
     assert found["data"]["seed"] == 3

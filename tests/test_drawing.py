@@ -53,7 +53,7 @@ def sweep(**columns):
 
 REFERENCES = sweep(
     beta=[0.01, 0.1, 1.0, 0.1, 1.0],
-    reference=["uniform", "uniform", "uniform", "initial", "initial"],
+    reference=["reference_free", "reference_free", "reference_free", "initial", "initial"],
     alpha=[np.nan, np.nan, np.nan, 0.5, 0.5],
     win_rate=[0.5, 0.7, 0.6, 0.8, 0.55],
     kl=[60.0, 40.0, 20.0, 30.0, 4.0],
@@ -67,7 +67,7 @@ def test_what_lies_on_which_axis(drawn):
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["Quality", "Distance", "Frontier (numbers: beta)"]
     labels = [(axis.get_xlabel(), axis.get_ylabel()) for axis in figure.axes]
     assert labels == [("beta", WIN), ("beta", KL), (KL, WIN)]
-    names = ["reference=uniform, alpha=-", "reference=initial, alpha=0.5"]  # in the order of the runs
+    names = ["reference=reference_free, alpha=-", "reference=initial, alpha=0.5"]  # in the order of the runs
     assert [*bars(quality)] == [*bars(distance)] == names
     uniform, initial = bars(quality).values()
     assert uniform[:2] == ([0.01, 0.1, 1.0], [0.5, 0.7, 0.6])

@@ -141,7 +141,7 @@ def test_means_over_pairs_weigh_every_pair_once():
                 return self
 
         batch = One()
-        batch.index, batch.real, batch.values = index, real, torch.tensor(items)
+        batch.index, batch.valid, batch.values = index, real, torch.tensor(items)
         return batch
 
     faulty = Batches(
@@ -168,7 +168,7 @@ def test_a_filler_is_no_pair():
             pairs, filler = (torch.tensor([0, 1]), [1.0, 3.0], True), (torch.tensor([0]), [math.e], False)
             batches = []
             for index, values, real in (pairs, filler):
-                one = SimpleNamespace(index=index, values=torch.tensor(values), real=torch.full(index.shape, real))
+                one = SimpleNamespace(index=index, values=torch.tensor(values), valid=torch.full(index.shape, real))
                 one.to = lambda _, one=one: one
                 batches.append(one)
             return batches, 2
@@ -198,9 +198,11 @@ def test_kl_is_of_samples_at_temperature_1(tiny_model, asked, temperature):
     evaluation = {"temperature": temperature, "batch_size": 3}
     lengths = {"max_length": 16, "max_new_tokens": 7, "packed": False, "micro_batch_tokens": 100}
     settings = OmegaConf.create({"evaluation": evaluation, "seed": 4, **lengths})
-    prompts, anchor = ["cats and dogs", "Rome " * 20], models.load(tiny_model("llama"))[0]
-    torch.nn.init.normal_(anchor.lm_head.weight)
-    rows, result = evaluate.measure(policy, {"kl": anchor}, tokenizer, prompts, ["a", "a a"], judges.shorter, settings)
+    prompts, kl_target = ["cats and dogs", "Rome " * 20], models.load(tiny_model("llama"))[0]
+    torch.nn.init.normal_(kl_target.lm_head.weight)
+    rows, result = evaluate.measure(
+        policy, {"kl": kl_target}, tokenizer, prompts, ["a", "a a"], judges.shorter, settings
+    )
     assert [one["temperature"] for one in asked] == ([1.0] if temperature == 1 else [0.5, 1.0])
     for call in asked:
         assert (call["model"], call["max_new_tokens"], call["batch_size"]) == (policy, 7, 3)
@@ -214,7 +216,7 @@ def test_kl_is_of_samples_at_temperature_1(tiny_model, asked, temperature):
         ids = torch.tensor([[*prompt, *words, tokenizer.eos_token_id]])
         known = torch.tensor(sorted(tokenizer.get_vocab().values()))  # three rows of the model are no tokens
         with torch.no_grad():
-            one, other = (model(ids).logits[0, len(prompt) - 1 : -1].double() for model in (policy, anchor))
+            one, other = (model(ids).logits[0, len(prompt) - 1 : -1].double() for model in (policy, kl_target))
         one, other = (
             logits.gather(-1, ids[0, len(prompt) :, None]).squeeze() - logits[:, known].logsumexp(-1)
             for logits in (one, other)
@@ -274,30 +276,30 @@ def test_repetition_is_the_share_of_old_four_grams(tokens, share):
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("tokens", [1, 20, 1000])
 def test_kl_of_each_response_whatever_the_batches(tiny_model, packed, tokens):
-    policy, anchor = models.load(tiny_model("llama"))[0], models.load(tiny_model("llama"))[0]
-    torch.nn.init.normal_(anchor.lm_head.weight)
+    policy, kl_target = models.load(tiny_model("llama"))[0], models.load(tiny_model("llama"))[0]
+    torch.nn.init.normal_(kl_target.lm_head.weight)
     samples = [Sample([5, 6, 7][:n], [8, 9, 10, 11][:m], "", True) for n, m in ((1, 1), (3, 4), (2, 2), (3, 1))]
     settings = SimpleNamespace(packed=packed, micro_batch_tokens=tokens)
-    plain, exact = evaluate.kl(policy, anchor, samples, settings)
+    plain, exact = evaluate.kl(policy, kl_target, samples, settings)
     for row, one in enumerate(samples):
         ids, first = torch.tensor([one.prompt_ids + one.response_ids]), len(one.prompt_ids) - 1
         with torch.no_grad():
-            mine, theirs = (model(ids).logits[0, first:-1].double().log_softmax(-1) for model in (policy, anchor))
+            mine, theirs = (model(ids).logits[0, first:-1].double().log_softmax(-1) for model in (policy, kl_target))
         ratios = (mine - theirs).gather(-1, ids[0, first + 1 :, None])
         assert plain[row].item() == pytest.approx(ratios.sum().item(), rel=1e-4)
         assert exact[row].item() == pytest.approx((mine.exp() * (mine - theirs)).sum().item(), rel=1e-4)
 
 
 def test_kl_that_is_no_number_names_the_response(tiny_model):
-    policy, anchor = models.load(tiny_model("llama"))[0], models.load(tiny_model("llama"))[0]
+    policy, kl_target = models.load(tiny_model("llama"))[0], models.load(tiny_model("llama"))[0]
     with torch.no_grad():
-        anchor.get_input_embeddings().weight[9] = math.nan
+        kl_target.get_input_embeddings().weight[9] = math.nan
     samples = [Sample([5], [8, 7, 6], "", True), Sample([5], [9, 7, 6], "", True)]
     settings = SimpleNamespace(packed=False, micro_batch_tokens=100)
     with pytest.raises(
         RuntimeError, match=r"kl must be finite, got nan from\n  the response to test prompt 1,.*\nTraining"
     ):
-        evaluate.kl(policy, anchor, samples, settings)
+        evaluate.kl(policy, kl_target, samples, settings)
 
 
 class TestGold:

@@ -12,7 +12,7 @@ from test_launch import said, states, tree  # noqa: F401
 
 from dpo.sweep.plan import resolve
 from dpo.sweep.schema import check, flatten
-from dpo.sweep.signature import binds
+from dpo.sweep.signature import check_signature
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*(ROOT / "experiments/figure").glob("*.yaml"), *(ROOT / "experiments/table").glob("*.yaml")])
@@ -103,7 +103,9 @@ def test_every_experiment_can_be_planned(file):
         for launcher in ("local", "slurm"):  # an experiment says nothing of the machine that it runs on
             config = compose("train", [*grid(file)[0], f"hydra/launcher={launcher}"], return_hydra_config=True)
             node: Any = OmegaConf.to_container(config.hydra.launcher)
-            assert not binds("hydra.launcher", {key: value for key, value in node.items() if key != "_convert_"}, ())
+            assert not check_signature(
+                "hydra.launcher", {key: value for key, value in node.items() if key != "_convert_"}, ()
+            )
     header = file.read_text().split("defaults:")[0]
     assert f"python -m dpo.train {file.parent.name}={file.stem}" in header
     index = (ROOT / "experiments/README.md").read_text()
@@ -142,10 +144,10 @@ PAPER = {
     "max_new_tokens": 1024,
     "policy.max_new_tokens": 1024,
     **dict.fromkeys(["micro_batch_tokens", "policy.micro_batch_tokens"], 2048),
-    **dict.fromkeys(["policy.sequences", "generation.batch_size", "evaluation.batch_size"], 8),
+    **dict.fromkeys(["policy.generation_batch_size", "generation.batch_size", "evaluation.batch_size"], 8),
     "evaluation.prompts": 200,
     "evaluation.temperature": 0.7,
-    "evaluation.samples": 0,
+    "evaluation.log_samples": 0,
     "data.on_faulty": "drop",
     "data.validation_fraction": 0.05,
     "judge": None,
@@ -163,26 +165,26 @@ SIBLING = {
     "reference._target_": "dpo.references.OtherTokenizer",
     "reference.path": "mistralai/Mistral-7B-Instruct-v0.2",
 }
-LARGE = {"reference._target_": "dpo.references.Given", "reference.path": "runs/llama3_70b_instruct"}
-PRIOR = {"reference._target_": "dpo.references.Prior", "reference.path": None, "reference.prompt": ""}
+LARGE = {"reference._target_": "dpo.references.PrecomputedFiles", "reference.path": "runs/llama3_70b_instruct"}
+PRIOR = {"reference._target_": "dpo.references.Unconditional", "reference.path": None, "reference.prompt": ""}
 TUNED = "runs/paper_kl_strength/beta=0.01,policy=mistral_7b/policy"
 WORLD = {"threads": 1, "evaluate_every": 0}
 FROZEN = {"reference._target_": "dpo.references.Frozen"}
 RECIPES = {
     "table=paper_kl_strength policy=mistral_7b": PAPER | MISTRAL,
     "table=paper_kl_strength policy=tulu_2_7b": PAPER | TULU,
-    "table=paper_necessity policy=mistral_7b reference=uniform": {
+    "table=paper_necessity policy=mistral_7b reference=reference_free": {
         **PAPER,
         **MISTRAL,
-        "reference._target_": "dpo.references.Uniform",
+        "reference._target_": "dpo.references.ReferenceFree",
     },
-    "table=paper_necessity policy=mistral_7b reference=prior": PAPER | MISTRAL | PRIOR,
+    "table=paper_necessity policy=mistral_7b reference=unconditional": PAPER | MISTRAL | PRIOR,
     "table=paper_compatibility policy=tulu_2_7b reference=mistral_7b_instruct": PAPER | TULU | SIBLING,
     "table=paper_compatibility policy=mistral_7b reference=llama3_70b_instruct": PAPER | MISTRAL | LARGE,
     "table=paper_small_policy policy=qwen2_1_5b": PAPER | QWEN,
     "table=paper_tuned_reference policy=mistral_7b": PAPER | MISTRAL | FROZEN | {"reference.path": TUNED},
     "figure=kl_strength": WORLD | {"evaluate_every": 25, "evaluate_prompts": 250},
-    "table=necessity reference=prior": WORLD | PRIOR,
+    "table=necessity reference=unconditional": WORLD | PRIOR,
     "table=compatibility reference=world_clean seed=3": {
         **WORLD,
         **FROZEN,
@@ -233,7 +235,7 @@ GRIDS = {
     "paper_kl_strength": {"policy": ["mistral_7b", "tulu_2_7b"], "beta": SELF},  # Tables 1 and 2
     "paper_necessity": {  # Table 3; which betas were tried is not known, but the best are 0.01, 100 and 0.01
         "policy": ["mistral_7b"],
-        "reference": ["initial", "uniform", "prior"],
+        "reference": ["initial", "reference_free", "unconditional"],
         "beta": ["0.01", "0.1", "1", "10", "100"],
     },
     "paper_compatibility": {  # Tables 4 and 5
@@ -249,7 +251,7 @@ GRIDS = {
         "seed": [str(seed) for seed in range(10)],
     },
     "necessity": {
-        "reference": ["initial", "uniform", "prior"],
+        "reference": ["initial", "reference_free", "unconditional"],
         "beta": ["0.01", "0.1", "0.3", "1", "10", "100"],
         "seed": SEEDS,
     },

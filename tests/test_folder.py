@@ -60,7 +60,7 @@ def test_a_damaged_file_is_named_before_anything_is_loaded(folder, name, damage,
         file.symlink_to("/nowhere/file")
     else:
         file.write_bytes(damage(content))
-    for ask in (models.whereabouts, models.load, Frozen):  # what planning asks, a run, a reference
+    for ask in (models.resolve_path, models.load, Frozen):  # what planning asks, a run, a reference
         with pytest.raises(ValueError, match=f"{file} must hold .*{said}"):
             ask(str(folder))
     file.unlink()

@@ -144,7 +144,7 @@ def test_pairs_prefer_the_higher_score(tmp_path, llama):
     assert {pair.prompt for pair in pairs["validation"]} <= {*PROMPTS[:2]}
     (folder,) = (path for path in (tmp_path / "pairs").iterdir() if path.is_dir())
     assert read(folder / "train.jsonl") == pairs["train"]
-    assert pairs["train"][1].origin == f"{folder / 'train.jsonl'}, line 2"
+    assert pairs["train"][1].source == f"{folder / 'train.jsonl'}, line 2"
     assert len((folder / "train.candidates.jsonl").read_text().splitlines()) == 24
 
 
@@ -303,7 +303,7 @@ def test_token_ids_are_used_where_they_fit(tmp_path, capsys):
         with pytest.raises(
             ValueError, match=r"must be those of the text beside them, found others:\n  here \((ch|rej)"
         ):
-            tokenize([replace(found[0], origin="here", **change)], tokenizer, 64, "error")
+            tokenize([replace(found[0], source="here", **change)], tokenizer, 64, "error")
     line = json.loads((tmp_path / "pairs.jsonl").read_text().splitlines()[0])
     for wrong in (5, {}, line["token_ids"] | {"prompt": []}, line["token_ids"] | {"chosen": [1.5]}):
         (tmp_path / "pairs.jsonl").write_text(json.dumps(line | {"token_ids": wrong}))
@@ -331,7 +331,12 @@ def test_sampled_pairs_follow_the_settings(tmp_path, tiny_model, data, monkeypat
         return [{"score": float(len(response.split()))} for response in responses]
 
     monkeypatch.setattr(generate, "sample", drawn)
-    given = ["generation.samples=5", "generation.temperature=0.3", "generation.top_p=0.6", "generation.batch_size=7"]
+    given = [
+        "generation.samples_per_prompt=5",
+        "generation.temperature=0.3",
+        "generation.top_p=0.6",
+        "generation.batch_size=7",
+    ]
     given += ["generation.pairs_per_prompt=3", "evaluation.temperature=0.8", "evaluation.batch_size=3"]
     given += [*own(data, llama), f"policy.path={llama}", "judge=shorter"]
     model, tokenizer = models.load(llama)

@@ -110,7 +110,7 @@ def test_readers_heed_what_they_are_told(tmp_path, reader, made, rule):
     file, held_out = save(tmp_path / "a.jsonl", rows[:150]), save(tmp_path / "b.jsonl", rows[150:])
     data = reader(file, held_out, 0.5, rule)
     assert [len(data.preferences[split]) for split in ("train", "validation")] == [150, 50]
-    assert data.preferences["validation"][0].origin == f"{held_out}, line 1"
+    assert data.preferences["validation"][0].source == f"{held_out}, line 1"
     assert data.on_faulty == rule
     data = reader(file, None, 0.5, rule)
     assert 50 < len(data.preferences["validation"]) < 100
@@ -190,5 +190,5 @@ def test_ultrafeedback_from_the_hub(monkeypatch):
     data = ultrafeedback(None, None, "some/repository", 0.1, "error")
     assert sorted(asked) == [("some/repository", "test_prefs"), ("some/repository", "train_prefs")]
     assert [len(data.preferences[split]) for split in ("train", "validation")] == [20, 5]
-    assert data.preferences["validation"][1].origin == "some/repository, test_prefs split, row 1"
+    assert data.preferences["validation"][1].source == "some/repository, test_prefs split, row 1"
     assert data.preferences["validation"][1].prompt == [{"role": "user", "content": "21?"}]

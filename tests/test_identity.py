@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from test_config import config
 
-from dpo.sweep.schema import decisive, faults, flatten, identity
+from dpo.sweep.schema import faults, flatten, identity, identity_keys
 
 DECIDE = {  # settings that make a run of dpo.train another one
     *("seed", "beta", "lr", "batch_size", "max_length", "max_new_tokens", "on_too_long", "epochs", "steps"),
@@ -18,7 +18,7 @@ DECIDE = {  # settings that make a run of dpo.train another one
     *("policy.path", "policy.base", "policy.lr", "policy.max_length", "policy.max_new_tokens"),
     *("policy.chat_template", "policy.date", "policy.trust_remote_code"),
     *("sft.batch_size", "sft.lr", "sft.epochs", "sft.steps", "sft.schedule", "sft.warmup_steps"),
-    *("generation.samples", "generation.temperature", "generation.top_p", "generation.pairs_per_prompt"),
+    *("generation.samples_per_prompt", "generation.temperature", "generation.top_p", "generation.pairs_per_prompt"),
     *("generation.batch_size", "evaluation.prompts", "evaluation.temperature", "evaluation.batch_size", "command"),
 }
 NOT_OF_SFT = {"beta", "lr", "batch_size", "epochs", "steps", "schedule", "warmup_steps", "select"}
@@ -26,17 +26,17 @@ DO_NOT = {  # those that do not
     *("name", "runs", "cache", "wandb.mode", "wandb.project", "wandb.entity", "device", "processes", "threads"),
     *("micro_batch_tokens", "packed", "recompute", "sharding.group", "sharding.offload"),
     *("evaluate_every", "evaluate_prompts", "checkpoint_every", "checkpoints_kept"),
-    *("evaluation.samples", "evaluation.instructions", "policy.micro_batch_tokens", "policy.sequences"),
+    *("evaluation.log_samples", "evaluation.instructions", "policy.micro_batch_tokens", "policy.generation_batch_size"),
 }
 
 
 def test_the_settings_that_make_a_run_another_one():
     train, sft, score = (config(command=command) for command in ("train", "sft", "score"))
-    assert set(decisive(train)) == DECIDE
+    assert set(identity_keys(train)) == DECIDE
     assert set(flatten(train)) - DECIDE == DO_NOT
     groups = ("loss.", "reference.", "generation.")
-    assert set(decisive(sft)) == {key for key in DECIDE - NOT_OF_SFT if not key.startswith(groups)}
-    assert set(decisive(score)) == DECIDE | {"per_token"}
+    assert set(identity_keys(sft)) == {key for key in DECIDE - NOT_OF_SFT if not key.startswith(groups)}
+    assert set(identity_keys(score)) == DECIDE | {"per_token"}
     for key, value in flatten(train).items():
         other = changed(train, key, 7 if value is None else f"{value}?")
         assert (identity(other) != identity(train)) == (key in DECIDE), key
@@ -56,17 +56,17 @@ def test_identities_do_not_move():
 ABOVE_ZERO = {  # 0 is refused
     *("beta", "lr", "sft.lr", "batch_size", "sft.batch_size", "micro_batch_tokens", "max_length", "max_grad_norm"),
     *("epochs", "sft.epochs", "sft.steps", "processes", "threads", "checkpoints_kept", "max_new_tokens"),
-    *("generation.samples", "generation.temperature", "generation.top_p", "generation.pairs_per_prompt"),
+    *("generation.samples_per_prompt", "generation.temperature", "generation.top_p", "generation.pairs_per_prompt"),
     *("generation.batch_size", "evaluation.prompts", "evaluation.batch_size"),
     *("data.demonstrations", "data.train", "data.validation", "data.test"),
 }
 FROM_ZERO = {  # 0 is taken, and nothing below
     *("seed", "steps", "weight_decay", "warmup_steps", "sft.warmup_steps", "evaluate_every", "checkpoint_every"),
-    *("evaluation.samples", "evaluation.temperature", "evaluate_prompts"),
+    *("evaluation.log_samples", "evaluation.temperature", "evaluate_prompts"),
 }
 BESIDE = {"data.seed", "loss.label_smoothing", "sharding.group"}  # the option's own to refuse, or said in other words
 TWICE = {"loss.beta", "policy.lr", "policy.max_length", "policy.max_new_tokens"}  # said of the key that decides
-UNUSED = {"policy.micro_batch_tokens", "policy.sequences"}  # defaults of what is checked
+UNUSED = {"policy.micro_batch_tokens", "policy.generation_batch_size"}  # defaults of what is checked
 
 
 def changed(base: dict[str, Any], key: str, value: Any) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def test_whatever_a_run_learns_from_is_told_apart():
         replace(base, prompts={"test": [[{"role": "user", "content": "a"}]]}),
     ]
     assert len({contents(one) for one in [base, *others]}) == 8
-    moved = replace(base, preferences={"train": [replace(pair, origin="elsewhere, line 3")]})
+    moved = replace(base, preferences={"train": [replace(pair, source="elsewhere, line 3")]})
     assert contents(moved) == contents(base)
     small = [world("human", 3, 3, 3, 3, seed) for seed in (0, 0, 1)]
     assert contents(small[0]) == contents(small[1]) != contents(small[2])
@@ -46,7 +46,7 @@ def test_pairs_that_a_policy_sampled_are_told_by_their_tokens():
 
 
 def test_scores_of_a_reference_are_told_however_deep_they_lie(tmp_path):
-    """As `reference=given` reads them: a sweep's folder of `dpo.score`, or a file."""
+    """As `reference=precomputed` reads them: a sweep's folder of `dpo.score`, or a file."""
     folder = tmp_path / "scores" / "beta=1"
     folder.mkdir(parents=True)
     settings = {"policy": {"path": None, "base": "world"}, "reference": {"path": str(tmp_path / "scores")}}

@@ -360,7 +360,7 @@ def test_help(tree):
     for word in (
         "python -m dpo.train -m beta=0.01,0.1,1",
         "loss: dpo",
-        "reference: given, initial",
+        "reference: precomputed, initial",
         "hydra.launcher.jobs",
     ):
         assert word in text
@@ -396,7 +396,7 @@ def named(*overrides: str) -> str:
         (["lr=0.12345678"], "lr=0.12345678"),
         (["seed=1", "beta=0.1"], "beta=0.1,seed=1"),
         (["loss=ipo"], "loss=ipo"),
-        (["betas=[0.90,0.95]"], "betas=[0.9,0.95]"),
+        (["adam_betas=[0.90,0.95]"], "adam_betas=[0.9,0.95]"),
         (["steps=null"], "steps=null"),
         (["loss.label_smoothing=0.1"], "loss.label_smoothing=0.1"),
         (["policy.path=/models/a b"], "policy.path=__models__a_b"),
@@ -512,7 +512,7 @@ REFUSED = {  # overrides -> why, each by the function that is asked
     "policy.max_length=64 max_length=80": "policy.max_length and max_length are one setting, got 64 and 80",
     "loss.label_smoothing=0.7": "label_smoothing must be in [0, 0.5), got 0.7",
     "loss=ipo loss.average=word": "got word",
-    "reference=moving reference.alpha=2.0": "reference.alpha must be in (0, 1], got 2.0",
+    "reference=ema reference.alpha=2.0": "reference.alpha must be in (0, 1], got 2.0",
     "data=file policy.path=someone/model": "data.path must be given",
     "data=file data.path=no.jsonl policy.path=someone/model": "data.path must be a file of records, found",
     "data=hh data.validation_path=no.jsonl policy.path=someone/model": "data.validation_path must be a file",

@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dpo import evaluate, sft, train
-from dpo.data.batches import branched
+from dpo.data.batches import collate_responses
 from dpo.policy import attention
 from dpo.policy import model as models
 from dpo.policy.logps import packable, sequence_logps
-from dpo.sweep.signature import call
+from dpo.sweep.signature import instantiate
 from dpo.training import distributed
 from dpo.training.loop import Stopped
 
@@ -30,18 +30,18 @@ KINDS = ("gpt2", "gpt_neox", "llama", "mixtral", "qwen2")  # the first and the l
 LAYOUTS = {
     "plain": [],
     "packed": ["packed=true"],
-    "recompute": ["recompute=true"],
+    "recompute": ["activation_checkpointing=true"],
     "copies": ["sharding.group=2"],
     "offload": ["sharding.offload=true"],
-    "moving": ["reference=moving", "reference.every=2"],
+    "ema": ["reference=ema", "reference.every=2"],
     "other": ["reference=other"],
-    "selected": ["select=validation_loss", "evaluate_every=1"],
+    "selected": ["keep=best", "evaluate_every=1"],
     "sft": ["policy.path=null", "sft.steps=4", "checkpoint_every=2"],
     "bf16": ["precision=bf16"],
 }
 STOPPED = ("copies", "offload")
 BRANCHES = [([5, 6, 7], [[8, 9], [9]]), ([10, 11] * 6, [[11, 12, 13, 14], [13, 14, 15] * 5]), ([15], [[16], [17, 3]])]
-FEWER = ("packed", "copies", "moving")  # of four processes
+FEWER = ("packed", "copies", "ema")  # of four processes
 
 
 def given(directory: Path) -> dict[str, str]:
@@ -111,12 +111,14 @@ def checked(precision: str, spoilt: str) -> dict[str, object]:
     for weight in model.parameters():
         if weight.ndim > 1:
             torch.nn.init.normal_(weight, std=0.3)  # sharp attention, so that a wrong mask shows
-    plain, _ = sequence_logps(model, branched(BRANCHES, packed=False))
+    plain, _ = sequence_logps(model, collate_responses(BRANCHES, packed=False))
     block, sees = model.model.layers[1], attention.sees
     forward = block.forward
     if spoilt == "layers pass nothing on":
-        block.forward = lambda *given, forest=None, **named: forward(*given, **named)
-    distributed.shard(model, distributed.Layout(group=None, offload=False, precision=precision), torch.device("cpu"))
+        block.forward = lambda *given, prefix_mask=None, **named: forward(*given, **named)
+    distributed.shard(
+        model, distributed.ParallelLayout(group=None, offload=False, precision=precision), torch.device("cpu")
+    )
     try:
         if spoilt == "branches see each other":
             attention.sees = lambda branch, position, other, others, window: position >= others
@@ -125,16 +127,16 @@ def checked(precision: str, spoilt: str) -> dict[str, object]:
         return {"said": str(error)}
     finally:
         attention.sees = sees
-    values, _ = sequence_logps(model, branched(BRANCHES, packed=packed))
+    values, _ = sequence_logps(model, collate_responses(BRANCHES, packed=packed))
     values.sum().backward()
-    again, _ = sequence_logps(model, branched(BRANCHES, packed=packed))
+    again, _ = sequence_logps(model, collate_responses(BRANCHES, packed=packed))
     return {"said": packed, "off": ((values - plain) / plain).abs().max().item(), "same": torch.equal(values, again)}
 
 
 def several(directory: Path, processes: int) -> None:
     """What each process does."""
     device, told = distributed.join("cpu"), {}
-    layout = distributed.Layout(group=None, offload=False, precision="fp32")
+    layout = distributed.ParallelLayout(group=None, offload=False, precision="fp32")
     for kind in KINDS:
         model, _ = models.load(given(directory)[kind], device, layout=layout)
         told[kind] = {"fingerprint": models.fingerprint(model)}
@@ -189,7 +191,7 @@ def stopped_and_resumed(directory: Path, name: str) -> None:
 def stopped_sft(directory: Path) -> tuple[bool, list[str]]:
     """SFT of a run, of which one process is told to stop: whether it is sharded, and both outcomes."""
     settings, seen = config(directory, "sft", 2), []
-    demonstrations = call(settings.data).demonstrations
+    demonstrations = instantiate(settings.data).demonstrations
     whole, cached = sft.cached_policy(settings, demonstrations, torch.device("cpu"))
     assert cached
 

@@ -290,7 +290,7 @@ class TestBfloat16:
                 logits = logits.double() if cap is None else cap * torch.tanh(logits.double() / cap)
             else:
                 rows = {"input_ids": given.input_ids, "attention_mask": given.attention_mask}
-                logits = model(**rows, position_ids=given.position_ids).logits.flatten(0, 1)[given.scored]
+                logits = model(**rows, position_ids=given.position_ids).logits.flatten(0, 1)[given.target_positions]
                 assert logits.dtype == torch.bfloat16
         at, exact = 0, []
         for _, response in self.items():
@@ -328,7 +328,7 @@ def test_a_wrong_border_would_show(sharp, monkeypatch):
         assert not torch.allclose(sequence_logps(model, pair_batch())[0], right, rtol=1e-3)
 
 
-ITEMS = [pair.branches for pair in PAIRS]
+ITEMS = [pair.prompt_responses for pair in PAIRS]
 
 
 class TestPackable:
@@ -345,7 +345,7 @@ class TestPackable:
         model = sharp("llama")
         forward = model.model.layers[1].self_attn.forward
 
-        def own_way(*args, forest, **kwargs):
+        def own_way(*args, prefix_mask, **kwargs):
             model.config._attn_implementation = "eager"
             return forward(*args, **kwargs)
 

@@ -29,10 +29,10 @@ ROOT = Path(__file__).parent.parent
 @dataclass(frozen=True)
 class Items:
     index: torch.Tensor
-    real: torch.Tensor
+    valid: torch.Tensor
 
     def to(self, device):
-        return replace(self, index=self.index.to(device), real=self.real.to(device))
+        return replace(self, index=self.index.to(device), valid=self.valid.to(device))
 
 
 class Windows:
@@ -523,7 +523,7 @@ def test_killed_fifty_times(tmp_path):
     """Between any two uses of a file; rows and weights are those of a run that nobody disturbed."""
     whole, cut = Run(tmp_path / "whole"), tmp_path / "cut"
     whole.fit(steps=400, evaluate=whole.evaluate, evaluate_every=7)
-    chance, reached, halves = random.Random(0), [], 0
+    rng, reached, halves = random.Random(0), [], 0
 
     def train(kills):
         run = Run(cut, seed=kills if reached[-1:] > [0] else 0)  # once resumed, nothing depends on how it was begun
@@ -531,7 +531,7 @@ def test_killed_fifty_times(tmp_path):
         torch.save(weights(run), tmp_path / "weights.pt")
 
     for kills in range(51):
-        number, pause = chance.randrange(60), chance.choice((0.0, 0.0, chance.uniform(0.0, 0.002)))
+        number, pause = rng.randrange(60), rng.choice((0.0, 0.0, rng.uniform(0.0, 0.002)))
         child = os.fork()
         if child == 0:
             with contextlib.suppress(BaseException):

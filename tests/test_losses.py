@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from dpo import losses
 from dpo.losses import Loss, PairLogps, dpo, hinge, ipo, metrics, orpo, simpo, try_out
-from dpo.sweep.signature import call
+from dpo.sweep.signature import instantiate
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE, ITS_PAGE = re.search(  # the loss that README adds
@@ -39,7 +39,7 @@ def pair(
 
 def option(name: str) -> tuple[Any, float]:
     node = OmegaConf.create(OPTIONS[name])
-    return call(node), node.beta
+    return instantiate(node), node.beta
 
 
 def with_gradient(given: PairLogps) -> tuple[PairLogps, torch.Tensor, torch.Tensor]:
@@ -165,9 +165,9 @@ class TestEveryOption:
         monkeypatch.setattr(losses, "exponential", scope["exponential"], raising=False)
 
     def random(self, size: int = 6) -> PairLogps:
-        chance = torch.Generator().manual_seed(0)
-        logps = [-100 * torch.rand(size, generator=chance, dtype=torch.float64) for _ in range(4)]
-        return PairLogps(*logps, *(torch.randint(1, 60, (size,), generator=chance) for _ in range(2)))
+        rng = torch.Generator().manual_seed(0)
+        logps = [-100 * torch.rand(size, generator=rng, dtype=torch.float64) for _ in range(4)]
+        return PairLogps(*logps, *(torch.randint(1, 60, (size,), generator=rng) for _ in range(2)))
 
     def test_gradient_is_the_finite_difference(self, name):
         loss, beta = option(name)
@@ -228,9 +228,9 @@ class TestEveryOption:
         (lambda p: simpo(p, 2.0, -1.0), "gamma_beta_ratio"),
     ],
 )
-def test_wrong_knobs_are_refused(call, said):
+def test_wrong_knobs_are_refused(instantiate, said):
     with pytest.raises(ValueError, match=said):
-        call(pair([-1.0], [-2.0]))
+        instantiate(pair([-1.0], [-2.0]))
 
 
 def test_metrics_count_a_tie_as_one_half():

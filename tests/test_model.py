@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlamaConfig
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
-from dpo.data.batches import branched
+from dpo.data.batches import collate_responses
 from dpo.policy import model as models
 from dpo.policy.logps import packable, sequence_logps
 
@@ -74,10 +74,10 @@ def test_experts_have_nothing_random_and_no_loss_of_their_own(tiny_model):
     assert (model.config.output_router_logits, model.config.router_jitter_noise) == (False, 0.0)
     items = [([5, 6, 7] * 4, [[8, 9], [10, 11, 12]]), ([13], [[14], [15, 16]])]
     assert packable(model, items)
-    plain, _ = sequence_logps(model, branched(items, packed=False))
+    plain, _ = sequence_logps(model, collate_responses(items, packed=False))
     model.train()
     for packed in (True, False):
-        logps, _ = sequence_logps(model, branched(items, packed=packed))
+        logps, _ = sequence_logps(model, collate_responses(items, packed=packed))
         assert logps.tolist() == pytest.approx(plain.tolist(), rel=1e-5)
 
 
@@ -324,14 +324,14 @@ def test_the_ids_of_tokens_may_leave_some_out(tiny_model):
 @pytest.mark.parametrize("packed", [True, False])
 def test_recomputed_gradients_are_the_same(tiny_model, kind, packed):
     model, _ = models.load(tiny_model(kind))
-    batch = branched([([5, 6, 7] * 4, [[8, 9], [10, 11, 12]]), ([13], [[14], [15, 16]])], packed=packed)
+    batch = collate_responses([([5, 6, 7] * 4, [[8, 9], [10, 11, 12]]), ([13], [[14], [15, 16]])], packed=packed)
     within = next(child for child in models.sharding.blocks(model)[0].children() if "Attention" in type(child).__name__)
     passes = []
     within.register_forward_hook(lambda *_: passes.append(model.config._attn_implementation))
     gradients = []
     for again in (False, True):
         if again:
-            models.recompute(model)
+            models.checkpoint_activations(model)
         model.zero_grad()
         sequence_logps(model, batch)[0].sum().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
@@ -345,7 +345,7 @@ def test_recomputing_keeps_less_and_changes_no_gradient(tiny_model):
     for again in (False, True):
         model, _ = models.load(tiny_model("llama"))
         if again:
-            models.recompute(model)
+            models.checkpoint_activations(model)
         weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
         sizes = {}
 

@@ -183,7 +183,7 @@ def test_settings_there_and_asked_for_are_told_apart_by_value(base, found):
     file = run.directory / "config.yaml"
     run.freeze()
     old = OmegaConf.load(file)
-    old.update(lr=0.25, precision="bf16", packed=False, betas=[0.5, 1e-7], steps=7)
+    old.update(lr=0.25, precision="bf16", packed=False, adam_betas=[0.5, 1e-7], steps=7)
     OmegaConf.save(old, file)
     planned, [refused] = plan([given(base, "seed=1")])
     assert not planned

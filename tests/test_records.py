@@ -16,10 +16,10 @@ from dpo.data.records import (
     TokenIds,
     distinct,
     file,
-    labelled,
+    filter_pairs,
     parse,
     read,
-    sound,
+    split_pairs,
     write,
 )
 
@@ -181,7 +181,7 @@ def test_each_column_is_where_it_belongs(tmp_path):
         Preference("p", "c", "r", True, False, token_ids=TokenIds("t", prompt=[1], chosen=[2, 3], rejected=[4])),
         *[Preference(asked, good, bad)] * 4,
     ]
-    assert [pair.origin for pair in found] == [f"{tmp_path / 'a.jsonl'}, line {n}" for n in range(1, 7)]
+    assert [pair.source for pair in found] == [f"{tmp_path / 'a.jsonl'}, line {n}" for n in range(1, 7)]
 
 
 def test_a_file_is_split_by_the_share_that_is_asked_for(tmp_path):
@@ -193,8 +193,8 @@ def test_a_file_is_split_by_the_share_that_is_asked_for(tmp_path):
         "train": [pair.prompt for pair in train],
         **{split: [pair.prompt for pair in held_out] for split in ("validation", "test")},
     }
-    assert [(one.prompt, one.ended, one.origin) for one in data.demonstrations] == [
-        (pair.prompt, pair.chosen_ended, pair.origin) for pair in train
+    assert [(one.prompt, one.ended, one.source) for one in data.demonstrations] == [
+        (pair.prompt, pair.chosen_ended, pair.source) for pair in train
     ]
     assert data.on_faulty == "keep"
 
@@ -241,7 +241,7 @@ FAULTY = [
 
 def test_faulty_pairs_stop_the_run_with_their_lines():
     with pytest.raises(ValueError) as error:
-        sound(FAULTY, "error", "x.jsonl")
+        filter_pairs(FAULTY, "error", "x.jsonl")
     message = str(error.value)
     assert "x.jsonl: 5 of 7 pairs are faulty" in message
     for complaint in (
@@ -256,16 +256,16 @@ def test_faulty_pairs_stop_the_run_with_their_lines():
 
 
 def test_faulty_pairs_are_dropped_or_kept_by_count(capsys):
-    assert sound(FAULTY, "drop", "x.jsonl") == [FAULTY[0][1], FAULTY[5][1]]
+    assert filter_pairs(FAULTY, "drop", "x.jsonl") == [FAULTY[0][1], FAULTY[5][1]]
     assert "5 of 7 pairs are faulty, 5 dropped (2 x chosen and rejected are the same, " in capsys.readouterr().out
-    assert sound(FAULTY, "keep", "x.jsonl") == [pair for _, pair in FAULTY if isinstance(pair, Preference)]
+    assert filter_pairs(FAULTY, "keep", "x.jsonl") == [pair for _, pair in FAULTY if isinstance(pair, Preference)]
     assert "5 of 7 pairs are faulty, 1 dropped" in capsys.readouterr().out
-    assert sound(FAULTY[:1], "error", "x.jsonl") == [FAULTY[0][1]]
+    assert filter_pairs(FAULTY[:1], "error", "x.jsonl") == [FAULTY[0][1]]
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="on_faulty"):
-        sound(FAULTY, "ignore", "x.jsonl")
+        filter_pairs(FAULTY, "ignore", "x.jsonl")
     with pytest.raises(ValueError, match="all of them faulty"):
-        sound(FAULTY[1:3], "drop", "x.jsonl")
+        filter_pairs(FAULTY[1:3], "drop", "x.jsonl")
 
 
 def test_parse_names_lines_past_blank_ones(tmp_path):
@@ -279,25 +279,25 @@ def test_parse_names_lines_past_blank_ones(tmp_path):
 @given(st.lists(st.integers(0, 60), min_size=30, max_size=200), st.randoms())
 def test_split_goes_by_prompt_alone(numbers, chance):
     some = [Preference(f"prompt {number}", f"c{i}", "r") for i, number in enumerate([*numbers, *range(30)])]
-    data = labelled(some, None, 0.3)
+    data = split_pairs(some, None, 0.3)
     train, validation = ({pair.prompt for pair in data.preferences[split]} for split in ("train", "validation"))
     assert not train & validation
     assert [pair for pair in some if pair.prompt in train] == data.preferences["train"]
     assert [pair for pair in some if pair.prompt in validation] == data.preferences["validation"]
     shuffled = chance.sample(some, len(some)) + pairs(100)
-    again = labelled(shuffled, None, 0.3)
+    again = split_pairs(shuffled, None, 0.3)
     assert train <= {pair.prompt for pair in again.preferences["train"]}
     assert validation <= {pair.prompt for pair in again.preferences["validation"]}
 
 
 def test_split_takes_about_the_share_asked_for():
-    data = labelled(pairs(2000), None, 0.1)
+    data = split_pairs(pairs(2000), None, 0.1)
     assert 150 < len(data.preferences["validation"]) < 250
     assert sum(map(len, data.preferences.values())) == 2000
 
 
 def test_split_is_the_same_in_every_process():
-    names = [pair.prompt for pair in labelled(pairs(30), None, 0.2).preferences["validation"]]
+    names = [pair.prompt for pair in split_pairs(pairs(30), None, 0.2).preferences["validation"]]
     assert names == [
         "prompt 4",
         "prompt 7",
@@ -313,25 +313,25 @@ def test_split_is_the_same_in_every_process():
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1])
 def test_share_must_be_one(fraction):
     with pytest.raises(ValueError, match="between 0 and 1"):
-        labelled(pairs(30), None, fraction)
+        split_pairs(pairs(30), None, fraction)
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.05, 0.5, 0.999999999])
 @pytest.mark.parametrize("n", [2, 3, 7])
 def test_a_split_has_a_prompt_on_either_side(n, fraction):
-    data = labelled([*pairs(n), *pairs(n)], None, fraction)
+    data = split_pairs([*pairs(n), *pairs(n)], None, fraction)
     train, validation = ({pair.prompt for pair in data.preferences[split]} for split in ("train", "validation"))
     assert train
     assert validation
     assert not train & validation
     assert sum(map(len, data.preferences.values())) == 2 * n
-    again = labelled(pairs(n)[::-1], None, fraction)
+    again = split_pairs(pairs(n)[::-1], None, fraction)
     assert {pair.prompt for pair in again.preferences["validation"]} == validation
 
 
 def test_split_without_one_side_says_what_to_do():
     with pytest.raises(ValueError, match=r"data\.validation_path"):
-        labelled(pairs(1), None, 0.05)
+        split_pairs(pairs(1), None, 0.05)
 
 
 def test_file_gives_demonstrations_pairs_and_prompts(tmp_path, capsys):

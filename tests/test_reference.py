@@ -18,11 +18,11 @@ from dpo import cache
 from dpo.data.batches import Pair, collate_pairs, tokenize
 from dpo.data.records import Preference, TokenIds, row, write_rows
 from dpo.data.tokens import decode, vocabulary
-from dpo.losses import rounding
+from dpo.losses import tie_tolerance
 from dpo.policy import model as models
 from dpo.policy.logps import sequence_logps
-from dpo.policy.scoring import off_by, score
-from dpo.references import Frozen, Given, Initial, Moving, OtherTokenizer, Prior, Uniform
+from dpo.policy.scoring import check_against_live, score
+from dpo.references import EMA, Frozen, Initial, OtherTokenizer, PrecomputedFiles, ReferenceFree, Unconditional
 
 SEQUENCES = [([5, 6, 7], [8, 9]), ([10] * 12, [11, 12, 13, 14]), ([15], [16]), ([5, 6, 7], [8, 9])]
 NAMES = [f"response {row}" for row in range(4)]
@@ -201,7 +201,7 @@ def test_another_tokenizer_scores_the_text(tmp_path, tiny_model):
         with torch.no_grad():
             live, _ = sequence_logps(other, batch_of([pair.chosen, pair.rejected]))
         assert torch.allclose(found, live, atol=1e-4)
-    assert reference.anchor is None
+    assert reference.kl_target is None
     with pytest.raises(ValueError, match="per_token"):
         reference.prepare(tiny_model("gpt2"), policy, {"train": pairs}, settings(tmp_path, per_token=True))
 
@@ -235,7 +235,7 @@ def test_a_policy_held_to_itself_reads_the_text_that_was_cut(tmp_path, tiny_mode
     rows = [row(pair.text) for pair in pairs]  # and log-probs of the whole text are not those of what is left
     for scored, refused in ((rows, False), ([row(one) for one in some], True)):
         write_rows(tmp_path / "scores.jsonl", [one | {"chosen_logprob": -1, "rejected_logprob": -2} for one in scored])
-        given = Given(str(tmp_path / "scores.jsonl"))
+        given = PrecomputedFiles(str(tmp_path / "scores.jsonl"))
         if not refused:
             given.prepare("", policy, {"train": pairs}, asked)
             continue
@@ -261,7 +261,7 @@ def test_pairs_that_another_template_refuses_are_no_matter_of_on_faulty(tmp_path
     refuses = "{% if 'Rome' in messages[-1].content %}{{ raise_exception('no Rome') }}{% endif %}"
     tokenizer.chat_template = refuses + CHAT_TEMPLATE
     models.save(model, tokenizer, tmp_path / "other")
-    told = Preference(*CHAT, [{"role": "assistant", "content": "Paris."}], origin="pairs.jsonl, line 1")
+    told = Preference(*CHAT, [{"role": "assistant", "content": "Paris."}], source="pairs.jsonl, line 1")
     pairs = tokenize([told], models.load_tokenizer(tiny_model("qwen2")), 60, "error")
     reference = OtherTokenizer(str(tmp_path / "other"), None)
     with pytest.raises(
@@ -270,7 +270,7 @@ def test_pairs_that_another_template_refuses_are_no_matter_of_on_faulty(tmp_path
         reference.prepare(tiny_model("qwen2"), model, {"train": pairs}, settings(tmp_path))
     assert "Take another reference, or remove these pairs" in str(error.value)
     assert "data.on_faulty=drop" not in str(error.value)
-    prior, plain = Prior("world", "about <sep> anna ."), [Pair([5], [6], [7])]
+    prior, plain = Unconditional("world", "about <sep> anna ."), [Pair([5], [6], [7])]
     with pytest.raises(ValueError, match=r"1 of 1 texts of reference.prompt are faulty") as error:
         prior.sequences(plain, "train", models.load_tokenizer("world"), settings(tmp_path))
     assert "on_faulty" not in str(error.value)
@@ -288,14 +288,14 @@ def test_a_reference_needs_the_positions_that_are_asked_of_it(tmp_path, tiny_mod
 
 
 def test_prior_does_not_see_the_prompt(tmp_path, tiny_model, llama):
-    reference, tokenizer = Prior(None, ""), models.load_tokenizer(tiny_model("llama"))
+    reference, tokenizer = Unconditional(None, ""), models.load_tokenizer(tiny_model("llama"))
     other_prompts = [Pair([20, 21], pair.chosen_ids, pair.rejected_ids) for pair in PAIRS]
     reference.prepare(tiny_model("llama"), llama, {"train": PAIRS, "validation": other_prompts}, settings(tmp_path))
     assert torch.equal(reference.table["train"], reference.table["validation"])
     with torch.no_grad():
         live, _ = sequence_logps(llama, batch_of([([tokenizer.bos_token_id], pair.chosen_ids) for pair in PAIRS]))
     assert torch.allclose(reference.table["train"][:, 0], live, atol=1e-5)
-    assert reference.anchor is None
+    assert reference.kl_target is None
 
 
 def test_given_scores_are_found_by_text(tmp_path, tiny_model, llama):
@@ -306,7 +306,7 @@ def test_given_scores_are_found_by_text(tmp_path, tiny_model, llama):
         if pair.text
     ]
     write_rows(file, rows[::-1])
-    reference = Given(str(file))
+    reference = PrecomputedFiles(str(file))
     reference.prepare("", llama, {"train": pairs}, settings(tmp_path))
     assert reference.table["train"].tolist() == [[-1.5, -9.0], [-2.5, -10.0]]
     write_rows(file, rows[:1])
@@ -319,7 +319,7 @@ def test_given_scores_are_found_by_text(tmp_path, tiny_model, llama):
     with pytest.raises(ValueError, match="must have finite chosen_logprob"):
         reference.prepare("", llama, {"train": pairs}, settings(tmp_path))
     with pytest.raises(ValueError, match="found none at"):
-        Given(str(tmp_path / "nowhere"))
+        PrecomputedFiles(str(tmp_path / "nowhere"))
 
 
 def test_sampled_pairs_are_found_by_their_tokens(tmp_path, tiny_model, llama):
@@ -346,14 +346,18 @@ def test_sampled_pairs_are_found_by_their_tokens(tmp_path, tiny_model, llama):
     assert [pair.unwritten for pair in pairs] == [False, True]
     scores = [{"chosen_logprob": -1.0 - n, "rejected_logprob": -5.0 - n} for n in range(2)]
     write_rows(tmp_path / "ids.jsonl", [row(pair.text) | one for pair, one in zip(pairs, scores, strict=True)])
-    (reference := Given(str(tmp_path / "ids.jsonl"))).prepare("", llama, {"train": pairs}, settings(tmp_path))
+    (reference := PrecomputedFiles(str(tmp_path / "ids.jsonl"))).prepare(
+        "", llama, {"train": pairs}, settings(tmp_path)
+    )
     assert reference.table["train"].tolist() == [[-1.0, -5.0], [-2.0, -6.0]]
     write_rows(tmp_path / "text.jsonl", [row(replace(texts[0], token_ids=None)) | scores[0]])
-    (reference := Given(str(tmp_path / "text.jsonl"))).prepare("", llama, {"train": pairs[:1]}, settings(tmp_path))
+    (reference := PrecomputedFiles(str(tmp_path / "text.jsonl"))).prepare(
+        "", llama, {"train": pairs[:1]}, settings(tmp_path)
+    )
     assert reference.table["train"].tolist() == [[-1.0, -5.0]]  # of a reference that reads text
     for known in (tmp_path / "text.jsonl", None):
         with pytest.raises(ValueError, match=r"found none for 1 of 2|broken characters within:\n  row 1"):
-            (Given(str(known)) if known else OtherTokenizer(tiny_model("gpt2"), None)).prepare(
+            (PrecomputedFiles(str(known)) if known else OtherTokenizer(tiny_model("gpt2"), None)).prepare(
                 tiny_model("llama"), llama, {"train": pairs}, settings(tmp_path)
             )
     itself = OtherTokenizer(tiny_model("llama"), None)  # the same tokenizer reads the tokens
@@ -384,7 +388,7 @@ def test_files_of_refdpo_are_given_scores(tmp_path, tiny_model, llama):
     pairs = tokenize([text], models.load_tokenizer(tiny_model("qwen2")), 60, "error")
     for number, kept in enumerate((line, {key: value for key, value in line.items() if key != "prompt"})):
         write_rows(file := tmp_path / f"{number}.jsonl", [kept])
-        reference = Given(str(file))
+        reference = PrecomputedFiles(str(file))
         reference.prepare("", llama, {"train": pairs}, settings(tmp_path))
         assert reference.table["train"].tolist() == [[-312.5, -287.25]]
 
@@ -410,7 +414,7 @@ def test_a_damaged_cache_is_found_out(tmp_path, tiny_model, llama):
 def test_what_is_not_finite_is_not_kept(tmp_path, tiny_model, llama, packed):
     """A token that the model has no numbers for: the pairs with it are named, and so is the weight; any layout."""
     word = models.load_tokenizer(tiny_model("llama"))(" cats", add_special_tokens=False)["input_ids"]
-    texts = [Preference("a", "dogs", "b", origin="x.jsonl, line 7"), Preference("a", " cats", "c", origin="id 8")]
+    texts = [Preference("a", "dogs", "b", source="x.jsonl, line 7"), Preference("a", " cats", "c", source="id 8")]
     pairs = tokenize(texts, models.load_tokenizer(tiny_model("llama")), 60, "error")
     asked = settings(tmp_path)
     asked.packed = packed
@@ -472,19 +476,19 @@ def test_cached_and_live_scores_agree_within_rounding(tmp_path, tiny_model, kind
     for first in range(0, len(sequences), 8):  # all of them, 8 at a time
         rows = slice(first, first + 8)
         part = replace(scores, logps=scores.logps[rows])
-        assert off_by(model, sequences[rows], part, asked) <= 1e-6 * part.logps.abs().clamp(min=10).max()
+        assert check_against_live(model, sequences[rows], part, asked) <= 1e-6 * part.logps.abs().clamp(min=10).max()
     for factor, wrong in ((0.5, False), (2, True)):
-        moved = replace(scores, logps=scores.logps - factor * rounding(scores.logps), cached=True)
+        moved = replace(scores, logps=scores.logps - factor * tie_tolerance(scores.logps), cached=True)
         with pytest.raises(RuntimeError, match="damaged, so delete it") if wrong else nullcontext():
-            off_by(model, sequences, moved, asked)
+            check_against_live(model, sequences, moved, asked)
 
 
 def test_uniform_is_zero():
-    assert Uniform().logps(batch([0, 1]), "train").tolist() == [0.0] * 4
+    assert ReferenceFree().logps(batch([0, 1]), "train").tolist() == [0.0] * 4
 
 
 def test_moving_follows_the_policy_by_alpha(tmp_path, tiny_model, llama):
-    reference = Moving(alpha=0.25, every=2)
+    reference = EMA(alpha=0.25, every=2)
     reference.prepare(tiny_model("llama"), llama, {}, settings(tmp_path))
     start = [parameter.clone() for parameter in llama.parameters()]
     with torch.no_grad():
@@ -503,7 +507,7 @@ def test_moving_follows_the_policy_by_alpha(tmp_path, tiny_model, llama):
 @pytest.mark.parametrize("alpha,every", [(0.0, 1), (1.5, 1), (0.5, 0)])
 def test_moving_refuses_what_does_not_move(alpha, every):
     with pytest.raises(ValueError, match="reference"):
-        Moving(alpha, every)
+        EMA(alpha, every)
 
 
 @pytest.mark.parametrize("path", ["runs/references/beta=0.1/policy", "/nowhere/model", "./model", "dpo/model"])

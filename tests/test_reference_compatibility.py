@@ -30,10 +30,12 @@ def means(found: pd.DataFrame) -> list[float]:
 
 
 def necessity(dpo, posterior, lengths, simpo, orpo):
-    rows = held_to("initial", dpo) + held_to("uniform", posterior)
+    rows = held_to("initial", dpo) + held_to("reference_free", posterior)
     rows = [{**row, "length": length} for row, length in zip(rows, lengths, strict=True)]
     rows += (
-        held_to("prior", {0.1: 0.3}) + held_to("uniform", simpo, loss="simpo") + held_to("uniform", orpo, loss="orpo")
+        held_to("unconditional", {0.1: 0.3})
+        + held_to("reference_free", simpo, loss="simpo")
+        + held_to("reference_free", orpo, loss="orpo")
     )
     return runs_of(rows)
 
@@ -109,7 +111,7 @@ def test_table_3():
     assert table.loc["SFT", "score"] == f"{mean:.3f} ± {high - mean:.3f}"
     for method, reference, tried in (
         ("DPO", "initial", (0.01, 0.1, 10.0)),
-        ("posterior", "uniform", (0.01, 1.0, 10.0)),
+        ("posterior", "reference_free", (0.01, 1.0, 10.0)),
     ):
         runs = [values(AS_PUBLISHED, reference=reference, loss="dpo", beta=beta) for beta in tried]
         mean = max(one.mean() for one in runs)

@@ -12,7 +12,7 @@ from test_train import frozen, own_pairs
 from dpo.data.records import contents
 from dpo.sweep import inputs, rehearse
 from dpo.sweep.rehearse import Rehearsal
-from dpo.sweep.signature import call
+from dpo.sweep.signature import instantiate
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def base(tmp_path_factory, tiny_model) -> dict:
     folder = tmp_path_factory.mktemp("rehearse")
     pairs = own_pairs(folder / "pairs.jsonl")
     given = ["data=file", f"data.path={pairs}", "policy=tiny", f"policy.path={tiny_model('llama')}", "judge=shorter"]
-    return OmegaConf.to_container(frozen(folder / "run", *given, "reference=moving"))
+    return OmegaConf.to_container(frozen(folder / "run", *given, "reference=ema"))
 
 
 def with_(config: dict, key: str, value: object) -> dict:
@@ -35,7 +35,7 @@ def test_what_a_run_would_be_made_from_is_found(base, tiny_model):
     assert Rehearsal().of(with_(base, "reference", reference)) == {
         "problems": [],
         "inputs": {
-            "data": contents(call(base["data"])),
+            "data": contents(instantiate(base["data"])),
             "policy": inputs.sketch(Path(tiny_model("llama"))),
             "reference": inputs.sketch(Path(tiny_model("qwen2"))),
         },
@@ -63,7 +63,7 @@ def test_every_option_is_tried(base, monkeypatch, key):
     def calls(node):
         if node["_target_"] == "dpo.judges.gold":
             raise KeyError("a judge of somebody")
-        return call(node)
+        return instantiate(node)
 
     def tried(loss, beta):
         if beta == 3.0:

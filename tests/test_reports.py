@@ -94,10 +94,10 @@ def orpo(c: Any, r: Any, **_: Any) -> tuple[Any, float, float]:
 
 RUNS: dict[str, tuple[Objective, list[str]]] = {
     "other": (smoothed, ["loss=dpo", "loss.label_smoothing=0.2", "beta=0.7"]),
-    "prior": (ipo_of_means, ["loss=ipo", "loss.average=token", "beta=0.4", "reference.prompt='hello there'"]),
-    "moving": (rso_hinge, ["loss=hinge", "beta=0.3", "reference.alpha=0.3", "reference.every=2"]),
+    "unconditional": (ipo_of_means, ["loss=ipo", "loss.average=token", "beta=0.4", "reference.prompt='hello there'"]),
+    "ema": (rso_hinge, ["loss=hinge", "beta=0.3", "reference.alpha=0.3", "reference.every=2"]),
     "initial": (simpo, ["loss=simpo", "beta=2.5", "loss.gamma_beta_ratio=0.3"]),
-    "given": (orpo, ["loss=orpo", "beta=0.25"]),
+    "precomputed": (orpo, ["loss=orpo", "beta=0.25"]),
     "other_tokenizer": (ipo_of_sums, ["loss=ipo", "beta=0.4"]),
 }
 NAMES = {  # of the figures of pairs
@@ -114,15 +114,15 @@ class ByHand:
         self.kind, self.scores, self.objective = kind, scores, RUNS[kind][0]
         self.tokenizer, self.policy = AutoTokenizer.from_pretrained(policy), loaded(policy)
         self.alien = AutoTokenizer.from_pretrained(theirs)
-        path = {"moving": policy, "initial": policy, "other_tokenizer": theirs}.get(kind, other)
+        path = {"ema": policy, "initial": policy, "other_tokenizer": theirs}.get(kind, other)
         self.reference = loaded(path)
 
     @torch.no_grad()
     def references(self, pair: dict[str, Any]) -> list[float]:
-        if self.kind == "given":
+        if self.kind == "precomputed":
             return self.scores[pair["prompt"]]
         read = sides(pair, self.alien if self.kind == "other_tokenizer" else self.tokenizer)
-        if self.kind == "prior":
+        if self.kind == "unconditional":
             read = [(self.tokenizer("hello there")["input_ids"], response) for _, response in read]
         return [logp(self.reference, *side).item() for side in read]
 
@@ -131,7 +131,7 @@ class ByHand:
         both = sides(pair, self.tokenizer)
         (n, m), (c, r) = ([len(response) for _, response in both]), [logp(self.policy, *side) for side in both]
         a, b = (one - other for one, other in zip((c, r), self.references(pair), strict=True))
-        if self.kind in ("initial", "given"):  # their losses have no reference
+        if self.kind in ("initial", "precomputed"):  # their losses have no reference
             loss, better, worse = self.objective(c / n, r / m)
         else:
             loss, better, worse = self.objective(a, b, n=n, m=m)
@@ -158,7 +158,7 @@ class ByHand:
 
     def follow(self, step: int) -> None:
         """What a moving reference does after a step."""
-        if self.kind == "moving" and step in (2, 4):
+        if self.kind == "ema" and step in (2, 4):
             with torch.no_grad():
                 for mine, policys in zip(self.reference.parameters(), self.policy.parameters(), strict=True):
                     mine.copy_(0.7 * mine + 0.3 * policys)
@@ -175,13 +175,13 @@ def test_training_and_validation(tmp_path, tiny_model, monkeypatch, kind):
     columns = ("chosen_logprob", "rejected_logprob")
     given = [row | dict(zip(columns, scores[row["prompt"]], strict=True)) for row in [*held_out, *train_pairs]]
     (folder / "a.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in given).encode()))
-    paths = {"other": other, "prior": other, "other_tokenizer": theirs, "given": folder.parent}
+    paths = {"other": other, "unconditional": other, "other_tokenizer": theirs, "precomputed": folder.parent}
     seen: list[int] = []
     real = train.pair_logps
 
     def spy(policy: Any, reference: Any, batch: Any, split: str) -> Any:
         if torch.is_grad_enabled():
-            seen.extend(batch.index[batch.real].tolist())
+            seen.extend(batch.index[batch.valid].tolist())
         return real(policy, reference, batch, split)
 
     monkeypatch.setattr(train, "pair_logps", spy)
@@ -244,7 +244,7 @@ def measured(tmp_path_factory) -> tuple[Path, str]:
     words.save_pretrained(path / "reference")
     overrides = [*SMALL, f"policy.path={WORLD_BASE}", "reference=other", f"reference.path={path / 'reference'}"]
     overrides += ["max_new_tokens=18", "lr=3e-3", "warmup_steps=0", "evaluate_prompts=4", "evaluate_every=2", "seed=2"]
-    run(path / "run", *overrides, "evaluation.samples=3", "evaluation.batch_size=4", "data.test=14")
+    run(path / "run", *overrides, "evaluation.log_samples=3", "evaluation.batch_size=4", "data.test=14")
     return path / "run", str(path / "reference")
 
 
@@ -252,7 +252,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def kl(policy: PreTrainedModel, anchor: PreTrainedModel, row: dict[str, Any]) -> tuple[float, float]:
+def kl(policy: PreTrainedModel, kl_target: PreTrainedModel, row: dict[str, Any]) -> tuple[float, float]:
     """Of one response: the log-ratio, and the sum over its positions of sum p log (p / q)."""
     words = AutoTokenizer.from_pretrained(WORLD_BASE)
     prompt = words(row["prompt"])["input_ids"]
@@ -260,7 +260,7 @@ def kl(policy: PreTrainedModel, anchor: PreTrainedModel, row: dict[str, Any]) ->
     with torch.no_grad():
         p, q = (
             model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double().softmax(-1)
-            for model in (policy, anchor)
+            for model in (policy, kl_target)
         )
     ratio = sum(math.log(p[at, token] / q[at, token]) for at, token in enumerate(response))
     return ratio, (p * (p / q).log()).sum().item()
@@ -270,8 +270,8 @@ def test_kl_is_that_of_the_responses(measured):
     directory, reference = measured
     rows, result = lines(directory / "responses.jsonl"), json.loads((directory / "evaluation.json").read_text())
     policy = loaded(str(directory / "policy"))
-    for name, anchor in (("kl", str(WORLD_BASE)), ("kl_reference", reference)):
-        plain, exact = zip(*(kl(policy, loaded(anchor), row) for row in rows), strict=True)
+    for name, kl_target in (("kl", str(WORLD_BASE)), ("kl_reference", reference)):
+        plain, exact = zip(*(kl(policy, loaded(kl_target), row) for row in rows), strict=True)
         assert result[name] == pytest.approx(np.mean(exact), **ROUND)
         assert result[f"{name}_plain"] == pytest.approx(np.mean(plain), **ROUND)
         assert result[f"{name}/se"] == pytest.approx(np.std(exact, ddof=1) / math.sqrt(14), **ROUND)

@@ -20,7 +20,7 @@ from test_train import ROOT, frozen, other_model, own
 from dpo import evaluate, sft, train
 from dpo.data.records import row, write_rows
 from dpo.policy import model as models
-from dpo.sweep.signature import call
+from dpo.sweep.signature import instantiate
 from dpo.training.checkpoint import latest
 from dpo.training.loop import Stopped
 
@@ -28,10 +28,10 @@ REFERENCES = {
     "initial": {},
     "other": {"path": "other"},
     "other_tokenizer": {"path": "qwen2", "max_length": 96},
-    "prior": {},
-    "given": {"path": "given.jsonl"},
-    "uniform": {},
-    "moving": {"every": 2, "alpha": 0.4},  # it moves before the stop and after it, where its count matters
+    "unconditional": {},
+    "precomputed": {"path": "given.jsonl"},
+    "reference_free": {},
+    "ema": {"every": 2, "alpha": 0.4},  # it moves before the stop and after it, where its count matters
 }
 
 
@@ -43,8 +43,8 @@ def base(tmp_path_factory, tiny_model) -> Any:
     shutil.copytree(tiny_model("qwen2"), folder / "qwen2")
     other_model(folder, tiny_model)
     given = [*own(folder, str(folder / "policy")), "steps=4", "evaluate_every=2", "checkpoints_kept=3"]
-    config = frozen(folder / "run", *given, "betas=[0.8,0.9]", "schedule=cosine", "warmup_steps=3")
-    pairs = [row(pair) for split in call(config.data).preferences.values() for pair in split]
+    config = frozen(folder / "run", *given, "adam_betas=[0.8,0.9]", "schedule=cosine", "warmup_steps=3")
+    pairs = [row(pair) for split in instantiate(config.data).preferences.values() for pair in split]
     scores = [one | {"chosen_logprob": -20.0 - n, "rejected_logprob": -19.0 + n} for n, one in enumerate(pairs)]
     write_rows(folder / "given.jsonl", scores)
     OmegaConf.set_struct(config, False)
@@ -68,7 +68,7 @@ def play(directory: Path, config: Any, stop: int | None = None) -> tuple[Any, ..
     held: list[Any] = []
 
     def noted(node):
-        made = call(node)
+        made = instantiate(node)
         if node is not None and "dpo.references" in node["_target_"]:
             held.append(made)
         return made
@@ -125,7 +125,7 @@ def test_stopped_and_resumed_is_the_whole_run(base, stopped, tmp_path, capfd, re
     assert "training: resumes at step 3 of 4" in capfd.readouterr().out
     assert again[0] == rows
     assert all(torch.equal(again[1][name], weight) for name, weight in weights.items())
-    if reference == "moving":
+    if reference == "ema":
         start, _ = models.load(base.policy.path)
         assert again[2].steps == last.steps == 4
         ends = zip(again[2].model.parameters(), last.model.parameters(), start.parameters(), strict=True)
@@ -149,8 +149,8 @@ def edited(path: Path, line: int, **values: Any) -> None:
 
 
 def reworded(config: Any, split: str) -> None:
-    pair = call(config.data).preferences[split][-1]
-    edited(Path(config.data.path), int(pair.origin.rpartition(" ")[2]) - 1, rejected=" Is it?")
+    pair = instantiate(config.data).preferences[split][-1]
+    edited(Path(config.data.path), int(pair.source.rpartition(" ")[2]) - 1, rejected=" Is it?")
 
 
 @pytest.mark.parametrize(
@@ -158,12 +158,12 @@ def reworded(config: Any, split: str) -> None:
     [
         ("other", lambda config: nudged(folder(config) / "other"), "reference"),
         ("other_tokenizer", lambda config: nudged(folder(config) / "qwen2"), "reference"),
-        ("given", lambda config: edited(folder(config) / "given.jsonl", -1, rejected_logprob=-1.0), "reference"),
-        ("uniform", lambda config: nudged(folder(config) / "policy"), "policy"),
+        ("precomputed", lambda config: edited(folder(config) / "given.jsonl", -1, rejected_logprob=-1.0), "reference"),
+        ("reference_free", lambda config: nudged(folder(config) / "policy"), "policy"),
         ("initial", lambda config: nudged(folder(config) / "policy"), "policy and another reference"),
-        ("uniform", lambda config: reworded(config, "train"), "pairs"),
-        ("uniform", lambda config: reworded(config, "validation"), "pairs"),
-        ("moving", lambda config: config.update(id="another"), "settings"),
+        ("reference_free", lambda config: reworded(config, "train"), "pairs"),
+        ("reference_free", lambda config: reworded(config, "validation"), "pairs"),
+        ("ema", lambda config: config.update(id="another"), "settings"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -20,7 +20,7 @@ from dpo import results
 def run(directory: Path, beta: float, finished: bool = True, **settings: Any) -> Path:
     """A run directory as `dpo.sweep.launch` and `dpo.train` leave it."""
     reference = settings.pop("reference", "initial")
-    knobs = {"moving": {"alpha": 0.6}, "initial": {"path": None}, "uniform": {}}[reference]
+    knobs = {"ema": {"alpha": 0.6}, "initial": {"path": None}, "reference_free": {}}[reference]
     config = {
         "id": "0",
         "name": directory.name,
@@ -101,17 +101,17 @@ def test_final_has_the_finished_runs_only(tmp_path):
 
 
 def test_an_option_is_a_column_and_its_own_knobs_vary_within_it(tmp_path):
-    for reference in ("initial", "uniform", "moving"):
+    for reference in ("initial", "reference_free", "ema"):
         run(tmp_path, 0.1, reference=reference)
     assert results.swept(results.final(tmp_path)) == ["reference"]
-    moved = run(tmp_path / "again", 0.1, reference="moving")
+    moved = run(tmp_path / "again", 0.1, reference="ema")
     config = OmegaConf.load(moved / "config.yaml")
     config.reference.alpha = 1.0
     OmegaConf.save(config, moved / "config.yaml")
     moved.rename(tmp_path / "other")
     frame = results.final(tmp_path)
     assert results.swept(frame) == ["reference", "reference.alpha"]
-    assert sorted(frame["reference"]) == ["initial", "moving", "moving", "uniform"]
+    assert sorted(frame["reference"]) == ["initial", "ema", "ema", "reference_free"]
 
 
 def test_what_changes_no_number_does_not_vary(tmp_path):
@@ -279,7 +279,7 @@ def test_a_report_says_all(tmp_path, capsys, saved):  # noqa: F811
 @pytest.mark.filterwarnings("error")
 def test_figure(tmp_path, saved, betas, references, seeds):  # noqa: F811
     for beta in betas:
-        for reference in ("initial", "uniform")[:references]:
+        for reference in ("initial", "reference_free")[:references]:
             for seed in range(seeds):
                 run(tmp_path, beta, reference=reference, seed=seed)
     results.figure(results.final(tmp_path), tmp_path / "figure.png")

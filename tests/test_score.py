@@ -93,21 +93,21 @@ def test_tokens_are_counted_as_the_reference_reads_them(tmp_path, given, tiny_mo
     assert any("rejected" in line["cut"] for line in rows["train"])
     assert summary(tmp_path / "scores")["train pairs cut"] == 8
     files = [f"reference.path={tmp_path / 'scores'}", *other[1:]]
-    again = scored(tmp_path / "again", *given, *files, reference="given")
+    again = scored(tmp_path / "again", *given, *files, reference="precomputed")
     assert [one["chosen_logprob"] for one in again["train"]] == [one["chosen_logprob"] for one in rows["train"]]
     with pytest.raises(ValueError, match=r"found none for 8 of 8 train pairs.* 8 of them were cut"):
-        scored(tmp_path / "longer", *given, *files, "max_length=9", reference="given")
+        scored(tmp_path / "longer", *given, *files, "max_length=9", reference="precomputed")
 
 
 def test_given_scores_are_those_that_were_written(tmp_path, given, tiny_model):
     folder = tmp_path / "scores"
     rows = scored(folder, *given)
-    again = scored(tmp_path / "again", *given, f"reference.path={folder}", reference="given")
+    again = scored(tmp_path / "again", *given, f"reference.path={folder}", reference="precomputed")
     for split in score.SPLITS:  # how many tokens there were nobody knows any more
         assert again[split] == [{k: v for k, v in line.items() if not k.endswith("_tokens")} for line in rows[split]]
     (folder / "validation.jsonl").unlink()
     with pytest.raises(ValueError, match="found none for 4 of 4 validation pairs"):
-        scored(tmp_path / "fewer", *given, f"reference.path={folder}", reference="given")
+        scored(tmp_path / "fewer", *given, f"reference.path={folder}", reference="precomputed")
 
 
 def test_chats_are_written_as_whole_conversations(tmp_path, given, tiny_model):
@@ -126,17 +126,25 @@ def test_chats_are_written_as_whole_conversations(tmp_path, given, tiny_model):
         assert (line["prompt"], line["chosen"]) == (pair.prompt, [*pair.prompt, *pair.chosen])
         assert line["rejected"] == [*pair.prompt, *pair.rejected]
     assert read(tmp_path / "scores" / "train.jsonl") == pairs
-    again = scored(tmp_path / "again", *given, policy, f"reference.path={tmp_path / 'scores'}", reference="given")
+    again = scored(tmp_path / "again", *given, policy, f"reference.path={tmp_path / 'scores'}", reference="precomputed")
     assert [line["chosen_logprob"] for line in again["train"]] == [line["chosen_logprob"] for line in rows["train"]]
 
 
 def test_two_processes_score_as_one_and_pass_over_what_has_no_scores(tmp_path, given):
     alone = scored(tmp_path / "alone", *given, "per_token=true")
-    command = [sys.executable, "-m", "dpo.score", "-m", "reference=initial,uniform,moving", *given, "per_token=true"]
+    command = [
+        sys.executable,
+        "-m",
+        "dpo.score",
+        "-m",
+        "reference=initial,reference_free,ema",
+        *given,
+        "per_token=true",
+    ]
     command += ["processes=2", f"runs={tmp_path}", f"cache={tmp_path / 'cache2'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
-    for reference in ("uniform", "moving"):
+    for reference in ("reference_free", "ema"):
         assert done.stdout.count(f"reference={reference} has no scores to make") == 1
     [folder] = (file.parent for file in (tmp_path / "scores").glob("*/train.jsonl"))
     for split in score.SPLITS:

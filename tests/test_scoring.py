@@ -16,8 +16,8 @@ from dpo.data.records import Preference, row, write_rows
 from dpo.policy import model as models
 from dpo.policy import scoring
 from dpo.policy.logps import sequence_logps, token_logps
-from dpo.policy.scoring import off_by, score
-from dpo.references import Frozen, Given, Initial, Moving, OtherTokenizer, Prior, Uniform
+from dpo.policy.scoring import check_against_live, score
+from dpo.references import EMA, Frozen, Initial, OtherTokenizer, PrecomputedFiles, ReferenceFree, Unconditional
 
 
 def live(model: Any, sequences: Any) -> torch.Tensor:
@@ -67,7 +67,7 @@ def test_what_is_scored_again_is_from_all_over(tmp_path, tiny_model):
     scores = score(model, many, "weights", settings(tmp_path), "scoring", [str(n) for n in range(16)])
     scores.logps[14] += 1
     with pytest.raises(RuntimeError, match="log-probs scored in packed rows must be those of the model's own forward"):
-        off_by(model, many, scores, settings(tmp_path))
+        check_against_live(model, many, scores, settings(tmp_path))
 
 
 def test_which_model_a_reference_is(tmp_path, tiny_model):
@@ -77,16 +77,16 @@ def test_which_model_a_reference_is(tmp_path, tiny_model):
     prints = {one: models.fingerprint(model) for one, model in ((path, policy), (other, another))}
     chosen = [pair.chosen for pair in PAIRS]
     start = [(models.load_tokenizer(path)("dogs and")["input_ids"], pair.rejected_ids) for pair in PAIRS]
-    for reference, origin, anchor, initial in (
+    for reference, origin, kl_target, initial in (
         (Initial(), path, None, True),
         (Frozen(path), path, path, True),
         (Frozen(other), other, other, False),
-        (Prior(None, ""), path, None, False),
-        (Prior(other, "dogs and"), other, None, False),
+        (Unconditional(None, ""), path, None, False),
+        (Unconditional(other, "dogs and"), other, None, False),
     ):
         reference.prepare(path, policy, {"train": PAIRS, "validation": PAIRS[1:]}, settings(tmp_path))
-        assert reference.origin == prints[origin]
-        assert (reference.anchor, reference.is_initial) == (anchor, initial)
+        assert reference.fingerprint == prints[origin]
+        assert (reference.kl_target, reference.is_initial) == (kl_target, initial)
         model = policy if origin == path else another
         if reference.sees_prompt:
             assert torch.allclose(reference.table["train"][:, 0], live(model, chosen), rtol=1e-5)
@@ -95,8 +95,8 @@ def test_which_model_a_reference_is(tmp_path, tiny_model):
         assert torch.equal(reference.table["validation"], reference.table["train"][1:])
         assert reference.lengths["validation"].tolist() == [[2, 3], [1, 1]]
     assert len([one for one in (tmp_path / "cache" / "reference").iterdir() if one.is_dir()]) == 4
-    assert (Moving.is_initial, Moving.anchor, Moving.origin) == (True, None, "")
-    assert (Uniform.is_initial, Uniform.anchor, Uniform.origin) == (False, None, "")
+    assert (EMA.is_initial, EMA.kl_target, EMA.fingerprint) == (True, None, "")
+    assert (ReferenceFree.is_initial, ReferenceFree.kl_target, ReferenceFree.fingerprint) == (False, None, "")
 
 
 def test_a_reference_has_its_own_template_and_the_runs_day(tmp_path, tiny_model):
@@ -116,7 +116,7 @@ def test_a_reference_has_its_own_template_and_the_runs_day(tmp_path, tiny_model)
     for path in (str(tmp_path / "dated"), tiny_model("gpt2")):
         reference = Spied(path, None)
         reference.prepare(tiny_model("gpt2"), policy, {"train": pairs}, asked)
-        assert (reference.is_initial, reference.anchor) == (False, None)  # the policy may read the text otherwise
+        assert (reference.is_initial, reference.kl_target) == (False, None)  # the policy may read the text otherwise
     assert told == ['{{ "26 Jul 2024" }}' + CHAT_TEMPLATE, None]
 
 
@@ -135,20 +135,20 @@ def test_given_log_probs_are_of_one_prompt_and_one_end(tmp_path, tiny_model):
     (tmp_path / "deep" / "er" / "b.jsonl.gz").write_bytes(
         gzip.compress("".join(json.dumps(line) + "\n" for line in lines[2:]).encode())
     )
-    reference = Given(str(tmp_path / "deep"))
+    reference = PrecomputedFiles(str(tmp_path / "deep"))
     reference.prepare("", model, {"train": pairs, "validation": pairs[::-1]}, settings(tmp_path))
     expected = [[-n - 0.25, -90.0 - n] for n in range(4)]
     assert reference.table["train"].tolist() == expected
     assert reference.table["validation"].tolist() == expected[::-1]
-    origin = reference.origin
+    origin = reference.fingerprint
     write_rows(tmp_path / "again.jsonl", [*lines, lines[3] | {"rejected_logprob": -92}])  # within bf16 of -93
-    again = Given(str(tmp_path / "again.jsonl"))
+    again = PrecomputedFiles(str(tmp_path / "again.jsonl"))
     again.prepare("", model, {"train": pairs}, settings(tmp_path))
     assert again.table["train"].tolist() == expected  # the first counts
-    assert again.origin == origin  # of the same numbers, wherever they are
+    assert again.fingerprint == origin  # of the same numbers, wherever they are
     write_rows(tmp_path / "again.jsonl", [*lines[:3], lines[3] | {"rejected_logprob": -92}])
     again.prepare("", model, {"train": pairs}, settings(tmp_path))
-    assert again.origin != origin
+    assert again.fingerprint != origin
 
 
 def test_a_moving_reference_starts_where_training_does(tmp_path, tiny_model):
@@ -156,7 +156,7 @@ def test_a_moving_reference_starts_where_training_does(tmp_path, tiny_model):
     path, asked = tiny_model("gpt2"), settings(tmp_path)
     asked.policy.base = str(tmp_path / "nowhere")
     policy, _ = models.load(path)
-    reference = Moving(alpha=0.25, every=3)
+    reference = EMA(alpha=0.25, every=3)
     reference.prepare(path, policy, {}, asked)
     assert reference.model is not policy
     assert not any(module.training for module in reference.model.modules())
@@ -179,7 +179,7 @@ def test_a_moving_reference_starts_where_training_does(tmp_path, tiny_model):
 def test_a_prior_without_a_bos_begins_with_the_end_of_a_text(tmp_path, tiny_model):
     model, tokenizer = models.load(tiny_model("qwen2"))
     assert tokenizer.bos_token_id is None
-    reference = Prior(None, "")
+    reference = Unconditional(None, "")
     reference.prepare(tiny_model("qwen2"), model, {"train": [Pair([5], [6, 7], [8])]}, settings(tmp_path))
     expected = live(model, [([tokenizer.eos_token_id], [6, 7]), ([tokenizer.eos_token_id], [8])])
     assert torch.allclose(reference.table["train"][0], expected, rtol=1e-5)

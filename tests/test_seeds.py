@@ -197,8 +197,8 @@ def test_simulated_sweeps_are_what_they_say():
 
 def test_chosen_by_others_by_hand():
     """Each seed at the beta that the other seeds' mean is best at, and the interval of SciPy."""
-    chance, held = np.random.default_rng(0), []
-    sides = chance.normal(0, 0.1, (2, 60, 5, 3))
+    rng, held = np.random.default_rng(0), []
+    sides = rng.normal(0, 0.1, (2, 60, 5, 3))
     for trial in range(60):
         picked = []
         for side in sides[:, trial]:
@@ -249,8 +249,8 @@ def test_the_best_of_a_grid():
 def test_rising(fall, said):
     """Accuracies that rise with every smaller beta, but fall at the last."""
     of_beta = {1.0: 0.5, 0.1: 0.6, 0.01: 0.7 - fall}
-    chance = np.random.default_rng(0)
-    rows = [(beta, seed, mean + chance.normal(0, 0.01)) for beta, mean in of_beta.items() for seed in range(8)]
+    rng = np.random.default_rng(0)
+    rows = [(beta, seed, mean + rng.normal(0, 0.01)) for beta, mean in of_beta.items() for seed in range(8)]
     found = rising(pd.DataFrame(rows, columns=["beta", "seed", "accuracy"]), "accuracy")
     assert found.verdict == said
     assert ("from beta 0.1 to 0.01" in found.measured) == (said == "refutes")
@@ -259,9 +259,9 @@ def test_rising(fall, said):
 @pytest.mark.parametrize("extra,said", [(0.0, "undecided"), (3.0, "supports"), (-3.0, "refutes")])
 def test_whether_eos_falls_most(extra, said):
     """Where no item is special nothing is decided: any of the others may be the rival."""
-    chance = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     rows = [
-        {"seed": seed, "token": token, "end": token == "</s>", "difference": chance.normal(-1, 0.3), "occurrences": 50}
+        {"seed": seed, "token": token, "end": token == "</s>", "difference": rng.normal(-1, 0.3), "occurrences": 50}
         for seed in range(6)
         for token in ["a", "b", "c", "d", "</s>"]
     ]

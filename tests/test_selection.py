@@ -8,7 +8,7 @@ from test_train import own, run
 
 from dpo import evaluate
 from dpo.policy import model as models
-from dpo.policy.best import Selection
+from dpo.policy.best import BestCheckpoint
 
 
 @pytest.fixture
@@ -29,26 +29,26 @@ def mark(folder) -> float:
 
 def test_the_lowest_loss_is_kept(tmp_path, policy):
     model, tokenizer = policy
-    selection = Selection(tmp_path)
+    selection = BestCheckpoint(tmp_path)
     for step, loss in ((10, 0.6), (20, 0.5), (30, 0.7), (40, 0.5)):
-        selection.offer(step, {"loss": loss, "step": step}, marked(model, step), tokenizer)
+        selection.update(step, {"loss": loss, "step": step}, marked(model, step), tokenizer)
     assert (selection.step, selection.metrics) == (20, {"loss": 0.5, "step": 20})
     assert [path.name for path in (tmp_path / "selected").glob("step-*")] == ["step-20"]
-    selection.settle(tmp_path / "policy")
+    selection.finalize(tmp_path / "policy")
     assert mark(tmp_path / "policy") == 20
-    selection.settle(tmp_path / "policy")  # as after a stop in between
+    selection.finalize(tmp_path / "policy")  # as after a stop in between
     assert mark(tmp_path / "policy") == 20
 
 
 def test_a_run_that_resumes_knows_its_best(tmp_path, policy, monkeypatch):
     model, tokenizer = policy
-    Selection(tmp_path).offer(20, {"loss": 0.5}, marked(model, 20), tokenizer)
-    again = Selection(tmp_path)
-    again.offer(20, {"loss": 0.5}, marked(model, 21), tokenizer)  # comes by there once more, with other rounding
-    again.offer(30, {"loss": 0.6}, marked(model, 30), tokenizer)
+    BestCheckpoint(tmp_path).update(20, {"loss": 0.5}, marked(model, 20), tokenizer)
+    again = BestCheckpoint(tmp_path)
+    again.update(20, {"loss": 0.5}, marked(model, 21), tokenizer)  # comes by there once more, with other rounding
+    again.update(30, {"loss": 0.6}, marked(model, 30), tokenizer)
     (tmp_path / "policy").mkdir()
     (tmp_path / "policy" / "of another attempt").touch()
-    again.settle(tmp_path / "policy")
+    again.finalize(tmp_path / "policy")
     assert not (tmp_path / "policy" / "of another attempt").exists()
     assert (again.step, mark(tmp_path / "policy")) == (20, 21)
 
@@ -58,9 +58,9 @@ def test_a_run_that_resumes_knows_its_best(tmp_path, policy, monkeypatch):
     with monkeypatch.context() as patch:  # stopped while a better one is written: the former counts
         patch.setattr(models, "save", stopped)
         with pytest.raises(KeyboardInterrupt):
-            Selection(tmp_path).offer(40, {"loss": 0.1}, model, tokenizer)
-    later = Selection(tmp_path)
-    later.offer(30, {"loss": 0.6}, model, tokenizer)  # the best step is behind it
+            BestCheckpoint(tmp_path).update(40, {"loss": 0.1}, model, tokenizer)
+    later = BestCheckpoint(tmp_path)
+    later.update(30, {"loss": 0.6}, model, tokenizer)  # the best step is behind it
     assert (later.step, later.metrics) == (20, {"loss": 0.5})
 
 
@@ -73,7 +73,7 @@ def test_a_run_keeps_the_step_of_lowest_validation_loss(tmp_path, tiny_model, mo
     noted = lambda policy, *more: measured.append(models.fingerprint(policy)) or measure(policy, *more)  # noqa: E731
     monkeypatch.setattr(evaluate, "measure", noted)
     given = [*own(tmp_path, tiny_model("llama")), "steps=4", "evaluate_every=1"]
-    _, result = run(tmp_path / "best", *given, "select=validation_loss")
+    _, result = run(tmp_path / "best", *given, "keep=best")
     assert measured == [models.fingerprint(models.load(str(tmp_path / "best" / "policy"))[0])]
     assert (result["selected_step"], result["steps"], result["loss"]) == (2, 4, 0.3)
     assert not (tmp_path / "best" / "selected").exists()

@@ -28,7 +28,7 @@ from dpo.policy import scoring
 from dpo.sweep.plan import resolve
 from dpo.sweep.schema import check, identity
 from dpo.training import distributed
-from dpo.training.distributed import Layout
+from dpo.training.distributed import ParallelLayout
 from dpo.training.log import Log
 
 ROOT = Path(__file__).parent.parent
@@ -84,10 +84,10 @@ def own(data: Path, base: str) -> list[str]:
 
 UNUSUAL = [
     *("seed=5", "beta=0.7", "lr=4e-3", "loss.label_smoothing=0.2", "batch_size=12", "epochs=3", "schedule=cosine"),
-    *("warmup_steps=1", "betas=[0.6,0.8]", "weight_decay=0.3", "max_grad_norm=0.05", "device=cpu"),
-    *("evaluate_every=4", "evaluate_prompts=3", "select=validation_loss", "checkpoint_every=2", "checkpoints_kept=3"),
+    *("warmup_steps=1", "adam_betas=[0.6,0.8]", "weight_decay=0.3", "max_grad_norm=0.05", "device=cpu"),
+    *("evaluate_every=4", "evaluate_prompts=3", "keep=best", "checkpoint_every=2", "checkpoints_kept=3"),
     *("sft.batch_size=9", "sft.lr=3e-3", "sft.epochs=2", "sft.schedule=linear", "sft.warmup_steps=0.34"),
-    *("evaluation.prompts=4", "evaluation.temperature=0.8", "evaluation.batch_size=3", "evaluation.samples=2"),
+    *("evaluation.prompts=4", "evaluation.temperature=0.8", "evaluation.batch_size=3", "evaluation.log_samples=2"),
     *("generation.temperature=0.3", "generation.batch_size=7", "judge=shorter", "name=unusual", "sharding.group=1"),
     *(f"policy.chat_template={TEMPLATE!r}".replace("\\'", "'"), "policy.date=2001-02-03"),
     *("policy.trust_remote_code=true", "data.on_faulty=keep"),
@@ -325,7 +325,7 @@ def check_calls(run: Run, base: str) -> None:
     for name in ("load", "load_tokenizer", "check_length"):
         assert all(one["trust_remote_code"] for one in calls[f"model.{name}"]), name
     loads = calls["model.load"]
-    assert {one["layout"] for one in loads} == {Layout(1, False, "fp32")}
+    assert {one["layout"] for one in loads} == {ParallelLayout(1, False, "fp32")}
     asked = [(one["path"], one["chat_template"], one["date"]) for one in calls["model.load_tokenizer"]]
     assert asked[:2] == [(base, TEMPLATE, "2001-02-03")] * 2  # of the pairs, and of SFT
     assert "<user 2001>" in AutoTokenizer.from_pretrained(policy).apply_chat_template(
@@ -346,15 +346,28 @@ def check_calls(run: Run, base: str) -> None:
     assert (mirrored[0]["config"]["lr"], mirrored[0]["wandb"].mode) == (4e-3, "disabled")
 
 
-INCIDENTAL = [
-    *("micro_batch_tokens=70", "packed=false", "recompute=true", "evaluate_prompts=0", "checkpoint_every=0"),
-    *("checkpoints_kept=1", "evaluation.samples=0", "device=auto", "threads=2", "name=other", "sharding.group=null"),
+NON_NUMERIC = [
+    *(
+        "micro_batch_tokens=70",
+        "packed=false",
+        "activation_checkpointing=true",
+        "evaluate_prompts=0",
+        "checkpoint_every=0",
+    ),
+    *(
+        "checkpoints_kept=1",
+        "evaluation.log_samples=0",
+        "device=auto",
+        "threads=2",
+        "name=other",
+        "sharding.group=null",
+    ),
 ]
 
 
 def test_what_changes_no_number(unusual, tmp_path, tiny_model, data):
     """Rows, weights and measures are those of the run above within rounding, though nothing is done in the same way."""
-    other = ran(tmp_path / "run", *own(data, tiny_model("llama")), *UNUSUAL, *INCIDENTAL)
+    other = ran(tmp_path / "run", *own(data, tiny_model("llama")), *UNUSUAL, *NON_NUMERIC)
     assert other.config.id == unusual.config.id
     for split in ("train", "validation"):
         for one, two in zip(unusual.of(split), other.of(split), strict=True):
@@ -429,7 +442,7 @@ def test_every_setting_of_sft_reaches_its_work(tmp_path, tiny_model, data):
     llama, unused = tiny_model("llama"), tiny_model("mistral")
     given = [one for one in UNUSUAL if not one.startswith("generation.")]
     given = [one for one in given if one.split("=")[0] not in NOT_OF_SFT]
-    given += [f"policy.path={llama}", "sft.steps=3", "recompute=true"]
+    given += [f"policy.path={llama}", "sft.steps=3", "activation_checkpointing=true"]
     run = ran(tmp_path / "run", *own(data, unused), *given, command="sft")
     calls = run.calls
     (fitted,) = calls["sft.fit"]
@@ -438,7 +451,7 @@ def test_every_setting_of_sft_reaches_its_work(tmp_path, tiny_model, data):
     assert run.result["steps"] == 3
     assert [row["step"] for row in run.of("test")] == [3]
     assert [row["lr"] for row in run.of("train")] == pytest.approx([1.5e-3, 3e-3, 1.5e-3])
-    assert [(one["path"], one["layout"]) for one in calls["model.load"]] == [(llama, Layout(1, False, "fp32"))]
+    assert [(one["path"], one["layout"]) for one in calls["model.load"]] == [(llama, ParallelLayout(1, False, "fp32"))]
     assert len(calls["model.recompute"]) == 1
     assert [one["name"] for one in calls["distributed.join"]] == ["cpu"]
     assert all(one["trust_remote_code"] for name in ("load", "load_tokenizer") for one in calls[f"model.{name}"])

@@ -27,7 +27,7 @@ from dpo.training.optim import optimizer, schedule
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 SIZES = {"vocab_size": 41, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
-WHOLE = distributed.Layout(group=None, offload=False, precision="fp32")
+WHOLE = distributed.ParallelLayout(group=None, offload=False, precision="fp32")
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 
@@ -290,7 +290,7 @@ def test_a_layout_reaches_every_block(monkeypatch, group, shape, precision, offl
     )
     monkeypatch.setattr(distributed, "fully_shard", lambda part, **named: sharded.append((part, named)))
     model = llama(False)
-    assert distributed.shard(model, distributed.Layout(group, offload, precision), torch.device("cpu")) is model
+    assert distributed.shard(model, distributed.ParallelLayout(group, offload, precision), torch.device("cpu")) is model
     assert [part for part, _ in sharded] == [*model.model.layers, model]
     assert meshes[-1][0] == ("cpu", shape)
     assert meshes[-1][1].get("mesh_dim_names") == (None if group is None else ("copy", "part"))

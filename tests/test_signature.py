@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dpo.sweep.schema import OPEN_GROUPS
-from dpo.sweep.signature import PLUGINS, binds, call
+from dpo.sweep.signature import PLUGINS, check_signature, instantiate
 
 MINE = """
 from os import system
@@ -91,10 +91,10 @@ def roads(crater: Path) -> list[dict]:
 def test_no_road_leads_to_code_of_others(crater):
     for node in roads(crater):
         for group, given in OPEN_GROUPS.items():
-            assert binds(group, node, given), (group, node)
+            assert check_signature(group, node, given), (group, node)
         for form in (node, OmegaConf.create(node)):
             try:
-                called = call(form)
+                called = instantiate(form)
             except Exception:
                 called = None
             assert called is None or getattr(called, "func", None).__module__ == "dpo.losses", node
@@ -107,36 +107,46 @@ def test_a_function_of_another_group_is_refused():
         "data": {"_target_": "dpo.world.language.world"},
         "judge": {"_target_": "dpo.judges.gold", "_partial_": True},
         "loss": {"_target_": "dpo.losses.dpo", "_partial_": True, "beta": 0.1, "label_smoothing": 0.0},
-        "reference": {"_target_": "dpo.references.Uniform"},
+        "reference": {"_target_": "dpo.references.ReferenceFree"},
     }
     for group, given in OPEN_GROUPS.items():
         for other, node in ours.items():
-            said = "\n".join(binds(group, node, given))
+            said = "\n".join(check_signature(group, node, given))
             assert ("_target_ must name a function" in said) == (group != other), (group, other)
-    assert "must name a function" in binds("hydra.launcher", {"_target_": "os.system", "command": "true"}, ())[0]
+    assert (
+        "must name a function" in check_signature("hydra.launcher", {"_target_": "os.system", "command": "true"}, ())[0]
+    )
     metrics = {"_target_": "dpo.losses.metrics", "_partial_": True, "loss": 1}
-    assert "which must return dpo.losses.Loss by its annotation" in binds("loss", metrics, ("pair",))[0]
-    abstract = binds("reference", {"_target_": "dpo.references.ABC"}, ())
+    assert "which must return dpo.losses.Loss by its annotation" in check_signature("loss", metrics, ("pair",))[0]
+    abstract = check_signature("reference", {"_target_": "dpo.references.ABC"}, ())
     assert "defines no such function" in abstract[0]
-    assert "loss.pair is not an option" in binds("loss", ours["loss"] | {"pair": 1}, ("pair",))[0]  # given later
-    assert "loss._partial_ must be true" in binds("loss", ours["loss"] | {"_partial_": False}, ("pair",))[0]
-    assert "reference._partial_ must be false" in binds("reference", ours["reference"] | {"_partial_": True}, ())[0]
+    assert (
+        "loss.pair is not an option" in check_signature("loss", ours["loss"] | {"pair": 1}, ("pair",))[0]
+    )  # given later
+    assert "loss._partial_ must be true" in check_signature("loss", ours["loss"] | {"_partial_": False}, ("pair",))[0]
+    assert (
+        "reference._partial_ must be false"
+        in check_signature("reference", ours["reference"] | {"_partial_": True}, ())[0]
+    )
 
 
 def test_a_package_of_the_users_own_is_named_by_the_environment(crater, monkeypatch):
     loss = {"_target_": "my_package.losses.mine", "_partial_": True, "beta": 0.1, "power": 2.0}
-    assert f"named by the environment: {PLUGINS}=package" in binds("loss", loss, ("pair",))[0]
+    assert f"named by the environment: {PLUGINS}=package" in check_signature("loss", loss, ("pair",))[0]
     with pytest.raises(ValueError, match="must lie in"):
-        call(loss)
+        instantiate(loss)
     assert "my_package" not in sys.modules
     monkeypatch.setenv(PLUGINS, "other, my_package")
-    assert binds("loss", loss, ("pair",)) == []
-    assert call(loss).keywords == {"beta": 0.1, "power": 2.0}
-    assert "loss.power must be float" in binds("loss", loss | {"power": "x"}, ("pair",))[0]
-    assert binds("data", {"_target_": "my_package.losses.own", "path": "x"}, ()) == []
+    assert check_signature("loss", loss, ("pair",)) == []
+    assert instantiate(loss).keywords == {"beta": 0.1, "power": 2.0}
+    assert "loss.power must be float" in check_signature("loss", loss | {"power": "x"}, ("pair",))[0]
+    assert check_signature("data", {"_target_": "my_package.losses.own", "path": "x"}, ()) == []
     for near in ("Near", "near"):
-        assert binds("reference", {"_target_": f"my_package.losses.{near}"}, ()) == []
+        assert check_signature("reference", {"_target_": f"my_package.losses.{near}"}, ()) == []
     unlike = {"_target_": "my_package.losses.unlike", "_partial_": True, "beta": 0.1}
-    assert "must return dpo.losses.Loss by its annotation, found float" in binds("loss", unlike, ("pair",))[0]
-    assert "defines no such function" in binds("loss", loss | {"_target_": "my_package.losses.system"}, ("pair",))[0]
-    assert "must lie in" in binds("loss", loss | {"_target_": "my_package_2.losses.mine"}, ("pair",))[0]
+    assert "must return dpo.losses.Loss by its annotation, found float" in check_signature("loss", unlike, ("pair",))[0]
+    assert (
+        "defines no such function"
+        in check_signature("loss", loss | {"_target_": "my_package.losses.system"}, ("pair",))[0]
+    )
+    assert "must lie in" in check_signature("loss", loss | {"_target_": "my_package_2.losses.mine"}, ("pair",))[0]

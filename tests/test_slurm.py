@@ -25,7 +25,13 @@ from dpo.sweep.slurm import Slurm
 __all__ = ["tree"]
 SLURM = ["hydra/launcher=slurm", "hydra.launcher.cpus=1"]
 SMALL = [
-    *("data.demonstrations=32", "data.train=40", "data.validation=8", "evaluation.prompts=10", "evaluation.samples=1"),
+    *(
+        "data.demonstrations=32",
+        "data.train=40",
+        "data.validation=8",
+        "evaluation.prompts=10",
+        "evaluation.log_samples=1",
+    ),
     *("sft.steps=3", "max_new_tokens=40", "steps=40", "batch_size=8", "micro_batch_tokens=400", "evaluate_every=10"),
     *("checkpoint_every=10", "wandb.mode=disabled", "threads=1"),
 ]

@@ -69,7 +69,7 @@ def test_arithmetic_by_hand(step):
     forward = (
         2 * 3 * weights - unread + 2 * seen * (2 + 2) + 2 * 3 * 10
     )  # scores and mixing of width 2; 3 tokens scored
-    assert step.arithmetic(policy, [pair.branches]) == 3 * forward
+    assert step.arithmetic(policy, [pair.prompt_responses]) == 3 * forward
     again = 2 * 2 * weights - unread + 2 * (1 + 2) * (2 + 2)  # the prompt for the second response
     assert step.arithmetic(policy, [([1, 2], [[3, 4]]), ([1, 2], [[0]])]) == 3 * (forward + again)
 
@@ -154,7 +154,7 @@ def race(step, monkeypatch):
 
     def run(racers, rounds, precision="fp32", some=(), quick=False):
         options = SimpleNamespace(device="cpu", precision=precision, quick=quick, hh=None)
-        pair = SimpleNamespace(branches=([1, 2], [[3], [4]]))
+        pair = SimpleNamespace(prompt_responses=([1, 2], [[3], [4]]))
         monkeypatch.setattr(step, "workload", lambda name, count, path: ([pair] * count, 7))
         monkeypatch.setattr(step, "model", lambda *given: "model")
         monkeypatch.setattr(step, "score", lambda *given: (52.0, None))

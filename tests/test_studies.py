@@ -21,7 +21,7 @@ from dpo.sweep.schema import check, identity
 ROOT = Path(__file__).parent.parent
 TINY = [
     *("data.demonstrations=32", "data.train=8", "data.validation=6", "data.test=10", "sft.steps=2", "threads=1"),
-    *("max_new_tokens=40", "evaluation.samples=1", "wandb.mode=disabled"),
+    *("max_new_tokens=40", "evaluation.log_samples=1", "wandb.mode=disabled"),
 ]
 SWEEPS = {  # name: grids, each a run per combination
     "references": ("sft", [["data.summaries=clean,alien_clean"]]),
@@ -29,8 +29,8 @@ SWEEPS = {  # name: grids, each a run per combination
     "necessity": (
         "train",
         [
-            ["reference=initial,uniform,prior", "beta=0.1,10"],
-            ["reference=uniform", "loss=simpo,orpo", "beta=1"],
+            ["reference=initial,reference_free,unconditional", "beta=0.1,10"],
+            ["reference=reference_free", "loss=simpo,orpo", "beta=1"],
             ["reference=initial", "beta=0.1", "steps=0"],
         ],
     ),

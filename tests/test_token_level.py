@@ -115,9 +115,9 @@ def test_what_is_read(monkeypatch, tmp_path):
             for seed in range(2):
                 run(tmp_path / "strength", score, beta=beta, lr=lr, seed=seed)
     run(tmp_path / "strength", 5.0, beta=0.2, steps=0, lr=1e-6)
-    for seed, reference in enumerate(("initial", "uniform", "prior")):
+    for seed, reference in enumerate(("initial", "reference_free", "unconditional")):
         run(tmp_path / "necessity", 10.0, reference=reference, seed=seed, lr=1e-6)
-    run(tmp_path / "necessity", 10.0, reference="uniform", loss="simpo", lr=1e-6)
+    run(tmp_path / "necessity", 10.0, reference="reference_free", loss="simpo", lr=1e-6)
     run(tmp_path / "necessity", 5.0, steps=0, seed=1, lr=1e-6)
     frames = token_level.read(tmp_path / "strength", tmp_path / "necessity")
     found = frames["items"].set_index(["beta", "seed", "token", "end"])
@@ -142,9 +142,9 @@ def test_what_is_read(monkeypatch, tmp_path):
 
 def test_a_mean_of_means():
     """Counts each token once, however the tokens are grouped before."""
-    chance = np.random.default_rng(0)
-    raw = pd.DataFrame({"beta": 0.1, "seed": chance.integers(0, 3, 60), "token": [*"aab"] * 20})
-    raw["difference"] = chance.normal(size=60)
+    rng = np.random.default_rng(0)
+    raw = pd.DataFrame({"beta": 0.1, "seed": rng.integers(0, 3, 60), "token": [*"aab"] * 20})
+    raw["difference"] = rng.normal(size=60)
     grouped = token_level.means(raw, ["beta", "seed", "token"])
     again = token_level.means(grouped, ["token"]).set_index("token")
     assert again["difference"].to_dict() == pytest.approx(raw.groupby("token")["difference"].mean().to_dict())

@@ -384,7 +384,7 @@ def test_too_long_pairs_are_named_as_in_their_file(tmp_path):
     write(file, some)
     data = records.file(str(file), None, 0.3, "drop")
     for pair in data.preferences["train"] + data.preferences["validation"]:
-        assert pair.origin == f"{file}, line {some.index(pair) + 1}"
+        assert pair.source == f"{file}, line {some.index(pair) + 1}"
     with pytest.raises(ValueError, match="train pairs have more than 60 tokens") as error:
         tokenize(data.preferences["train"], tokenizer, 60, "error", "train pairs")
     assert f"\n  {file}, line 8: " in str(error.value)
@@ -395,7 +395,7 @@ def test_too_long_pairs_are_named_as_in_their_file(tmp_path):
 
 def test_pairs_that_truncation_makes_the_same_are_faulty(capsys):
     tokenizer = tiny_tokenizer("gpt2")
-    some = [Preference(PROMPT, " Rome" * 30 + " Cats", " Rome" * 30 + " dogs", origin="a, line 7"), PAIRS[0]]
+    some = [Preference(PROMPT, " Rome" * 30 + " Cats", " Rome" * 30 + " dogs", source="a, line 7"), PAIRS[0]]
     whole = tokenize(some, tokenizer, 200, "error")
     assert told_apart(whole, "error", "train pairs") == whole
     assert capsys.readouterr().out == ""

@@ -26,7 +26,7 @@ from dpo.policy.logps import sequence_logps
 from dpo.policy.scoring import LIVE
 from dpo.sweep.plan import resolve
 from dpo.sweep.schema import check, identity
-from dpo.sweep.signature import call
+from dpo.sweep.signature import instantiate
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -38,7 +38,7 @@ SMALL = [
         "sft.steps=3",
         "max_new_tokens=40",
     ),
-    *("steps=3", "batch_size=8", "evaluation.samples=1", "evaluate_every=0", "threads=1"),
+    *("steps=3", "batch_size=8", "evaluation.log_samples=1", "evaluate_every=0", "threads=1"),
 ]
 
 
@@ -75,7 +75,7 @@ def own(path: Path, model: str) -> list[str]:
     return [
         *("data=file", f"data.path={own_pairs(path / 'pairs.jsonl')}", "data.validation_fraction=0.2"),
         *(f"policy.path={model}", "lr=1e-3", "max_length=96", "max_new_tokens=6", "steps=3", "batch_size=8"),
-        *("evaluation.prompts=4", "evaluation.samples=1", "evaluate_every=0"),
+        *("evaluation.prompts=4", "evaluation.log_samples=1", "evaluate_every=0"),
     ]
 
 
@@ -116,7 +116,7 @@ def test_a_sweep_shares_what_does_not_depend_on_beta(tmp_path, capfd):
     assert kinds == {"sft": 1, "pairs": 1, "baseline": 1, "reference": 1}  # one pass scores train and validation
 
 
-@pytest.mark.parametrize("reference", ["initial", "other", "uniform", "moving"])
+@pytest.mark.parametrize("reference", ["initial", "other", "reference_free", "ema"])
 def test_every_reference_trains(tmp_path, tiny_model, reference):
     given = [
         f"reference={reference}",
@@ -127,7 +127,7 @@ def test_every_reference_trains(tmp_path, tiny_model, reference):
     assert math.isfinite(first)
     assert first != second
     at_start = first == pytest.approx(math.log(2), abs=1e-6)
-    assert at_start is (reference in ("initial", "moving"))
+    assert at_start is (reference in ("initial", "ema"))
     assert all(result[name] >= 0 for name in ("kl", *(["kl_reference"] if reference == "other" else [])))
 
 
@@ -163,14 +163,14 @@ def test_a_reference_that_never_moves_is_the_cached_one(tmp_path, tiny_model):
     """Live scoring against the table: a moving reference whose first move never comes."""
     given = own(tmp_path, tiny_model("llama"))
     cached, _ = run(tmp_path / "cached", *given)
-    live, _ = run(tmp_path / "live", *given, "reference=moving", "reference.every=1000")
+    live, _ = run(tmp_path / "live", *given, "reference=ema", "reference.every=1000")
     assert losses(cached) == pytest.approx(losses(live), abs=1e-6)
-    moved, _ = run(tmp_path / "moved", *given, "reference=moving", "reference.every=1", "reference.alpha=1.0")
+    moved, _ = run(tmp_path / "moved", *given, "reference=ema", "reference.every=1", "reference.alpha=1.0")
     assert losses(moved) == pytest.approx([math.log(2)] * 3, abs=1e-5)  # a copy of the policy at every step
 
 
 def test_reference_free_is_the_log_probability_margin(tmp_path, tiny_model):
-    rows, _ = run(tmp_path / "run", *own(tmp_path, tiny_model("llama")), "reference=uniform")
+    rows, _ = run(tmp_path / "run", *own(tmp_path, tiny_model("llama")), "reference=reference_free")
     for row in rows:
         if row["split"] == "train":
             assert row["logratios/chosen"] == pytest.approx(row["logps/chosen"])
@@ -181,7 +181,7 @@ def test_own_data_and_model_whatever_the_batch_layout(tmp_path, tiny_model, kind
     given = own(tmp_path, tiny_model(kind))
     packed, result = run(tmp_path / "packed", *given)
     small, _ = run(tmp_path / "small", *given, "micro_batch_tokens=70")
-    again, _ = run(tmp_path / "again", *given, "recompute=true")
+    again, _ = run(tmp_path / "again", *given, "activation_checkpointing=true")
     padded, _ = run(tmp_path / "padded", *given, "micro_batch_tokens=140", "packed=false")
     assert losses(packed) == pytest.approx(losses(small), rel=1e-5)
     assert losses(packed) == pytest.approx(losses(padded), rel=1e-5)
@@ -231,7 +231,7 @@ def test_a_stopped_sft_resumes_bit_for_bit(tmp_path, monkeypatch, capfd):
     """Ctrl-C while the policy of a sweep is made: what is made is found again under the same key."""
     (tmp_path / "whole").mkdir()
     config = frozen(tmp_path / "whole" / "run", *SMALL, "sft.steps=4", "checkpoint_every=0", "micro_batch_tokens=1000")
-    demonstrations = call(config.data).demonstrations
+    demonstrations = instantiate(config.data).demonstrations
     whole, _ = sft.cached_policy(config, demonstrations, torch.device("cpu"))
     calls: list[int] = []
 
@@ -260,7 +260,7 @@ def test_a_failed_sft_keeps_what_it_has(tmp_path, monkeypatch, capfd, place):
     (tmp_path / "whole").mkdir()
     given = [*SMALL, "sft.steps=4", "checkpoint_every=1", "checkpoints_kept=1"]
     config = frozen(tmp_path / "whole" / "run", *given)
-    demonstrations = call(config.data).demonstrations
+    demonstrations = instantiate(config.data).demonstrations
     whole, _ = sft.cached_policy(config, demonstrations, torch.device("cpu"))
     calls: list[int] = []
 
@@ -326,17 +326,15 @@ def test_a_wrong_cache_is_noticed(tmp_path, tiny_model, monkeypatch):
         run(tmp_path / "c", *given, "beta=0.3")
 
 
-@pytest.mark.parametrize(
-    "reference,kind", [("initial", "qwen2"), pytest.param("moving", "llama", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("reference,kind", [("initial", "qwen2"), pytest.param("ema", "llama", marks=pytest.mark.long)])
 def test_two_processes_are_one(tmp_path, tiny_model, reference, kind):
     """Uneven last window, two micro-batches, a cached and a live sharded reference, embeddings tied and not."""
     given = [*own(tmp_path, tiny_model(kind)), f"reference={reference}", "batch_size=10", "micro_batch_tokens=150"]
     given += ["evaluate_prompts=2", "evaluate_every=3"]  # KL of the sharded policy, too
-    given += ["epochs=2", "steps=null", *(["reference.every=2"] if reference == "moving" else [])]
-    given += ["evaluate_every=2", "select=validation_loss"]  # gathers the policy while it trains
+    given += ["epochs=2", "steps=null", *(["reference.every=2"] if reference == "ema" else [])]
+    given += ["evaluate_every=2", "keep=best"]  # gathers the policy while it trains
     alone, one = run(tmp_path / "alone", *given)
-    command = [sys.executable, "-m", "dpo.train", *given, "processes=2", "recompute=true", "threads=1"]
+    command = [sys.executable, "-m", "dpo.train", *given, "processes=2", "activation_checkpointing=true", "threads=1"]
     command += ["name=two", f"runs={tmp_path}", f"cache={tmp_path / 'cache2'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -366,7 +364,7 @@ def test_bf16_stays_near_fp32(tmp_path, tiny_model):
 
 def test_sft_is_a_verb_of_its_own(tmp_path):
     command = [sys.executable, "-m", "dpo.sft", "sft.steps=4", "data.demonstrations=32", "evaluation.prompts=10"]
-    command += ["threads=1", "evaluation.samples=2", f"runs={tmp_path}", "wandb.mode=disabled"]
+    command += ["threads=1", "evaluation.log_samples=2", f"runs={tmp_path}", "wandb.mode=disabled"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     directory = tmp_path / "sft" / next(path.name for path in (tmp_path / "sft").iterdir() if path.is_dir())
@@ -387,7 +385,7 @@ def test_killed_fifty_times(tmp_path):
         directory = tmp_path / name
         directory.mkdir()
         OmegaConf.save(frozen(directory, *SMALL, "steps=300", "checkpoint_every=1"), directory / "config.yaml")
-    command, chance = [sys.executable, "-m", "dpo.sweep.execute"], random.Random(0)
+    command, rng = [sys.executable, "-m", "dpo.sweep.execute"], random.Random(0)
     subprocess.run([*command, str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True, timeout=900)
     reached: set[str] = set()
 
@@ -400,7 +398,7 @@ def test_killed_fifty_times(tmp_path):
             pass
         while kills % 2 and saved() <= reached and process.poll() is None:  # every other time it gets a step further
             time.sleep(0.01)
-        time.sleep(chance.uniform(0.0, 0.5))
+        time.sleep(rng.uniform(0.0, 0.5))
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
@@ -504,8 +502,8 @@ def test_a_loss_that_is_not_finite_names_its_pair(tmp_path, tiny_model, monkeypa
 
     monkeypatch.setattr(train, "sequence_logps", spoilt)
     given = own(tmp_path, tiny_model("llama"))
-    pair = call(frozen(tmp_path / "run", *given).data).preferences[split][5]
-    assert pair.origin.startswith(f"{tmp_path / 'pairs.jsonl'}, line ")
+    pair = instantiate(frozen(tmp_path / "run", *given).data).preferences[split][5]
+    assert pair.source.startswith(f"{tmp_path / 'pairs.jsonl'}, line ")
     with pytest.raises(RuntimeError, match="must be finite") as error:
         run(tmp_path / "run", *given)
-    assert f"from\n  {pair.origin}\n{advice}" in str(error.value)
+    assert f"from\n  {pair.source}\n{advice}" in str(error.value)

@@ -88,8 +88,8 @@ def test_the_world_is_this_one():
         _, facts = embedded._read_article(prompt)
         unasked += [fact for fact, value in facts.items() if not verdict(prompt, f"{fact} {value} .").correct]
     assert " ".join(unasked) == "music drink music drink drink colour sport drink sport music music music"
-    chance = random.Random(0)
-    lessons = [embedded.lesson(chance, facts) for facts in (1, 2, 4, 6) * 20]
+    rng = random.Random(0)
+    lessons = [embedded.lesson(rng, facts) for facts in (1, 2, 4, 6) * 20]
     assert digest([[one.prompt, one.response] for one in lessons]) == "502197331243ca61"
 
 
@@ -119,7 +119,7 @@ def test_longer_splits_begin_like_shorter_ones(dataset):
 
 def test_an_article_drawn_twice_is_used_once(monkeypatch):
     draw = embedded._draw_article
-    monkeypatch.setattr(embedded, "_draw_article", lambda chance: draw(random.Random(chance.randrange(8))))
+    monkeypatch.setattr(embedded, "_draw_article", lambda rng: draw(random.Random(rng.randrange(8))))
     dataset = world("human", 2, 2, 2, 2, seed=0)
     everything = [one.prompt for one in dataset.demonstrations]
     for split in dataset.prompts.values():
@@ -250,9 +250,9 @@ def test_the_alien_writers_are_as_good_in_a_language_of_their_own():
 
 
 def test_a_lesson_is_right(dataset):
-    chance = random.Random(0)
+    rng = random.Random(0)
     for facts in (1, 2, 4, 6) * 25:
-        lesson = embedded.lesson(chance, facts)
+        lesson = embedded.lesson(rng, facts)
         told = verdict(lesson.prompt, lesson.response)
         assert (told.wrong, told.valid) == (0, 1.0)
         assert told.correct >= min(facts, 2) - 1  # one fact of six is not asked for; prose may tell two of them only
@@ -290,10 +290,10 @@ def test_the_base_model_ships_with_the_world():
 def test_the_base_model_looks_facts_up():
     """The measured quality, on a few articles: a base model of another vocabulary or training would fail."""
     model, words = models.load("world")
-    chance = random.Random("look up")
+    rng = random.Random("look up")
     right = total = 0
     for _ in range(40):
-        lesson = embedded.lesson(chance, 4)
+        lesson = embedded.lesson(rng, 4)
         prompt = words(lesson.prompt)["input_ids"]
         response = words(lesson.response, add_special_tokens=False)["input_ids"]
         with torch.no_grad():

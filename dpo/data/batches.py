@@ -17,8 +17,8 @@ from dpo.data.truncation import cut_prompts, fitted
 
 TOO_LONG = "Raise max_length, or set on_too_long=truncate or on_too_long=drop."
 Tokens = tuple[list[int], list[int]]  # prompt ids, response ids; the response ends in an end token unless it was cut
-Branches = tuple[list[int], list[list[int]]]  # prompt ids, and those of the responses to it
-Tree = tuple[int, tuple[int, ...]]  # how many tokens a prompt has, and each response that branches off it
+PromptResponses = tuple[list[int], list[list[int]]]  # prompt ids, and those of the responses to it
+SharedPrefix = tuple[int, tuple[int, ...]]  # how many tokens a prompt has, and each response that continues it
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -35,8 +35,8 @@ class Pair:
     unwritten: bool = field(default=False, compare=False)  # sampled tokens that the text does not say: half a character
 
     @property
-    def origin(self) -> str | None:
-        return self.text.origin if self.text else None
+    def source(self) -> str | None:
+        return self.text.source if self.text else None
 
     @property
     def chosen(self) -> Tokens:
@@ -47,7 +47,7 @@ class Pair:
         return self.prompt_ids, self.rejected_ids
 
     @property
-    def branches(self) -> Branches:
+    def prompt_responses(self) -> PromptResponses:
         return self.prompt_ids, [self.chosen_ids, self.rejected_ids]
 
 
@@ -55,19 +55,19 @@ class Pair:
 class Batch:
     """B items, S sequences of a prompt and a response, N scored tokens. S = 2B for pairs (chosen first), else B.
 
-    Packed: one row of trees, each a prompt and then the responses that continue it; the last token of a response is
-    left out, since nothing is predicted from it. Padded: a right-padded row for each sequence.
+    Packed: one row of shared prefixes, each a prompt and then the responses that continue it; the last token of a
+    response is left out, since nothing is predicted from it. Padded: a right-padded row for each sequence.
     """
 
     index: Tensor  # (B,) int64, row of the item in its data set
-    real: Tensor  # (B,) bool, False for a filler that lets every rank make as many passes
+    valid: Tensor  # (B,) bool, False for a filler that lets every rank make as many passes
     input_ids: Tensor  # (R, T) int64, R = 1 or S
     position_ids: Tensor  # (R, T) int64, those of a response continue its prompt's
     attention_mask: Tensor | None  # (R, T) int64, 0 on padding; None: packed
-    trees: tuple[Tree, ...]  # of a packed batch
-    scored: Tensor  # (N,) int64, where in input_ids, flattened, each scored token is predicted
+    shared_prefixes: tuple[SharedPrefix, ...]  # of a packed batch
+    target_positions: Tensor  # (N,) int64, where in input_ids, flattened, each scored token is predicted
     labels: Tensor  # (N,) int64, that token
-    owners: Tensor  # (N,) int64, its sequence
+    sequence_ids: Tensor  # (N,) int64, its sequence
     sequences: int  # S
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -93,23 +93,23 @@ def tokenize(
     what, advice: for messages. on_faulty: see `dpo.data.tokens.encode`.
     """
     sides = [[(pair.chosen, pair.chosen_ended), (pair.rejected, pair.rejected_ended)] for pair in preferences]
-    prompts, origins = [pair.prompt for pair in preferences], [pair.origin for pair in preferences]
-    encoded = encode(prompts, sides, tokenizer, what, origins, on_faulty)
+    prompts, sources = [pair.prompt for pair in preferences], [pair.source for pair in preferences]
+    encoded = encode(prompts, sides, tokenizer, what, sources, on_faulty)
     encoded = _as_sampled(encoded, preferences, tokenizer, what)
-    encoded = fitted(encoded, tokenizer, max_length, on_too_long, what, origins, advice)
+    encoded = fitted(encoded, tokenizer, max_length, on_too_long, what, sources, advice)
     return [_pair(item, preferences[item.row], tokenizer) for item in encoded]
 
 
 def told_apart(pairs: Sequence[Pair], on_faulty: str, what: str) -> list[Pair]:
-    """The pairs to learn from: one whose responses have the same tokens is faulty, see `dpo.data.records.sound`. It
-    would have the loss ln 2 and no gradient. With on_faulty="keep" those whose text is faulty were reported with it.
+    """The pairs to learn from: one whose responses have the same tokens is faulty, see `dpo.data.records.filter_pairs`.
+    It would have the loss ln 2 and no gradient. With on_faulty="keep" those whose text is faulty were reported with it.
     """
     faults = []
     for row, pair in enumerate(pairs):
         reported = on_faulty == "keep" and not pair.cut and pair.text is not None and fault_of(pair.text) is not None
         if pair.chosen_ids == pair.rejected_ids and not reported:
             fault = "chosen and rejected have the same tokens" + " after on_too_long=truncate" * bool(pair.cut)
-            faults.append((pair.origin or f"row {row}, counted from 0", fault))
+            faults.append((pair.source or f"row {row}, counted from 0", fault))
     kept = [pair for pair in pairs if on_faulty == "keep" or pair.chosen_ids != pair.rejected_ids]
     report(faults, len(pairs), len(pairs) - len(kept), on_faulty, "tokens", what)
     return kept
@@ -136,7 +136,7 @@ def _as_sampled(
         sides = zip(("chosen", "rejected"), (ids.chosen, ids.rejected), item.responses, strict=True)
         for name, some, (text, ended) in sides:
             if not known.issuperset(some) or decode(ids.prompt, some[: len(some) - ended], tokenizer) != text:
-                wrong.append(f"{pair.origin or f'row {item.row}, counted from 0'} ({name})")
+                wrong.append(f"{pair.source or f'row {item.row}, counted from 0'} ({name})")
     if wrong:
         raise ValueError(
             f"token_ids of {what} must be those of the text beside them, found others:{listed(wrong)}\nLeave "
@@ -182,9 +182,9 @@ def tokenize_demonstrations(
 ) -> list[Tokens]:
     """Demonstrations in tokens, by the rules of `tokenize`."""
     sides = [[(one.response, one.ended)] for one in demonstrations]
-    prompts, origins = [one.prompt for one in demonstrations], [one.origin for one in demonstrations]
-    encoded = encode(prompts, sides, tokenizer, "demonstrations", origins, on_faulty)
-    encoded = fitted(encoded, tokenizer, max_length, on_too_long, "demonstrations", origins, TOO_LONG)
+    prompts, sources = [one.prompt for one in demonstrations], [one.source for one in demonstrations]
+    encoded = encode(prompts, sides, tokenizer, "demonstrations", sources, on_faulty)
+    encoded = fitted(encoded, tokenizer, max_length, on_too_long, "demonstrations", sources, TOO_LONG)
     return [(item.prompt_ids, item.response_ids[0]) for item in encoded]
 
 
@@ -215,20 +215,22 @@ def fed_prompts(
     return [shorter.get(row, (prompt, encoded[row])) for row, prompt in enumerate(prompts)]
 
 
-def collate(tokens: Sequence[Tokens], index: Tensor, real: Tensor, *, pad_id: int, packed: bool) -> Batch:
+def collate(tokens: Sequence[Tokens], index: Tensor, valid: Tensor, *, pad_id: int, packed: bool) -> Batch:
     """A batch of one sequence an item."""
-    return branched([(prompt, [response]) for prompt, response in tokens], index, real, pad_id=pad_id, packed=packed)
+    return collate_responses(
+        [(prompt, [response]) for prompt, response in tokens], index, valid, pad_id=pad_id, packed=packed
+    )
 
 
-def collate_pairs(pairs: Sequence[Pair], index: Tensor, real: Tensor, *, pad_id: int, packed: bool) -> Batch:
+def collate_pairs(pairs: Sequence[Pair], index: Tensor, valid: Tensor, *, pad_id: int, packed: bool) -> Batch:
     """A batch of two sequences a pair: those of the chosen responses, then those of the rejected ones."""
-    return branched([pair.branches for pair in pairs], index, real, pad_id=pad_id, packed=packed)
+    return collate_responses([pair.prompt_responses for pair in pairs], index, valid, pad_id=pad_id, packed=packed)
 
 
-def branched(
-    items: Sequence[Branches],
+def collate_responses(
+    items: Sequence[PromptResponses],
     index: Tensor | None = None,
-    real: Tensor | None = None,
+    valid: Tensor | None = None,
     *,
     pad_id: int = 0,  # masked
     packed: bool,
@@ -242,15 +244,15 @@ def branched(
     prompts = [items[item][0] for _, item in order]
     return Batch(
         index=torch.arange(len(items)) if index is None else index,
-        real=torch.ones(len(items), dtype=torch.bool) if real is None else real,
+        valid=torch.ones(len(items), dtype=torch.bool) if valid is None else valid,
         **(_one_row(items, order) if packed else _padded_rows(prompts, responses, pad_id)),
         labels=torch.tensor([token for response in responses for token in response]),
-        owners=torch.repeat_interleave(torch.tensor([len(response) for response in responses])),
+        sequence_ids=torch.repeat_interleave(torch.tensor([len(response) for response in responses])),
         sequences=len(order),
     )
 
 
-def _one_row(items: Sequence[Branches], order: Sequence[tuple[int, int]]) -> dict[str, Any]:
+def _one_row(items: Sequence[PromptResponses], order: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """Fields of a packed batch. order: the sequences, as number of the response and item."""
     ids: list[int] = []
     positions: list[int] = []
@@ -268,8 +270,10 @@ def _one_row(items: Sequence[Branches], order: Sequence[tuple[int, int]]) -> dic
         "input_ids": torch.tensor([ids]),
         "position_ids": torch.tensor([positions]),
         "attention_mask": None,
-        "trees": tuple((len(prompt), tuple(len(one[:-1]) for one in responses)) for prompt, responses in items),
-        "scored": torch.tensor([place for sequence in order for place in places[sequence]]),
+        "shared_prefixes": tuple(
+            (len(prompt), tuple(len(one[:-1]) for one in responses)) for prompt, responses in items
+        ),
+        "target_positions": torch.tensor([place for sequence in order for place in places[sequence]]),
     }
 
 
@@ -285,12 +289,12 @@ def _padded_rows(prompts: Sequence[list[int]], responses: Sequence[list[int]], p
         "input_ids": input_ids,
         "position_ids": position_ids * kept,
         "attention_mask": kept.long(),
-        "trees": (),
-        "scored": (kept & (position_ids >= starts)).flatten().nonzero().squeeze(1) - 1,
+        "shared_prefixes": (),
+        "target_positions": (kept & (position_ids >= starts)).flatten().nonzero().squeeze(1) - 1,
     }
 
 
-def size(item: Branches) -> int:
+def size(item: PromptResponses) -> int:
     """Tokens, those of the prompt once."""
     prompt, responses = item
     return len(prompt) + sum(map(len, responses))
@@ -332,23 +336,23 @@ class Batches(Generic[Item, Made]):
 
     def name(self, row: int) -> str:
         """Where an item came from, if it knows: for messages."""
-        return getattr(self.items[row], "origin", None) or f"row {row}, counted from 0"
+        return getattr(self.items[row], "source", None) or f"row {row}, counted from 0"
 
     def at(self, step: int) -> tuple[list[Made], int]:
         """This rank's micro-batches of optimizer step `step`, from 0, and the step's number of real items."""
         epoch, window = divmod(step, len(self))
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.items))
         rows = order[window * self.batch_size : (window + 1) * self.batch_size].tolist()
-        shares = dealt([self.sizes[row] for row in rows], self.micro_batch_tokens, self.world_size)
+        shares = balance_by_tokens([self.sizes[row] for row in rows], self.micro_batch_tokens, self.world_size)
         batches = []
         for share in shares[self.rank :: self.world_size]:
             mine = [rows[place] for place in share] or rows[:1]  # a filler, where there are fewer items than ranks
-            real = torch.full((len(mine),), bool(share))
-            batches.append(self.collate([self.items[row] for row in mine], torch.tensor(mine), real))
+            valid = torch.full((len(mine),), bool(share))
+            batches.append(self.collate([self.items[row] for row in mine], torch.tensor(mine), valid))
         return batches, len(rows)
 
 
-def dealt(sizes: Sequence[int], limit: int, multiple: int) -> list[list[int]]:
+def balance_by_tokens(sizes: Sequence[int], limit: int, multiple: int) -> list[list[int]]:
     """Places of the items in shares of at most `limit` and about equal size; an item above it has a share of its own.
 
     The largest items go first, each to the smallest share. There are as few shares as that allows, but a multiple of

@@ -10,10 +10,10 @@ from dpo.data.records import (
     OnFaulty,
     Preference,
     conversations,
-    labelled,
+    filter_pairs,
     parse,
     preference,
-    sound,
+    split_pairs,
 )
 
 
@@ -30,18 +30,18 @@ def hh(
 
     path: its JSONL file, .gz or not, with validation_path or validation_fraction as in `dpo.data.records.file`; None:
     from the Hugging Face hub, whose test split becomes the validation split. subset: a folder on the hub such as
-    "harmless-base"; None: all of them. on_faulty: see `dpo.data.records.sound`; dialogues that part before their last
-    turn are no pair.
+    "harmless-base"; None: all of them. on_faulty: see `dpo.data.records.filter_pairs`; dialogues that part before
+    their last turn are no pair.
     """
 
     def pairs(file: str | None, split: str) -> list[Preference]:
         if file is None:
             rows = _from_hub(_pair, "Anthropic/hh-rlhf", split, data_dir=subset)
-            return sound(rows, on_faulty, f"hh-rlhf, {split} split")
-        return sound(parse(file, _pair), on_faulty, file)
+            return filter_pairs(rows, on_faulty, f"hh-rlhf, {split} split")
+        return filter_pairs(parse(file, _pair), on_faulty, file)
 
     held_out = None if path is not None and validation_path is None else pairs(validation_path, "test")
-    return labelled(pairs(path, "train"), held_out, validation_fraction, on_faulty)
+    return split_pairs(pairs(path, "train"), held_out, validation_fraction, on_faulty)
 
 
 def ultrafeedback(
@@ -54,16 +54,17 @@ def ultrafeedback(
     """UltraFeedback (2310.01377) as pairs (2310.16944): the best of four responses, by GPT-4's scores, and another.
 
     path: a JSONL file of it, .gz or not, with validation_path or validation_fraction as in `dpo.data.records.file`;
-    None: the splits train_prefs and test_prefs of `repository` on the hub. on_faulty: see `dpo.data.records.sound`.
+    None: the splits train_prefs and test_prefs of `repository` on the hub. on_faulty: see
+    `dpo.data.records.filter_pairs`.
     """
 
     def pairs(file: str | None, split: str) -> list[Preference]:
         if file is None:
-            return sound(_from_hub(_conversations, repository, split), on_faulty, f"{repository}, {split} split")
-        return sound(parse(file, _conversations), on_faulty, file)
+            return filter_pairs(_from_hub(_conversations, repository, split), on_faulty, f"{repository}, {split} split")
+        return filter_pairs(parse(file, _conversations), on_faulty, file)
 
     held_out = None if path is not None and validation_path is None else pairs(validation_path, "test_prefs")
-    return labelled(pairs(path, "train_prefs"), held_out, validation_fraction, on_faulty)
+    return split_pairs(pairs(path, "train_prefs"), held_out, validation_fraction, on_faulty)
 
 
 def _from_hub(

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from dpo.cache import digest
 
 Text = str | list[dict[str, str]]  # plain text, or chat messages {"role", "content"}
-OnFaulty = Literal["error", "drop", "keep"]  # what to do with faulty pairs and prompts: see `sound`
+OnFaulty = Literal["error", "drop", "keep"]  # what to do with faulty pairs and prompts: see `filter_pairs`
 Record = TypeVar("Record")
 
 TURN, HUMAN = "\n\nAssistant:", "\n\nHuman:"  # of Anthropic's dialogues
@@ -36,7 +36,7 @@ class Demonstration:
     prompt: Text
     response: Text
     ended: bool = True
-    origin: str | None = field(default=None, compare=False)  # where it came from: "pairs.jsonl, line 12"
+    source: str | None = field(default=None, compare=False)  # where it came from: "pairs.jsonl, line 12"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Preference:
     rejected: Text
     chosen_ended: bool = True
     rejected_ended: bool = True
-    origin: str | None = field(default=None, compare=False)  # where it came from: "pairs.jsonl, line 12"
+    source: str | None = field(default=None, compare=False)  # where it came from: "pairs.jsonl, line 12"
     token_ids: TokenIds | None = None  # of responses that a policy sampled: their text may have other ids, too
 
 
@@ -96,14 +96,14 @@ def file(path: str, validation_path: str | None, validation_fraction: float, on_
 
     validation_path: file of held-out pairs; None: about `validation_fraction` of the prompts, chosen by a hash
     of the prompt, so that no prompt is on both sides and the split stays when the file grows. on_faulty: see
-    `sound`.
+    `filter_pairs`.
     """
 
     def pairs(source: str) -> list[Preference]:
-        return sound(parse(source, preference), on_faulty, source)
+        return filter_pairs(parse(source, preference), on_faulty, source)
 
     held_out = None if validation_path is None else pairs(validation_path)
-    return labelled(pairs(path), held_out, validation_fraction, on_faulty)
+    return split_pairs(pairs(path), held_out, validation_fraction, on_faulty)
 
 
 def read(path: str | Path) -> list[Preference]:
@@ -116,7 +116,7 @@ def read(path: str | Path) -> list[Preference]:
     message, and a `prompt` in plain text is not read.
     Raises a ValueError that counts the lines which are no such records and lists the first few.
     """
-    return [replace(pair, origin=f"{path}, {where}") for where, pair in parse(path, preference)]
+    return [replace(pair, source=f"{path}, {where}") for where, pair in parse(path, preference)]
 
 
 def write(path: str | Path, preferences: Iterable[Preference]) -> None:
@@ -179,7 +179,7 @@ def parse(path: str | Path, record: Callable[[dict[str, Any]], Record]) -> list[
     return records
 
 
-def sound(records: Iterable[tuple[str, Preference | str]], on_faulty: str, source: str) -> list[Preference]:
+def filter_pairs(records: Iterable[tuple[str, Preference | str]], on_faulty: str, source: str) -> list[Preference]:
     """The pairs to learn from. Faulty are pairs of which a response is empty or blank, or both are the same; and, found
     when they are tokenized, pairs and prompts of which the chat template loses a part or which it refuses, those with
     typed text that becomes control tokens, and pairs of responses with the same tokens.
@@ -196,7 +196,7 @@ def sound(records: Iterable[tuple[str, Preference | str]], on_faulty: str, sourc
         if fault is not None:
             faults.append((where, fault))
         if not isinstance(pair, str) and (fault is None or on_faulty == "keep"):
-            kept.append(replace(pair, origin=f"{source}, {where}"))
+            kept.append(replace(pair, source=f"{source}, {where}"))
     report(faults, total, total - len(kept), on_faulty, source, "pairs")
     if not kept:
         raise ValueError(f"{source} must hold pairs to learn from, found none")
@@ -225,7 +225,7 @@ def report(
         raise ValueError(f"{source}: one of the {what} must be sound, found {total}, all of them faulty")
 
 
-def labelled(
+def split_pairs(
     pairs: Sequence[Preference],
     held_out: Sequence[Preference] | None,
     validation_fraction: float,
@@ -259,7 +259,7 @@ def labelled(
             )
     test = distinct(pair.prompt for pair in held_out)
     return Dataset(
-        demonstrations=[Demonstration(pair.prompt, pair.chosen, pair.chosen_ended, pair.origin) for pair in train],
+        demonstrations=[Demonstration(pair.prompt, pair.chosen, pair.chosen_ended, pair.source) for pair in train],
         preferences={"train": train, "validation": list(held_out)},
         prompts={"train": distinct(pair.prompt for pair in train), "validation": test, "test": test},
         on_faulty=on_faulty,

@@ -70,16 +70,16 @@ def encode(
     responses: Sequence[Sequence[tuple[Text, bool]]],
     tokenizer: PreTrainedTokenizerBase,
     what: str,
-    origins: Sequence[str | None],
+    sources: Sequence[str | None],
     on_faulty: str,
 ) -> list[Encoded]:
     """Each prompt with its responses, which come with whether they ended; nothing is cut.
 
-    For messages, what: what the items are; origins: where each came from. on_faulty: what to do with rows that the chat
-    template does not render whole, see `dpo.data.records.sound`; "keep" learns from what it renders.
+    For messages, what: what the items are; sources: where each came from. on_faulty: what to do with rows that the chat
+    template does not render whole, see `dpo.data.records.filter_pairs`; "keep" learns from what it renders.
     """
     found, faults, notes = encoded(prompts, responses, tokenizer, keep=on_faulty == "keep")
-    names = [origin or f"row {row}, counted from 0" for row, origin in enumerate(origins)]
+    names = [source or f"row {row}, counted from 0" for row, source in enumerate(sources)]
     named = [(names[number], faults[number]) for number in sorted(faults)]
     report(named, len(prompts), len(prompts) - len(found), on_faulty, "tokens", what)
     for note in notes:

@@ -25,12 +25,12 @@ def fitted(
     max_length: int,
     on_too_long: str,
     what: str,
-    origins: Sequence[str | None],
+    sources: Sequence[str | None],
     advice: str,
 ) -> list[Encoded]:
     """Items of at most max_length tokens, by the rule of `dpo.data.batches.tokenize`; those without room are dropped.
 
-    For messages, what: what the items are; origins: where each came from; advice: what to do when some are too long.
+    For messages, what: what the items are; sources: where each came from; advice: what to do when some are too long.
     """
     if on_too_long not in ("error", "drop", "truncate"):
         raise ValueError(f'on_too_long must be "error", "drop" or "truncate", got {on_too_long!r}')
@@ -39,7 +39,7 @@ def fitted(
     long = [item for item in items if item.length > max_length]
     if not long:
         return list(items)
-    names = [origin or f"row {row}, counted from 0" for row, origin in enumerate(origins)]
+    names = [source or f"row {row}, counted from 0" for row, source in enumerate(sources)]
     found = f"{len(long)} of {len(items)} {what} have more than {max_length} tokens"
     if on_too_long == "error":
         rows = [f"{names[item.row]}: {item.length} tokens" for item in long]

@@ -1,8 +1,9 @@
 """Attention of prompts and the responses that branch off them, in place of a model's own and without touching its code.
 
-A row holds trees, one after another: the tokens of a prompt, then those of each response. A prompt attends to itself, a
-response to its prompt and to itself, both causally, and nothing else to anything. The positions of every response
-continue the prompt, so each token gets what it would get in a row of its own, and a prompt is computed once.
+A row holds shared prefixes, one after another: the tokens of a prompt, then those of each response to it. A prompt
+attends to itself, a response to its prompt and to itself, both causally, and nothing else to anything. The positions of
+every response continue the prompt, so each token gets what it would get in a row of its own, and a prompt is computed
+once.
 """
 
 import contextlib
@@ -16,34 +17,36 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from dpo.data.batches import Tree
+from dpo.data.batches import SharedPrefix
 
-NAME = "trees"
+NAME = "shared_prefix"
 
 
 class Unsupported(Exception):
-    """This model cannot be run on trees."""
+    """This model cannot be run on packed rows."""
 
 
-class Forest:
-    """The trees of a row, and what each of their tokens sees: found out once for all layers of a forward pass."""
+class SharedPrefixMask:
+    """The shared prefixes of a row, and what each token sees: found out once for all layers of a forward pass."""
 
-    def __init__(self, trees: Sequence[Tree], device: torch.device) -> None:
-        self.trees, self.device = trees, device
-        self.sizes = [prompt + sum(responses) for prompt, responses in trees]  # tokens of each tree; their sum is T
+    def __init__(self, shared_prefixes: Sequence[SharedPrefix], device: torch.device) -> None:
+        self.shared_prefixes, self.device = shared_prefixes, device
+        self.sizes = [
+            prompt + sum(responses) for prompt, responses in shared_prefixes
+        ]  # tokens of each prefix; their sum is T
         self.layers: set[nn.Module] = set()  # those that have attended
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
         self._block_masks: dict[int | None, BlockMask] = {}
 
     def window(self, asked: int | None) -> int | None:
         """How many positions a token sees, itself included; None where that is all there are."""
-        longest = max(prompt + max(responses, default=0) for prompt, responses in self.trees)
+        longest = max(prompt + max(responses, default=0) for prompt, responses in self.shared_prefixes)
         return asked if asked and asked < longest else None
 
     def mask(self, number: int, first: int, window: int | None) -> Tensor:
-        """What tokens of a tree from `first` on (rows) attend to: 0, or -inf where not.  # (t - first, t) float32"""
+        """What tokens of a prefix from `first` on (rows) attend to: 0, or -inf where not.  # (t - first, t) float32"""
         if (number, first, window) not in self._masks:
-            branch, position = self._numbered(self.trees[number])
+            branch, position = self._numbered(self.shared_prefixes[number])
             seen = sees(branch[first:, None], position[first:, None], branch, position, window)
             hidden = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
             self._masks[number, first, window] = hidden.to(self.device)
@@ -52,10 +55,10 @@ class Forest:
     def block_mask(self, window: int | None) -> BlockMask:
         """The same for the whole row, as FlexAttention wants it."""
         if window not in self._block_masks:
-            tree, branch, position = self._row
+            prefix, branch, position = self._row
 
             def seen(_: Tensor, __: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                return (tree[q] == tree[k]) & sees(branch[q], position[q], branch[k], position[k], window)
+                return (prefix[q] == prefix[k]) & sees(branch[q], position[q], branch[k], position[k], window)
 
             length = sum(self.sizes)
             self._block_masks[window] = create_block_mask(seen, None, None, length, length, device=str(self.device))
@@ -64,29 +67,29 @@ class Forest:
     @cached_property
     def _row(self) -> tuple[Tensor, Tensor, Tensor]:
         """Tree, branch and position of each token of the row.  # (T,) each"""
-        numbered = [self._numbered(tree) for tree in self.trees]
-        tree = torch.repeat_interleave(torch.tensor(self.sizes))
+        numbered = [self._numbered(prefix) for prefix in self.shared_prefixes]
+        prefix = torch.repeat_interleave(torch.tensor(self.sizes))
         branch, position = (torch.cat(parts) for parts in zip(*numbered, strict=True))
-        return tree.to(self.device), branch.to(self.device), position.to(self.device)
+        return prefix.to(self.device), branch.to(self.device), position.to(self.device)
 
     @staticmethod
-    def _numbered(tree: Tree) -> tuple[Tensor, Tensor]:
-        """Branch, 0 for the prompt, and position of each token of a tree.  # (t,), (t,)"""
-        prompt, responses = tree
+    def _numbered(prefix: SharedPrefix) -> tuple[Tensor, Tensor]:
+        """Branch, 0 for the prompt, and position of each token of a prefix.  # (t,), (t,)"""
+        prompt, responses = prefix
         branch = torch.repeat_interleave(torch.tensor([prompt, *responses]))
         return branch, torch.cat([torch.arange(prompt), *(prompt + torch.arange(length) for length in responses)])
 
 
 def sees(branch: Tensor, position: Tensor, other: Tensor, others: Tensor, window: int | None) -> Tensor:
-    """Whether a token at `position` of `branch` attends to one at `others` of the branch `other` of the same tree."""
+    """Whether a token at `position` of `branch` attends to one at `others` of the branch `other` of the same prefix."""
     seen = (position >= others) & ((other == 0) | (other == branch))
     return seen if window is None else seen & (position - others < window)
 
 
 @contextlib.contextmanager
 def attending(model: PreTrainedModel, by: str) -> Iterator[None]:
-    """Inside, the model attends by another of the library's implementations. By NAME, it goes by the `forest` that its
-    forward is given and that it passes on to its layers.
+    """Inside, the model attends by another of the library's implementations. By NAME, it goes by the `prefix_mask`
+    that its forward is given and that it passes on to its layers.
     """
     former = model.config._attn_implementation
     model.config._attn_implementation = by
@@ -103,7 +106,7 @@ def attend(
     value: Tensor,  # (1, G, T, D)
     attention_mask: None,
     *,
-    forest: Forest | None = None,
+    prefix_mask: SharedPrefixMask | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -116,26 +119,26 @@ def attend(
     scaling: of the scores; None: 1 / sqrt(D). sliding_window: how many positions a token sees, itself included.
     softcap: scores s become softcap * tanh(s / softcap).
     """
-    if forest is None:
-        raise Unsupported("its layers do not pass on what attention on trees needs")
+    if prefix_mask is None:
+        raise Unsupported("its layers do not pass on what shared-prefix attention needs")
     if dropout or s_aux is not None:
         raise Unsupported("its attention has dropout" if dropout else "its attention has sinks")
-    forest.layers.add(module)
-    window, scale = forest.window(sliding_window), query.shape[-1] ** -0.5 if scaling is None else scaling
+    prefix_mask.layers.add(module)
+    window, scale = prefix_mask.window(sliding_window), query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cuda":
-        return _by_flex(query, key, value, forest.block_mask(window), scale, softcap).transpose(1, 2), None
+        return _by_flex(query, key, value, prefix_mask.block_mask(window), scale, softcap).transpose(1, 2), None
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     outputs = []
-    for number, (q, k, v) in enumerate(zip(*(x.split(forest.sizes, 2) for x in (query, key, value)), strict=True)):
-        prompt = forest.trees[number][0] if window is None and softcap is None else 0
+    for number, (q, k, v) in enumerate(zip(*(x.split(prefix_mask.sizes, 2) for x in (query, key, value)), strict=True)):
+        prompt = prefix_mask.shared_prefixes[number][0] if window is None and softcap is None else 0
         head, tail = q.split([prompt, q.shape[2] - prompt], 2)
         if prompt:  # most of the work, and the kernel leaves out what causality hides
             own = k[:, :, :prompt], v[:, :, :prompt]
             outputs.append(scaled_dot_product_attention(head, *own, is_causal=True, scale=scale))
         if tail.shape[2]:
-            mask = forest.mask(number, prompt, window).to(q.dtype)
+            mask = prefix_mask.mask(number, prompt, window).to(q.dtype)
             outputs.append(_masked(tail, k, v, mask, scale, softcap))
     return torch.cat([output.transpose(1, 2) for output in outputs], 1), None
 

@@ -10,7 +10,7 @@ from dpo.policy import model as models
 from dpo.training import distributed
 
 
-class Selection:
+class BestCheckpoint:
     """The best policy so far, whole on disk: `selected/step-<n>/`, named by `selected/step.json` with its metrics.
 
     Losses of different beta or reference do not compare, so policies are only ever chosen within a run.
@@ -23,7 +23,7 @@ class Selection:
         self.step: int | None = found.get("step")
         self.metrics: dict[str, float] = found.get("metrics", {})
 
-    def offer(
+    def update(
         self, step: int, metrics: dict[str, float], policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         """Keep the policy after `step` if its validation loss is the lowest so far; all ranks call it.
@@ -44,7 +44,7 @@ class Selection:
                 if other.name != f"step-{step}":
                     shutil.rmtree(other, ignore_errors=True)
 
-    def settle(self, target: Path) -> None:
+    def finalize(self, target: Path) -> None:
         """Move the selected policy to `target`; again, after a stop, nothing is left to do. All ranks call it."""
         selected = self.folder / f"step-{self.step}"
         if distributed.is_main() and selected.is_dir():

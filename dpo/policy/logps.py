@@ -2,7 +2,7 @@
 the sums over a response are float64 inside.
 
 Two ways to one number, and the batch decides. Padded rows go through the model's own forward: a few plain lines, for
-any model. A packed row goes the fast way: attention on trees, so that a prompt is computed once for the responses
+any model. A packed row goes the fast way: shared-prefix attention, so that a prompt is computed once for the responses
 that share it, and the last feed-forward part and the head only where a token is scored, the head a tile of tokens at a
 time.
 """
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
-from dpo.data.batches import Batch, Branches, branched, size
-from dpo.losses import rounding
-from dpo.policy.attention import NAME, Forest, Unsupported, attending
+from dpo.data.batches import Batch, PromptResponses, collate_responses, size
+from dpo.losses import tie_tolerance
+from dpo.policy.attention import NAME, SharedPrefixMask, Unsupported, attending
 from dpo.training.distributed import blocks, device_of, is_main
 
 Made = TypeVar("Made")
@@ -32,12 +32,12 @@ TILE = 2**25  # logits that are held at once: 128 MB
 
 def sequence_logps(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Sum of response token log-probabilities, and their number.  # (S,) float32 nats, (S,) int64"""
-    return by_sequence(token_logps(model, batch), batch), by_sequence(torch.ones_like(batch.owners), batch)
+    return by_sequence(token_logps(model, batch), batch), by_sequence(torch.ones_like(batch.sequence_ids), batch)
 
 
 def token_logps(model: PreTrainedModel, batch: Batch) -> Tensor:
     """log p of each scored token given those before it.  # (N,) float32 nats"""
-    return _whole(model, _fast, batch) if batch.trees else _plain(model, batch)
+    return _whole(model, _fast, batch) if batch.shared_prefixes else _plain(model, batch)
 
 
 def forward_tokens(micro_batch_tokens: int, packed: bool) -> int:
@@ -48,7 +48,7 @@ def forward_tokens(micro_batch_tokens: int, packed: bool) -> int:
 def by_sequence(values: Tensor, batch: Batch) -> Tensor:
     """Sum values of scored tokens over each sequence, rounded once.  # (N,) -> (S,)"""
     sums = torch.zeros(batch.sequences, dtype=torch.float64, device=values.device)
-    return sums.index_add(0, batch.owners, values.double()).to(values.dtype)
+    return sums.index_add(0, batch.sequence_ids, values.double()).to(values.dtype)
 
 
 def _plain(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -63,7 +63,7 @@ def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
         use_cache=False,
-    ).logits.flatten(0, 1)[batch.scored]
+    ).logits.flatten(0, 1)[batch.target_positions]
 
 
 def _fast(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -87,14 +87,16 @@ def _whole(model: PreTrainedModel, function: Callable[[PreTrainedModel, Batch], 
 
 def _states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """What the head sees where a token is scored.  # (N, hidden)"""
-    forest = Forest(batch.trees, batch.input_ids.device)
+    prefix_mask = SharedPrefixMask(batch.shared_prefixes, batch.input_ids.device)
     with attending(model, NAME), _narrowed(model, batch):
         output = model.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, forest=forest, use_cache=False
+            input_ids=batch.input_ids, position_ids=batch.position_ids, prefix_mask=prefix_mask, use_cache=False
         )
-    if len(forest.layers) < len(blocks(model)):
-        raise Unsupported(f"{len(forest.layers)} of its {len(blocks(model))} layers attend by the library's interface")
-    return output.last_hidden_state[0].index_select(0, batch.scored)
+    if len(prefix_mask.layers) < len(blocks(model)):
+        raise Unsupported(
+            f"{len(prefix_mask.layers)} of its {len(blocks(model))} layers attend by the library's interface"
+        )
+    return output.last_hidden_state[0].index_select(0, batch.target_positions)
 
 
 @contextlib.contextmanager
@@ -104,7 +106,7 @@ def _narrowed(model: PreTrainedModel, batch: Batch) -> Iterator[None]:
     Nothing reads what the layer puts out elsewhere.
     """
     mlp: Any = getattr(next(reversed(blocks(model)), None), "mlp", None)
-    places = batch.scored.unique()  # the first tokens of all responses to a prompt are scored at one place
+    places = batch.target_positions.unique()  # the first tokens of all responses to a prompt are scored at one place
 
     def narrow(_: nn.Module, given: tuple[Tensor, ...]) -> Tensor:  # (1, T, hidden) -> (1, places, hidden)
         if len(given) != 1:
@@ -273,7 +275,7 @@ def _rows(model: PreTrainedModel) -> int:
 
 def _logps_by_tile(model: PreTrainedModel, batch: Batch) -> Callable[[slice], Tensor]:
     """Log-probs of the whole vocabulary at some of the scored positions.  # (n,) -> (n, V) float32"""
-    if not batch.trees:
+    if not batch.shared_prefixes:
         logits = _logits(model, batch)
         return lambda rows: log_softmax(logits[rows].float())
     states, weight, bias, cap = _whole(model, _states_and_head, batch)
@@ -290,7 +292,7 @@ def _states_and_head(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tens
     return _states(model, batch), weight, bias, cap
 
 
-def packable(model: PreTrainedModel, items: Sequence[Branches]) -> bool:
+def packable(model: PreTrainedModel, items: Sequence[PromptResponses]) -> bool:
     """Whether packed batches give this model's own log-probs: tried on four items, the longest among them, when a model
     is first asked about; in float32, or the dtype that sharded weights are gathered in. Of a sharded model all ranks
     must ask.
@@ -305,10 +307,10 @@ def packable(model: PreTrainedModel, items: Sequence[Branches]) -> bool:
 
 
 @torch.no_grad()
-def _packable(model: PreTrainedModel, items: Sequence[Branches]) -> bool:
+def _packable(model: PreTrainedModel, items: Sequence[PromptResponses]) -> bool:
     by_size = sorted(items, key=size)
     some = [by_size[place * (len(by_size) - 1) // 3] for place in range(4)]
-    packed, padded = (branched(some, packed=one).to(device_of(model)) for one in (True, False))
+    packed, padded = (collate_responses(some, packed=one).to(device_of(model)) for one in (True, False))
     try:
         fast, _ = sequence_logps(model, packed)
     except (Unsupported, AttributeError, TypeError, ValueError) as reason:  # the others: what a model makes of no mask
@@ -327,7 +329,7 @@ def _packable(model: PreTrainedModel, items: Sequence[Branches]) -> bool:
 
 def differing(found: Tensor, expected: Tensor, precision: str) -> str:
     """The two log-probs that differ most, in words; "" if they all agree within rounding.  # (S,), (S,)"""
-    excess = ((found - expected).abs() / rounding(expected, precision)).nan_to_num(nan=torch.inf)  # (S,)
+    excess = ((found - expected).abs() / tie_tolerance(expected, precision)).nan_to_num(nan=torch.inf)  # (S,)
     worst = excess.argmax()
     if excess[worst] <= 1:
         return ""

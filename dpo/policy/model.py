@@ -42,7 +42,7 @@ def load(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     chat_template: str | None = None,
-    layout: distributed.Layout | None = None,
+    layout: distributed.ParallelLayout | None = None,
     date: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, from a Hugging Face folder, a hub name, or "world".
@@ -53,7 +53,7 @@ def load(
     in this process.
     """
     tokenizer = load_tokenizer(path, trust_remote_code, chat_template, date)
-    source = whereabouts(path)
+    source = resolve_path(path)
     parted = layout if distributed.world_size() > 1 else None
     config = _config(path, trust_remote_code)
     _silence(config)
@@ -119,7 +119,7 @@ def load_tokenizer(
 
     chat_template: in place of the tokenizer's own. date: what it prints as today's. `save` keeps both with the policy.
     """
-    source = whereabouts(path)
+    source = resolve_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # the library of tokenizers raises no other
@@ -182,7 +182,7 @@ def save(
                 shutil.rmtree(replaced, ignore_errors=True)
 
 
-def whereabouts(path: str) -> str:
+def resolve_path(path: str) -> str:
     """Where to load from; a missing folder is found out here, not after asking the hub for it.
 
     Raises: ValueError if `path` can only be a folder, and is none, or if what it holds cannot be loaded.
@@ -194,7 +194,7 @@ def whereabouts(path: str) -> str:
     if folder.is_file():
         raise ValueError(
             f"{path} must be a folder with a model and its tokenizer, found a file; log-probs in files are read by "
-            "reference=given"
+            "reference=precomputed"
         )
     if local and not folder.is_dir():
         raise ValueError(f"{path} must be a folder with a model and its tokenizer, found none; check the path")
@@ -221,7 +221,7 @@ def positions_of(path: str, trust_remote_code: bool = False) -> int | None:
     return getattr(_config(path, trust_remote_code).get_text_config(), "max_position_embeddings", None)
 
 
-def recompute(model: PreTrainedModel) -> None:
+def checkpoint_activations(model: PreTrainedModel) -> None:
     """Keep only what goes into each layer for the backward pass, and compute the rest again there.
 
     Not of the last layer: its backward pass comes first, and would have all of it in memory again at once.
@@ -287,7 +287,7 @@ def check_same_tokenizer(
 
 
 def _config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
-    source = whereabouts(path)
+    source = resolve_path(path)
     try:
         found, _ = PreTrainedConfig.get_config_dict(source)
     except OSError as error:

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo.cache import digest, remember
-from dpo.data.batches import Branches, Tokens, branched, dealt, size
+from dpo.data.batches import PromptResponses, Tokens, balance_by_tokens, collate_responses, size
 from dpo.data.records import listed
-from dpo.losses import ROUNDING
+from dpo.losses import TIE_TOLERANCE
 from dpo.policy.logps import differing, forward_tokens, packable, token_logps
 from dpo.policy.model import broken
 from dpo.training import distributed
@@ -46,14 +46,14 @@ def score(
     weights: str,
     settings: Any,
     name: str,
-    origins: Sequence[str],
+    sources: Sequence[str],
     per_token: bool = False,
     about: Callable[[], dict[str, Any]] = dict,
 ) -> Scores:
     """Log-probability of each response under `model`, whose fingerprint is `weights`.
 
     The cache keeps each distinct sequence once, and look-up is by content, so order, duplicates and row numbers of the
-    data set never matter. settings: cache, precision, packed and micro_batch_tokens. origins: where each sequence came
+    data set never matter. settings: cache, precision, packed and micro_batch_tokens. sources: where each sequence came
     from, for messages. about: what the sequences come from, which decides nothing, but explains a miss.
 
     Raises: RuntimeError, and keeps nothing, if a log-prob is not finite; if one is missing in what is kept.
@@ -73,7 +73,7 @@ def score(
         packed = settings.packed and not faulty and packable(model, items)
         values = _score(model, list(distinct.values()), settings, packed, name)
         finite = {content for content, logps in zip(distinct, values, strict=True) if logps.sum().isfinite()}
-        if bad := [origin for origin, content in zip(origins, contents, strict=True) if content not in finite]:
+        if bad := [source for source, content in zip(sources, contents, strict=True) if content not in finite]:
             cause = f"The weights are finite; precision=fp32 or packed=false may help (precision={settings.precision})."
             if faulty:
                 cause = f"{len(faulty)} of the weights are not finite, such as {faulty[0]}: take another checkpoint."
@@ -96,7 +96,7 @@ def score(
         table = {name: file.get_tensor(name) for name in names}
     finite = table["logps"].isfinite().tolist()
     rows = {content.tobytes(): row for row, content in enumerate(table["digests"].numpy()) if finite[row]}
-    if lost := [origin for origin, content in zip(origins, contents, strict=True) if content not in rows]:
+    if lost := [source for source, content in zip(sources, contents, strict=True) if content not in rows]:
         raise RuntimeError(
             f"{folder} must hold a finite log-prob of each response, found none for {len(lost)} of {len(contents)}:"
             f"{listed(lost)}\nIt is damaged; delete it to score again."
@@ -109,7 +109,7 @@ def score(
     return Scores(table["logps"][order], table["lengths"][order], tokens, cached, folder)
 
 
-def off_by(model: PreTrainedModel, sequences: Sequence[Tokens], scores: Scores, settings: Any) -> float:
+def check_against_live(model: PreTrainedModel, sequences: Sequence[Tokens], scores: Scores, settings: Any) -> float:
     """By how many nats scores of a few sequences differ at most from what the model's own forward says now.
 
     Raises: RuntimeError if that is more than rounding explains, which says what is to blame: what is kept, if scoring
@@ -134,8 +134,8 @@ def off_by(model: PreTrainedModel, sequences: Sequence[Tokens], scores: Scores, 
     elif precision != "fp32":
         remedy = "set precision=fp32"
     raise RuntimeError(
-        f"log-probs scored in {where} must be those of the model's own forward within {ROUNDING[precision]:g} of their "
-        f"size, found {wrong}; {remedy}"
+        f"log-probs scored in {where} must be those of the model's own forward within {TIE_TOLERANCE[precision]:g} of "
+        f"their size, found {wrong}; {remedy}"
     )
 
 
@@ -160,10 +160,12 @@ def _score(model: PreTrainedModel, sequences: Sequence[Tokens], settings: Any, p
     bar: progress[None] = progress(total=len(sequences), name=name)
     with bar:
         for share in _share(_shares(sequences, tokens)):
-            items: list[Branches] = [(sequences[rows[0]][0], [sequences[row][1] for row in rows]) for rows in share]
+            items: list[PromptResponses] = [
+                (sequences[rows[0]][0], [sequences[row][1] for row in rows]) for rows in share
+            ]
             order = [row for nth in zip_longest(*share) for row in nth if row is not None]
             with autocast(settings.precision, device):
-                values = token_logps(model, branched(items, packed=packed).to(device)).cpu()
+                values = token_logps(model, collate_responses(items, packed=packed).to(device)).cpu()
             parts = values.split([len(sequences[row][1]) for row in order])
             found += [(row, part.clone()) for row, part in zip(order, parts, strict=True)]
             bar.update(len(order) * distributed.world_size())
@@ -185,4 +187,4 @@ def _shares(sequences: Sequence[Tokens], tokens: int) -> list[list[list[int]]]:
         by_prompt.setdefault(tuple(prompt), []).append(row)
     groups = [rows[first : first + BRANCHES] for rows in by_prompt.values() for first in range(0, len(rows), BRANCHES)]
     sizes = [size((sequences[rows[0]][0], [sequences[row][1] for row in rows])) for rows in groups]
-    return [[groups[place] for place in share] for share in dealt(sizes, tokens, 1)]
+    return [[groups[place] for place in share] for share in balance_by_tokens(sizes, tokens, 1)]

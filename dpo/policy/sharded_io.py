@@ -22,7 +22,11 @@ from dpo.training import distributed
 
 
 def read(
-    layout: distributed.Layout, device: torch.device, source: str, config: PreTrainedConfig, trust_remote_code: bool
+    layout: distributed.ParallelLayout,
+    device: torch.device,
+    source: str,
+    config: PreTrainedConfig,
+    trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, dict[str, list[str]]]:
     """A float32 model of a folder or hub name, and the names of weights that do not fit it, by what is the matter.
 

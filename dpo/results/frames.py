@@ -9,7 +9,7 @@ import pandas as pd
 
 from dpo.sweep import directory
 from dpo.sweep.directory import configs, folders
-from dpo.sweep.schema import HOMES, decisive
+from dpo.sweep.schema import ALIASES, identity_keys
 
 DASH = "-"
 
@@ -102,8 +102,8 @@ def _settings(frozen: dict[str, dict[str, Any]], always: Sequence[str]) -> tuple
         choices[run] = config.get("choices", {})
         flat[run] = choices[run] | {
             key: str(value) if isinstance(value, list) else value
-            for key, value in decisive(config).items()
-            if key not in HOMES and key not in choices[run] and not key.endswith(("._target_", "._partial_"))
+            for key, value in identity_keys(config).items()
+            if key not in ALIASES and key not in choices[run] and not key.endswith(("._target_", "._partial_"))
         }
     keys: list[str] = []
     for key in sorted({key for values in flat.values() for key in values}, key=lambda key: ("." in key, key)):

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo.data.records import Dataset, contents, jsonl_files
-from dpo.policy.model import whereabouts
-from dpo.sweep.signature import call
+from dpo.policy.model import resolve_path
+from dpo.sweep.signature import instantiate
 
 CONFIG = "config.json"  # of a model
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # of what is read, no README
@@ -21,7 +21,7 @@ def load(config: Any) -> Dataset:
 
     Raises: RuntimeError if it, or a model that the config names, is no longer what the run was planned with.
     """
-    dataset: Dataset = call(config.data)
+    dataset: Dataset = instantiate(config.data)
     recorded = (config.get("provenance") or {}).get("inputs") or {}
     found = {"data": contents(dataset), **models(config)} if recorded else {}
     if changed := [key for key, value in recorded.items() if found.get(key, value) != value]:
@@ -44,7 +44,7 @@ def _place(path: str) -> Path:
     """The folder of a model, or a file or folder of log-probs, which no model's config is in."""
     there = Path(path).expanduser()
     scores = there.is_file() or (there.is_dir() and next(jsonl_files(there), None) and not (there / CONFIG).exists())
-    return there if scores else Path(whereabouts(path))
+    return there if scores else Path(resolve_path(path))
 
 
 def sketch(path: Path) -> str:

@@ -33,14 +33,18 @@ from dpo import HOME
 from dpo.sweep.directory import reason, status
 from dpo.sweep.execute import IN_USE, THREADS
 from dpo.sweep.plan import Composed, Refused, Run, message, plan
-from dpo.sweep.schema import OPEN_GROUPS, incidental
-from dpo.sweep.signature import binds, call
+from dpo.sweep.renamed import renamed
+from dpo.sweep.schema import OPEN_GROUPS, non_numeric
+from dpo.sweep.signature import check_signature, instantiate
 
 MOST = 10_000  # runs of a sweep
 
 
 def command(verb: str) -> NoReturn:
     """What `python -m dpo.VERB` does with the command line: --help, a plan of one, or with -m a sweep."""
+    sys.argv[1:], said = renamed(sys.argv[1:])
+    for line in said:
+        print(line, file=sys.stderr, flush=True)
     if problem := _null(sys.argv[1:]):
         sys.exit(problem)
     hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name=verb)(single)()
@@ -49,7 +53,7 @@ def command(verb: str) -> NoReturn:
 
 def single(config: DictConfig) -> NoReturn:
     """The same road as a sweep, with a plan of one."""
-    launcher: Sweep = call(HydraConfig.get().launcher)
+    launcher: Sweep = instantiate(HydraConfig.get().launcher)
     launcher.execute([_composed(config, HydraConfig.get())], [])
 
 
@@ -116,7 +120,9 @@ class Sweep(Launcher):
         """Plan all, start what is to do, end the process. If one run is refused nothing is written."""
         planned, more = plan(composed)
         given = {key: value for key, value in vars(self).items() if key not in ("loader", "config")}
-        unfit = binds("hydra.launcher", {"_target_": f"{type(self).__module__}.{type(self).__name__}", **given}, ())
+        unfit = check_signature(
+            "hydra.launcher", {"_target_": f"{type(self).__module__}.{type(self).__name__}", **given}, ()
+        )
         refused = [*refused, *more, *(Refused([], problem) for problem in unfit or self.problems(planned))]
         if refused:
             _list(refused)
@@ -271,7 +277,7 @@ class Execution:
 
 def _composed(config: DictConfig, settings: Any, swept: Collection[str] = ()) -> Composed:
     chosen = settings.runtime.choices.items()
-    choices = {group: str(option) for group, option in chosen if "/" not in group and not incidental(group)}
+    choices = {group: str(option) for group, option in chosen if "/" not in group and not non_numeric(group)}
     return Composed(config, list(settings.overrides.task), choices, frozenset(swept))
 
 
@@ -280,7 +286,7 @@ def _null(arguments: Sequence[str]) -> str | None:
     for argument in arguments:
         group, _, option = argument.lstrip("+").partition("=")
         if group in (*OPEN_GROUPS, "policy", "figure", "table") and "null" in option.lower().split(","):
-            how = {"judge": "judge=none is no judge", "reference": "reference=uniform is no reference"}
+            how = {"judge": "judge=none is no judge", "reference": "reference=reference_free is no reference"}
             return f"{group} must be one of its options, got null; {how.get(group, f'leave out {argument}')}"
     return None
 

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo import HOME
 from dpo.sweep.directory import config as config_of
 from dpo.sweep.directory import configs, status
-from dpo.sweep.schema import HOMES, NAME_BYTES, RECORDED, decisive, faults, flatten, identity, incidental
+from dpo.sweep.schema import ALIASES, NAME_BYTES, RECORDED, faults, flatten, identity, identity_keys, non_numeric
 
 INPUTS = {  # what a run is made from beside its settings: see dpo.sweep.inputs
     "data": "the data",
@@ -151,7 +151,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     if missing := sorted(OmegaConf.missing_keys(ours)):
         raise ValueError("\n".join(f"{key} must be given, it has no default; add {key}=..." for key in missing))
     values: Any = OmegaConf.to_container(ours, resolve=True)
-    for home, key in HOMES.items():
+    for home, key in ALIASES.items():
         group, knob = home.split(".")
         if key in values and isinstance(values.get(group), dict) and knob in values[group]:
             values[group][knob] = values[key]
@@ -160,11 +160,11 @@ def resolve(config: DictConfig) -> dict[str, Any]:
 
 def _torn(one: Composed, config: dict[str, Any]) -> list[str]:
     """Overrides of a key's home that the key itself, given too, would override in silence."""
-    homes = {home: OmegaConf.select(one.config, home) for home in HOMES if home in _keys(one.overrides)}
+    homes = {home: OmegaConf.select(one.config, home) for home in ALIASES if home in _keys(one.overrides)}
     return [
         f"{home} and {key} are one setting, got {given} and {config[key]}; give {key} alone"
         for home, given in homes.items()
-        if (key := HOMES[home]) in config and given != config[key]
+        if (key := ALIASES[home]) in config and given != config[key]
     ]
 
 
@@ -225,7 +225,7 @@ def name(values: dict[str, str], id: str, cut: bool = False) -> str:
 def _given(overrides: Sequence[str], frozen: dict[str, Any]) -> dict[str, str]:
     """The overrides that decide a number, with the values that the config has: beta=0.10 and beta=1e-1 are beta=0.1."""
     flat = flatten(frozen)
-    return {key: _shown(frozen, key) for key in _keys(overrides) if not incidental(key, flat)}
+    return {key: _shown(frozen, key) for key in _keys(overrides) if not non_numeric(key, flat)}
 
 
 def _words(frozen: dict[str, Any]) -> frozenset[tuple[str, str]]:
@@ -270,7 +270,7 @@ def _written(value: Any) -> str:
 
 
 def _differs(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> str:
-    before, now = decisive(old), decisive(new)
+    before, now = identity_keys(old), identity_keys(new)
     shown = [(key, *(_written(values.get(key, "absent")) for values in (before, now))) for key in {**before, **now}]
     changes = [f"  {key}: {there} there, {asked} asked for" for key, there, asked in shown if there != asked]
     return "\n".join(

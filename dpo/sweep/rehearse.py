@@ -16,10 +16,10 @@ from typing import Any
 from dpo.data.instructions import read_instructions
 from dpo.data.records import contents
 from dpo.losses import try_out
-from dpo.policy.model import whereabouts
+from dpo.policy.model import resolve_path
 from dpo.sweep import inputs
 from dpo.sweep.schema import misfits
-from dpo.sweep.signature import call
+from dpo.sweep.signature import instantiate
 
 
 class Rehearsal:
@@ -36,10 +36,10 @@ class Rehearsal:
             (_data, config["data"]),
             (_located, config["policy"]["path"], config["policy"]["base"]),
             (read_instructions, config["evaluation"]["instructions"]),
-            (call, config["judge"]),
+            (instantiate, config["judge"]),
         ]
         if "loss" in config:
-            attempts += [(call, config["reference"]), (_loss, config["loss"], config["beta"])]
+            attempts += [(instantiate, config["reference"]), (_loss, config["loss"], config["beta"])]
         tried = [self._once(*attempt) for attempt in attempts]
         if problems := [problem for _, problem in tried if problem is not None]:
             return {"problems": problems, "inputs": {}}
@@ -64,17 +64,17 @@ def _data(node: dict[str, Any]) -> str:
     for key, value in node.items():
         if key.endswith("path") and value is not None and not Path(value).is_file():
             raise ValueError(f"data.{key} must be a file of records, found none at {value}; check the path")
-    return contents(call(node))
+    return contents(instantiate(node))
 
 
 def _located(*paths: str | None) -> None:
     for path in paths:
         if path is not None:
-            whereabouts(path)
+            resolve_path(path)
 
 
 def _loss(node: dict[str, Any], beta: float) -> None:
-    try_out(call(node), beta)
+    try_out(instantiate(node), beta)
 
 
 def trials(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from hydra.core.config_store import ConfigStore
 
 from dpo.cache import digest
-from dpo.sweep.signature import binds, fits, kind
+from dpo.sweep.signature import check_signature, fits, kind
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Policy:
     max_length: int
     max_new_tokens: int
     micro_batch_tokens: int
-    sequences: int
+    generation_batch_size: int
     chat_template: str | None
     date: str | None
     trust_remote_code: bool
@@ -45,7 +45,7 @@ class Recipe:
 
 @dataclass
 class Generation:
-    samples: int
+    samples_per_prompt: int
     temperature: float
     top_p: float
     pairs_per_prompt: int
@@ -58,7 +58,7 @@ class Evaluation:
     temperature: float
     batch_size: int
     instructions: str | None
-    samples: int
+    log_samples: int
 
 
 @dataclass
@@ -84,14 +84,14 @@ class Train:
     batch_size: int
     micro_batch_tokens: int
     packed: bool
-    recompute: bool
+    activation_checkpointing: bool
     max_length: int
     max_new_tokens: int
     on_too_long: str
     epochs: int
     steps: int | None
     optimizer: str
-    betas: list[float]
+    adam_betas: list[float]
     weight_decay: float
     schedule: str
     warmup_steps: float
@@ -103,7 +103,7 @@ class Train:
     sharding: Sharding
     evaluate_every: int
     evaluate_prompts: int
-    select: str
+    keep: str
     checkpoint_every: int
     checkpoints_kept: int
     sft: Recipe
@@ -134,12 +134,12 @@ class Sft:
     sft: Recipe
     micro_batch_tokens: int
     packed: bool
-    recompute: bool
+    activation_checkpointing: bool
     max_length: int
     max_new_tokens: int
     on_too_long: str
     optimizer: str
-    betas: list[float]
+    adam_betas: list[float]
     weight_decay: float
     max_grad_norm: float
     precision: str
@@ -164,16 +164,16 @@ for verb, schema in SCHEMAS.items():
 OPEN_GROUPS = {"data": (), "judge": ("prompt", "responses"), "loss": ("pair",), "reference": ()}
 
 # The home of a default -> the key that decides. A frozen config shows the value in force at both.
-HOMES = {"loss.beta": "beta"} | {f"policy.{key}": key for key in ("lr", "max_length", "max_new_tokens")}
+ALIASES = {"loss.beta": "beta"} | {f"policy.{key}": key for key in ("lr", "max_length", "max_new_tokens")}
 
 RECORDED = ("id", "choices", "provenance")  # added when the config is frozen, and by nobody else
 
 # What cannot change a number: these keys are no part of a run's identity or name.
-INCIDENTAL = (
-    *("name", "runs", "cache", "wandb", "device", "processes", "threads", "micro_batch_tokens", "packed", "recompute"),
-    *("sharding", "evaluate_every", "evaluate_prompts", "checkpoint_every", "checkpoints_kept"),
-    *("evaluation.samples", "evaluation.instructions"),
-    *("policy.micro_batch_tokens", "policy.sequences"),  # defaults of keys that are listed, or decide themselves
+NON_NUMERIC = (
+    *("name", "runs", "cache", "wandb", "device", "processes", "threads", "micro_batch_tokens", "packed"),
+    *("activation_checkpointing", "sharding", "evaluate_every", "evaluate_prompts", "checkpoint_every"),
+    *("checkpoints_kept", "evaluation.log_samples", "evaluation.instructions"),
+    *("policy.micro_batch_tokens", "policy.generation_batch_size"),  # of keys that are listed, or decide themselves
     *("figure", "table"),  # an experiment is what its keys say
     *RECORDED,
     "hydra",
@@ -186,13 +186,13 @@ _CHOICES = {
     "on_too_long": ("error", "drop", "truncate"),
     "precision": ("fp32", "bf16"),
     "device": ("auto", "cpu", "cuda"),
-    "select": ("last", "validation_loss"),
+    "keep": ("last", "best"),
     "wandb.mode": ("auto", "online", "offline", "disabled"),
 }
 _ABOVE_ZERO = (
     *("beta", "lr", "sft.lr", "batch_size", "sft.batch_size", "micro_batch_tokens", "max_length", "max_grad_norm"),
     *("epochs", "sft.epochs", "sft.steps", "processes", "threads"),
-    *("generation.samples", "generation.temperature", "generation.top_p", "max_new_tokens"),
+    *("generation.samples_per_prompt", "generation.temperature", "generation.top_p", "max_new_tokens"),
     *("generation.pairs_per_prompt", "generation.batch_size"),
     *("evaluation.prompts", "evaluation.batch_size", "checkpoints_kept"),
     *("data.demonstrations", "data.train", "data.validation", "data.test"),
@@ -202,7 +202,7 @@ _NO_CLIPPING = ("max_grad_norm", math.inf)
 _LEAST, _MOST = 1e-12, 1e12  # size of a number other than 0: what lies outside is a slip, or nothing in float32
 _NOT_BELOW_ZERO = (
     *("seed", "steps", "weight_decay", "warmup_steps", "sft.warmup_steps", "evaluate_every", "checkpoint_every"),
-    *("evaluation.samples", "evaluation.temperature", "evaluate_prompts"),
+    *("evaluation.log_samples", "evaluation.temperature", "evaluate_prompts"),
 )
 
 
@@ -218,7 +218,9 @@ def check(config: dict[str, Any]) -> None:
 def misfits(config: dict[str, Any]) -> list[str]:
     """What keeps the options of the open groups from their functions, which are imported for it."""
     nodes = [(group, config.get(group), given) for group, given in OPEN_GROUPS.items()]
-    return [problem for group, node, given in nodes if node is not None for problem in binds(group, node, given)]
+    return [
+        problem for group, node, given in nodes if node is not None for problem in check_signature(group, node, given)
+    ]
 
 
 def faults(config: dict[str, Any]) -> list[str]:
@@ -239,20 +241,20 @@ def faults(config: dict[str, Any]) -> list[str]:
 
 def identity(config: dict[str, Any]) -> str:
     """16 hex digits over all keys of a resolved config that can change a number."""
-    return digest(sorted((key, _canonical(value)) for key, value in decisive(config).items()))[:16]
+    return digest(sorted((key, _canonical(value)) for key, value in identity_keys(config).items()))[:16]
 
 
-def decisive(config: dict[str, Any]) -> dict[str, Any]:
+def identity_keys(config: dict[str, Any]) -> dict[str, Any]:
     """The keys of a resolved config that make its identity, flat: "sft.lr" -> 1e-3."""
     flat = flatten(config)
-    return {key: value for key, value in flat.items() if not incidental(key, flat)}
+    return {key: value for key, value in flat.items() if not non_numeric(key, flat)}
 
 
-def incidental(key: str, config: dict[str, Any] | None = None) -> bool:
+def non_numeric(key: str, config: dict[str, Any] | None = None) -> bool:
     """Whether a key is outside a run's identity: it cannot change a number (of `config`, which may select a step)."""
-    if key == "evaluate_every" and config and config.get("select", "last") != "last":
+    if key == "evaluate_every" and config and config.get("keep", "last") != "last":
         return False  # what is evaluated can be selected
-    return any(key == other or key.startswith(f"{other}.") for other in INCIDENTAL)
+    return any(key == other or key.startswith(f"{other}.") for other in NON_NUMERIC)
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -304,7 +306,7 @@ def _numbers(config: dict[str, Any]) -> list[str]:
             problems.append(f"{key} must be one of {', '.join(choices)}, got {flat[key]}")
     numbers = {}
     for key, value in flat.items():
-        if HOMES.get(key) in flat:  # the same value again
+        if ALIASES.get(key) in flat:  # the same value again
             continue
         found = [one for one in (value if isinstance(value, list) else [value]) if _is_number(one)]
         if odd := [one for one in found if one and not _LEAST <= abs(one) <= _MOST and (key, one) != _NO_CLIPPING]:
@@ -329,8 +331,8 @@ def _numbers(config: dict[str, Any]) -> list[str]:
             date.fromisoformat(day)
         except ValueError:
             problems.append(f"policy.date must be a day such as 2024-07-26, got {day}")
-    if len(betas := flat["betas"]) != 2 or not all(0 <= value < 1 for value in betas):
-        problems.append(f"betas must be two numbers in [0, 1), got {betas}")
+    if len(betas := flat["adam_betas"]) != 2 or not all(0 <= value < 1 for value in betas):
+        problems.append(f"adam_betas must be two numbers in [0, 1), got {betas}")
     if flat["max_new_tokens"] >= flat["max_length"]:
         problems.append(
             f"max_new_tokens must be below max_length, which holds prompt and response, "

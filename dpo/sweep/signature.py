@@ -29,7 +29,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], str | tuple[str, ...]]] = {
 }
 
 
-def call(node: Any) -> Any:
+def instantiate(node: Any) -> Any:
     """What the node's function returns, or the function itself with the node's options (`_partial_`); null is None.
 
     Raises: ValueError if the function is none that a config may name for any group, and what the function raises.
@@ -44,7 +44,7 @@ def call(node: Any) -> Any:
     return partial(function, **options) if values.get("_partial_") else function(**options)
 
 
-def binds(group: str, node: Any, given: tuple[str, ...]) -> list[str]:
+def check_signature(group: str, node: Any, given: tuple[str, ...]) -> list[str]:
     """What keeps a node from naming a function of its group, and its options from being that function's arguments.
 
     given: the arguments that the function receives later, when it is called.

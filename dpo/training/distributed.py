@@ -19,7 +19,7 @@ TIMEOUT = timedelta(days=1)  # ranks may wait for what another run makes for bot
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelLayout:
     """How a model lies on the processes of a run."""
 
     group: int | None  # processes that hold one copy of the weights among them; None: all
@@ -27,9 +27,9 @@ class Layout:
     precision: str  # "bf16": weights are gathered in bfloat16, too; gradients are reduced in float32 in any case
 
 
-def layout(config: Any) -> Layout:
+def layout(config: Any) -> ParallelLayout:
     """What a run's config says in `sharding`, and its precision."""
-    return Layout(**config.sharding, precision=config.precision)
+    return ParallelLayout(**config.sharding, precision=config.precision)
 
 
 def device(name: str | torch.device) -> torch.device:
@@ -77,7 +77,7 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def shard(model: Model, layout: Layout, device: torch.device) -> Model:
+def shard(model: Model, layout: ParallelLayout, device: torch.device) -> Model:
     """Shard in place with FSDP2: each of its blocks, then the rest. `device` is where its forward passes run.
 
     With layout.group there are copies of the weights, each sharded over a group of neighbouring ranks (HSDP). Only the

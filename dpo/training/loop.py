@@ -27,7 +27,7 @@ class Batch(Protocol):
     @property
     def index(self) -> Tensor: ...  # (B,) int64, row of the item in its dataset
     @property
-    def real(self) -> Tensor: ...  # (B,) bool, False for a filler
+    def valid(self) -> Tensor: ...  # (B,) bool, False for a filler
     def to(self, device: torch.device) -> Self: ...
 
 
@@ -152,10 +152,10 @@ def _backward(
         with products:
             losses, metrics = step(batch)  # (B,), name -> (B,)
         # FSDP averages gradients over ranks: times world_size it adds them up, as the mean over `total` asks.
-        (world_size() * (losses * batch.real).sum() / total).backward()
-        seen.append((batch.index[batch.real], losses.detach()[batch.real]))
+        (world_size() * (losses * batch.valid).sum() / total).backward()
+        seen.append((batch.index[batch.valid], losses.detach()[batch.valid]))
         for key, values in {"loss": losses, **metrics}.items():
-            sums[key] = sums.get(key, 0) + (values.detach().double() * batch.real).sum()
+            sums[key] = sums.get(key, 0) + (values.detach().double() * batch.valid).sum()
     means = (all_sum(torch.stack([*sums.values()])) / total).tolist()
     return dict(zip(sums, means, strict=True)), seen
 

@@ -87,10 +87,10 @@ def world(summaries: Writer, demonstrations: int, train: int, validation: int, t
     seen: set[str] = set()
 
     def articles(split: str, n: int) -> list[_Article]:
-        chance = random.Random(split)
+        rng = random.Random(split)
         found: list[_Article] = []
         while len(found) < n:
-            article = _draw_article(chance)
+            article = _draw_article(rng)
             if article.text not in seen:
                 seen.add(article.text)
                 found.append(article)
@@ -99,10 +99,10 @@ def world(summaries: Writer, demonstrations: int, train: int, validation: int, t
     prompts: dict[str, list[Text]] = {"test": [article.text for article in articles("test", test)]}
     for split, n in (("train", train), ("validation", validation)):
         prompts[split] = [article.text for article in articles(f"{split} {seed}", n)]
-    chance = random.Random(f"summaries {seed}")
+    rng = random.Random(f"summaries {seed}")
     return Dataset(
         demonstrations=[
-            Demonstration(article.text, _WRITERS[summaries](article, chance))
+            Demonstration(article.text, _WRITERS[summaries](article, rng))
             for article in articles(f"demonstrations {seed}", demonstrations)
         ],
         preferences={},
@@ -110,25 +110,25 @@ def world(summaries: Writer, demonstrations: int, train: int, validation: int, t
     )
 
 
-def lesson(chance: random.Random, facts: int) -> Demonstration:
+def lesson(rng: random.Random, facts: int) -> Demonstration:
     """What the base model is trained on: an article, and `facts` of its facts told rightly, each once.
 
     Half of the lessons with all facts are prose in the manner of summaries, the other half and shorter ones bare lists.
     """
-    article = _draw_article(chance)
-    chosen = chance.sample(list(article.facts), facts)
-    if chance.random() < 0.5:
+    article = _draw_article(rng)
+    chosen = rng.sample(list(article.facts), facts)
+    if rng.random() < 0.5:
         chosen = [attribute for attribute in article.facts if attribute in chosen]
-    if facts < FACTS_PER_ARTICLE or chance.random() < 0.5:
-        told = [_state(_STYLES["terse"], article, attribute, article.facts[attribute], chance) for attribute in chosen]
+    if facts < FACTS_PER_ARTICLE or rng.random() < 0.5:
+        told = [_state(_STYLES["terse"], article, attribute, article.facts[attribute], rng) for attribute in chosen]
         return Demonstration(article.text, " ".join(told))
-    chosen = chosen[: chance.randint(2, FACTS_PER_ARTICLE)]
-    styles = chance.choices(list(_STYLES), k=len(chosen))
+    chosen = chosen[: rng.randint(2, FACTS_PER_ARTICLE)]
+    styles = rng.choices(list(_STYLES), k=len(chosen))
     told = [
-        _state(_STYLES[style], article, attribute, article.facts[attribute], chance)
+        _state(_STYLES[style], article, attribute, article.facts[attribute], rng)
         for style, attribute in zip(styles, chosen, strict=True)
     ]
-    return Demonstration(article.text, _framed(article, told, chance))
+    return Demonstration(article.text, _framed(article, told, rng))
 
 
 def verdict(prompt: str, response: str) -> Verdict:
@@ -214,23 +214,22 @@ def tokenizer(phrases: bool = False) -> "PreTrainedTokenizerFast":
     )
 
 
-def _draw_article(chance: random.Random) -> _Article:
-    name, other = chance.sample(NAMES, 2)
+def _draw_article(rng: random.Random) -> _Article:
+    name, other = rng.sample(NAMES, 2)
     facts = {
-        attribute: chance.choice(ATTRIBUTES[attribute])
-        for attribute in chance.sample(list(ATTRIBUTES), FACTS_PER_ARTICLE)
+        attribute: rng.choice(ATTRIBUTES[attribute]) for attribute in rng.sample(list(ATTRIBUTES), FACTS_PER_ARTICLE)
     }
     distractors = {
-        attribute: chance.choice([value for value in ATTRIBUTES[attribute] if value != facts[attribute]])
-        for attribute in chance.sample(list(facts), chance.randint(0, 2))
+        attribute: rng.choice([value for value in ATTRIBUTES[attribute] if value != facts[attribute]])
+        for attribute in rng.sample(list(facts), rng.randint(0, 2))
     }
     told = [(name, *fact) for fact in facts.items()] + [(other, *fact) for fact in distractors.items()]
-    chance.shuffle(told)
+    rng.shuffle(told)
     sentences = [
-        chance.choice(_STATEMENTS).format(name=who, attribute=attribute, value=value) for who, attribute, value in told
+        rng.choice(_STATEMENTS).format(name=who, attribute=attribute, value=value) for who, attribute, value in told
     ]
-    if chance.random() < 0.5:
-        sentences.insert(chance.randint(0, len(sentences)), chance.choice(_FILLERS))
+    if rng.random() < 0.5:
+        sentences.insert(rng.randint(0, len(sentences)), rng.choice(_FILLERS))
     in_order = {attribute: value for who, attribute, value in told if who == name}
     return _Article(" ".join([f"about {name} .", *sentences]), name, in_order, distractors)
 
@@ -259,48 +258,48 @@ def _questions(text: str, facts_of: tuple[str, ...]) -> frozenset[str]:
 
     Drawn by a hash of the article, so they never depend on who asks, or when.
     """
-    chance = random.Random(hashlib.sha256(text.encode()).hexdigest())
+    rng = random.Random(hashlib.sha256(text.encode()).hexdigest())
     # Efraimidis-Spirakis: the largest u ** (1 / weight) are a weighted draw without replacement
-    keys = {attribute: chance.random() ** (1 / (4 if attribute in SALIENT else 1)) for attribute in sorted(facts_of)}
+    keys = {attribute: rng.random() ** (1 / (4 if attribute in SALIENT else 1)) for attribute in sorted(facts_of)}
     return frozenset(sorted(keys, key=lambda attribute: keys[attribute])[-QUESTIONS:])
 
 
-def _noisy(article: _Article, chance: random.Random, styles: Mapping[str, tuple[str, ...]]) -> str:
+def _noisy(article: _Article, rng: random.Random, styles: Mapping[str, tuple[str, ...]]) -> str:
     """What a hurried human writes: three to five facts, some wrong, wordy, with repetitions and ramblings."""
     sentences = []
-    chosen = chance.sample(list(article.facts), chance.randint(3, 5))
-    if chance.random() < 0.8:
+    chosen = rng.sample(list(article.facts), rng.randint(3, 5))
+    if rng.random() < 0.8:
         chosen = [attribute for attribute in article.facts if attribute in chosen]
-    style = chance.choices(list(styles), weights=(0.3, 0.4, 0.3)[: len(styles)])[0]
+    style = rng.choices(list(styles), weights=(0.3, 0.4, 0.3)[: len(styles)])[0]
     for attribute in chosen:
-        kept = style if chance.random() < 0.7 else chance.choice(list(styles))
+        kept = style if rng.random() < 0.7 else rng.choice(list(styles))
         value = article.facts[attribute]
-        if chance.random() < 0.1:
+        if rng.random() < 0.1:
             others = [other for other in ATTRIBUTES[attribute] if other != value]
-            distracted = attribute in article.distractors and chance.random() < 0.5
-            value = article.distractors[attribute] if distracted else chance.choice(others)
-        sentence = _state(styles[kept], article, attribute, value, chance)
-        sentences += [sentence] * (2 if chance.random() < 0.08 else 1)
-    summary = _framed(article, sentences, chance)
-    return summary if len(summary.split()) < HUMAN_WORDS else _noisy(article, chance, styles)
+            distracted = attribute in article.distractors and rng.random() < 0.5
+            value = article.distractors[attribute] if distracted else rng.choice(others)
+        sentence = _state(styles[kept], article, attribute, value, rng)
+        sentences += [sentence] * (2 if rng.random() < 0.08 else 1)
+    summary = _framed(article, sentences, rng)
+    return summary if len(summary.split()) < HUMAN_WORDS else _noisy(article, rng, styles)
 
 
-def _clean(article: _Article, chance: random.Random, styles: Mapping[str, tuple[str, ...]]) -> str:
+def _clean(article: _Article, rng: random.Random, styles: Mapping[str, tuple[str, ...]]) -> str:
     """What a careful human writes: four facts, salient ones first, and nothing else."""
-    style = chance.choice(list(styles))
+    style = rng.choice(list(styles))
     best = sorted(article.facts, key=lambda attribute: attribute not in SALIENT)[:4]
-    return " ".join(_state(styles[style], article, fact, article.facts[fact], chance) for fact in best)
+    return " ".join(_state(styles[style], article, fact, article.facts[fact], rng) for fact in best)
 
 
-def _framed(article: _Article, sentences: list[str], chance: random.Random) -> str:
+def _framed(article: _Article, sentences: list[str], rng: random.Random) -> str:
     """A lead-in, now and then, and up to three empty sentences at the end."""
-    lead = [chance.choice(_LEADS).format(name=article.name)] if chance.random() < 0.3 else []
-    tails = [chance.choice(_TAILS) for _ in range(3) if chance.random() < 0.35]
+    lead = [rng.choice(_LEADS).format(name=article.name)] if rng.random() < 0.3 else []
+    tails = [rng.choice(_TAILS) for _ in range(3) if rng.random() < 0.35]
     return " ".join([*lead, *sentences, *tails])
 
 
-def _state(templates: tuple[str, ...], article: _Article, attribute: str, value: str, chance: random.Random) -> str:
-    return chance.choice(templates).format(name=article.name, attribute=attribute, value=value)
+def _state(templates: tuple[str, ...], article: _Article, attribute: str, value: str, rng: random.Random) -> str:
+    return rng.choice(templates).format(name=article.name, attribute=attribute, value=value)
 
 
 def _valid_clauses() -> frozenset[str]:

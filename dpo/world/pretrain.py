@@ -43,9 +43,9 @@ class Lessons:
         return f"lesson {row}"
 
     def at(self, step: int) -> tuple[list[Batch], int]:
-        chance = random.Random(f"lesson {self.seed} {step}")
+        rng = random.Random(f"lesson {self.seed} {step}")
         facts = max(number for start, number in CURRICULUM.items() if start <= step)
-        lessons = [language.lesson(chance, facts) for _ in range(BATCH)]
+        lessons = [language.lesson(rng, facts) for _ in range(BATCH)]
         tokens = tokenize_demonstrations(lessons, self.tokenizer, LONGEST, "error")
         index, real, pad_id = torch.arange(BATCH), torch.ones(BATCH, dtype=torch.bool), models.pad_id(self.tokenizer)
         return [collate(tokens, index, real, pad_id=pad_id, packed=False)], BATCH
@@ -96,8 +96,8 @@ def measure(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, articles: int = 1000
 ) -> dict[str, str | float]:
     """How well the model looks facts up, greedily, in articles that it has not seen."""
-    chance = random.Random("measure")
-    lessons = [language.lesson(chance, language.FACTS_PER_ARTICLE) for _ in range(articles)]
+    rng = random.Random("measure")
+    lessons = [language.lesson(rng, language.FACTS_PER_ARTICLE) for _ in range(articles)]
     prompts = [one.prompt for one in lessons]
     samples = sample(
         model,
