@@ -37,6 +37,7 @@ from dpo.data.chats import ends
 from dpo.references import Frozen, Initial
 from dpo.results import short
 from dpo.results.figures import COLOURS, tidy
+from dpo.settings import policy_spec
 from dpo.sweep.signature import instantiate
 from dpo.training.log import progress
 from dpo.world.language import values_told
@@ -61,9 +62,9 @@ def tokens(run: str | Path, split: str = "validation") -> pd.DataFrame:
     asked = {split: pairs[split]}
     before, after = Initial(), Frozen(str(run / "policy"))
     for reference in (before, after):
-        reference.prepare(start, policy, asked, config)
+        reference.prepare(policy_spec(config, start), policy, asked, config)
     rows, stops = [], ends(tokenizer, policy.generation_config)
-    of_world = config.data._target_.endswith("world.world")
+    of_world = config.data._target_.endswith("language.world")
     for kind, name in enumerate(("chosen", "rejected")):
         for number, pair in enumerate(pairs[split]):
             ids = (pair.chosen, pair.rejected)[kind][1]

@@ -26,6 +26,7 @@ from dpo.data.tokens import encode_alone, encoded, vocabulary
 from dpo.losses import tie_tolerance
 from dpo.policy import model as models
 from dpo.policy.logps import sequence_logps
+from dpo.policy.model import ModelSpec, spec_of
 from dpo.policy.scoring import LIVE, check_against_live, score
 from dpo.training import distributed
 
@@ -47,13 +48,15 @@ class Reference(Protocol):
     is_initial: bool  # starts as the initial policy: then the DPO loss is ln 2 before training
     fingerprint: str  # digest of what gives its log-probs: weights, or given numbers; empty if it moves or is uniform
 
-    def check(self, initial: str, settings: Any) -> None:
+    def check(self, initial: ModelSpec | str, settings: Any) -> None:
         """Refuse what small files alone can tell, before SFT or sampling. initial: the policy, or its base.
 
         Raises: ValueError.
         """
 
-    def prepare(self, initial: str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any) -> str:
+    def prepare(
+        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any
+    ) -> str:
         """Get ready before the policy is sharded or trained; returns what is held, in words, for the user."""
 
     def logps(self, batch: Batch, split: str) -> Tensor:
@@ -74,11 +77,13 @@ class Precomputed(ABC):
     tokens: dict[str, list[Tensor]]  # split -> 2N x (tokens,), chosen first, where settings.per_token asks for it
 
     @abstractmethod
-    def check(self, initial: str, settings: Any) -> None:
+    def check(self, initial: ModelSpec | str, settings: Any) -> None:
         """See `Reference`."""
 
     @abstractmethod
-    def prepare(self, initial: str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any) -> str:
+    def prepare(
+        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any
+    ) -> str:
         """Fill the table: see `Reference`."""
 
     def logps(self, batch: Batch, split: str) -> Tensor:
@@ -100,31 +105,30 @@ class Frozen(Precomputed):
             models.resolve_path(path)  # a folder that is missing is found out before the first run
         self.path = path
 
-    def check(self, initial: str, settings: Any) -> None:
-        trusted = settings.policy.trust_remote_code
+    def spec(self, initial: ModelSpec | str) -> ModelSpec:
+        """The model that is scored; it has a template of its own."""
+        own = spec_of(initial)
+        return own if self.path is None else replace(own, path=self.path, chat_template=None)
+
+    def check(self, initial: ModelSpec | str, settings: Any) -> None:
         if getattr(settings, "per_token", False) and not self.same_tokens:
             raise ValueError(f"per_token=true needs a reference with the policy's tokens, found {self.name()}")
         if self.path is not None:
-            policy = settings.policy
-            tokenizer = models.load_tokenizer(self.path, trusted, None, policy.date)
+            tokenizer = models.load_tokenizer(self.spec(initial))
             if self.same_tokens:
-                of_pairs = models.load_tokenizer(initial, trusted, policy.chat_template, policy.date)
-                models.check_same_tokenizer(self.path, tokenizer, initial, of_pairs)
-                models.check_length(self.path, "max_length", settings.max_length, trusted)
+                models.check_same_tokenizer(self.path, tokenizer, spec_of(initial).path, models.load_tokenizer(initial))
+                models.check_length(self.spec(initial), "max_length", settings.max_length)
 
-    def prepare(self, initial: str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any) -> str:
+    def prepare(
+        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any
+    ) -> str:
         self.check(initial, settings)
-        trusted, per_token = settings.policy.trust_remote_code, getattr(settings, "per_token", False)
-        tokenizer = of_pairs = models.load_tokenizer(
-            initial, trusted, settings.policy.chat_template, settings.policy.date
-        )
-        if self.path is not None:
-            tokenizer = models.load_tokenizer(self.path, trusted, None, settings.policy.date)
+        per_token = getattr(settings, "per_token", False)
+        of_pairs, tokenizer = models.load_tokenizer(initial), models.load_tokenizer(self.spec(initial))
         sequences = {split: self.sequences(items, split, tokenizer, settings) for split, items in pairs.items()}
         model = policy
         if self.path is not None:
-            device, layout = distributed.device_of(policy), distributed.layout(settings)
-            model, _ = models.load(self.path, device, trusted, layout=layout)
+            model, _ = models.load(self.spec(initial), distributed.device_of(policy))
         self.fingerprint = weights = models.fingerprint(model)
         if self.same_tokens and self.sees_prompt:
             self.kl_target = self.path
@@ -194,11 +198,10 @@ class OtherTokenizer(Frozen):
         super().__init__(path)
         self.max_length = max_length
 
-    def check(self, initial: str, settings: Any) -> None:
+    def check(self, initial: ModelSpec | str, settings: Any) -> None:
         super().check(initial, settings)
         if self.max_length is not None:
-            trusted = settings.policy.trust_remote_code
-            models.check_length(str(self.path), "reference.max_length", self.max_length, trusted)
+            models.check_length(self.spec(initial), "reference.max_length", self.max_length)
 
     def name(self) -> str:
         return f"{self.path} under its own tokenizer"
@@ -207,7 +210,7 @@ class OtherTokenizer(Frozen):
         self, pairs: Sequence[Pair], split: str, tokenizer: PreTrainedTokenizerBase, settings: Any
     ) -> list[Tokens]:
         path = str(self.path)
-        most = self.max_length or models.positions_of(path, settings.policy.trust_remote_code) or sys.maxsize
+        most = self.max_length or models.positions_of(ModelSpec(path, settings.policy.trust_remote_code)) or sys.maxsize
         texts = [pair.text for pair in pairs if pair.text is not None]
         what = f"{split} pairs in the tokens of the reference {path}"
         try:
@@ -272,11 +275,13 @@ class PrecomputedFiles(Precomputed):
             raise ValueError(f"reference.path must be a file of log-probs or a folder of them, found none at {path}")
         self.path = path
 
-    def check(self, initial: str, settings: Any) -> None:
+    def check(self, initial: ModelSpec | str, settings: Any) -> None:
         if getattr(settings, "per_token", False):
             raise ValueError("per_token=true needs a reference that is a model, not reference=precomputed")
 
-    def prepare(self, initial: str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any) -> str:
+    def prepare(
+        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any
+    ) -> str:
         self.check(initial, settings)
         path = Path(self.path)
         files = [*jsonl_files(path)] if path.is_dir() else [path]
@@ -305,7 +310,7 @@ class PrecomputedFiles(Precomputed):
                     "pairs out with on_too_long=drop" * bool(cut)
                 )
             self.table[split] = torch.tensor([[known[content] for content in contents] for contents in asked])
-        return f"given: {len(known)} log-probs from {self.path}"
+        return f"precomputed: {len(known)} log-probs from {self.path}"
 
 
 class ReferenceFree:
@@ -314,11 +319,13 @@ class ReferenceFree:
     kl_target, fingerprint = None, ""
     is_initial = False
 
-    def check(self, initial: str, settings: Any) -> None:
+    def check(self, initial: ModelSpec | str, settings: Any) -> None:
         pass
 
-    def prepare(self, initial: str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any) -> str:
-        return "uniform: every response equally likely (reference-free)"
+    def prepare(
+        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any
+    ) -> str:
+        return "reference-free: every response equally likely"
 
     def logps(self, batch: Batch, split: str) -> Tensor:
         return torch.zeros(batch.sequences, device=batch.index.device)
@@ -346,14 +353,15 @@ class EMA(nn.Module):
         self.steps: Tensor  # optimizer steps so far, checkpointed
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    def check(self, initial: str, settings: Any) -> None:
+    def check(self, initial: ModelSpec | str, settings: Any) -> None:
         pass
 
-    def prepare(self, initial: str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any) -> str:
-        device, trusted = distributed.device_of(policy), settings.policy.trust_remote_code
-        model, _ = models.load(initial, device, trusted, layout=distributed.layout(settings))
+    def prepare(
+        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any
+    ) -> str:
+        model, _ = models.load(initial, distributed.device_of(policy))
         self.model = model.requires_grad_(False).eval()
-        return f"moving: starts at the initial policy, weights {models.fingerprint(policy)[:12]}; " + (
+        return f"EMA: starts at the initial policy, weights {models.fingerprint(policy)[:12]}; " + (
             f"every {self.every} steps {self.alpha} of the policy and {1 - self.alpha:g} of itself"
         )
 

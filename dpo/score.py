@@ -26,6 +26,7 @@ from dpo.data.records import Dataset, Preference, row, write_rows
 from dpo.judges import Judge
 from dpo.policy import model as models
 from dpo.references import Precomputed
+from dpo.settings import policy_spec
 from dpo.sweep.inputs import load
 from dpo.sweep.signature import instantiate
 from dpo.training import distributed
@@ -52,9 +53,9 @@ def run(config: DictConfig, directory: Path) -> None:
             evaluate.finish(directory, {"seconds": time.monotonic() - began})
         return
     dataset = load(config)
-    reference.check(config.policy.path or config.policy.base, config)
+    reference.check(policy_spec(config), config)
     start, policy, pairs = prepare(config, dataset, instantiate(config.judge), *encode(config, dataset))
-    say(f"reference: {reference.prepare(start, policy, pairs, config)}")
+    say(f"reference: {reference.prepare(policy_spec(config, start), policy, pairs, config)}")
     distributed.leave()
     if not distributed.is_main():
         return
@@ -83,9 +84,8 @@ def named(what: str, of_both: Sequence[Any]) -> dict[str, Any]:
 
 def encode(config: DictConfig, dataset: Dataset) -> tuple[PreTrainedTokenizerBase, dict[str, list[Pair]]]:
     """The policy's tokenizer, and the pairs that the data brings in tokens: bad ones stop here, before any model."""
-    source, trusted = config.policy.path or config.policy.base, config.policy.trust_remote_code
-    models.check_length(source, "max_length", config.max_length, trusted)
-    tokenizer = models.load_tokenizer(source, trusted, config.policy.chat_template, config.policy.date)
+    models.check_length(policy_spec(config), "max_length", config.max_length)
+    tokenizer = models.load_tokenizer(policy_spec(config))
     return tokenizer, tokenized(dataset.preferences, tokenizer, config, dataset.on_faulty)
 
 
@@ -115,8 +115,8 @@ def prepare(
     """
     device = distributed.join(config.device)
     start = initial_policy(config, dataset, device)
-    trusted, rule = config.policy.trust_remote_code, dataset.on_faulty
-    policy, _ = models.load(start, device, trusted, layout=distributed.layout(config))
+    rule = dataset.on_faulty
+    policy, _ = models.load(policy_spec(config, start), device)
     if not pairs:
         weights = models.fingerprint(policy)
         sampled = generate.preferences(policy, tokenizer, dataset.prompts, judge, config, weights, rule)

@@ -29,6 +29,7 @@ from dpo.data.instructions import read_instructions, write_outputs
 from dpo.data.records import Demonstration, write_rows
 from dpo.policy import model as models
 from dpo.policy.logps import packable, sequence_logps
+from dpo.settings import policy_spec
 from dpo.sweep.inputs import load
 from dpo.sweep.signature import instantiate
 from dpo.training import distributed
@@ -47,15 +48,15 @@ def run(config: DictConfig, directory: Path) -> None:
     dataset = load(config)
     instructions = read_instructions(config.evaluation.instructions)
     judge = instantiate(config.judge)
-    base, trusted = config.policy.path or config.policy.base, config.policy.trust_remote_code
-    models.check_length(base, "max_length", config.max_length, trusted)
-    tokenizer = models.load_tokenizer(base, trusted, config.policy.chat_template, config.policy.date)
+    base = policy_spec(config)
+    models.check_length(base, "max_length", config.max_length)
+    tokenizer = models.load_tokenizer(base)
     rules = config.max_length, config.on_too_long, dataset.on_faulty
     items = tokenize_demonstrations(dataset.demonstrations, tokenizer, *rules)
     test = evaluate.test_prompts(dataset, config, tokenizer)
     evaluate.questions(instructions, tokenizer, config)  # what cannot be asked stops here, not after training
     device = distributed.join(config.device)
-    model, _ = models.load(base, device, trusted, layout=distributed.layout(config))
+    model, _ = models.load(base, device)
     packed = packs(model, items, config)
     if config.activation_checkpointing:
         models.checkpoint_activations(model)
@@ -84,9 +85,7 @@ def cached_policy(
     config: Any, demonstrations: list[Demonstration], device: torch.device, on_faulty: str = "error"
 ) -> tuple[str, bool]:
     """Folder of the SFT policy that `dpo.train` starts from, made once per recipe; and whether it was there."""
-    chosen, layout = config.policy, distributed.layout(config)
-    template = chosen.chat_template
-    model, tokenizer = models.load(chosen.base, device, chosen.trust_remote_code, template, layout, chosen.date)
+    model, tokenizer = models.load(policy_spec(config, config.policy.base), device)
     items = tokenize_demonstrations(demonstrations, tokenizer, config.max_length, config.on_too_long, on_faulty)
     key = {
         "weights": models.fingerprint(model),

@@ -31,6 +31,7 @@ from dpo.policy.best import BestCheckpoint
 from dpo.policy.logps import differing, forward_tokens, packable, sequence_logps
 from dpo.references import Frozen, Reference
 from dpo.score import encode, prepare, say
+from dpo.settings import policy_spec
 from dpo.sweep.inputs import load
 from dpo.sweep.signature import instantiate
 from dpo.training import distributed
@@ -50,14 +51,14 @@ def run(config: DictConfig, directory: Path) -> None:
     instructions = read_instructions(config.evaluation.instructions)
     judge, loss = instantiate(config.judge), instantiate(config.loss)
     reference: Reference = instantiate(config.reference)
-    reference.check(config.policy.path or config.policy.base, config)
+    reference.check(policy_spec(config), config)
     tokenizer, pairs = encode(config, dataset)
     test = evaluate.test_prompts(dataset, config, tokenizer)
     evaluate.questions(instructions, tokenizer, config)  # what cannot be asked stops here, not after training
     start, policy, pairs = prepare(config, dataset, judge, tokenizer, pairs)
-    weights, device, layout = models.fingerprint(policy), distributed.device_of(policy), distributed.layout(config)
+    weights, device = models.fingerprint(policy), distributed.device_of(policy)
     baseline = evaluate.baseline(policy, tokenizer, test, config, weights) if judge else None
-    say(f"reference: {reference.prepare(start, policy, pairs, config)}")
+    say(f"reference: {reference.prepare(policy_spec(config, start), policy, pairs, config)}")
     packed = config.packed and packable(policy, [pair.prompt_responses for pair in pairs["train"]])
 
     def batches(split: str, batch_size: int, tokens: int, seed: int) -> Batches[Pair, Batch]:
@@ -95,8 +96,7 @@ def run(config: DictConfig, directory: Path) -> None:
     def measure(model: PreTrainedModel, prompts: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """Against the policy before training, on the first test prompts; loads what KL is measured to."""
         paths = {"kl": start} | ({"kl_reference": reference.kl_target} if reference.kl_target else {})
-        trusted = config.policy.trust_remote_code
-        kl_targets = {name: models.load(path, device, trusted, layout=layout)[0] for name, path in paths.items()}
+        kl_targets = {name: models.load(policy_spec(config, path), device)[0] for name, path in paths.items()}
         before = None if baseline is None else baseline[:prompts]
         return evaluate.measure(model, kl_targets, tokenizer, test[:prompts], before, judge, config)
 
@@ -139,7 +139,7 @@ def run(config: DictConfig, directory: Path) -> None:
             selection.update(steps, validate(), policy, tokenizer)
         selection.finalize(directory / "policy")
         say(f"policy of step {selection.step} of {steps}, validation loss {selection.metrics['loss']:.4f}")
-        trained, _ = models.load(str(directory / "policy"), device, config.policy.trust_remote_code, layout=layout)
+        trained, _ = models.load(policy_spec(config, str(directory / "policy")), device)
         answers = evaluate.answer(trained, tokenizer, instructions, config) if instructions else []
         responses, measured = measure(trained, len(test))
         chosen = {"steps": steps, "selected_step": selection.step}

@@ -68,8 +68,8 @@ def test_the_scale_is_that_of_the_head_size():
     "options,reason",
     [
         ({}, "do not pass on"),
-        ({"forest": SharedPrefixMask(TREES, torch.device("cpu")), "dropout": 0.1}, "dropout"),
-        ({"forest": SharedPrefixMask(TREES, torch.device("cpu")), "s_aux": torch.zeros(4)}, "sinks"),
+        ({"prefix_mask": SharedPrefixMask(TREES, torch.device("cpu")), "dropout": 0.1}, "dropout"),
+        ({"prefix_mask": SharedPrefixMask(TREES, torch.device("cpu")), "s_aux": torch.zeros(4)}, "sinks"),
     ],
 )
 def test_what_it_cannot_do_is_refused(options, reason):

@@ -165,7 +165,7 @@ def test_no_template_prints_today(monkeypatch, tiny_model, tmp_path):
     found = []
     for day in days:
         on(monkeypatch, day)
-        tokenizer = models.load_tokenizer(str(tmp_path), date="2024-07-26")
+        tokenizer = models.load_tokenizer(models.ModelSpec(str(tmp_path), date="2024-07-26"))
         found.append(tokenize([pair], tokenizer, 200, "error"))
         tokenizer.save_pretrained(tmp_path / "policy")
         assert "<|sys|>26 Jul 2024" in tokenizer.apply_chat_template(ASKED, tokenize=False)

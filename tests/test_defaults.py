@@ -28,7 +28,7 @@ SHARED = {  # of all commands
         "max_length": 128,
         "max_new_tokens": 48,
         "micro_batch_tokens": 4096,
-        "sequences": 256,
+        "generation_batch_size": 256,
         "chat_template": None,
         "date": None,
         "trust_remote_code": False,
@@ -37,12 +37,12 @@ SHARED = {  # of all commands
     "sft": {"batch_size": 32, "lr": 1e-3, "epochs": 1, "steps": None, "schedule": "cosine", "warmup_steps": 10},
     "micro_batch_tokens": 4096,
     "packed": True,
-    "recompute": False,
+    "activation_checkpointing": False,
     "max_length": 128,
     "max_new_tokens": 48,
     "on_too_long": "error",
     "optimizer": "adamw",
-    "betas": [0.9, 0.99],
+    "adam_betas": [0.9, 0.99],
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
     "precision": "fp32",
@@ -53,7 +53,7 @@ SHARED = {  # of all commands
     "evaluate_every": 20,
     "checkpoint_every": 50,
     "checkpoints_kept": 2,
-    "evaluation": {"prompts": 1000, "temperature": 1.0, "batch_size": 256, "instructions": None, "samples": 8},
+    "evaluation": {"prompts": 1000, "temperature": 1.0, "batch_size": 256, "instructions": None, "log_samples": 8},
     "wandb": {"mode": "auto", "project": "dpo", "entity": None},
     "runs": "runs",
     "cache": "cache",
@@ -72,8 +72,8 @@ TRAIN = {
     "schedule": "linear",
     "warmup_steps": 5,
     "evaluate_prompts": 0,
-    "select": "last",
-    "generation": {"samples": 4, "temperature": 1.0, "top_p": 1.0, "pairs_per_prompt": 2, "batch_size": 256},
+    "keep": "last",
+    "generation": {"samples_per_prompt": 4, "temperature": 1.0, "top_p": 1.0, "pairs_per_prompt": 2, "batch_size": 256},
 }
 SFT = {**SHARED, "name": "sft", "command": "sft"}
 SCORE = {**TRAIN, "name": "scores", "command": "score", "per_token": False}
@@ -85,12 +85,18 @@ PRETRAINED = {
     "max_length": 1024,
     "max_new_tokens": 256,
     "micro_batch_tokens": 4096,
-    "sequences": 16,
+    "generation_batch_size": 16,
     "chat_template": None,
     "date": None,
     "trust_remote_code": False,
 }
-LARGE = {**PRETRAINED, "max_length": 2048, "max_new_tokens": 1024, "micro_batch_tokens": 2048, "sequences": 8}
+LARGE = {
+    **PRETRAINED,
+    "max_length": 2048,
+    "max_new_tokens": 1024,
+    "micro_batch_tokens": 2048,
+    "generation_batch_size": 8,
+}
 CALLED = {"_partial_": True}
 FOLDER = "runs/references/data.summaries"
 OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defaults are above

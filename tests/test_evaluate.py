@@ -228,7 +228,7 @@ def test_kl_is_of_samples_at_temperature_1(tiny_model, asked, temperature):
 def test_random_numbers_of_an_evaluation_are_these(tmp_path, tiny_model, asked):
     """For good: who changes them changes every published figure. All policies of a seed draw the same."""
     model, tokenizer = models.load(tiny_model("llama"))
-    evaluation = {"temperature": 0.5, "batch_size": 3, "samples": 1}
+    evaluation = {"temperature": 0.5, "batch_size": 3, "log_samples": 1}
     settings = OmegaConf.create(
         {"evaluation": evaluation, "max_length": 64, "max_new_tokens": 7, "cache": str(tmp_path)}
     )

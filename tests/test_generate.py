@@ -125,7 +125,14 @@ def test_ends_of_turn_of_the_generation_config_count(llama):
 
 
 def config(tmp_path: Path, **changed) -> OmegaConf:
-    settings = {"samples": 4, "temperature": 1.0, "top_p": 1.0, "pairs_per_prompt": 2, "batch_size": 8, **changed}
+    settings = {
+        "samples_per_prompt": 4,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "pairs_per_prompt": 2,
+        "batch_size": 8,
+        **changed,
+    }
     values = {"generation": settings, "max_length": 64, "max_new_tokens": 8, "seed": 0, "cache": str(tmp_path)}
     return OmegaConf.create({**values, "judge": {"_target_": "here"}, "data": {"_target_": "there"}})
 
@@ -202,7 +209,7 @@ def test_pairs_are_made_again_when_what_decides_them_changes(tmp_path, llama, mo
 def test_a_cut_response_has_no_end(monkeypatch):
     responses = [Sample([1], [2, 3], "a b", ended=True), Sample([1], [2, 4], "a c d", ended=False)]
     monkeypatch.setattr(generate, "sample", lambda *_, **__: responses)
-    settings = SimpleNamespace(samples=2, temperature=1.0, top_p=1.0, pairs_per_prompt=2, batch_size=2)
+    settings = SimpleNamespace(samples_per_prompt=2, temperature=1.0, top_p=1.0, pairs_per_prompt=2, batch_size=2)
     asked = SimpleNamespace(generation=settings, max_length=8, max_new_tokens=2)
     judge = lambda prompt, texts: [{"score": float(len(text))} for text in texts]  # noqa: E731
     (pair,), _ = generate._pairs(None, tiny_tokenizer("gpt2"), ["p"], [("p", [1])], judge, asked, 0, "train")

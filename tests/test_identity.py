@@ -11,7 +11,7 @@ from dpo.sweep.schema import faults, flatten, identity, identity_keys
 
 DECIDE = {  # settings that make a run of dpo.train another one
     *("seed", "beta", "lr", "batch_size", "max_length", "max_new_tokens", "on_too_long", "epochs", "steps"),
-    *("optimizer", "betas", "weight_decay", "schedule", "warmup_steps", "max_grad_norm", "precision", "select"),
+    *("optimizer", "adam_betas", "weight_decay", "schedule", "warmup_steps", "max_grad_norm", "precision", "keep"),
     *("loss._target_", "loss._partial_", "loss.beta", "loss.label_smoothing", "reference._target_"),
     *("data._target_", "data.summaries", "data.demonstrations", "data.train", "data.validation", "data.test"),
     *("data.seed", "judge._target_", "judge._partial_"),
@@ -21,10 +21,10 @@ DECIDE = {  # settings that make a run of dpo.train another one
     *("generation.samples_per_prompt", "generation.temperature", "generation.top_p", "generation.pairs_per_prompt"),
     *("generation.batch_size", "evaluation.prompts", "evaluation.temperature", "evaluation.batch_size", "command"),
 }
-NOT_OF_SFT = {"beta", "lr", "batch_size", "epochs", "steps", "schedule", "warmup_steps", "select"}
+NOT_OF_SFT = {"beta", "lr", "batch_size", "epochs", "steps", "schedule", "warmup_steps", "keep"}
 DO_NOT = {  # those that do not
     *("name", "runs", "cache", "wandb.mode", "wandb.project", "wandb.entity", "device", "processes", "threads"),
-    *("micro_batch_tokens", "packed", "recompute", "sharding.group", "sharding.offload"),
+    *("micro_batch_tokens", "packed", "activation_checkpointing", "sharding.group", "sharding.offload"),
     *("evaluate_every", "evaluate_prompts", "checkpoint_every", "checkpoints_kept"),
     *("evaluation.log_samples", "evaluation.instructions", "policy.micro_batch_tokens", "policy.generation_batch_size"),
 }
@@ -100,7 +100,7 @@ def base() -> dict[str, Any]:
         ("warmup_steps", [0.5, 1, 2, 1.0], [1.5]),
         ("generation.top_p", [0.1, 1.0], [1.01]),
         ("data.validation_fraction", [0.01, 0.99], [0, 1, 1.5, -0.1]),
-        ("betas", [[0, 0], [0.9, 0.999]], [[0.9, 1.0], [1.0, 0.9], [-0.1, 0.9], [0.9, 0.9, 0.9]]),
+        ("adam_betas", [[0, 0], [0.9, 0.999]], [[0.9, 1.0], [1.0, 0.9], [-0.1, 0.9], [0.9, 0.9, 0.9]]),
         ("max_new_tokens", [1, 127], [128, 129]),
         ("batch_size", [4, 5], [3, 1]),
         ("sharding.group", [1, 2, 4, None], [0, 3, 8, -2]),
@@ -129,7 +129,7 @@ def test_every_word_is_one_of_its_choices(base):
         "on_too_long": ("error", "drop", "truncate"),
         "precision": ("fp32", "bf16"),
         "device": ("auto", "cpu", "cuda"),
-        "select": ("last", "validation_loss"),
+        "keep": ("last", "best"),
         "wandb.mode": ("auto", "online", "offline", "disabled"),
     }
     for key, words in choices.items():

@@ -22,14 +22,17 @@ from dpo.data.records import Dataset, Demonstration, Preference
 from dpo.policy import model as models
 from dpo.policy import sampling, scoring
 from dpo.references import Initial, OtherTokenizer
+from dpo.settings import policy_spec
 from dpo.sweep.schema import flatten
 from dpo.training import distributed
 
 SFT = {f"sft.{key}" for key in ("batch_size", "lr", "epochs", "steps", "schedule", "warmup_steps")}
-SAMPLED = {f"generation.{key}" for key in ("samples", "temperature", "top_p", "pairs_per_prompt", "batch_size")}
+SAMPLED = {
+    f"generation.{key}" for key in ("samples_per_prompt", "temperature", "top_p", "pairs_per_prompt", "batch_size")
+}
 DECIDE = {  # kind -> settings that decide what is made; all others do not
     "sft": SFT
-    | {"policy.base", "policy.chat_template", "policy.date", "optimizer", "betas", "weight_decay", "max_grad_norm"}
+    | {"policy.base", "policy.chat_template", "policy.date", "optimizer", "adam_betas", "weight_decay", "max_grad_norm"}
     | {"max_length", "on_too_long", "precision", "seed"},
     "pairs": SAMPLED | {"judge._target_", "max_length", "max_new_tokens", "seed"},
     "baseline": {"evaluation.prompts", "evaluation.temperature", "evaluation.batch_size"}
@@ -39,12 +42,20 @@ DECIDE = {  # kind -> settings that decide what is made; all others do not
 }
 # What the making reads beside that: where and how, never what.
 HOW = {
-    *("micro_batch_tokens", "packed", "recompute", "checkpoint_every", "checkpoints_kept", "evaluate_every", "cache"),
+    *(
+        "micro_batch_tokens",
+        "packed",
+        "activation_checkpointing",
+        "checkpoint_every",
+        "checkpoints_kept",
+        "evaluate_every",
+        "cache",
+    ),
     *("sharding.group", "sharding.offload", "policy.trust_remote_code"),
 }
 OTHER = {  # setting -> another value that is valid, where one more, or one word more, is not
     **{"optimizer": "rmsprop", "schedule": "constant", "sft.schedule": "constant", "precision": "bf16"},
-    **{"on_too_long": "drop", "select": "validation_loss", "device": "cpu", "betas": [0.8, 0.99]},
+    **{"on_too_long": "drop", "keep": "best", "device": "cpu", "adam_betas": [0.8, 0.99]},
     **{"policy.chat_template": f"now: {CHAT_TEMPLATE}", "policy.date": "2024-07-27", "generation.top_p": 0.5},
     **{"max_length": 50, "evaluation.prompts": 1, "policy.path": None, "judge._partial_": True},
 }
@@ -95,7 +106,7 @@ def ask(world, tmp_path, monkeypatch):
     def ask(kind, config, making=None, **changed) -> Asked:
         build[:] = [making] if making else []
         given = {"demonstrations": demonstrations, "prompts": CHATS, "held_out": CHATS[:1], "weights": "w", **changed}
-        model, tokenizer = load(world["one"], torch.device("cpu"), date="2024-07-26")
+        model, tokenizer = load(models.ModelSpec(world["one"], date="2024-07-26"), torch.device("cpu"))
         tokenizer = changed.get("tokenizer", tokenizer)
         with pytest.raises(Asked) as caught:  # noqa: PT012
             if kind == "sft":
@@ -107,10 +118,20 @@ def ask(world, tmp_path, monkeypatch):
                 test = evaluate.test_prompts(Dataset([], {}, {"test": given["prompts"]}), config, tokenizer)
                 evaluate.baseline(model, tokenizer, test, config, given["weights"])
             if kind == "reference":
-                Initial().prepare(world["one"], model, {"train": tokenize(pairs, tokenizer, 200, "error")}, config)
+                Initial().prepare(
+                    policy_spec(config, world["one"]),
+                    model,
+                    {"train": tokenize(pairs, tokenizer, 200, "error")},
+                    config,
+                )
             if kind == "other-reference":
                 reference = OtherTokenizer(world[given.get("path", "one")], None)
-                reference.prepare(world["one"], model, {"train": tokenize(pairs, tokenizer, 200, "error")}, config)
+                reference.prepare(
+                    policy_spec(config, world["one"]),
+                    model,
+                    {"train": tokenize(pairs, tokenizer, 200, "error")},
+                    config,
+                )
         return caught.value
 
     return ask
@@ -191,7 +212,7 @@ def test_what_is_given_beside_the_settings_decides_too(ask, settings, world, mon
     assert missed("sft", silent)
     assert missed("sft", changed(settings, "policy.base", world))
     second = copy.deepcopy(settings)
-    second.betas = [settings.betas[0], 0.95]
+    second.adam_betas = [settings.betas[0], 0.95]
     assert missed("sft", second)
     asked: list[Any] = []
     with monkeypatch.context() as patch:
@@ -213,7 +234,7 @@ def test_what_is_given_beside_the_settings_decides_too(ask, settings, world, mon
         assert one != other
     one, other = (ask("pairs", settings, prompts=CHATS[:place], held_out=CHATS[place:]).key for place in (1, 2))
     assert one != other
-    plain = models.load_tokenizer(world["one"], date="2024-07-26")
+    plain = models.load_tokenizer(models.ModelSpec(world["one"], date="2024-07-26"))
     plain.add_special_tokens({"pad_token": "<pad>"})
     for kind in ("pairs", "baseline"):
         assert missed(kind, tokenizer=plain)
@@ -233,7 +254,7 @@ def test_what_is_given_beside_the_settings_decides_too(ask, settings, world, mon
         with monkeypatch.context() as patch:
             patch.setattr(module, version, getattr(module, version) + 1)
             assert {kind for kind in DECIDE if missed(kind)} == kinds
-    model, _ = models.load(world["one"], torch.device("cpu"), date="2024-07-26")
+    model, _ = models.load(models.ModelSpec(world["one"], date="2024-07-26"), torch.device("cpu"))
     with monkeypatch.context() as patch:
         patch.setattr(model.generation_config, "eos_token_id", [model.generation_config.eos_token_id, 9])
         assert {kind for kind in DECIDE if missed(kind)} == {"pairs", "baseline"}

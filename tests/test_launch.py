@@ -92,7 +92,7 @@ NOUNS = {
     "world/language": WORLD,
     "data/__init__": "",
     "policy/__init__": "",
-    "policy/model": "def whereabouts(path): return path",
+    "policy/model": "def resolve_path(path): return path",
     "train": VERB,
 }
 PROJECT = ("__init__.py", "cache.py", "data/records.py", "data/instructions.py", "sweep/*.py", "results/*.py")
@@ -360,7 +360,7 @@ def test_help(tree):
     for word in (
         "python -m dpo.train -m beta=0.01,0.1,1",
         "loss: dpo",
-        "reference: precomputed, initial",
+        "reference: ema, initial",
         "hydra.launcher.jobs",
     ):
         assert word in text

@@ -138,7 +138,7 @@ def several(directory: Path, processes: int) -> None:
     device, told = distributed.join("cpu"), {}
     layout = distributed.ParallelLayout(group=None, offload=False, precision="fp32")
     for kind in KINDS:
-        model, _ = models.load(given(directory)[kind], device, layout=layout)
+        model, _ = models.load(models.ModelSpec(given(directory)[kind], layout=layout), device)
         told[kind] = {"fingerprint": models.fingerprint(model)}
         told[kind]["parts"] = all(isinstance(weight, DTensor) for weight in model.parameters())
         mine = sum(weight.to_local().numel() for weight in model.parameters())
@@ -150,7 +150,7 @@ def several(directory: Path, processes: int) -> None:
     told["checked"] = {f"{precision}, {spoilt}": checked(precision, spoilt) for precision, spoilt in CHECKED}
     distributed.FILE_BYTES = 2e7
     with Peak() as reading:
-        large, tokenizer = models.load(given(directory)["large"], device, layout=layout)
+        large, tokenizer = models.load(models.ModelSpec(given(directory)["large"], layout=layout), device)
     with Peak() as writing:
         models.fingerprint(large)
         models.save(large, tokenizer, directory / f"{processes}-large")

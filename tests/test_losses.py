@@ -228,9 +228,9 @@ class TestEveryOption:
         (lambda p: simpo(p, 2.0, -1.0), "gamma_beta_ratio"),
     ],
 )
-def test_wrong_knobs_are_refused(instantiate, said):
+def test_wrong_knobs_are_refused(call, said):
     with pytest.raises(ValueError, match=said):
-        instantiate(pair([-1.0], [-2.0]))
+        call(pair([-1.0], [-2.0]))
 
 
 def test_metrics_count_a_tie_as_one_half():

@@ -165,7 +165,7 @@ def test_code_that_is_trusted_is_asked_for(tiny_model, monkeypatch):
         monkeypatch.setattr(place, "from_pretrained", watched)
     for trusted in (True, False):
         asked.clear()
-        models.load(tiny_model("llama"), trust_remote_code=trusted)
+        models.load(models.ModelSpec(tiny_model("llama"), trust_remote_code=trusted))
         names = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
         assert set(asked) == {(name, trusted) for name in names}
 
@@ -325,7 +325,9 @@ def test_the_ids_of_tokens_may_leave_some_out(tiny_model):
 def test_recomputed_gradients_are_the_same(tiny_model, kind, packed):
     model, _ = models.load(tiny_model(kind))
     batch = collate_responses([([5, 6, 7] * 4, [[8, 9], [10, 11, 12]]), ([13], [[14], [15, 16]])], packed=packed)
-    within = next(child for child in models.sharding.blocks(model)[0].children() if "Attention" in type(child).__name__)
+    within = next(
+        child for child in models.distributed.blocks(model)[0].children() if "Attention" in type(child).__name__
+    )
     passes = []
     within.register_forward_hook(lambda *_: passes.append(model.config._attn_implementation))
     gradients = []

@@ -124,14 +124,14 @@ def test_a_miss_says_what_differs(tmp_path, tiny_model, capsys, change, fields):
     for values in (first, first | change):
         asked = settings(tmp_path)
         asked.max_length, asked.on_too_long = values["max_length"], "truncate"
-        asked.policy.chat_template = values["chat_template"]
-        policy, tokenizer = models.load(path, chat_template=values["chat_template"])
+        initial = models.ModelSpec(path, chat_template=values["chat_template"])
+        policy, tokenizer = models.load(initial)
         with torch.no_grad():
             policy.model.norm.weight *= values["weights"]
         text = Preference(*CHAT, [{"role": "assistant", "content": values["text"]}])
         pairs = tokenize([text], tokenizer, asked.max_length, "truncate")
         capsys.readouterr()
-        said = Initial().prepare(path, policy, {"train": pairs}, asked)
+        said = Initial().prepare(initial, policy, {"train": pairs}, asked)
     missed = capsys.readouterr().out
     assert ("from the cache" in said) is (fields is None)
     if fields is None:

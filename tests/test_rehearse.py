@@ -71,8 +71,8 @@ def test_every_option_is_tried(base, monkeypatch, key):
         return try_out(loss, beta)
 
     try_out = rehearse.try_out
-    calls.__name__ = "call"
-    monkeypatch.setattr(rehearse, "call", calls)
+    calls.__name__ = "instantiate"
+    monkeypatch.setattr(rehearse, "instantiate", calls)
     monkeypatch.setattr(rehearse, "try_out", tried)
     found = Rehearsal().of(with_(base, key, value))
     assert found["inputs"] == {}

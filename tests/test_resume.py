@@ -81,7 +81,7 @@ def play(directory: Path, config: Any, stop: int | None = None) -> tuple[Any, ..
     write = train.Log.write
     directory.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "call", noted)
+        patch.setattr(train, "instantiate", noted)
         patch.setattr(train.Log, "write", stopping)
         patch.setattr(evaluate, "measure", lambda *_: ([], {"kl": 0.0}))
         patch.setattr(evaluate, "show", lambda *_: [])

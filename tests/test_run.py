@@ -123,7 +123,7 @@ def test_what_was_planned_is_executed(frozen):
         (["data"], {"_args_": ["x"]}, "data._args_ is not an option of dpo.world.language.world"),
         (["judge"], {"_target_": "dpo.losses.dpo"}, "judge._target_ must name a function, got dpo.losses.dpo"),
         (["wandb"], {"project": "${oc.env:SECRET}"}, "wandb.project must be a value, got an interpolation"),
-        ([], {"betas": ["${oc.env:SECRET}", 0.9]}, "betas must be a value, got an interpolation"),
+        ([], {"adam_betas": ["${oc.env:SECRET}", 0.9]}, "adam_betas must be a value, got an interpolation"),
         (["data"], {"summaries": "${oc.decode:${oc.env:SECRET}}"}, "data.summaries must be a value"),
     ],
 )

@@ -111,7 +111,7 @@ def test_an_option_is_a_column_and_its_own_knobs_vary_within_it(tmp_path):
     moved.rename(tmp_path / "other")
     frame = results.final(tmp_path)
     assert results.swept(frame) == ["reference", "reference.alpha"]
-    assert sorted(frame["reference"]) == ["initial", "ema", "ema", "reference_free"]
+    assert sorted(frame["reference"]) == ["ema", "ema", "initial", "reference_free"]
 
 
 def test_what_changes_no_number_does_not_vary(tmp_path):

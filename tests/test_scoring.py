@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,7 +103,7 @@ def test_a_reference_has_its_own_template_and_the_runs_day(tmp_path, tiny_model)
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHAT_TEMPLATE
     models.save(model, tokenizer, tmp_path / "dated")
     asked, told = settings(tmp_path), []
-    asked.policy = SimpleNamespace(trust_remote_code=False, chat_template="{# the policy's #}", date="2024-07-26")
+    initial = models.ModelSpec(tiny_model("gpt2"), chat_template="{# the policy's #}", date="2024-07-26")
     asked.max_length = 3  # tokens of the policy
 
     class Spied(OtherTokenizer):
@@ -115,7 +114,7 @@ def test_a_reference_has_its_own_template_and_the_runs_day(tmp_path, tiny_model)
     pairs, policy = own_pairs("gpt2", tiny_model), models.load(tiny_model("gpt2"))[0]
     for path in (str(tmp_path / "dated"), tiny_model("gpt2")):
         reference = Spied(path, None)
-        reference.prepare(tiny_model("gpt2"), policy, {"train": pairs}, asked)
+        reference.prepare(initial, policy, {"train": pairs}, asked)
         assert (reference.is_initial, reference.kl_target) == (False, None)  # the policy may read the text otherwise
     assert told == ['{{ "26 Jul 2024" }}' + CHAT_TEMPLATE, None]
 

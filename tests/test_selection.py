@@ -83,9 +83,9 @@ def test_a_run_keeps_the_step_of_lowest_validation_loss(tmp_path, tiny_model, mo
     assert result["loss"] == [row["loss"] for row in rows if row["split"] == "validation"][-1]
 
 
-@pytest.mark.parametrize("select", ["last", "validation_loss"])
-def test_no_steps_measure_the_initial_policy(tmp_path, tiny_model, select):
-    rows, result = run(tmp_path / "run", *own(tmp_path, tiny_model("llama")), "steps=0", f"select={select}")
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_no_steps_measure_the_initial_policy(tmp_path, tiny_model, keep):
+    rows, result = run(tmp_path / "run", *own(tmp_path, tiny_model("llama")), "steps=0", f"keep={keep}")
     assert (result["steps"], result["selected_step"]) == (0, 0)
     assert result["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert result["rewards/margins"] == pytest.approx(0, abs=1e-5)

@@ -143,10 +143,16 @@ def watch(patch: pytest.MonkeyPatch, calls: dict[str, list[dict[str, Any]]], pla
 
 
 WATCHED = [
-    *((models, name) for name in ("load", "load_tokenizer", "check_length", "recompute")),
-    *((distributed, name) for name in ("join", "layout")),
+    *((models, name) for name in ("load", "load_tokenizer", "check_length", "checkpoint_activations")),
+    *((distributed, name) for name in ("join",)),
     *((train, "fit"), (sft, "fit"), (train, "optimizer"), (sft, "optimizer"), (sft, "tokenize_demonstrations")),
-    *((evaluate, "sample"), (evaluate, "kl"), (evaluate, "branched"), (scoring, "branched"), (scoring, "dealt")),
+    *(
+        (evaluate, "sample"),
+        (evaluate, "kl"),
+        (evaluate, "collate_responses"),
+        (scoring, "collate_responses"),
+        (scoring, "balance_by_tokens"),
+    ),
     *((score, "tokenize"), (score, "told_apart")),
     *((train, "sequence_logps"), (sft, "sequence_logps"), (scoring, "token_logps"), (evaluate, "sequence_kl")),
     *((Log, "__init__"), (Batches, "__init__")),
@@ -323,11 +329,12 @@ def check_calls(run: Run, base: str) -> None:
     assert [len(one["samples"]) for one in calls["evaluate.kl"]] == [3, 4]
 
     for name in ("load", "load_tokenizer", "check_length"):
-        assert all(one["trust_remote_code"] for one in calls[f"model.{name}"]), name
+        assert all(one["which"].trust_remote_code for one in calls[f"model.{name}"]), name
     loads = calls["model.load"]
-    assert {one["layout"] for one in loads} == {ParallelLayout(1, False, "fp32")}
-    asked = [(one["path"], one["chat_template"], one["date"]) for one in calls["model.load_tokenizer"]]
-    assert asked[:2] == [(base, TEMPLATE, "2001-02-03")] * 2  # of the pairs, and of SFT
+    assert {one["which"].layout for one in loads} == {ParallelLayout(1, False, "fp32")}
+    asked = [one["which"] for one in calls["model.load_tokenizer"]]
+    told = [(one.path, one.chat_template, one.date) for one in asked[:2]]
+    assert told == [(base, TEMPLATE, "2001-02-03")] * 2  # of the pairs, and of SFT
     assert "<user 2001>" in AutoTokenizer.from_pretrained(policy).apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False
     )
@@ -380,15 +387,20 @@ def test_what_changes_no_number(unusual, tmp_path, tiny_model, data):
     assert measured == pytest.approx(again, rel=2e-2, abs=1e-3)
 
     # It was done otherwise.
-    assert (len(other.calls["model.recompute"]), unusual.calls.get("model.recompute")) == (2, None)
+    assert (len(other.calls["model.checkpoint_activations"]), unusual.calls.get("model.checkpoint_activations")) == (
+        2,
+        None,
+    )
     for run, packed, most in ((unusual, True, (4096, 4096, 4 * 4096)), (other, False, (70, 70, 70))):
         made = run.calls["Batches.__init__"]
         assert [one["collate"].keywords["packed"] for one in made] == [packed] * 3
         assert tuple(one["micro_batch_tokens"] for one in made) == most
     for run, layouts in ((unusual, {True}), (other, {False})):
-        assert {one["packed"] for one in run.calls["evaluate.branched"]} == layouts
-        assert {one["packed"] for one in run.calls["scoring.branched"]} == layouts | {False}  # once more, to compare
-    assert {one["limit"] for one in other.calls["scoring.dealt"]} == {70}
+        assert {one["packed"] for one in run.calls["evaluate.collate_responses"]} == layouts
+        assert {one["packed"] for one in run.calls["scoring.collate_responses"]} == layouts | {
+            False
+        }  # once more, to compare
+    assert {one["limit"] for one in other.calls["scoring.balance_by_tokens"]} == {70}
 
 
 NAMES = ("sft.sequence_logps", "train.sequence_logps", "scoring.token_logps", "evaluate.sequence_kl", "evaluate.sample")
@@ -407,7 +419,7 @@ def test_the_precision_is_that_of_all_matrix_products_in_training_validation_and
     assert {one["grad"] for one in run.calls["train.sequence_logps"]} == {False, True}  # validation, too
     seeds, others = ({one["seed"] for one in each.calls["evaluate.sample"]} for each in (run, unusual))
     assert not seeds & others  # of seeds 0 and 5
-    assert {one["layout"].precision for one in run.calls["model.load"]} == {"bf16"}
+    assert {one["which"].layout.precision for one in run.calls["model.load"]} == {"bf16"}
     assert {one["precision"] for one in (*run.calls["sft.fit"], *run.calls["train.fit"])} == {"bf16"}
 
 
@@ -433,7 +445,7 @@ def test_a_setting_alone(tmp_path, tiny_model, data, monkeypatch):
 
 NOT_OF_SFT = (
     *("beta", "lr", "loss.label_smoothing", "batch_size", "epochs", "schedule", "warmup_steps", "evaluate_prompts"),
-    "select",
+    "keep",
 )
 
 
@@ -451,11 +463,13 @@ def test_every_setting_of_sft_reaches_its_work(tmp_path, tiny_model, data):
     assert run.result["steps"] == 3
     assert [row["step"] for row in run.of("test")] == [3]
     assert [row["lr"] for row in run.of("train")] == pytest.approx([1.5e-3, 3e-3, 1.5e-3])
-    assert [(one["path"], one["layout"]) for one in calls["model.load"]] == [(llama, ParallelLayout(1, False, "fp32"))]
-    assert len(calls["model.recompute"]) == 1
+    assert [(one["which"].path, one["which"].layout) for one in calls["model.load"]] == [
+        (llama, ParallelLayout(1, False, "fp32"))
+    ]
+    assert len(calls["model.checkpoint_activations"]) == 1
     assert [one["name"] for one in calls["distributed.join"]] == ["cpu"]
     assert all(one["trust_remote_code"] for name in ("load", "load_tokenizer") for one in calls[f"model.{name}"])
-    asked = [(one["path"], one["chat_template"], one["date"]) for one in calls["model.load_tokenizer"]]
+    asked = [one["which"] for one in calls["model.load_tokenizer"]]
     assert asked[0] == (llama, TEMPLATE, "2001-02-03")
     assert [(one["path"], one["key"], one["length"]) for one in calls["model.check_length"]] == [
         (llama, "max_length", LONGEST)

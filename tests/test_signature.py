@@ -14,7 +14,7 @@ MINE = """
 from os import system
 from dpo.data.records import Dataset
 from dpo.losses import Loss, PairLogps, hinge
-from dpo.references import Uniform
+from dpo.references import ReferenceFree
 
 def mine(pair: PairLogps, beta: float, power: float) -> Loss:
     return hinge(pair, beta)
@@ -24,7 +24,7 @@ def unlike(pair: PairLogps, beta: float) -> float:
 
 def own(path: str) -> Dataset: ...
 
-class Near(Uniform): ...
+class Near(ReferenceFree): ...
 
 def near() -> Near: ...
 """

@@ -64,7 +64,8 @@ def test_tokens(monkeypatch, tmp_path, world):
     other, made = {"train": [], "validation": pairs[:1], "test": pairs}, []
     tokenizer = SimpleNamespace(decode=lambda ids: "abcdefghij"[ids[0]])
     policy = SimpleNamespace(generation_config="settings")
-    monkeypatch.setattr(token_level, "call", lambda node: node._target_)
+    monkeypatch.setattr(token_level, "policy_spec", lambda config, path: path)
+    monkeypatch.setattr(token_level, "instantiate", lambda node: node._target_)
     monkeypatch.setattr(token_level.score, "encode", lambda config, dataset: (tokenizer, other))
     monkeypatch.setattr(token_level.score, "prepare", lambda *given: ("start", policy, other))
     monkeypatch.setattr(token_level, "ends", lambda *given: {9} if given == (tokenizer, "settings") else {})

@@ -5,6 +5,7 @@ import shutil
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -37,22 +38,32 @@ RANDOM = ("dropout", "pdrop", "layerdrop", "jitter")  # in the names of a config
 WORLD_BASE = Path(__file__).parents[1] / "world" / "base"
 
 
-def load(
-    path: str,
-    device: torch.device | str = "cpu",
-    trust_remote_code: bool = False,
-    chat_template: str | None = None,
-    layout: distributed.ParallelLayout | None = None,
-    date: str | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, from a Hugging Face folder, a hub name, or "world".
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model, and how it is read: what `load` takes."""
 
-    "world" is the small model that ships with the package. Weights are read from safetensors only, and are float32.
-    The model is in evaluation mode; it has no dropout, so training mode computes the same. layout: of several processes
-    each reads its part of every weight, and none ever holds the model whole; all of them must ask. None: it is whole
-    in this process.
+    path: str  # a Hugging Face folder, a hub name, or "world", the small model that ships with the package
+    trust_remote_code: bool = False  # run model code that the folder or repository brings
+    chat_template: str | None = None  # in place of the tokenizer's own
+    date: str | None = None  # what its chat template prints as today's
+    layout: distributed.ParallelLayout | None = None  # of several processes; None: whole in each
+
+
+def spec_of(model: "ModelSpec | str") -> ModelSpec:
+    """A path alone is a specification with nothing special."""
+    return ModelSpec(model) if isinstance(model, str) else model
+
+
+def load(which: ModelSpec | str, device: torch.device | str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer.
+
+    Weights are read from safetensors only, and are float32. The model is in evaluation mode; it has no dropout, so
+    training mode computes the same. With a layout, of several processes each reads its part of every weight, and none
+    ever holds the model whole; all of them must ask.
     """
-    tokenizer = load_tokenizer(path, trust_remote_code, chat_template, date)
+    spec = spec_of(which)
+    tokenizer = load_tokenizer(spec)
+    path, trust_remote_code, layout = spec.path, spec.trust_remote_code, spec.layout
     source = resolve_path(path)
     parted = layout if distributed.world_size() > 1 else None
     config = _config(path, trust_remote_code)
@@ -112,13 +123,13 @@ def _read_whole(
     }
 
 
-def load_tokenizer(
-    path: str, trust_remote_code: bool = False, chat_template: str | None = None, date: str | None = None
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(which: ModelSpec | str) -> PreTrainedTokenizerBase:
     """The tokenizer of a policy, from where `load` finds it; it may lack a padding token, but not EOS.
 
-    chat_template: in place of the tokenizer's own. date: what it prints as today's. `save` keeps both with the policy.
+    It has the template and the date of the specification; `save` keeps both with the policy.
     """
+    spec = spec_of(which)
+    path, trust_remote_code = spec.path, spec.trust_remote_code
     source = resolve_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -134,10 +145,10 @@ def load_tokenizer(
             f"the tokenizer of {path} must have a tokenizer.json, found a {type(tokenizer).__name__} without; "
             "convert it with the tokenizers library"
         )
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    if date is not None and tokenizer.chat_template:
-        tokenizer.chat_template = dated(tokenizer.get_chat_template(), date)
+    if spec.chat_template is not None:
+        tokenizer.chat_template = spec.chat_template
+    if spec.date is not None and tokenizer.chat_template:
+        tokenizer.chat_template = dated(tokenizer.get_chat_template(), spec.date)
     return tokenizer
 
 
@@ -204,21 +215,22 @@ def resolve_path(path: str) -> str:
     return str(folder)
 
 
-def check_length(path: str, key: str, length: int, trust_remote_code: bool = False) -> None:
-    """Raise a ValueError if the model at `path` has fewer positions than `length` tokens, the value of `key`.
+def check_length(which: ModelSpec | str, key: str, length: int) -> None:
+    """Raise a ValueError if a model has fewer positions than `length` tokens, the value of `key`.
 
     Reads the model's config alone. Rotary positions could go on, but past what it was trained on they mean nothing.
     """
-    positions = positions_of(path, trust_remote_code)
+    path, positions = spec_of(which).path, positions_of(which)
     if positions is not None and length > positions:
         raise ValueError(
             f"{key} must be at most the {positions} positions of {path}, got {length}; set {key}={positions} or less"
         )
 
 
-def positions_of(path: str, trust_remote_code: bool = False) -> int | None:
-    """How many tokens the model at `path` can read, if its config says."""
-    return getattr(_config(path, trust_remote_code).get_text_config(), "max_position_embeddings", None)
+def positions_of(which: ModelSpec | str) -> int | None:
+    """How many tokens a model can read, if its config says."""
+    spec = spec_of(which)
+    return getattr(_config(spec.path, spec.trust_remote_code).get_text_config(), "max_position_embeddings", None)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

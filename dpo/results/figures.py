@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dpo.results import short
+from dpo.results.frames import short
 
 COLOURS = ("#2a6f97", "#d1495b", "#e09f3e", "#3c8d53", "#7b5ea7", "#8c6d46", "#5f6b76", "#d16ba5")
 

@@ -27,11 +27,6 @@ class ParallelLayout:
     precision: str  # "bf16": weights are gathered in bfloat16, too; gradients are reduced in float32 in any case
 
 
-def layout(config: Any) -> ParallelLayout:
-    """What a run's config says in `sharding`, and its precision."""
-    return ParallelLayout(**config.sharding, precision=config.precision)
-
-
 def device(name: str | torch.device) -> torch.device:
     """The device of this process: "cpu", "cuda" (that of LOCAL_RANK), or "auto": CUDA where there is any."""
     kind = str(name).partition(":")[0]
