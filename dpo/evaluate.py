@@ -1,9 +1,10 @@
 """Measure a trained policy: win rate against the initial policy, KL to the reference, shape of the responses."""
 
+import contextlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from dpo.policy.logps import forward_tokens, packable, sequence_kl
 from dpo.policy.sampling import Sample, inputs, sample
 from dpo.training.distributed import all_sum, any_true, device_of, is_main
 from dpo.training.log import progress
-from dpo.training.loop import refuse
+from dpo.training.loop import AnyStep, passes, refuse
 
 DIVERGED = "Training diverged, if it was finite before: lower the learning rate. Else look at these items."
 TEXTS = ("prompt", "response", "baseline")  # columns of a row that have no mean
@@ -294,9 +295,7 @@ def kl(
     return plain, rao_blackwell
 
 
-def on_pairs(
-    step: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]], batches: Batches[Pair, Batch], device: torch.device
-) -> dict[str, float]:
+def on_pairs(step: AnyStep[Batch], batches: Batches[Pair, Batch], device: torch.device) -> dict[str, float]:
     """Means of loss and metrics over the pairs of all ranks; every rank calls it.
 
     Raises: RuntimeError, with the pairs at fault, if a loss is not finite: no mean could be compared with another.
@@ -306,9 +305,7 @@ def on_pairs(
     for number in range(len(batches)):
         micro_batches, real = batches.at(number)
         count += real
-        for batch in micro_batches:
-            batch = batch.to(device)
-            losses, values = step(batch)
+        for batch, losses, values, _ in passes(step, micro_batches, real, device, contextlib.nullcontext()):
             bad += batch.index[batch.valid & ~losses.isfinite()].tolist()
             for name, value in {"loss": losses, **values}.items():
                 sums[name] = sums.get(name, 0) + (value.double() * batch.valid).sum()

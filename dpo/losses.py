@@ -3,14 +3,16 @@
 Shared notation: a margin is (log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected)), in nats.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+Marked = TypeVar("Marked", bound=Any)  # a function or class
 TRIED = 100.0  # nats between chosen and rejected at which a loss is tried before any run
 TIE_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}  # of matrix products in either; see `rounding`
 
@@ -66,11 +68,41 @@ class Loss:
     tie_tolerance: Tensor | float = 0.0  # (B,), rewards that differ by no more are a tie
 
 
-def try_out(loss: Callable[..., Loss], beta: float) -> None:
-    """Try a loss on three pairs, with margins of 0, 100 and -100 nats.
+def whole_step(loss: Marked) -> Marked:
+    """Mark a loss as one that sees all N pairs of the optimizer step at once, whatever its micro-batches and processes;
+    any other gives each pair what it has alone. In validation it sees all held-out pairs at once.
 
-    Raises: ValueError if it does not give a loss to each, or one that training could not use.
+    loss: a function, or a class of module, whose buffers are its state. The objective is (1/N) sum_i losses_i, so that
+        a loss of all pairs together is that of each.
     """
+    loss.sees_whole_step = True
+    return loss
+
+
+def unbound(loss: Callable[..., Loss]) -> Callable[..., Loss]:
+    """The function or module of a loss whose options are bound."""
+    return getattr(loss, "func", loss)
+
+
+def sees_whole_step(loss: Callable[..., Loss]) -> bool:
+    return getattr(unbound(loss), "sees_whole_step", False)
+
+
+def frozen(loss: Callable[..., Loss]) -> Callable[..., Loss]:
+    """A copy of a loss to evaluate with: in evaluation mode, and what changes in its state changes nowhere else."""
+    loss = copy.deepcopy(loss)
+    if isinstance(module := unbound(loss), nn.Module):
+        module.eval()
+    return loss
+
+
+def try_out(loss: Callable[..., Loss], beta: float) -> None:
+    """Try a copy of a loss on three pairs, with margins of 0, 100 and -100 nats.
+
+    Raises: ValueError if it does not give a loss to each, the one that each has alone where it does not see the whole
+    step, or one that training could not use.
+    """
+    loss = copy.deepcopy(loss)
     policy = -TRIED * torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]])  # (2, 3): chosen and rejected
     chosen, rejected = policy.requires_grad_()
     pair = replace(PairLogps.zeros(3), policy_chosen_logps=chosen, policy_rejected_logps=rejected)
@@ -84,6 +116,9 @@ def try_out(loss: Callable[..., Loss], beta: float) -> None:
             f"the loss and its gradient must be finite on margins of 0, {TRIED:g} and {-TRIED:g} nats, got losses of "
             f"{shown} at beta {beta:g}; take another beta, or mend the loss"
         )
+    singles = [PairLogps(*(value[row : row + 1] for value in vars(pair).values())) for row in range(3)]
+    if not sees_whole_step(loss) and not losses.allclose(torch.cat([loss(one, beta=beta).losses for one in singles])):
+        raise ValueError("a loss must give each pair what it has alone, found another; mark it with losses.whole_step")
 
 
 def dpo(pair: PairLogps, beta: float, label_smoothing: float) -> Loss:

@@ -10,7 +10,7 @@ if __name__ == "__main__":
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from dpo.cache import digest
 from dpo.data.batches import Batch, Batches, Pair, collate_pairs, collate_responses, size
 from dpo.data.instructions import read_instructions, write_outputs
 from dpo.data.records import write_rows
-from dpo.losses import PairLogps, dpo, metrics
+from dpo.losses import Loss, PairLogps, dpo, frozen, metrics, sees_whole_step, unbound
 from dpo.policy import model as models
 from dpo.policy.best import BestCheckpoint
 from dpo.policy.logps import differing, forward_tokens, packable, sequence_logps
@@ -36,7 +36,7 @@ from dpo.sweep.inputs import load
 from dpo.sweep.signature import instantiate
 from dpo.training import distributed
 from dpo.training.log import Log
-from dpo.training.loop import autocast, fit
+from dpo.training.loop import AnyStep, WholeStep, autocast, fit
 from dpo.training.optim import optimizer, schedule
 
 
@@ -77,11 +77,6 @@ def run(config: DictConfig, directory: Path) -> None:
     tokens = forward_tokens(config.micro_batch_tokens, packed)
     held_out = batches("validation", len(pairs["validation"]), tokens, seed=0)
 
-    def step(batch: Batch, split: str = "train") -> tuple[Tensor, dict[str, Tensor]]:
-        pair = pair_logps(policy, reference, batch, split)
-        result = loss(pair, beta=config.beta)
-        return result.losses, metrics(pair, result)
-
     if config.activation_checkpointing:
         models.checkpoint_activations(policy)
     optim = optimizer(policy, config.optimizer, config.lr, config.adam_betas, config.weight_decay)
@@ -91,7 +86,8 @@ def run(config: DictConfig, directory: Path) -> None:
 
     def validate() -> dict[str, float]:
         with torch.no_grad(), autocast(config.precision, device):
-            return evaluate.on_pairs(partial(step, split="validation"), held_out, device)
+            step = step_of(policy, reference, frozen(loss), config.beta, "validation")
+            return evaluate.on_pairs(step, held_out, device)
 
     def measure(model: PreTrainedModel, prompts: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """Against the policy before training, on the first test prompts; loads what KL is measured to."""
@@ -100,6 +96,8 @@ def run(config: DictConfig, directory: Path) -> None:
         before = None if baseline is None else baseline[:prompts]
         return evaluate.measure(model, kl_targets, tokenizer, test[:prompts], before, judge, config)
 
+    parts = {"reference": reference, "loss": unbound(loss)}
+    state = nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
     selection = BestCheckpoint(directory)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     with Log(directory, config.wandb, run_id=f"{config.name}-{config.id}", group=config.name, config=settings) as log:
@@ -115,7 +113,7 @@ def run(config: DictConfig, directory: Path) -> None:
         fit(
             policy,
             train,
-            step,
+            step_of(policy, reference, loss, config.beta, "train"),
             optim,
             schedule(optim, config.schedule, config.warmup_steps, steps),
             steps=steps,
@@ -127,7 +125,7 @@ def run(config: DictConfig, directory: Path) -> None:
             checkpoints_kept=config.checkpoints_kept,
             evaluate=look,
             evaluate_every=config.evaluate_every,
-            extra=reference if isinstance(reference, nn.Module) else None,
+            extra=state,
             inputs={
                 "settings": config.id,
                 "policy": weights,
@@ -156,6 +154,25 @@ def run(config: DictConfig, directory: Path) -> None:
 def _tokens(pairs: dict[str, list[Pair]]) -> str:
     """Digest of all pairs as they are trained on."""
     return digest({split: [pair.prompt_responses for pair in items] for split, items in pairs.items()})
+
+
+def step_of(
+    policy: PreTrainedModel, reference: Reference, loss: Callable[..., Loss], beta: float, split: str
+) -> AnyStep[Batch]:
+    """Losses and metrics of pairs: (B,) of a micro-batch, or (N,) of the optimizer step if the loss sees it whole."""
+
+    def values(batch: Batch) -> dict[str, Tensor]:
+        return vars(pair_logps(policy, reference, batch, split))
+
+    def outputs(batch: Batch) -> dict[str, Tensor]:
+        chosen, rejected = sequence_logps(policy, batch)[0].chunk(2)  # and no reference, which would be asked twice
+        return {"policy_chosen_logps": chosen, "policy_rejected_logps": rejected}
+
+    def losses(values: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        result = loss(pair := PairLogps(**values), beta=beta)
+        return result.losses, metrics(pair, result)
+
+    return WholeStep(values, outputs, losses) if sees_whole_step(loss) else lambda batch: losses(values(batch))
 
 
 def pair_logps(policy: PreTrainedModel, reference: Reference, batch: Batch, split: str) -> PairLogps:

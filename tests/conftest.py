@@ -126,6 +126,15 @@ def tiny_model(tmp_path_factory) -> Callable[[str], str]:
     return make
 
 
+SLOWEST = ("slurm", "studies", "layouts", "launch", "real_model", "readme", "train", "directory", "experiments")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest first: of two processes none is left with one when the other has ended."""
+    place = {f"test_{name}": number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report():
     return _skips_nothing((yield))

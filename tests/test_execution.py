@@ -73,9 +73,11 @@ def made_up(monkeypatch):
     monkeypatch.setattr(tables, "figure", lambda *_: None)
     for variable in (*launch.THREADS, "CUDA_VISIBLE_DEVICES", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
         monkeypatch.delenv(variable, raising=False)
-    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where nohup started the tests it is ignored
+    heard = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # of which nohup, or a shell's background, has some ignored
+    former = {number: signal.signal(number, signal.default_int_handler) for number in heard}
     yield
-    signal.signal(signal.SIGHUP, former)
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
 def planned(folder: Path, *names: str, **config: Any) -> list[Run]:

@@ -93,6 +93,7 @@ NOUNS = {
     "data/__init__": "",
     "policy/__init__": "",
     "policy/model": "def resolve_path(path): return path",
+    "results/figures": "def draw(frame, path): path.touch()",
     "train": VERB,
 }
 PROJECT = ("__init__.py", "cache.py", "data/records.py", "data/instructions.py", "sweep/*.py", "results/*.py")
@@ -103,12 +104,14 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the project whose nouns and verb are stand-ins without torch."""
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
     shutil.copytree(ROOT / "hydra_plugins", tmp_path / "hydra_plugins")
-    texts = {file.relative_to(ROOT / "dpo"): file.read_text() for one in PROJECT for file in (ROOT / "dpo").glob(one)}
-    for path, text in {**texts, **{Path(f"{module}.py"): text for module, text in NOUNS.items()}}.items():
-        file = tmp_path / "dpo" / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    for variable in (*launch.THREADS, "CUDA_VISIBLE_DEVICES", "PYTHONPATH"):
+    for package in ("data", "policy"):
+        (tmp_path / "dpo" / package).mkdir(parents=True)
+    for module in PROJECT:
+        shutil.copy(ROOT / "dpo" / f"{module}.py", tmp_path / "dpo" / f"{module}.py")
+    for module, text in NOUNS.items():
+        (tmp_path / "dpo" / f"{module}.py").write_text(text)
+    # What many processes import is compiled once.
+    for variable in (*launch.THREADS, "CUDA_VISIBLE_DEVICES", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE"):
         monkeypatch.delenv(variable, raising=False)
     return tmp_path
 

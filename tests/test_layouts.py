@@ -15,7 +15,7 @@ from test_train import frozen, losses, other_model, own
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dpo import evaluate, sft, train
+from dpo import evaluate, score, sft, train
 from dpo.data.batches import collate_responses
 from dpo.policy import attention
 from dpo.policy import model as models
@@ -28,20 +28,20 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 KINDS = ("gpt2", "gpt_neox", "llama", "mixtral", "qwen2")  # the first and the last have tied weights
 LAYOUTS = {
-    "plain": [],
-    "packed": ["packed=true"],
-    "recompute": ["activation_checkpointing=true"],
+    "packed": [],
+    "recompute": ["activation_checkpointing=true", "packed=false"],
     "copies": ["sharding.group=2"],
     "offload": ["sharding.offload=true"],
     "ema": ["reference=ema", "reference.every=2"],
-    "other": ["reference=other"],
-    "selected": ["keep=best", "evaluate_every=1"],
+    "other": ["reference=other", "keep=best", "evaluate_every=1"],
     "sft": ["policy.path=null", "sft.steps=4", "checkpoint_every=2"],
     "bf16": ["precision=bf16"],
 }
 STOPPED = ("copies", "offload")
+SCORES = ("data", "policy", "reference", "per_token", "max_")  # settings that scoring has, too
 BRANCHES = [([5, 6, 7], [[8, 9], [9]]), ([10, 11] * 6, [[11, 12, 13, 14], [13, 14, 15] * 5]), ([15], [[16], [17, 3]])]
 FEWER = ("packed", "copies", "ema")  # of four processes
+ALONE = {"copies": "packed", "offload": "packed"}  # a layout of several processes -> what that is in one
 
 
 def given(directory: Path) -> dict[str, str]:
@@ -55,8 +55,6 @@ def config(directory: Path, name: str, processes: int):
         overrides.append(f"policy.base={given(directory)['llama']}")
     if name == "other":
         overrides.append(f"reference.path={given(directory)['other']}")
-    if processes == 1:
-        overrides += ["sharding.group=null", "sharding.offload=false"]
     return frozen(place(directory, name, processes), *overrides)  # with a cache for each number of processes
 
 
@@ -67,6 +65,16 @@ def place(directory: Path, name: str, processes: int) -> Path:
 def run(directory: Path, name: str, processes: int) -> None:
     place(directory, name, processes).mkdir(parents=True, exist_ok=True)
     train.run(config(directory, name, processes), place(directory, name, processes))
+
+
+def scored(directory: Path, processes: int) -> None:
+    """`dpo.score` on the pairs of the runs, with a cache for each number of processes."""
+    place(directory, "scores", processes).mkdir(parents=True, exist_ok=True)
+    overrides = [*own(directory, given(directory)["qwen2"]), "reference=initial", "per_token=true"]
+    overrides = [one for one in overrides if one.startswith(SCORES)]
+    settings = frozen(place(directory, "scores", processes), *overrides, f"processes={processes}", verb="score")
+    settings.choices = {"reference": "initial"}
+    score.run(settings, place(directory, "scores", processes))
 
 
 def anonymous() -> int:
@@ -163,6 +171,7 @@ def several(directory: Path, processes: int) -> None:
     for name in LAYOUTS if processes == 2 else FEWER:
         run(directory, name, processes)
     if processes == 2:
+        scored(directory, processes)
         for name in STOPPED:
             stopped_and_resumed(directory, name)
         told["sft"] = stopped_sft(directory)
@@ -223,8 +232,9 @@ def directory(tmp_path_factory, tiny_model) -> Path:
             | {"other": other_model(directory, tiny_model), "large": str(directory / "large")}
         )
     )
-    for name in LAYOUTS:
+    for name in LAYOUTS.keys() - ALONE:
         run(directory, name, 1)
+    scored(directory, 1)
     return directory
 
 
@@ -247,14 +257,16 @@ def rows(directory: Path, name: str, processes: int) -> list[dict[str, float]]:
 def test_losses_and_gradient_norms_are_those_of_one_process(directory, processes, name):
     if processes == 4 and name not in FEWER:
         return
-    several, one = rows(directory, name, processes), rows(directory, name, 1)
+    alone = ALONE.get(name, name)
+    several, one = rows(directory, name, processes), rows(directory, alone, 1)
     exact = name != "bf16"
     assert len(one) == 4
     assert losses(several) == pytest.approx(losses(one), rel=1e-5 if exact else 2e-2)
     norms = [[row["grad_norm"] for row in some] for some in (several, one)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4 if exact else 5e-2)
     if exact:
-        ends = [json.loads((place(directory, name, n) / "evaluation.json").read_text()) for n in (processes, 1)]
+        places = place(directory, name, processes), place(directory, alone, 1)
+        ends = [json.loads((folder / "evaluation.json").read_text()) for folder in places]
         for kl in ("kl", *(["kl_reference"] if name == "other" else [])):  # to a model with other rows to spare, too
             assert ends[0][kl] == pytest.approx(ends[1][kl], rel=1e-3)
         assert ends[0]["rewards/accuracies"] == ends[1]["rewards/accuracies"]
@@ -273,6 +285,18 @@ def test_sft_of_a_run_is_sharded_and_resumes_bit_equal(directory, processes):
         sharded, [whole, again] = json.loads((directory / "2-rank-1.json").read_text())["sft"]
         assert sharded
         assert whole == again
+
+
+@pytest.mark.parametrize("split", score.SPLITS)
+def test_two_processes_score_as_one(directory, processes, split):
+    if processes == 2:
+        files = (place(directory, "scores", number) / f"{split}.jsonl" for number in (1, 2))
+        alone, both = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+        assert len(alone) == {"train": 24, "validation": 6}[split]
+        for one, two in zip(alone, both, strict=True):
+            assert two.keys() == one.keys() >= {"chosen_logprob", "rejected_token_logprobs"}
+            for name, value in one.items():
+                assert two[name] == (pytest.approx(value, rel=1e-5) if "logprob" in name else value)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -331,54 +331,57 @@ def test_runs_beside_the_main_thread(run):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from test_loop import Run, Stopped
+from test_loop import FORTY, Run, Stopped
 torch = sys.modules["torch"]
 torch.set_num_threads(1)
 run = Run(Path(sys.argv[1]))
-def held(batch):  # in step 30, until it may go on
-    while sys.argv[2] and run.steps_begun >= 29 and not Path(sys.argv[2]).exists():
+def held(batch):  # in a step, until it may go on
+    while run.steps_begun + 1 == int(sys.argv[2]) and not (run.directory / "go").exists():
+        (run.directory / "here").touch()
         time.sleep(0.01)
     return run.step(batch)
 try:
-    run.fit(steps=40, step=held, checkpoint_every=15, evaluate=run.evaluate, evaluate_every=7)
+    run.fit(step=held, evaluate=run.evaluate, **FORTY)
 except Stopped as stopped:
     print(stopped)
     sys.exit(75)
 torch.save(run.model.state_dict(), run.directory / "weights.pt")
 """
+FORTY = {"steps": 40, "checkpoint_every": 15, "evaluate_every": 7}
 
 
-def start(directory, *, held):
+def start(directory, held_in):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(directory), str(directory / "go" if held else "")]
+    command = [sys.executable, "-c", SCRIPT, str(directory), str(held_in)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_process_is_ended_and_started_again(tmp_path, number):
+def test_a_process_is_ended_and_started_again(tmp_path):
+    """Killed, then told to stop: rows and weights are those of a run that nobody disturbed."""
     whole, cut = Run(tmp_path / "whole"), Run(tmp_path / "cut")
-    uninterrupted = start(whole.directory, held=False)
-    process = start(cut.directory, held=True)
-    metrics = cut.directory / "metrics.jsonl"
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 33):  # 29 steps, evaluations before and in
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    (cut.directory / "go").touch()
-    said, _ = process.communicate(timeout=600)
-    if number == signal.SIGTERM:
-        assert process.returncode == 75
-        assert cut.saved == "step-30"
-        assert "stopped at step 30 of 40" in said
-    again = start(cut.directory, held=False)
-    said, _ = again.communicate(timeout=600)
-    assert again.returncode == 0
-    assert f"training: resumes at step {30 if number == signal.SIGTERM else 15} of 40" in said
-    assert uninterrupted.wait(timeout=600) == 0
-    uninterrupted.stdout.close()
+    whole.fit(evaluate=whole.evaluate, **FORTY)
+    # signal, the step in which it comes, and how many steps of this process that is
+    for number, step, own in ((signal.SIGKILL, 20, 20), (signal.SIGTERM, 30, 15)):
+        process = start(cut.directory, own)
+        saved = cut.directory / "checkpoint" / "step-15"  # written beside training
+        while not (saved.exists() and (cut.directory / "here").exists()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        (cut.directory / "go").touch()
+        said, _ = process.communicate(timeout=600)
+        for file in ("here", "go"):
+            (cut.directory / file).unlink()
+        assert process.returncode == (75 if number == signal.SIGTERM else -number)
+        assert ("resumes at step 15 of 40" in said) == (f"stopped at step {step} of 40" in said) == (step == 30)
+    assert cut.saved == "step-30"
+    last = start(cut.directory, 0)
+    said, _ = last.communicate(timeout=600)
+    assert last.returncode == 0
+    assert "training: resumes at step 30 of 40" in said
     assert cut.rows == whole.rows
-    ends = [torch.load(run.directory / "weights.pt") for run in (cut, whole)]
-    assert all(torch.equal(a, b) for a, b in zip(ends[0].values(), ends[1].values(), strict=True))
+    end = torch.load(cut.directory / "weights.pt")
+    assert all(torch.equal(weight, end[name]) for name, weight in whole.model.state_dict().items())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -1,8 +1,6 @@
 """`dpo.score`: the reference's log-probs as files, which train another run without the reference."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +30,17 @@ def given(tmp_path, tiny_model) -> list[str]:
     return [*data, f"policy.path={tiny_model('llama')}", "threads=1", "device=cpu", f"cache={tmp_path / 'cache'}"]
 
 
-def scored(directory: Path, *overrides: str, reference: str = "initial") -> dict[str, list[dict[str, Any]]]:
-    """Lines of both files, as the verb writes them."""
+def frozen(*overrides: str, reference: str) -> Any:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         resolved = resolve(compose("score", [*overrides, f"reference={reference}"]))
     check(resolved)
+    return OmegaConf.create({"id": identity(resolved), **resolved, "choices": {"reference": reference}})
+
+
+def scored(directory: Path, *overrides: str, reference: str = "initial") -> dict[str, list[dict[str, Any]]]:
+    """Lines of both files, as the verb writes them."""
     directory.mkdir()
-    frozen = {"id": identity(resolved), **resolved, "choices": {"reference": reference}}
-    score.run(OmegaConf.create(frozen), directory)
+    score.run(frozen(*overrides, reference=reference), directory)
     assert (directory / "evaluation.json").exists()
     return {split: lines(directory / f"{split}.jsonl") for split in score.SPLITS}
 
@@ -130,25 +131,15 @@ def test_chats_are_written_as_whole_conversations(tmp_path, given, tiny_model):
     assert [line["chosen_logprob"] for line in again["train"]] == [line["chosen_logprob"] for line in rows["train"]]
 
 
-def test_two_processes_score_as_one_and_pass_over_what_has_no_scores(tmp_path, given):
-    alone = scored(tmp_path / "alone", *given, "per_token=true")
-    command = [
-        sys.executable,
-        "-m",
-        "dpo.score",
-        "-m",
-        "reference=initial,reference_free,ema",
-        *given,
-        "per_token=true",
-    ]
-    command += ["processes=2", f"runs={tmp_path}", f"cache={tmp_path / 'cache2'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for reference in ("reference_free", "ema"):
-        assert done.stdout.count(f"reference={reference} has no scores to make") == 1
-    [folder] = (file.parent for file in (tmp_path / "scores").glob("*/train.jsonl"))
-    for split in score.SPLITS:
-        for one, two in zip(alone[split], lines(folder / f"{split}.jsonl"), strict=True):
-            assert two.keys() == one.keys()
-            for name, value in one.items():
-                assert two[name] == (pytest.approx(value, rel=1e-5) if "logprob" in name else value)
+@pytest.mark.parametrize("reference", ["reference_free", "ema"])
+def test_what_has_no_scores_is_passed_over(tmp_path, given, monkeypatch, capfd, reference):
+    """So a sweep of references goes on to the next; of two processes one says so and finishes the run."""
+    monkeypatch.setattr(score, "load", lambda _: pytest.fail("data were read"))
+    config = frozen(*given, "processes=2", reference=reference)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        assert not (tmp_path / "evaluation.json").exists()
+        monkeypatch.setenv("RANK", rank)
+        score.run(config, tmp_path)
+    assert summary(tmp_path).keys() == {"seconds"}
+    assert capfd.readouterr().out.count(f"reference={reference} has no scores to make") == 1

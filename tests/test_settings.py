@@ -468,10 +468,10 @@ def test_every_setting_of_sft_reaches_its_work(tmp_path, tiny_model, data):
     ]
     assert len(calls["model.checkpoint_activations"]) == 1
     assert [one["name"] for one in calls["distributed.join"]] == ["cpu"]
-    assert all(one["trust_remote_code"] for name in ("load", "load_tokenizer") for one in calls[f"model.{name}"])
+    assert all(one["which"].trust_remote_code for name in ("load", "load_tokenizer") for one in calls[f"model.{name}"])
     asked = [one["which"] for one in calls["model.load_tokenizer"]]
-    assert asked[0] == (llama, TEMPLATE, "2001-02-03")
-    assert [(one["path"], one["key"], one["length"]) for one in calls["model.check_length"]] == [
+    assert (asked[0].path, asked[0].chat_template, asked[0].date) == (llama, TEMPLATE, "2001-02-03")
+    assert [(one["which"].path, one["key"], one["length"]) for one in calls["model.check_length"]] == [
         (llama, "max_length", LONGEST)
     ]
     (demonstrated,) = calls["sft.tokenize_demonstrations"]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import cluster
 import pandas as pd
@@ -18,21 +19,22 @@ import pytest
 from omegaconf import OmegaConf
 from test_launch import ROOT, said, states, tree
 
-from dpo import results
+from dpo import results, train
+from dpo.sweep import launch
 from dpo.sweep.plan import Run
-from dpo.sweep.slurm import Slurm
+from hydra_plugins.dpo_launchers import Slurm
 
 __all__ = ["tree"]
 SLURM = ["hydra/launcher=slurm", "hydra.launcher.cpus=1"]
 SMALL = [
     *(
         "data.demonstrations=32",
-        "data.train=40",
-        "data.validation=8",
-        "evaluation.prompts=10",
+        "data.train=20",
+        "data.validation=4",
+        "evaluation.prompts=4",
         "evaluation.log_samples=1",
     ),
-    *("sft.steps=3", "max_new_tokens=40", "steps=40", "batch_size=8", "micro_batch_tokens=400", "evaluate_every=10"),
+    *("sft.steps=2", "max_new_tokens=40", "steps=40", "batch_size=8", "micro_batch_tokens=800", "evaluate_every=20"),
     *("checkpoint_every=10", "wandb.mode=disabled", "threads=1"),
 ]
 
@@ -54,7 +56,7 @@ def wait(true: Callable[[], object], seconds: float = 600) -> None:
     until = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < until, queue()
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 def queue() -> list[str]:
@@ -83,14 +85,14 @@ def send(directory: Path, number: int) -> None:
                 os.kill(int(process.parent.name), number)
 
 
-def test_the_sweep_of_a_laptop(slurm, tmp_path, monkeypatch):
-    """One task is preempted and goes on, one is killed, listed and submitted alone; then all is as in a local sweep."""
+def test_the_sweep_of_a_laptop(slurm, tmp_path):
+    """One task is preempted and goes on, one is killed, listed and submitted alone; then all is as without Slurm."""
 
-    def train(name: str, *overrides: str) -> str:
-        places = [f"name={name}", f"runs={tmp_path / 'runs'}", f"cache={tmp_path / 'cache' / name}"]
-        return said(ROOT, "-m", "beta=0.05,0.1,0.5", *SMALL, *places, *overrides, code=0)
+    def submit() -> str:
+        places = ["name=slurm", f"runs={tmp_path / 'runs'}", f"cache={tmp_path / 'cache'}"]
+        return said(ROOT, "-m", "beta=0.05,0.1", *SMALL, *places, *SLURM, code=0)
 
-    job = submitted(train("slurm", *SLURM))
+    job = submitted(submit())
     folder = tmp_path / "runs" / "slurm"
     (manifest,) = (folder / "manifests").glob("*.txt")
     directories = [Path(line) for line in manifest.read_text().splitlines()]
@@ -101,11 +103,12 @@ def test_the_sweep_of_a_laptop(slurm, tmp_path, monkeypatch):
     send(directories[0], signal.SIGCONT)
     wait(lambda: (directories[1] / "metrics.jsonl").exists() and len(steps(directories[1])) > 12)
     send(directories[1], signal.SIGKILL)
+    wait((directories[1] / "error.json").exists)  # the job takes a moment to end
     killed = re.compile(r"failed   beta=0.1 +Killed: killed by signal 9 \(out of memory\?\)")
-    wait(lambda: killed.search(said(tmp_path, str(folder), verb="results", code=0)))  # the job takes a moment to end
+    assert killed.search(said(tmp_path, str(folder), verb="results", code=0))
 
-    text = train("slurm", *SLURM)  # while the others run or wait
-    assert "3 runs: " in text
+    text = submit()  # while the other runs or waits
+    assert "2 runs: " in text
     assert "1 to submit" in text
     again = submitted(text)
     wait(lambda: not queue())
@@ -116,17 +119,20 @@ def test_the_sweep_of_a_laptop(slurm, tmp_path, monkeypatch):
     assert "restart 1" in logs[0]
     assert f"job {again} " in logs[1]
     assert "training: resumes at step" in logs[1]
-    assert "restart 1" not in logs[2]
+    assert "restart 1" not in logs[1]
+    assert "2 runs: 2 finished, 0 to submit" in submit()
+    assert len(pd.read_csv(folder / "table.csv")) == 2
 
-    text = train("local", "hydra.launcher.jobs=3")
-    assert "3 finished in" in text
-    assert "3 runs: 3 finished, 0 to submit" in train("slurm", *SLURM)
-    tables = [
-        pd.read_csv(tmp_path / "runs" / name / "table.csv").drop(columns="seconds") for name in ("slurm", "local")
-    ]
-    pd.testing.assert_frame_equal(*tables, check_exact=True)
-    for directory in directories:
+    for directory in directories:  # the same runs, undisturbed and in this process
+        config = OmegaConf.load(directory / "config.yaml")
+        config.cache = str(tmp_path / "cache here")
+        here = tmp_path / "runs" / "here" / directory.name
+        here.mkdir(parents=True)
+        OmegaConf.save(config, here / "config.yaml")
+        train.run(config, here)
         assert steps(directory) == list(range(1, 41))
+    tables = [results.final(tmp_path / "runs" / name).drop(columns="seconds") for name in ("slurm", "here")]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
 def log(folder: Path) -> str:
@@ -177,40 +183,33 @@ def silent_squeue(folder: Path) -> Path:
 
 
 def test_queued_and_running_are_not_submitted_again(slurm, project, tmp_path, monkeypatch):
+    """In a folder whose name has a space."""
     sweep = ["-m", "beta=0.1,0.2,0.66", "steps=2000", *SLURM, "hydra.launcher.array_limit=1", "name=q"]
+    sweep.append("runs='my runs'")
+    folder = project / "my runs" / "q"
     text = said(project, *sweep, code=0)
     job = submitted(text)
     assert "3 runs, 1 at a time" in text
-    wait((project / "runs/q/beta=0.1/metrics.jsonl").exists)
+    wait((folder / "beta=0.1/metrics.jsonl").exists)
     assert "3 runs: 1 running, 2 queued, 0 to submit" in said(project, *sweep, code=0)
-    text = said(project, "runs/q", verb="results", code=0)
-    assert "runs/q: 3 runs: 1 running, 2 queued" in text
+    text = said(project, "my runs/q", verb="results", code=0)
+    assert "my runs/q: 3 runs: 1 running, 2 queued" in text
     assert "queued   beta=0.66" in text
     with monkeypatch.context() as patch:  # what is queued is not guessed
         patch.setenv("PATH", f"{silent_squeue(tmp_path)}:{os.environ['PATH']}")
         assert "found instead: no answer; try again; nothing was submitted" in said(project, *sweep, code=1)
-        assert "found instead: no answer" in said(project, "runs/q", verb="results", code=0)
+        assert "found instead: no answer" in said(project, "my runs/q", verb="results", code=0)
     (project / "finish").touch()
     wait(lambda: not queue())
-    text = said(project, "runs/q", verb="results", code=0)
+    text = said(project, "my runs/q", verb="results", code=0)
     assert "failed   beta=0.66  RuntimeError: the world is bad" in text
     (project / "mended").touch()
     text = said(project, *sweep, code=0)
     assert "3 runs: 2 finished, 1 to submit" in text
     assert submitted(text) != job
     wait(lambda: not queue())
-    assert set(states(project / "runs" / "q").values()) == {"finished"}
-
-
-def test_paths_with_spaces(slurm, project):
-    sweep = ["-m", "beta=0.1,0.2", "steps=2000", *SLURM, "hydra.launcher.array_limit=1", "runs='my runs'"]
-    submitted(said(project, *sweep, code=0))
-    wait((project / "my runs/dev/beta=0.1/metrics.jsonl").exists)
-    assert "2 runs: 1 running, 1 queued, 0 to submit" in said(project, *sweep, code=0)
-    (project / "finish").touch()
-    wait(lambda: not queue())
-    assert set(states(project / "my runs" / "dev").values()) == {"finished"}
-    assert [log.suffix for log in (project / "my runs/dev/manifests").glob("*_*")] == [".log"] * 2
+    assert set(states(folder).values()) == {"finished"}
+    assert len([*(folder / "manifests").glob("*_*.log")]) == 3 + 1  # what the jobs say, if they do
 
 
 def test_restarts_are_counted(slurm, project):
@@ -254,28 +253,40 @@ def test_job_script(project):
     assert states(project / "runs" / "dev") == {"beta=0.1": "planned", "beta=0.2": "planned"}
 
 
+def launcher(**changed: Any) -> Slurm:
+    settings: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf/hydra/launcher/slurm.yaml"))
+    return Slurm(**{key: value for key, value in settings.items() if not key.startswith("_")} | changed)
+
+
 def test_one_shape_for_all_tasks():
-    settings = OmegaConf.load(ROOT / "conf/hydra/launcher/slurm.yaml")
-    launcher = Slurm(**{key: value for key, value in settings.items() if not key.startswith("_")})
     planned = [Run(Path(str(n)), {"processes": n, "device": "cpu"}, "") for n in (1, 2)]
-    [problem] = launcher.problems(planned)
+    [problem] = launcher().problems(planned)
     assert "processes must be one number for all runs of an array job, got [1, 2]" in problem
 
 
 @pytest.mark.parametrize(
-    "given, reason",
+    "processes, device, given, reason",
     [
-        (["processes=3", "hydra.launcher.nodes=2"], "processes must be a multiple of hydra.launcher.nodes=2, got 3"),
-        (["hydra.launcher.gpus=2"], "hydra.launcher.gpus must be the 1 processes of a run on each node"),
-        (["device=cuda"], "device=cuda needs GPUs; add hydra.launcher.gpus=1"),
-        (["hydra.launcher.cpus=0"], "hydra.launcher.cpus must be at least 1, got 0"),
-        (["hydra.launcher.before=module"], "hydra.launcher.before must be list[str], got 'module'"),
-        ([], "Slurm's commands must be on the path"),
+        (3, "auto", {"nodes": 2}, "processes must be a multiple of hydra.launcher.nodes=2, got 3"),
+        (1, "auto", {"gpus": 2}, "hydra.launcher.gpus must be the 1 processes of a run on each node"),
+        (1, "cuda", {}, "device=cuda needs GPUs; add hydra.launcher.gpus=1"),
+        (1, "auto", {"cpus": 0}, "hydra.launcher.cpus must be at least 1, got 0"),
+        (1, "auto", {"before": "module"}, "hydra.launcher.before must be list[str], got 'module'"),
     ],
 )
-def test_refused_before_anything_is_written(project, monkeypatch, given, reason):
+def test_settings_that_cannot_be_are_refused(tmp_path, monkeypatch, capsys, processes, device, given, reason):
+    planned = [Run(tmp_path / "run", {"processes": processes, "device": device, "name": "dev"}, "run")]
+    monkeypatch.setattr(launch, "plan", lambda _: (planned, []))
+    monkeypatch.setattr(Slurm, "start", lambda *_: pytest.fail("it was started"))
+    with pytest.raises(SystemExit) as ended:
+        launcher(**given, submit=False).execute([], [])
+    assert ended.value.code == 1
+    assert reason in capsys.readouterr().err
+
+
+def test_refused_before_anything_is_written(project, monkeypatch):
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-    text = said(project, "-m", "beta=0.1,0.2", "hydra/launcher=slurm", "batch_size=6", *given, code=1)
-    assert reason in text, text
+    text = said(project, "-m", "beta=0.1,0.2", "hydra/launcher=slurm", code=1)
+    assert "Slurm's commands must be on the path" in text
     assert "Traceback" not in text
     assert not (project / "runs").exists()

@@ -24,6 +24,7 @@ from dpo.data.records import Preference, write
 from dpo.policy import model as models
 from dpo.policy.logps import sequence_logps
 from dpo.policy.scoring import LIVE
+from dpo.sweep import execute as executing
 from dpo.sweep.plan import resolve
 from dpo.sweep.schema import check, identity
 from dpo.sweep.signature import instantiate
@@ -42,10 +43,10 @@ SMALL = [
 ]
 
 
-def frozen(directory: Path, *overrides: str) -> Any:
+def frozen(directory: Path, *overrides: str, verb: str = "train") -> Any:
     """The config that a sweep would freeze for these overrides; caches beside the run directory."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = compose("train", [*overrides, f"cache={directory.parent / 'cache'}", "wandb.mode=disabled"])
+        composed = compose(verb, [*overrides, f"cache={directory.parent / 'cache'}", "wandb.mode=disabled"])
     resolved = resolve(composed)
     check(resolved)
     return OmegaConf.create({"id": identity(resolved), **resolved})
@@ -362,12 +363,17 @@ def test_bf16_stays_near_fp32(tmp_path, tiny_model):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_sft_is_a_verb_of_its_own(tmp_path):
-    command = [sys.executable, "-m", "dpo.sft", "sft.steps=4", "data.demonstrations=32", "evaluation.prompts=10"]
-    command += ["threads=1", "evaluation.log_samples=2", f"runs={tmp_path}", "wandb.mode=disabled"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    directory = tmp_path / "sft" / next(path.name for path in (tmp_path / "sft").iterdir() if path.is_dir())
+def test_sft_is_a_verb_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", {**os.environ})  # to which a run adds
+    given = ["sft.steps=4", "data.demonstrations=32", "evaluation.prompts=10", "evaluation.log_samples=2", "threads=1"]
+    directory = tmp_path / "sft" / "beta=0.1,seed=0"
+    directory.mkdir(parents=True)
+    OmegaConf.save(frozen(directory, *given, verb="sft"), directory / "config.yaml")
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # which a run that has ended hears no more
+    former = {number: signal.getsignal(number) for number in numbers}
+    assert executing.execute(directory) == 0
+    for number, handler in former.items():
+        signal.signal(number, handler)
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert len(losses(rows)) == 4
     assert losses(rows)[-1] < losses(rows)[0]

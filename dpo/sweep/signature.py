@@ -41,7 +41,12 @@ def instantiate(node: Any) -> Any:
     if all(_unfit(function, returns) for _, returns in GROUPS.values()):
         raise ValueError(f"_target_ must name a function of a group ({', '.join(GROUPS)}), got {values['_target_']}")
     options = {key: value for key, value in values.items() if key not in WORDS}
-    return partial(function, **options) if values.get("_partial_") else function(**options)
+    if not values.get("_partial_"):
+        return function(**options)
+    if isinstance(function, type):  # a module: what its constructor does not take is for its `forward`
+        own = inspect.signature(function).parameters.keys() & options
+        function = function(**{key: options.pop(key) for key in own})
+    return partial(function, **options)
 
 
 def check_signature(group: str, node: Any, given: tuple[str, ...]) -> list[str]:
@@ -54,7 +59,9 @@ def check_signature(group: str, node: Any, given: tuple[str, ...]) -> list[str]:
     homes, returns = GROUPS[group]
     try:
         target = _located(node["_target_"], homes)
-        parameters, unfit = inspect.signature(target, eval_str=True).parameters, _unfit(target, returns)
+        parameters, unfit = dict(inspect.signature(target, eval_str=True).parameters), _unfit(target, returns)
+        if given and (forward := getattr(target, "forward", None)):  # of a module
+            parameters |= inspect.signature(partial(forward, None), eval_str=True).parameters
     except Exception as error:  # whatever importing that module raises
         return [f"{group}._target_ must name a function, got {node['_target_']}: {error}"]
     if unfit:
@@ -103,7 +110,7 @@ def _located(path: str, homes: Sequence[str]) -> Callable[..., Any]:
 
 def _unfit(target: Any, expected: str | tuple[str, ...]) -> str | None:
     """Why a function does not return what one of its group does, by its annotation; or a class is not that itself."""
-    returned = inspect.signature(target, eval_str=True).return_annotation
+    returned = inspect.signature(getattr(target, "forward", target), eval_str=True).return_annotation
     if isinstance(expected, str):
         found = inspect.formatannotation(returned) if returned is not inspect.Signature.empty else "nothing named"
         return None if found == expected else f"must return {expected} by its annotation, found {found}"

@@ -6,9 +6,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Protocol, Self, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,24 @@ class Batches(Protocol[ReadBatch]):
     def name(self, row: int) -> str: ...  # what to call an item in messages
 
 
-Step = Callable[[AnyBatch], tuple[Tensor, dict[str, Tensor]]]
+Step = Callable[[AnyBatch], tuple[Tensor, dict[str, Tensor]]]  # losses (B,) and metrics (B,) of a micro-batch
+
+
+@dataclass(frozen=True)
+class WholeStep(Generic[AnyBatch]):
+    """A step whose losses see all N items of the optimizer step at once, whatever its micro-batches and processes.
+
+    values: all that losses read of the items of a micro-batch, name -> (B,).
+    outputs: those of them that gradients flow into, a second time.
+    losses: values of all items, in the order of their rows, to losses (N,) and metrics (N,). Called once a step.
+    """
+
+    values: Callable[[AnyBatch], dict[str, Tensor]]
+    outputs: Callable[[AnyBatch], dict[str, Tensor]]
+    losses: Callable[[dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+
+
+AnyStep = Step[AnyBatch] | WholeStep[AnyBatch]
 
 
 class Stopped(KeyboardInterrupt):
@@ -53,7 +71,7 @@ class Stopped(KeyboardInterrupt):
 def fit(
     model: nn.Module,
     batches: Batches[AnyBatch],
-    step: Step[AnyBatch],
+    step: AnyStep[AnyBatch],
     optimizer: Optimizer,
     scheduler: LRScheduler,
     *,
@@ -73,8 +91,8 @@ def fit(
     """Train `model` for `steps` optimizer steps, from the latest checkpoint in `directory` if there is one.
 
     model: on its device, sharded by `shard` when there are several processes, in the mode to train in.
-    step: losses (B,) and metrics (B,) of a micro-batch. The objective is the mean loss over all real items
-        of the optimizer step, whatever the size of micro-batches or the number of processes.
+    step: losses (B,) and metrics (B,) of a micro-batch, or a `WholeStep`. The objective is the mean loss over all real
+        items of the optimizer step, whatever the size of micro-batches or the number of processes.
     precision: "fp32", or "bf16": autocast of `step`; weights, gradients and moments are float32 in both.
     evaluate: called with the steps done: 0, every `evaluate_every`, and `steps`. It changes no training.
     checkpoint_every: optimizer steps between checkpoints; 0: only when stopped. One more is saved at the end in any
@@ -120,7 +138,7 @@ def fit(
             began, lr = time.perf_counter(), float(scheduler.get_last_lr()[0])
             micro_batches, total = batches.at(done)
             optimizer.zero_grad()
-            metrics, seen = _backward((batch.to(device) for batch in micro_batches), total, step, products)
+            metrics, seen = _backward(step, micro_batches, total, device, products)
             metrics["grad_norm"] = _clip(model, max_grad_norm)
             if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
                 _refuse(done + 1, metrics, seen, batches.name)
@@ -140,7 +158,11 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def _backward(
-    micro_batches: Iterable[AnyBatch], total: int, step: Step[AnyBatch], products: torch.autocast
+    step: AnyStep[AnyBatch],
+    micro_batches: Sequence[AnyBatch],
+    total: int,
+    device: torch.device,
+    products: torch.autocast,
 ) -> tuple[dict[str, float], list[tuple[Tensor, Tensor]]]:
     """Accumulate the gradient of the mean loss over the `total` real items of all ranks.
 
@@ -148,16 +170,63 @@ def _backward(
     """
     sums: dict[str, Tensor] = {}
     seen = []
-    for batch in micro_batches:
-        with products:
-            losses, metrics = step(batch)  # (B,), name -> (B,)
-        # FSDP averages gradients over ranks: times world_size it adds them up, as the mean over `total` asks.
-        (world_size() * (losses * batch.valid).sum() / total).backward()
+    for batch, losses, metrics, objective in passes(step, micro_batches, total, device, products):
+        objective.backward()
         seen.append((batch.index[batch.valid], losses.detach()[batch.valid]))
         for key, values in {"loss": losses, **metrics}.items():
             sums[key] = sums.get(key, 0) + (values.detach().double() * batch.valid).sum()
     means = (all_sum(torch.stack([*sums.values()])) / total).tolist()
     return dict(zip(sums, means, strict=True)), seen
+
+
+def passes(
+    step: AnyStep[AnyBatch],
+    micro_batches: Sequence[AnyBatch],
+    total: int,
+    device: torch.device,
+    products: contextlib.AbstractContextManager[Any],
+) -> Iterator[tuple[AnyBatch, Tensor, dict[str, Tensor], Tensor]]:
+    """Each micro-batch of an optimizer step, with its losses (B,), metrics (B,), and what to back-propagate for it, ().
+
+    That adds up to the gradient of the mean loss over the `total` real items of all ranks. For a `WholeStep` this is
+    gradient caching (2101.06983): of an objective f(v_1, ..., v_N) of values v_i of weights w,
+    df/dw = sum_i (df/dv_i) dv_i/dw. Pass 1 computes v_i without gradients, and f with all df/dv_i from them; pass 2
+    back-propagates sum_i v_i df/dv_i, a micro-batch at a time. One micro-batch of one process needs no second pass.
+    """
+    if not isinstance(step, WholeStep):
+        for batch in (batch.to(device) for batch in micro_batches):
+            with products:
+                losses, metrics = step(batch)  # (B,), name -> (B,)
+            # FSDP averages gradients over ranks: times world_size it adds them up, as the mean over `total` asks.
+            yield batch, losses, metrics, world_size() * (losses * batch.valid).sum() / total
+        return
+    training, rng, parts = torch.is_grad_enabled(), get_rng(), []
+    again = training and world_size() * len(micro_batches) > 1
+    for batch in (batch.to(device) for batch in micro_batches):
+        with torch.set_grad_enabled(training and not again), products:
+            values = {"index": batch.index, **step.values(batch)}
+        parts.append({name: value[batch.valid].cpu() for name, value in values.items()})
+    parts = gathered(parts) if world_size() > 1 else parts  # which keeps no graph
+    rows, order = torch.cat([part.pop("index") for part in parts]).sort()
+    whole = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}  # (N,) each, on the CPU
+    inputs = {name: value.requires_grad_(training) for name, value in whole.items() if value.is_floating_point()}
+    losses, metrics = step.losses(whole)  # (N,), name -> (N,)
+    objective = world_size() * losses.sum() / total
+    if again:
+        gradients = torch.autograd.grad(objective, [*inputs.values()], materialize_grads=True)  # (N,) each
+        set_rng(rng)  # what pass 1 dropped out, pass 2 does
+    at_fault = ~losses.isfinite() & ~torch.stack([*inputs.values()]).isfinite().all(0)
+    if at_fault.any():
+        losses = losses.where(at_fault, 0.0)  # those of the others are not finite because of these
+    for batch in (batch.to(device) for batch in micro_batches):
+        place = torch.searchsorted(rows, batch.index.cpu())  # (B,); a filler repeats an item of the step
+        found = {name: value[place].to(device) for name, value in metrics.items()}
+        if again:
+            with products:
+                outputs = step.outputs(batch)
+            slopes = {name: each[place].to(device) for name, each in zip(inputs, gradients, strict=True)}
+            objective = torch.stack([value * slopes[name] * batch.valid for name, value in outputs.items()]).sum()
+        yield batch, losses[place].to(device), found, objective
 
 
 def _clip(model: nn.Module, max_grad_norm: float) -> float:
