@@ -12,7 +12,10 @@ import sys
 SWEEPS = {  # take key=value
     "train": "train a policy on preference pairs, or with -m a sweep of them",
     "sft": "make a policy from demonstrations",
+    "generate": "sample candidate responses from a policy",
+    "judge": "judge candidate responses, and pair the better with the worse",
     "score": "score pairs under a reference ahead of time",
+    "evaluate": "measure a policy: win rate, KL, shape of its responses",
 }
 VERBS = SWEEPS | {
     "results": "where a sweep stands: states, table, figure",

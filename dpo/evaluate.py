@@ -1,14 +1,26 @@
-"""Measure a trained policy: win rate against the initial policy, KL to the reference, shape of the responses."""
+"""Measure a policy: win rate and KL against another model, shape of the responses.
+
+    python -m dpo.evaluate policy.path=runs/dev/beta=0.1/policy against=/models/sft
+
+`dpo.train` does the same with what it trained, against what it started from.
+"""
+
+if __name__ == "__main__":
+    from dpo.sweep import launch
+
+    launch.command("evaluate")  # ends here: a run is `python -m dpo.sweep.execute`, and what it imports is slow
 
 import contextlib
 import json
 import math
-import shutil
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,13 +35,19 @@ from dpo.data.batches import (
     encode_prompts,
     size,
 )
-from dpo.data.records import Dataset, Text, listed
+from dpo.data.instructions import read_instructions, write_outputs
+from dpo.data.records import Dataset, Text, listed, write_rows
 from dpo.data.tokens import encode_alone, usable
 from dpo.data.truncation import cut_prompts
-from dpo.judges import Judge
+from dpo.judges import Judge, judged
 from dpo.policy import model as models
 from dpo.policy.logps import forward_tokens, packable, sequence_kl
 from dpo.policy.sampling import Sample, inputs, sample
+from dpo.settings import policy_spec
+from dpo.sweep.directory import finish
+from dpo.sweep.inputs import load
+from dpo.sweep.signature import instantiate
+from dpo.training import distributed
 from dpo.training.distributed import all_sum, any_true, device_of, is_main
 from dpo.training.log import progress
 from dpo.training.loop import AnyStep, passes, refuse
@@ -37,6 +55,34 @@ from dpo.training.loop import AnyStep, passes, refuse
 DIVERGED = "Training diverged, if it was finite before: lower the learning rate. Else look at these items."
 TEXTS = ("prompt", "response", "baseline")  # columns of a row that have no mean
 EMPTY = 0.1  # share of the baseline's words below which a response counts as broken
+
+
+def run(config: DictConfig, directory: Path) -> None:
+    """Write `responses.jsonl` (test responses with their judgements) and last `evaluation.json` into `directory`."""
+    began = time.monotonic()
+    dataset, judge = load(config), instantiate(config.judge)
+    instructions = read_instructions(config.evaluation.instructions)
+    spec = policy_spec(config)
+    models.check_length(spec, "max_length", config.max_length)
+    tokenizer = models.load_tokenizer(spec)
+    test = test_prompts(dataset, config, tokenizer)
+    questions(instructions, tokenizer, config)
+    device = distributed.join(config.device)
+    policy, _ = models.load(spec, device)
+    kl_targets, before = {}, None
+    if config.against is not None:
+        other, its_tokenizer = models.load(replace(spec, path=config.against), device)
+        models.check_same_tokenizer(config.against, its_tokenizer, spec.path, tokenizer)
+        kl_targets = {"kl": other}
+        before = baseline(other, tokenizer, test, config, models.fingerprint(other)) if judge else None
+    answers = answer(policy, tokenizer, instructions, config) if instructions else []
+    responses, measured = measure(policy, kl_targets, tokenizer, test, before, judge, config)
+    if is_main():
+        if instructions:
+            write_outputs(directory, instructions, answers)
+        write_rows(directory / "responses.jsonl", responses)
+        finish(directory, "evaluation.json", {**measured, "seconds": time.monotonic() - began})
+    distributed.leave()
 
 
 def measure(
@@ -80,18 +126,19 @@ def describe(
 
     Against `baseline` responses to the same prompts also `win_rate` (ties one half) and its 95 % interval.
     """
-    others = [None] * len(prompts) if baseline is None else baseline
+    others: Sequence[str | None] = [None] * len(prompts) if baseline is None else baseline
     rows: list[dict[str, Any]] = []
-    for prompt, one, against in zip(prompts, samples, others, strict=True):
+    silent: list[dict[str, float]] = [{}] * len(prompts)
+    ours = judged(judge, prompts, [one.text for one in samples]) if judge else silent
+    theirs = judged(judge, prompts, baseline) if judge and baseline is not None else silent
+    for prompt, one, against, judgement, other in zip(prompts, samples, others, ours, theirs, strict=True):
         length = len(one.response_ids) - one.ended
         row: dict[str, Any] = {"prompt": prompt, "response": one.text, "ended": one.ended, "length": length}
         row["repetition"] = repetition(one.response_ids)
         row["broken"] = is_broken(one, against)
-        if judge is not None:
-            row.update(judge(prompt, [one.text])[0])
-        if judge is not None and against is not None:
-            score = judge(prompt, [against])[0]["score"]
-            win = 1.0 if row["score"] > score else 0.0 if row["score"] < score else 0.5
+        row.update(judgement)
+        if other:
+            win = 1.0 if row["score"] > other["score"] else 0.0 if row["score"] < other["score"] else 0.5
             row.update({"baseline": against, "win": win})
         rows.append(row)
     result = {name: _mean([row[name] for row in rows]) for name in rows[0] if name not in TEXTS}
@@ -327,16 +374,6 @@ def show(
     if not prompts:
         return []
     return describe(prompts, respond(policy, tokenizer, prompts, settings, ""), judge)[0]
-
-
-def finish(directory: Path, result: dict[str, float]) -> None:
-    """Write `evaluation.json`, whole: its presence means that the run is finished, and needs nothing to resume from."""
-    unfinished = directory / "evaluation.json.unfinished"
-    finite = {name: value if math.isfinite(value) else None for name, value in result.items()}
-    unfinished.write_text(json.dumps(finite, indent=1) + "\n")
-    unfinished.replace(directory / "evaluation.json")
-    for folder in ("checkpoint", "selected"):
-        shutil.rmtree(directory / folder, ignore_errors=True)
 
 
 def _mean(values: Sequence[float]) -> float:

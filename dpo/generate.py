@@ -1,117 +1,154 @@
-"""Sample responses from a policy, judge them, and pair the better with the worse."""
+"""Sample candidate responses from a policy, which `dpo.judge` makes preference pairs of.
 
-import random
-from collections.abc import Sequence
-from dataclasses import replace
-from itertools import combinations
+    python -m dpo.generate policy.path=/models/sft data=file data.path=pairs.jsonl
+
+`dpo.train` does the same by itself when its data bring prompts and no pairs.
+"""
+
+if __name__ == "__main__":
+    from dpo.sweep import launch
+
+    launch.command("generate")  # ends here: a run is `python -m dpo.sweep.execute`, and what it imports is slow
+
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo import evaluate
+from dpo import evaluate, sft
 from dpo.cache import digest, remember
 from dpo.data.batches import fed_prompts
-from dpo.data.records import Preference, Text, TokenIds, read, write, write_rows
+from dpo.data.records import Text, parse, write_rows
 from dpo.data.tokens import decode, vocabulary
-from dpo.judges import JUDGES_VERSION, Judge
+from dpo.policy import model as models
 from dpo.policy.sampling import Sample, inputs, sample
-from dpo.training.distributed import any_true
+from dpo.settings import policy_spec
+from dpo.sweep.directory import finish
+from dpo.sweep.inputs import load
+from dpo.training import distributed
+
+SPLITS = ("train", "validation")
 
 
-def preferences(
+@dataclass(frozen=True)
+class Candidate:
+    """A response to a prompt, as it was sampled."""
+
+    prompt: Text
+    fed: Text  # what the policy was fed of it: less, where the prompt is too long
+    response: Sample
+    tokenizer: str  # `dpo.data.tokens.vocabulary` of it
+
+
+def run(config: DictConfig, directory: Path) -> None:
+    """Write `train.jsonl` and `validation.jsonl`, a candidate a line, and last `manifest.json`, into `directory`."""
+    began = time.monotonic()
+    dataset = load(config)
+    device = distributed.join(config.device)
+    start = policy_spec(config, sft.initial_policy(config, dataset, device))
+    policy, tokenizer = models.load(start, device)
+    weights = models.fingerprint(policy)
+    found = candidates(policy, tokenizer, dataset.prompts, config, weights, dataset.on_faulty)
+    if distributed.is_main():
+        for split, some in found.items():
+            write_rows(directory / f"{split}.jsonl", map(row, some))
+        made = {f"{split} candidates": len(some) for split, some in found.items()}
+        tokens = sum(len(one.response.response_ids) for some in found.values() for one in some)
+        finish(directory, "manifest.json", {**made, "tokens": tokens, "seconds": time.monotonic() - began})
+    distributed.leave()
+
+
+def candidates(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: dict[str, list[Text]],
-    judge: Judge | None,
     config: Any,
     weights: str,
     on_faulty: str = "error",
-) -> dict[str, list[Preference]]:
-    """On-policy preference pairs for the train and validation prompts, sampled once and shared by a sweep.
+) -> dict[str, list[Candidate]]:
+    """`generation.samples_per_prompt` responses to each train and validation prompt, sampled once, shared by a sweep.
 
-    They keep the token ids that were sampled, and of a prompt that was cut what the policy was fed. Every response is
-    kept with its judgement in `<split>.candidates.jsonl`. weights: the policy's fingerprint. on_faulty: what to do with
-    prompts that the policy cannot be fed, see `dpo.evaluate.fit_to_feed`.
+    They keep the token ids that were sampled, and of a prompt that was cut what the policy was fed. weights: the
+    policy's fingerprint. on_faulty: what to do with prompts that the policy cannot be fed: `dpo.evaluate.fit_to_feed`.
     """
-    if judge is None:
-        raise ValueError(f"data={config.data._target_} has prompts but no pairs, so judge must not be none")
-    splits = ("train", "validation")
-    limit = config.max_length - config.max_new_tokens
+    limit, settings = config.max_length - config.max_new_tokens, config.generation
     prompts = {
         split: evaluate.fit_to_feed(prompts[split], tokenizer, config, on_faulty, f"{split} prompts")
-        for split in splits
+        for split in SPLITS
     }
-    fed = {split: fed_prompts(prompts[split], tokenizer, limit) for split in splits}
+    fed = {split: fed_prompts(prompts[split], tokenizer, limit) for split in SPLITS}
+    drawn = ("samples_per_prompt", "temperature", "top_p", "batch_size")
     key = {
         "weights": weights,
-        "prompts": digest([prompts[split] for split in splits]),
-        "judge": OmegaConf.to_container(config.judge),
-        "judges": JUDGES_VERSION,
-        "settings": OmegaConf.to_container(config.generation),
+        "prompts": digest([prompts[split] for split in SPLITS]),
+        "settings": {name: settings[name] for name in drawn},
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
-        **inputs(model, tokenizer, [ids for split in splits for _, ids in fed[split]]),
+        **inputs(model, tokenizer, [ids for split in SPLITS for _, ids in fed[split]]),
     }
 
     def build(folder: Path) -> None:
-        for split in splits:
-            seed = int(digest([config.seed, split])[:8], 16)
-            pairs, candidates = _pairs(model, tokenizer, prompts[split], fed[split], judge, config, seed, split)
-            write(folder / f"{split}.jsonl", pairs)
-            write_rows(folder / f"{split}.candidates.jsonl", candidates)
+        n, own = settings.samples_per_prompt, vocabulary(tokenizer)
+        for split in SPLITS:
+            samples = sample(
+                model,
+                tokenizer,
+                [ids for _, ids in fed[split] for _ in range(n)],
+                max_new_tokens=config.max_new_tokens,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                seed=seed_of(config.seed, split),
+                batch_size=settings.batch_size,
+                name=f"sampling {split} pairs",
+            )
+            asked = [
+                (prompt, start) for prompt, (start, _) in zip(prompts[split], fed[split], strict=True) for _ in range(n)
+            ]
+            found = [
+                Candidate(prompt, start, _whole_characters(one, tokenizer), own)
+                for (prompt, start), one in zip(asked, samples, strict=True)
+            ]
+            write_rows(folder / f"{split}.jsonl", map(row, found))
 
-    folder, _ = remember(config.cache, "pairs", key, build, any_true)
-    return {split: read(folder / f"{split}.jsonl") for split in splits}
+    folder, _ = remember(config.cache, "candidates", key, build, distributed.any_true)
+    return read(folder)
 
 
-def _pairs(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Text],
-    fed: Sequence[tuple[Text, list[int]]],
-    judge: Judge,
-    config: Any,
-    seed: int,
-    split: str,
-) -> tuple[list[Preference], list[dict[str, Any]]]:
-    settings = config.generation
-    n = settings.samples_per_prompt
-    samples = sample(
-        model,
-        tokenizer,
-        [ids for _, ids in fed for _ in range(n)],
-        max_new_tokens=config.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=seed,
-        batch_size=settings.batch_size,
-        name=f"sampling {split} pairs",
-    )
-    samples = [_whole_characters(one, tokenizer) for one in samples]
-    own = vocabulary(tokenizer)
-    rng = random.Random(seed)
-    pairs, candidates = [], []
-    for row, (prompt, (start, _)) in enumerate(zip(prompts, fed, strict=True)):
-        responses = samples[row * n : (row + 1) * n]
-        judgements = judge(prompt, [response.text for response in responses])
-        candidates += [
-            {"prompt": prompt, "response": response.text, "ended": response.ended, **judgement}
-            for response, judgement in zip(responses, judgements, strict=True)
-        ]
-        scored = [(judgement["score"], response) for judgement, response in zip(judgements, responses, strict=True)]
-        decisive = [pair for pair in combinations(scored, 2) if pair[0][0] != pair[1][0]]
-        for pair in rng.sample(decisive, min(settings.pairs_per_prompt, len(decisive))):
-            (_, worse), (_, better) = sorted(pair, key=lambda scored: scored[0])
-            ids = TokenIds(own, better.prompt_ids, better.response_ids, worse.response_ids)
-            pairs.append(Preference(start, better.text, worse.text, better.ended, worse.ended, token_ids=ids))
-    if not pairs:
-        raise RuntimeError(
-            f"no two of the {len(samples)} responses to {len(prompts)} prompts differ in score; sample more responses "
-            f"(generation.samples_per_prompt, now {n}) or at a higher temperature (now {settings['temperature']})"
-        )
-    return pairs, candidates
+def seed_of(seed: int, split: str) -> int:
+    """What the random numbers of a split start from."""
+    return int(digest([seed, split])[:8], 16)
+
+
+def read(folder: Path) -> dict[str, list[Candidate]]:
+    """The candidates in the files of a folder, as `dpo.generate` writes them.
+
+    Raises: ValueError that names the lines which are none.
+    """
+    return {split: [one for _, one in parse(folder / f"{split}.jsonl", _candidate)] for split in SPLITS}
+
+
+def row(one: Candidate) -> dict[str, Any]:
+    """A candidate as a line of a file."""
+    said = one.response
+    return {
+        "prompt": one.prompt,
+        **({} if one.fed == one.prompt else {"fed": one.fed}),
+        "response": said.text,
+        "ended": said.ended,
+        "token_ids": {"tokenizer": one.tokenizer, "prompt": said.prompt_ids, "response": said.response_ids},
+    }
+
+
+def _candidate(line: dict[str, Any]) -> Candidate:
+    try:
+        ids = line["token_ids"]
+        said = Sample(list(ids["prompt"]), list(ids["response"]), line["response"], line["ended"])
+        return Candidate(line["prompt"], line.get("fed", line["prompt"]), said, ids["tokenizer"])
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"must be a candidate as dpo.generate writes it, found no {error}") from None
 
 
 def _whole_characters(response: Sample, tokenizer: PreTrainedTokenizerBase) -> Sample:

@@ -16,26 +16,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo import evaluate, generate, sft
+from dpo import generate, sft
 from dpo.data.batches import TOO_LONG, Pair, tokenize, told_apart
 from dpo.data.records import Dataset, Preference, row, write_rows
+from dpo.judge import cached_preferences
 from dpo.judges import Judge
 from dpo.policy import model as models
 from dpo.references import Precomputed
 from dpo.settings import policy_spec
+from dpo.sweep.directory import finish
 from dpo.sweep.inputs import load
 from dpo.sweep.signature import instantiate
 from dpo.training import distributed
+from dpo.training.log import say
 
 SPLITS = ("train", "validation")
 
 
 def run(config: DictConfig, directory: Path) -> None:
-    """Write `train.jsonl` and `validation.jsonl`, and last `evaluation.json`, into `directory`.
+    """Write `train.jsonl` and `validation.jsonl`, and last `manifest.json`, into `directory`.
 
     A reference without scores is passed over, so that a table's references can be scored in one line.
 
@@ -50,7 +52,7 @@ def run(config: DictConfig, directory: Path) -> None:
     if not isinstance(reference, Precomputed):
         say(f"reference={config.choices.reference} has no scores to make: it moves with the policy, or is no model")
         if distributed.is_main():
-            evaluate.finish(directory, {"seconds": time.monotonic() - began})
+            finish(directory, "manifest.json", {"seconds": time.monotonic() - began})
         return
     dataset = load(config)
     reference.check(policy_spec(config), config)
@@ -74,7 +76,7 @@ def run(config: DictConfig, directory: Path) -> None:
         write_rows(directory / f"{split}.jsonl", rows)
     result = {f"{split} pairs": len(items) for split, items in pairs.items()}
     result |= {f"{split} pairs cut": sum(bool(pair.cut) for pair in items) for split, items in pairs.items()}
-    evaluate.finish(directory, {**result, "seconds": time.monotonic() - began})
+    finish(directory, "manifest.json", {**result, "seconds": time.monotonic() - began})
 
 
 def named(what: str, of_both: Sequence[Any]) -> dict[str, Any]:
@@ -114,29 +116,12 @@ def prepare(
     processes join here.
     """
     device = distributed.join(config.device)
-    start = initial_policy(config, dataset, device)
+    start = sft.initial_policy(config, dataset, device)
     rule = dataset.on_faulty
     policy, _ = models.load(policy_spec(config, start), device)
     if not pairs:
-        weights = models.fingerprint(policy)
-        sampled = generate.preferences(policy, tokenizer, dataset.prompts, judge, config, weights, rule)
-        pairs = tokenized(sampled, tokenizer, config, rule)
+        if judge is None:
+            raise ValueError(f"data={config.data._target_} has prompts but no pairs, so judge must not be none")
+        found = generate.candidates(policy, tokenizer, dataset.prompts, config, models.fingerprint(policy), rule)
+        pairs = tokenized(cached_preferences(found, judge, config), tokenizer, config, rule)
     return start, policy, pairs
-
-
-def initial_policy(config: DictConfig, dataset: Dataset, device: torch.device) -> str:
-    """Folder or hub name of the policy that training starts from: `policy.path`, or the cached SFT of `policy.base`."""
-    if config.policy.path is not None:
-        say(f"policy: {config.policy.path}")
-        return str(config.policy.path)
-    path, cached = sft.cached_policy(config, dataset.demonstrations, device, dataset.on_faulty)
-    say(
-        f"policy: {config.policy.base} after SFT on {len(dataset.demonstrations)} demonstrations, "
-        f"{'from the cache' if cached else 'trained now'} ({path})"
-    )
-    return path
-
-
-def say(line: str) -> None:
-    if distributed.is_main():
-        print(line, flush=True)

@@ -26,14 +26,15 @@ from dpo import evaluate
 from dpo.cache import digest, remember
 from dpo.data.batches import Batch, Batches, Tokens, collate, size, tokenize_demonstrations
 from dpo.data.instructions import read_instructions, write_outputs
-from dpo.data.records import Demonstration, write_rows
+from dpo.data.records import Dataset, Demonstration, write_rows
 from dpo.policy import model as models
 from dpo.policy.logps import packable, sequence_logps
 from dpo.settings import policy_spec
+from dpo.sweep.directory import finish
 from dpo.sweep.inputs import load
 from dpo.sweep.signature import instantiate
 from dpo.training import distributed
-from dpo.training.log import Log
+from dpo.training.log import Log, say
 from dpo.training.loop import fit
 from dpo.training.optim import optimizer, schedule
 
@@ -77,8 +78,21 @@ def run(config: DictConfig, directory: Path) -> None:
             write_outputs(directory, instructions, outputs)
         write_rows(directory / "responses.jsonl", responses)
         done = {"steps": steps(config, len(items)), "seconds": time.monotonic() - began, **measured}
-        evaluate.finish(directory, done)
+        finish(directory, "evaluation.json", done)
     distributed.leave()
+
+
+def initial_policy(config: DictConfig, dataset: Dataset, device: torch.device) -> str:
+    """Folder or hub name of the policy that training starts from: `policy.path`, or the cached SFT of `policy.base`."""
+    if config.policy.path is not None:
+        say(f"policy: {config.policy.path}")
+        return str(config.policy.path)
+    path, cached = cached_policy(config, dataset.demonstrations, device, dataset.on_faulty)
+    say(
+        f"policy: {config.policy.base} after SFT on {len(dataset.demonstrations)} demonstrations, "
+        f"{'from the cache' if cached else 'trained now'} ({path})"
+    )
+    return path
 
 
 def cached_policy(

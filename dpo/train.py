@@ -30,12 +30,13 @@ from dpo.policy import model as models
 from dpo.policy.best import BestCheckpoint
 from dpo.policy.logps import differing, forward_tokens, packable, sequence_logps
 from dpo.references import Frozen, Reference
-from dpo.score import encode, prepare, say
+from dpo.score import encode, prepare
 from dpo.settings import policy_spec
+from dpo.sweep.directory import finish
 from dpo.sweep.inputs import load
 from dpo.sweep.signature import instantiate
 from dpo.training import distributed
-from dpo.training.log import Log
+from dpo.training.log import Log, say
 from dpo.training.loop import AnyStep, WholeStep, autocast, fit
 from dpo.training.optim import optimizer, schedule
 
@@ -147,7 +148,7 @@ def run(config: DictConfig, directory: Path) -> None:
         if instructions:
             write_outputs(directory, instructions, answers)
         write_rows(directory / "responses.jsonl", responses)
-        evaluate.finish(directory, result)
+        finish(directory, "evaluation.json", result)
     distributed.leave()
 
 

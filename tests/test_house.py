@@ -13,7 +13,7 @@ LAYERS = [  # imports go to a lower layer or stay in theirs, and never in a circ
     {"references", "judges"},
     {"sweep"},
     {"results"},
-    {"settings", "evaluate", "generate", "sft", "world.pretrain"},
+    {"settings", "evaluate", "generate", "judge", "sft", "world.pretrain"},
     {"score", "train"},
 ]
 FILES = sorted((ROOT / "dpo").rglob("*.py"))

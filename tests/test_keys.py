@@ -212,7 +212,7 @@ def test_what_is_given_beside_the_settings_decides_too(ask, settings, world, mon
     assert missed("sft", silent)
     assert missed("sft", changed(settings, "policy.base", world))
     second = copy.deepcopy(settings)
-    second.adam_betas = [settings.betas[0], 0.95]
+    second.adam_betas = [settings.adam_betas[0], 0.95]
     assert missed("sft", second)
     asked: list[Any] = []
     with monkeypatch.context() as patch:

@@ -104,12 +104,11 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the project whose nouns and verb are stand-ins without torch."""
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
     shutil.copytree(ROOT / "hydra_plugins", tmp_path / "hydra_plugins")
-    for package in ("data", "policy"):
-        (tmp_path / "dpo" / package).mkdir(parents=True)
-    for module in PROJECT:
-        shutil.copy(ROOT / "dpo" / f"{module}.py", tmp_path / "dpo" / f"{module}.py")
-    for module, text in NOUNS.items():
-        (tmp_path / "dpo" / f"{module}.py").write_text(text)
+    texts = {file.relative_to(ROOT / "dpo"): file.read_text() for one in PROJECT for file in (ROOT / "dpo").glob(one)}
+    for path, text in {**texts, **{Path(f"{module}.py"): text for module, text in NOUNS.items()}}.items():
+        file = tmp_path / "dpo" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
     # What many processes import is compiled once.
     for variable in (*launch.THREADS, "CUDA_VISIBLE_DEVICES", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE"):
         monkeypatch.delenv(variable, raising=False)
@@ -117,9 +116,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start(tree: Path, *arguments: str, verb: str = "train") -> subprocess.Popen[str]:
-    def interruptible() -> (
-        None
-    ):  # a shell starts what runs in its background with SIGINT ignored, and that is inherited
+    def interruptible() -> None:  # SIGINT is ignored in what a shell starts in its background, and that is inherited
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     return subprocess.Popen(

@@ -1,6 +1,8 @@
 """A run directory: what its files say, where the run stands, and what is wrong with a file that no run writes."""
 
 import json
+import math
+import shutil
 import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -16,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 SCORES = "alpaca_eval_scores.json"  # what `dpo.results.alpaca_eval` adds to a run
+MARKERS = ("evaluation.json", "manifest.json")  # of a run that measures a policy, or one that makes files; written last
 
 
 def folders(path: Path) -> list[Path]:
@@ -25,7 +28,7 @@ def folders(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         raise ValueError(f"{path} must be a folder of run directories, such as runs/dev; it does not exist")
-    names = ("config.yaml", "evaluation.json", "metrics.jsonl")
+    names = ("config.yaml", "metrics.jsonl", *MARKERS)
     return sorted({file.parent for name in names for file in path.glob(f"*/{name}")})
 
 
@@ -38,12 +41,29 @@ def configs(path: Path) -> dict[str, dict[str, Any]]:
     return {run: values for run, values in found.items() if values}
 
 
+def finished(directory: Path) -> bool:
+    """Whether its last file is written."""
+    return any((directory / name).exists() for name in MARKERS)
+
+
+def finish(directory: Path, name: str, result: dict[str, float]) -> None:
+    """Write the last file of a run, whole: its presence means that the run is finished, and needs nothing to resume
+    from. name: one of MARKERS.
+    """
+    unfinished = directory / f"{name}.unfinished"
+    finite = {key: value if math.isfinite(value) else None for key, value in result.items()}
+    unfinished.write_text(json.dumps(finite, indent=1) + "\n")
+    unfinished.replace(directory / name)
+    for folder in ("checkpoint", "selected"):
+        shutil.rmtree(directory / folder, ignore_errors=True)
+
+
 def status(directory: str | Path, queued: Collection[Path] = ()) -> str:
     """finished | running | queued | failed | stopped | planned | damaged."""
     directory = Path(directory)
     if damage(directory):
         return "damaged"
-    if (directory / "evaluation.json").exists():
+    if finished(directory):
         return "finished"
     if _running(directory):
         return "running"
@@ -70,6 +90,7 @@ def damage(directory: Path) -> str | None:
     try:
         config(directory)
         evaluation(directory)
+        manifest(directory)
         metrics(directory)
         _error(directory)
     except ValueError as error:
@@ -85,7 +106,7 @@ def config(directory: Path) -> dict[str, Any]:
     file = directory / "config.yaml"
     cure = f"move {directory} away, and the same command makes the run again"
     content = _content(file, _parsed, "the settings of a run", cure)
-    if content is None and not any((directory / name).exists() for name in ("evaluation.json", "metrics.jsonl")):
+    if content is None and not any((directory / name).exists() for name in ("metrics.jsonl", *MARKERS)):
         return {}
     if content is None:
         raise _damaged(file, "the settings of a run", "no such file", cure)
@@ -133,6 +154,19 @@ def evaluation(directory: Path) -> dict[str, Any]:
             raise _damaged(file, must, odd, cure)
         found |= content
     return found
+
+
+def manifest(directory: Path) -> dict[str, Any]:
+    """What a run that makes files has made, in numbers; {} before, and of other runs.
+
+    Raises: ValueError if it is damaged.
+    """
+    file, must = directory / "manifest.json", "a JSON object of numbers"
+    cure = f"move {directory} away, and the same command makes the run again"
+    content = _content(file, json.loads, must, cure)
+    if content is not None and (not isinstance(content, dict) or not content or _odd(content)):
+        raise _damaged(file, must, _kind(content), cure)
+    return content or {}
 
 
 def metrics(directory: Path) -> list[dict[str, Any]]:

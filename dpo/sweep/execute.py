@@ -27,7 +27,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dpo.sweep.directory import damage
+from dpo.sweep.directory import damage, finished
 from dpo.sweep.schema import check, identity
 
 FAILED, IN_USE, STOPPED = 1, 73, 75
@@ -45,7 +45,7 @@ def execute(directory: Path) -> int:
         print(f"ValueError: {wrong}", file=sys.stderr, flush=True)
         _record(directory, "ValueError", wrong, "")
         return FAILED
-    if (directory / "evaluation.json").exists():
+    if finished(directory):
         print(f"{directory} is finished")
         return 0
     lock = FileLock(directory / ".lock")

@@ -36,6 +36,7 @@ def models(config: Any) -> dict[str, str]:
     """Digests of the folders and files that a config names as its policy and reference; none of what is on the hub."""
     policy, reference = config["policy"], config.get("reference") or {}
     paths = {"policy": policy["path"] or policy["base"], "reference": reference.get("path")}
+    paths |= {key: config.get(key) for key in ("against", "candidates")}
     local = {key: _place(path) for key, path in paths.items() if path is not None}
     return {key: sketch(path) for key, path in local.items() if path.exists()}
 

@@ -17,13 +17,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo import HOME
 from dpo.sweep.directory import config as config_of
-from dpo.sweep.directory import configs, status
+from dpo.sweep.directory import configs, finished, status
 from dpo.sweep.schema import ALIASES, NAME_BYTES, RECORDED, faults, flatten, identity, identity_keys, non_numeric
 
 INPUTS = {  # what a run is made from beside its settings: see dpo.sweep.inputs
     "data": "the data",
     "policy": "the model at policy.path or policy.base",
     "reference": "what is at reference.path",
+    "against": "the model at against",
+    "candidates": "what is at candidates",
 }
 
 
@@ -249,7 +251,7 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 def _begun(directory: Path) -> bool:
     """Whether a run has made something that can be resumed or read."""
-    made = (directory / "evaluation.json").exists() or any(directory.glob("checkpoint/step-*"))
+    made = finished(directory) or any(directory.glob("checkpoint/step-*"))
     return made or status(directory) == "running"
 
 

@@ -32,9 +32,10 @@ class Rehearsal:
         """What speaks against a config, and what its run would be made from."""
         if problems := misfits(config):
             return {"problems": problems, "inputs": {}}
-        attempts: list[tuple[Callable[..., Any], ...]] = [
+        attempts: list[tuple[Any, ...]] = [
             (_data, config["data"]),
-            (_located, config["policy"]["path"], config["policy"]["base"]),
+            (_located, config["policy"]["path"], config["policy"]["base"], config.get("against")),
+            (_candidates, config.get("candidates")),
             (read_instructions, config["evaluation"]["instructions"]),
             (instantiate, config["judge"]),
         ]
@@ -43,7 +44,9 @@ class Rehearsal:
         tried = [self._once(*attempt) for attempt in attempts]
         if problems := [problem for _, problem in tried if problem is not None]:
             return {"problems": problems, "inputs": {}}
-        models, problem = self._once(inputs.models, {key: config.get(key) for key in ("policy", "reference")})
+        models, problem = self._once(
+            inputs.models, {key: config.get(key) for key in ("policy", "reference", "against", "candidates")}
+        )
         if problem is not None:
             return {"problems": [problem], "inputs": {}}
         return {"problems": [], "inputs": {"data": tried[0][0], **models}}
@@ -65,6 +68,12 @@ def _data(node: dict[str, Any]) -> str:
         if key.endswith("path") and value is not None and not Path(value).is_file():
             raise ValueError(f"data.{key} must be a file of records, found none at {value}; check the path")
     return contents(instantiate(node))
+
+
+def _candidates(folder: str | None) -> None:
+    for name in ("train.jsonl", "validation.jsonl"):
+        if folder is not None and not Path(folder, name).is_file():
+            raise ValueError(f"candidates must be a folder that dpo.generate wrote, found no {name} in {folder}")
 
 
 def _located(*paths: str | None) -> None:

@@ -123,6 +123,25 @@ class Score(Train):
 
 
 @dataclass
+class Generate(Train):
+    """`python -m dpo.generate`."""
+
+
+@dataclass
+class Judge(Train):
+    """`python -m dpo.judge`."""
+
+    candidates: str | None
+
+
+@dataclass
+class Evaluate(Train):
+    """`python -m dpo.evaluate`."""
+
+    against: str | None
+
+
+@dataclass
 class Sft:
     """`python -m dpo.sft`."""
 
@@ -157,11 +176,18 @@ class Sft:
     command: str
 
 
-SCHEMAS = {"score": Score, "sft": Sft, "train": Train}  # by command, the verb that executes the run
+SCHEMAS = {
+    "evaluate": Evaluate,
+    "generate": Generate,
+    "judge": Judge,
+    "score": Score,
+    "sft": Sft,
+    "train": Train,
+}  # by command, the verb that executes the run
 for verb, schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{verb}_schema", node=schema)
 # Group -> arguments that its function receives when it is called, not from the config.
-OPEN_GROUPS = {"data": (), "judge": ("prompt", "responses"), "loss": ("pair",), "reference": ()}
+OPEN_GROUPS = {"data": (), "judge": ("prompts", "responses"), "loss": ("pair",), "reference": ()}
 
 # The home of a default -> the key that decides. A frozen config shows the value in force at both.
 ALIASES = {"loss.beta": "beta"} | {f"policy.{key}": key for key in ("lr", "max_length", "max_new_tokens")}

@@ -1,10 +1,10 @@
 """Join the process group, shard a model over it, agree over ranks. All of it does nothing for one process."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 
 Model = TypeVar("Model", bound=nn.Module)
+Made = TypeVar("Made")
 FILE_BYTES = 4e9
 TIMEOUT = timedelta(days=1)  # ranks may wait for what another run makes for both; one that dies is noticed at once
 
@@ -121,6 +122,22 @@ def in_files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
             file, size = file + 1, 0
         files[name], size = file, size + tensor.nbytes
     return files
+
+
+def on_main(make: Callable[[], Made]) -> Made:
+    """What rank 0 makes, on all ranks; what it raises there is raised on all."""
+    if world_size() == 1:
+        return make()
+    made: list[tuple[Made | None, Exception | None]] = []
+    if is_main():
+        try:
+            made = [(make(), None)]
+        except Exception as error:
+            made = [(None, error)]
+    [(value, refused)] = gathered(made)
+    if refused is not None:
+        raise refused
+    return cast(Made, value)
 
 
 def all_sum(tensor: Tensor) -> Tensor:

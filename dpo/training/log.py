@@ -240,3 +240,8 @@ def _span(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def say(line: str) -> None:
+    if is_main():
+        print(line, flush=True)
