@@ -228,11 +228,14 @@ def respond(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Text],
     settings: Any,
-    name: str,
+    stream: str,
     temperature: float | None = None,
 ) -> list[Sample]:
-    """One response to each test prompt; the same random numbers for all policies of a seed. name "": no progress."""
-    return _drawn(model, tokenizer, _encoded(prompts, tokenizer, settings), settings, name, temperature)
+    """One response to each test prompt; the same random numbers for all policies of a seed.
+
+    stream: the name of its random numbers, which the progress bar shows; "": those of samples to look at, quietly.
+    """
+    return _drawn(model, tokenizer, _encoded(prompts, tokenizer, settings), settings, stream, temperature)
 
 
 def _encoded(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, settings: Any) -> list[list[int]]:
@@ -244,7 +247,7 @@ def _drawn(
     tokenizer: PreTrainedTokenizerBase,
     encoded: list[list[int]],
     settings: Any,
-    name: str,
+    stream: str,
     temperature: float | None = None,
 ) -> list[Sample]:
     return sample(
@@ -253,9 +256,9 @@ def _drawn(
         encoded,
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.evaluation.temperature if temperature is None else temperature,
-        seed=int(digest(["evaluation", settings.seed, name])[:8], 16),
+        seed=int(digest(["evaluation", settings.seed, stream])[:8], 16),
         batch_size=settings.evaluation.batch_size,
-        name=name and f"answers of the {name}",
+        name=stream and f"answers of the {stream}",
     )
 
 
@@ -329,7 +332,7 @@ def kl(
     packed = settings.packed and packable(policy, items) and packable(kl_target, items)
     tokens = forward_tokens(settings.micro_batch_tokens, packed)
     plain, rao_blackwell = torch.zeros(2, len(samples))
-    bar: progress[None] = progress(total=len(samples), name="KL")
+    bar = progress(total=len(samples), name="KL")
     with torch.no_grad(), bar:
         for share in balance_by_tokens([size(item) for item in items], tokens, 1):
             batch = collate_responses([items[place] for place in share], packed=packed).to(device_of(policy))

@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 
 Marked = TypeVar("Marked", bound=Any)  # a function or class
 TRIED = 100.0  # nats between chosen and rejected at which a loss is tried before any run
-TIE_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}  # of matrix products in either; see `rounding`
+TIE_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}  # of matrix products in either; see `tie_tolerance`
 
 
 def tie_tolerance(logps: Tensor, precision: str = "fp32") -> Tensor:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo import generate, sft
 from dpo.data.batches import TOO_LONG, Pair, tokenize, told_apart
 from dpo.data.records import Dataset, Preference, row, write_rows
+from dpo.generate import SPLITS
 from dpo.judge import cached_preferences
 from dpo.judges import Judge
 from dpo.policy import model as models
@@ -32,8 +33,6 @@ from dpo.sweep.inputs import load
 from dpo.sweep.signature import instantiate
 from dpo.training import distributed
 from dpo.training.log import say
-
-SPLITS = ("train", "validation")
 
 
 def run(config: DictConfig, directory: Path) -> None:

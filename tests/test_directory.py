@@ -1,5 +1,7 @@
 """A run directory whose files are not as a run writes them is named, once, and the other runs are shown."""
 
+import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from test_runs import command, run
 from dpo import results
 from dpo.results import tables
 from dpo.results.frames import DamagedRun
-from dpo.sweep.directory import SCORES, damage, evaluation
+from dpo.sweep.directory import MARKERS, SCORES, config, damage, evaluation, finish, finished, folders, manifest
 
 __all__ = ["tree"]
 TEXTS = {
@@ -63,9 +65,13 @@ SETTINGS = {
 CASES = [
     *(("evaluation.json", what, text) for what, text in {**TEXTS, **NUMBERS}.items()),
     *((SCORES, what, text) for what, text in {**TEXTS, **NUMBERS}.items()),
+    *(("manifest.json", what, text) for what, text in {**TEXTS, **NUMBERS}.items()),
     *(("metrics.jsonl", what, text) for what, text in ROWS.items()),
     *(("config.yaml", what, text) for what, text in SETTINGS.items()),
-    *((file, "a folder", None) for file in ("evaluation.json", SCORES, "metrics.jsonl", "config.yaml", "error.json")),
+    *(
+        (file, "a folder", None)
+        for file in ("evaluation.json", SCORES, "manifest.json", "metrics.jsonl", "config.yaml", "error.json")
+    ),
     *((file, "not to be read", Path("/proc/self/mem")) for file in ("evaluation.json", "metrics.jsonl")),
     ("config.yaml", "absent", Path("/nowhere")),
 ]
@@ -124,6 +130,32 @@ def test_what_alpaca_eval_says_joins_what_was_measured(tmp_path):
     assert (found["alpaca_eval/win_rate"], found["win_rate"], found["length"]) == (0.25, 0.125, 20.25)
     (directory / "evaluation.json").unlink()
     assert evaluation(directory) == {}  # of a run that is not finished they say nothing
+
+
+@pytest.mark.parametrize("name", MARKERS)
+def test_finish_is_whole_and_drops_the_checkpoint(tmp_path, name):
+    for folder in ("checkpoint", "selected"):
+        (tmp_path / folder / "step-3").mkdir(parents=True)
+    assert not finished(tmp_path)
+    finish(tmp_path, name, {"kl": 1.0, "kl/se": math.nan, "kl_plain": math.inf})
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert json.loads((tmp_path / name).read_text()) == {"kl": 1.0, "kl/se": None, "kl_plain": None}
+    assert finished(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path / 'config.yaml'} must hold the settings of a run, found no such"):
+        config(tmp_path)  # a run is there, and its settings are gone
+
+
+def test_a_run_that_makes_files_is_finished_by_its_manifest(tmp_path):
+    """What it made is no figure of a policy; without a marker it may be started again."""
+    directory = run(tmp_path, 0.1, finished=False)
+    (directory / "metrics.jsonl").unlink()
+    assert (manifest(directory), results.status(directory)) == ({}, "planned")
+    (directory / "manifest.json").write_text('{"train pairs": 20, "seconds": 1.5}')
+    assert manifest(directory) == {"train pairs": 20, "seconds": 1.5}
+    assert (evaluation(directory), results.status(directory), results.reason(directory)) == ({}, "finished", None)
+    (directory / "config.yaml").unlink()
+    assert folders(tmp_path) == [directory]
+    assert results.status(directory) == "damaged"
 
 
 def test_a_last_line_that_is_cut_is_no_damage(tmp_path):

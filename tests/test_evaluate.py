@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_tokenizer
 from omegaconf import OmegaConf
+from test_train import frozen, other_model, own
 
 from dpo import evaluate, judges
 from dpo.data.batches import Batches
@@ -15,6 +16,7 @@ from dpo.data.records import Dataset
 from dpo.policy import model as models
 from dpo.policy import sampling
 from dpo.policy.sampling import Sample
+from dpo.settings import policy_spec
 from dpo.world import language
 
 
@@ -225,6 +227,31 @@ def test_kl_is_of_samples_at_temperature_1(tiny_model, asked, temperature):
     assert result["kl_plain"] == pytest.approx(sum(ratios) / 2, rel=1e-4)
 
 
+def test_a_policy_is_measured_against_another(tmp_path, tiny_model, asked, monkeypatch):
+    """The other's responses are the baseline, and KL is to it; both read the same tokens, as the policy is read."""
+    llama, other, directory = tiny_model("llama"), other_model(tmp_path, tiny_model), tmp_path / "run"
+    prints = {path: models.fingerprint(models.load(path)[0]) for path in (llama, other)}
+    given = [*own(tmp_path, llama), "judge=shorter", "policy.date=2001-02-03", "device=cpu", f"against={other}"]
+    held, read, kl, load = [], [], evaluate.kl, models.load
+    monkeypatch.setattr(evaluate, "kl", lambda *some, **named: held.append(some[:2]) or kl(*some, **named))
+    monkeypatch.setattr(models, "load", lambda which, device: read.append(which) or load(which, device))
+    config = frozen(directory, *given, verb="evaluate")
+    directory.mkdir()
+    evaluate.run(config, directory)
+    assert [models.fingerprint(call["model"]) for call in asked] == [prints[other], prints[llama]]
+    assert [tuple(map(models.fingerprint, some)) for some in held] == [(prints[llama], prints[other])]
+    assert read == [policy_spec(config), policy_spec(config, other)]
+    [key] = (tmp_path / "cache" / "baseline").glob("*/key.json")
+    assert json.loads(key.read_text())["weights"] == prints[other]  # a sweep that starts there finds it
+    rows = [json.loads(line) for line in (directory / "responses.jsonl").read_text().splitlines()]
+    assert {(row["baseline"], row["response"], row["win"]) for row in rows} == {("a ", "a a ", 0.0)}
+    told = json.loads((directory / "evaluation.json").read_text())
+    assert (told["n"], told["win_rate"], told["kl"] > 0) == (4, 0.0, True)
+    strange = frozen(directory, *given, f"against={tiny_model('qwen2')}", verb="evaluate")
+    with pytest.raises(ValueError, match="must have the tokenizer of the policy"):
+        evaluate.run(strange, directory)
+
+
 def test_random_numbers_of_an_evaluation_are_these(tmp_path, tiny_model, asked):
     """For good: who changes them changes every published figure. All policies of a seed draw the same."""
     model, tokenizer = models.load(tiny_model("llama"))
@@ -312,7 +339,7 @@ class TestGold:
         return prompt, [f"{attribute} {facts[attribute]} ." for attribute in asked]
 
     def scores(self, prompt, *responses):
-        return [judgement["score"] for judgement in judges.gold(prompt, list(responses))]
+        return [judgement["score"] for judgement in judges.gold([prompt] * len(responses), responses)]
 
     def test_more_right_answers_win_below_three(self):
         prompt, facts = self.article()
@@ -330,7 +357,7 @@ class TestGold:
         attribute, value, _ = facts[0].split()
         others = [other for other in language.ATTRIBUTES[attribute] if other != value]
         twice = f"{attribute} {others[0]} . {attribute} {others[1]} ."
-        found = [(one["wrong"], one["any_wrong"]) for one in judges.gold(prompt, [twice, " ".join(facts)])]
+        found = [(one["wrong"], one["any_wrong"]) for one in judges.gold([prompt] * 2, [twice, " ".join(facts)])]
         assert found == [(2.0, 1.0), (0.0, 0.0)]
 
     def test_every_measure(self):
@@ -338,7 +365,7 @@ class TestGold:
         attribute, value, _ = facts[4].split()
         lies = [f"{attribute} {other} ." for other in language.ATTRIBUTES[attribute] if other != value]
         responses = [" ".join([*facts[:2], lies[0], "is the and ."]), " ".join(facts[:3])]
-        assert judges.gold(prompt, responses) == [
+        assert judges.gold([prompt] * 2, responses) == [
             {"score": 2.0, "correct": 2.0, "enough": 0.0, "wrong": 1.0, "any_wrong": 1.0, "valid": 0.75},
             {"score": 4 - 9 / 48, "correct": 3.0, "enough": 1.0, "wrong": 0.0, "any_wrong": 0.0, "valid": 1.0},
         ]
@@ -351,15 +378,6 @@ class TestGold:
 
     def test_chats_and_other_texts_are_refused(self):
         with pytest.raises(ValueError, match="embedded world"):
-            judges.gold("What is the capital of Italy?", ["Rome"])
+            judges.gold(["What is the capital of Italy?"], ["Rome"])
         with pytest.raises(ValueError, match="judge"):
-            judges.gold([{"role": "user", "content": "hi"}], ["hello"])
-
-
-def test_finish_is_whole_and_drops_the_checkpoint(tmp_path):
-    (tmp_path / "checkpoint" / "step-3").mkdir(parents=True)
-    (tmp_path / "selected" / "step-3").mkdir(parents=True)
-    evaluate.finish(tmp_path, {"kl": 1.0, "kl/se": math.nan, "kl_plain": math.inf})
-    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
-    written = json.loads((tmp_path / "evaluation.json").read_text())
-    assert written == {"kl": 1.0, "kl/se": None, "kl_plain": None}
+            judges.gold([[{"role": "user", "content": "hi"}]], ["hello"])

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +14,9 @@ from test_tokens import sentencepiece
 from transformers import LlamaForCausalLM
 
 from dpo import generate, score
+from dpo import judge as judging
 from dpo.data.batches import collate_pairs, encode_prompts, tokenize
-from dpo.data.records import Dataset, read, write
+from dpo.data.records import Dataset, read, write, write_rows
 from dpo.judges import shorter
 from dpo.policy import model as models
 from dpo.policy import sampling
@@ -141,8 +141,14 @@ def lengths(prompt: str, responses: list[str]) -> list[dict[str, float]]:
     return [{"score": float(len(response) // 10)} for response in responses]  # ties happen
 
 
+def preferences(model, tokenizer, prompts, judge, config, weights, on_faulty="error"):
+    """What `dpo.train` makes of prompts."""
+    found = generate.candidates(model, tokenizer, prompts, config, weights, on_faulty)
+    return judging.cached_preferences(found, judge, config)
+
+
 def test_pairs_prefer_the_higher_score(tmp_path, llama):
-    pairs = generate.preferences(*llama, {"train": PROMPTS, "validation": PROMPTS[:2]}, lengths, config(tmp_path), "w")
+    pairs = preferences(*llama, {"train": PROMPTS, "validation": PROMPTS[:2]}, lengths, config(tmp_path), "w")
     assert set(pairs) == {"train", "validation"}
     for pair in pairs["train"]:
         assert len(pair.chosen) // 10 > len(pair.rejected) // 10
@@ -152,14 +158,14 @@ def test_pairs_prefer_the_higher_score(tmp_path, llama):
     (folder,) = (path for path in (tmp_path / "pairs").iterdir() if path.is_dir())
     assert read(folder / "train.jsonl") == pairs["train"]
     assert pairs["train"][1].source == f"{folder / 'train.jsonl'}, line 2"
-    assert len((folder / "train.candidates.jsonl").read_text().splitlines()) == 24
+    assert len((folder / "train.judged.jsonl").read_text().splitlines()) == 24
 
 
 def test_the_second_run_of_a_sweep_samples_nothing(tmp_path, llama, monkeypatch):
     prompts = {"train": PROMPTS, "validation": PROMPTS[:2]}
-    first = generate.preferences(*llama, prompts, lengths, config(tmp_path), "w")
+    first = preferences(*llama, prompts, lengths, config(tmp_path), "w")
     monkeypatch.setattr(generate, "sample", lambda *_, **__: pytest.fail("sampled again"))
-    assert generate.preferences(*llama, prompts, lengths, config(tmp_path), "w") == first
+    assert preferences(*llama, prompts, lengths, config(tmp_path), "w") == first
 
 
 def test_prompts_that_cannot_be_fed_follow_the_rule_for_pairs(tmp_path, capsys):
@@ -171,10 +177,10 @@ def test_prompts_that_cannot_be_fed_follow_the_rule_for_pairs(tmp_path, capsys):
     prompts = {"train": [*chats, told], "validation": chats[:2]}
     model, asked = policy(tokenizer), config(tmp_path)
     with pytest.raises(ValueError, match=r"1 of 7 train prompts are faulty:\n  prompt 6, .* no system"):
-        generate.preferences(model, tokenizer, prompts, lengths, asked, "w")
-    found = generate.preferences(model, tokenizer, prompts, lengths, asked, "w", "drop")
+        preferences(model, tokenizer, prompts, lengths, asked, "w")
+    found = preferences(model, tokenizer, prompts, lengths, asked, "w", "drop")
     assert "1 of 7 train prompts are faulty, 1 dropped" in capsys.readouterr().out
-    assert found == generate.preferences(model, tokenizer, prompts | {"train": chats}, lengths, asked, "w")
+    assert found == preferences(model, tokenizer, prompts | {"train": chats}, lengths, asked, "w")
 
 
 def test_how_the_tokenizer_was_called_before_is_no_part_of_the_key(llama):
@@ -188,31 +194,31 @@ def test_how_the_tokenizer_was_called_before_is_no_part_of_the_key(llama):
 def test_pairs_are_made_again_when_what_decides_them_changes(tmp_path, llama, monkeypatch):
     model, tokenizer = llama
 
-    def entries(**changed) -> int:
+    def entries(**changed) -> tuple[int, ...]:
         asked = OmegaConf.merge(config(tmp_path), changed)
-        generate.preferences(model, tokenizer, {"train": PROMPTS, "validation": PROMPTS[:2]}, lengths, asked, "w")
-        return sum(path.is_dir() for path in (tmp_path / "pairs").iterdir())
+        preferences(model, tokenizer, {"train": PROMPTS, "validation": PROMPTS[:2]}, lengths, asked, "w")
+        return tuple(sum(path.is_dir() for path in (tmp_path / kind).iterdir()) for kind in ("candidates", "pairs"))
 
-    assert entries() == entries() == entries(max_length=100) == 1  # no prompt is that long
-    assert entries(judge={"option": 1}) == 2
-    monkeypatch.setattr(generate, "JUDGES_VERSION", generate.JUDGES_VERSION + 1)
-    assert entries() == 3
+    assert entries() == entries() == entries(max_length=100) == (1, 1)  # no prompt is that long
+    assert entries(judge={"option": 1}) == (1, 2)
+    assert entries(generation={"pairs_per_prompt": 1}) == (1, 3)
+    monkeypatch.setattr(judging, "JUDGES_VERSION", judging.JUDGES_VERSION + 1)
+    assert entries() == (1, 4)
     monkeypatch.setattr(sampling, "SAMPLING_VERSION", sampling.SAMPLING_VERSION + 1)
-    assert entries() == 4
+    assert entries() == (2, 4)  # the same responses
     model.generation_config.eos_token_id = [model.generation_config.eos_token_id, 5]
-    assert entries() == 5
-    assert entries(max_length=16) == 6  # prompts are cut
+    model.generation_config.temperature = 0.5  # not asked for
+    candidates, pairs = entries()
+    assert (candidates, pairs) in ((3, 4), (3, 5))  # they may end where they did
+    assert entries(max_length=16) == (4, pairs + 1)  # prompts are cut
     tokenizer.add_special_tokens({"pad_token": "<pad>"})  # the text of a response is another
-    assert entries() == 7
+    assert entries()[0] == 5
 
 
-def test_a_cut_response_has_no_end(monkeypatch):
+def test_a_cut_response_has_no_end():
     responses = [Sample([1], [2, 3], "a b", ended=True), Sample([1], [2, 4], "a c d", ended=False)]
-    monkeypatch.setattr(generate, "sample", lambda *_, **__: responses)
-    settings = SimpleNamespace(samples_per_prompt=2, temperature=1.0, top_p=1.0, pairs_per_prompt=2, batch_size=2)
-    asked = SimpleNamespace(generation=settings, max_length=8, max_new_tokens=2)
-    judge = lambda prompt, texts: [{"score": float(len(text))} for text in texts]  # noqa: E731
-    (pair,), _ = generate._pairs(None, tiny_tokenizer("gpt2"), ["p"], [("p", [1])], judge, asked, 0, "train")
+    some = [generate.Candidate("p", "p", one, "tokenizer") for one in responses]
+    (pair,) = judging._pairs(some, [3.0, 5.0], at_most=2, seed=0)
     assert (pair.chosen, pair.chosen_ended, pair.rejected, pair.rejected_ended) == ("a c d", False, "a b", True)
 
 
@@ -221,7 +227,7 @@ def test_all_ties_are_an_error(tmp_path, llama):
         return [{"score": 0.0} for _ in responses]
 
     with pytest.raises(RuntimeError, match="differ in score"):
-        generate.preferences(*llama, {"train": PROMPTS, "validation": PROMPTS}, same, config(tmp_path), "w")
+        preferences(*llama, {"train": PROMPTS, "validation": PROMPTS}, same, config(tmp_path), "w")
 
 
 def policy(tokenizer):
@@ -241,7 +247,7 @@ def test_pairs_are_trained_as_they_were_sampled(tmp_path, make, monkeypatch):
     monkeypatch.setattr(generate, "sample", lambda *a, **more: drawn.extend(sample(*a, **more)) or drawn[-24:])
     long = [f"\n\nHuman: {' dogs' * 60} {n}?\n\nAssistant:" for n in range(2)]  # cut to what the policy can be fed
     prompts = {"train": [*PROMPTS[:4], *long], "validation": PROMPTS}
-    made = generate.preferences(model, tokenizer, prompts, lengths, config(tmp_path, pairs_per_prompt=6), "w")
+    made = preferences(model, tokenizer, prompts, lengths, config(tmp_path, pairs_per_prompt=6), "w")
     made = [*made["train"], *made["validation"]]
     pairs = tokenize(made, tokenizer, 64, "error")
     again = tokenize([replace(one, token_ids=None) for one in made], tokenizer, 64, "truncate")
@@ -269,6 +275,24 @@ def test_pairs_are_trained_as_they_were_sampled(tmp_path, make, monkeypatch):
         assert logp == pytest.approx(every[places, torch.tensor(ids)].sum().item(), abs=1e-3)
 
 
+def test_a_candidate_is_read_as_it_was_written(tmp_path):
+    chat = [{"role": "user", "content": "Is 1 even?"}]
+    whole = generate.Candidate(chat, chat, Sample([5, 6], [7], "No", ended=False), "bytes")
+    cut = generate.Candidate("a long prompt", "prompt", Sample([1], [2, 3], "a b", ended=True), "words")
+    found = {"train": [cut, whole], "validation": [whole]}
+    for split, some in found.items():
+        write_rows(tmp_path / f"{split}.jsonl", map(generate.row, some))
+    assert generate.read(tmp_path) == found
+    ids = {"tokenizer": "bytes", "prompt": [5, 6], "response": [7]}
+    assert generate.row(whole) == {"prompt": chat, "response": "No", "ended": False, "token_ids": ids}
+    assert generate.row(cut)["fed"] == "prompt"
+    for key in ("prompt", "response", "ended", "token_ids"):
+        line = {name: value for name, value in generate.row(cut).items() if name != key}
+        write_rows(tmp_path / "train.jsonl", [generate.row(whole), line])
+        with pytest.raises(ValueError, match=f"(?s)train.jsonl.*line 2: must be a candidate .* found no '{key}'"):
+            generate.read(tmp_path)
+
+
 def test_a_response_cut_inside_a_character_ends_before_it():
     tokenizer = tiny_tokenizer("gpt2")
     prompt, ids = tokenizer("Is it")["input_ids"], tokenizer(" Rome ☃")["input_ids"]
@@ -285,7 +309,7 @@ def test_a_response_cut_inside_a_character_ends_before_it():
 def test_token_ids_are_used_where_they_fit(tmp_path, capsys):
     tokenizer = tiny_tokenizer("qwen2")
     chats = [[{"role": "user", "content": f"Is {n} even?"}] for n in range(6)]
-    found = generate.preferences(
+    found = preferences(
         policy(tokenizer), tokenizer, {"train": chats, "validation": chats[:2]}, lengths, config(tmp_path), "w"
     )["train"]
     write(tmp_path / "pairs.jsonl", found)
@@ -333,8 +357,8 @@ def test_sampled_pairs_follow_the_settings(tmp_path, tiny_model, data, monkeypat
             samples.append(Sample(ids, [100 + row, 200 + nth, 2], text, ended=nth % 2 == 0))
         return samples
 
-    def judge(prompt, responses):
-        judged.append(prompt)
+    def judge(prompts, responses):
+        judged.extend(dict.fromkeys(prompts))
         return [{"score": float(len(response.split()))} for response in responses]
 
     monkeypatch.setattr(generate, "sample", drawn)
@@ -353,7 +377,7 @@ def test_sampled_pairs_follow_the_settings(tmp_path, tiny_model, data, monkeypat
     def sampled(name: str, *more: str):
         asked.clear()
         config = frozen(tmp_path / name / "run", *given, *more)
-        return generate.preferences(model, tokenizer, prompts, judge, config, "w")
+        return preferences(model, tokenizer, prompts, judge, config, "w")
 
     found = sampled("some", "seed=5")
     named = ("max_new_tokens", "temperature", "top_p", "batch_size")
@@ -389,11 +413,11 @@ def test_sampled_pairs_follow_the_settings(tmp_path, tiny_model, data, monkeypat
 def test_sampled_pairs_are_made_by_the_rule_for_faulty_prompts(tmp_path, tiny_model, data, monkeypatch):  # noqa: F811
     llama, rules = tiny_model("llama"), []
 
-    def preferences(*given: Any) -> Any:
+    def candidates(*given: Any) -> Any:
         rules.append(given[-1])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "preferences", preferences)
+    monkeypatch.setattr(generate, "candidates", candidates)
     config = frozen(tmp_path / "run", *own(data, llama), f"policy.path={llama}")
     dataset = Dataset([], {}, {"train": ["a"], "validation": ["b"], "test": ["c"]}, on_faulty="keep")
     with pytest.raises(KeyboardInterrupt):

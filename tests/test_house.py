@@ -84,3 +84,8 @@ def test_every_value_has_its_comment():
             plain = not key.startswith(("#", "hydra", " ", "defaults", "_", "-"))
             if plain and value and page.parent.name != "hydra":
                 assert "#" in line, f"{page.name}: {line}"
+
+
+def test_lines_of_the_readme_have_at_most_100_characters():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert not [number for number, line in enumerate(lines, 1) if len(line) > 100]

@@ -146,6 +146,12 @@ def test_policy_and_reference_are_told_at_the_paths_that_count(tmp_path):
     assert inputs.models({"policy": {"path": str(one), "base": None}, "reference": {"path": str(tmp_path)}}) == (
         {"policy": alone["policy"], "reference": inputs.sketch(tmp_path)}
     )
+    others = {"reference": None, "against": str(other), "candidates": str(tmp_path)}
+    assert inputs.models({"policy": {"path": str(one), "base": None}, **others}) == {
+        "policy": alone["policy"],
+        "against": inputs.sketch(other),
+        "candidates": inputs.sketch(tmp_path),
+    }
     before = inputs.sketch(tmp_path)
     write(tmp_path / "given.jsonl.gz", ROWS[1:])
     assert inputs.sketch(tmp_path) != before

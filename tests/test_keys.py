@@ -17,24 +17,25 @@ from omegaconf import DictConfig, OmegaConf
 from test_train import frozen
 
 from dpo import evaluate, generate, sft
+from dpo import judge as judging
 from dpo.data.batches import tokenize
 from dpo.data.records import Dataset, Demonstration, Preference
 from dpo.policy import model as models
 from dpo.policy import sampling, scoring
+from dpo.policy.sampling import Sample
 from dpo.references import Initial, OtherTokenizer
 from dpo.settings import policy_spec
 from dpo.sweep.schema import flatten
 from dpo.training import distributed
 
 SFT = {f"sft.{key}" for key in ("batch_size", "lr", "epochs", "steps", "schedule", "warmup_steps")}
-SAMPLED = {
-    f"generation.{key}" for key in ("samples_per_prompt", "temperature", "top_p", "pairs_per_prompt", "batch_size")
-}
 DECIDE = {  # kind -> settings that decide what is made; all others do not
     "sft": SFT
     | {"policy.base", "policy.chat_template", "policy.date", "optimizer", "adam_betas", "weight_decay", "max_grad_norm"}
     | {"max_length", "on_too_long", "precision", "seed"},
-    "pairs": SAMPLED | {"judge._target_", "max_length", "max_new_tokens", "seed"},
+    "candidates": {f"generation.{key}" for key in ("samples_per_prompt", "temperature", "top_p", "batch_size")}
+    | {"max_length", "max_new_tokens", "seed"},
+    "pairs": {"judge._target_", "generation.pairs_per_prompt", "seed"},
     "baseline": {"evaluation.prompts", "evaluation.temperature", "evaluation.batch_size"}
     | {"max_length", "max_new_tokens", "seed"},
     "reference": {"precision"},
@@ -61,6 +62,10 @@ OTHER = {  # setting -> another value that is valid, where one more, or one word
 }
 CHATS = [[{"role": "user", "content": f"Is {n} even, {'or odd, ' * n}please?"}] for n in (1, 2, 15)]
 TODAY = "{{ strftime_now('%d %b %Y') }}"
+
+
+RESPONSES = [Sample([7], [8, 9], "a" * nth, ended=True) for nth in range(4)]
+SAMPLED = {split: [generate.Candidate("p", "p", one, "t") for one in RESPONSES] for split in ("train", "validation")}
 
 
 class Asked(Exception):
@@ -95,7 +100,7 @@ def ask(world, tmp_path, monkeypatch):
             build[0](make)
         raise Asked(str(root), kind, copy.deepcopy(key), any_true)
 
-    for module in (sft, generate, evaluate, scoring):
+    for module in (sft, generate, judging, evaluate, scoring):
         monkeypatch.setattr(module, "remember", remember)
     monkeypatch.setattr(models, "load", load)
     monkeypatch.setattr(models, "load_tokenizer", load_tokenizer)
@@ -105,15 +110,18 @@ def ask(world, tmp_path, monkeypatch):
 
     def ask(kind, config, making=None, **changed) -> Asked:
         build[:] = [making] if making else []
-        given = {"demonstrations": demonstrations, "prompts": CHATS, "held_out": CHATS[:1], "weights": "w", **changed}
+        given = {"demonstrations": demonstrations, "prompts": CHATS, "held_out": CHATS[:1], "weights": "w"}
+        given |= {"sampled": SAMPLED, **changed}
         model, tokenizer = load(models.ModelSpec(world["one"], date="2024-07-26"), torch.device("cpu"))
         tokenizer = changed.get("tokenizer", tokenizer)
         with pytest.raises(Asked) as caught:  # noqa: PT012
             if kind == "sft":
                 sft.cached_policy(config, given["demonstrations"], torch.device("cpu"), given.get("on_faulty", "error"))
-            if kind == "pairs":
+            if kind == "candidates":
                 prompts = {"train": given["prompts"], "validation": given["held_out"]}
-                generate.preferences(model, tokenizer, prompts, length, config, given["weights"])
+                generate.candidates(model, tokenizer, prompts, config, given["weights"])
+            if kind == "pairs":
+                judging.cached_preferences(given["sampled"], length, config)
             if kind == "baseline":
                 test = evaluate.test_prompts(Dataset([], {}, {"test": given["prompts"]}), config, tokenizer)
                 evaluate.baseline(model, tokenizer, test, config, given["weights"])
@@ -183,7 +191,7 @@ def reads(monkeypatch):
         yield found
 
 
-@pytest.mark.parametrize("kind", ["sft", "pairs", "baseline", "reference"])
+@pytest.mark.parametrize("kind", ["sft", "candidates", "pairs", "baseline", "reference"])
 def test_what_the_making_reads_is_in_the_key_or_changes_no_number(ask, settings, tmp_path, monkeypatch, kind):
     read: set[str] = set()
 
@@ -219,36 +227,38 @@ def test_what_is_given_beside_the_settings_decides_too(ask, settings, world, mon
         patch.setattr(sft, "tokenize_demonstrations", lambda *given: asked.append(given) or [])
         ask("sft", settings, on_faulty="drop")
     assert asked[0][2:] == (60, "truncate", "drop")
-    assert missed("pairs", weights="v")
+    assert missed("candidates", weights="v")
     assert missed("baseline", weights="v")
     assert missed("other-reference", path="other")
     for prompts in (CHATS[:2], [*CHATS[:2], [{"role": "user", "content": "?"}]]):
-        assert missed("pairs", prompts=prompts)
+        assert missed("candidates", prompts=prompts)
     assert missed("baseline", prompts=CHATS[1:])
     assert missed("baseline", prompts=[CHATS[0], CHATS[2]])
-    assert missed("pairs", held_out=CHATS[1:2])
+    assert missed("candidates", held_out=CHATS[1:2])
     cut = [[[{"role": "user", "content": f"{word} 15 even, {'or odd, ' * 15}please?"}]] for word in ("Is", "Was")]
     for split in ("prompts", "held_out"):  # fed the same, and judged by all of their text
-        one, other = (ask("pairs", settings, **{split: prompts}).key for prompts in cut)
+        one, other = (ask("candidates", settings, **{split: prompts}).key for prompts in cut)
         assert one["prompt_ids"] == other["prompt_ids"]
         assert one != other
-    one, other = (ask("pairs", settings, prompts=CHATS[:place], held_out=CHATS[place:]).key for place in (1, 2))
+    one, other = (ask("candidates", settings, prompts=CHATS[:place], held_out=CHATS[place:]).key for place in (1, 2))
     assert one != other
-    plain = models.load_tokenizer(models.ModelSpec(world["one"], date="2024-07-26"))
+    plain = copy.deepcopy(models.load_tokenizer(models.ModelSpec(world["one"], date="2024-07-26")))
     plain.add_special_tokens({"pad_token": "<pad>"})
-    for kind in ("pairs", "baseline"):
+    for kind in ("candidates", "baseline"):
         assert missed(kind, tokenizer=plain)
     longer = copy.deepcopy(settings)
     longer.max_length, longer.max_new_tokens = 61, 5  # so that prompts are cut to as much as before
-    assert {kind for kind in DECIDE if missed(kind, longer)} == {"sft", "pairs", "baseline"}
+    assert {kind for kind in DECIDE if missed(kind, longer)} == {"sft", "candidates", "baseline"}
     graded = copy.deepcopy(settings)
     OmegaConf.set_struct(graded, False)
     graded.judge.strict = True
     assert missed("pairs", graded)
     assert not missed("baseline", graded)
+    for other in (SAMPLED["train"][:3], SAMPLED["train"][::-1]):
+        assert missed("pairs", sampled=SAMPLED | {"validation": other})
     for module, version, kinds in (
-        (generate, "JUDGES_VERSION", {"pairs"}),
-        (sampling, "SAMPLING_VERSION", {"pairs", "baseline"}),
+        (judging, "JUDGES_VERSION", {"pairs"}),
+        (sampling, "SAMPLING_VERSION", {"candidates", "baseline"}),
         (scoring, "SCORING_VERSION", {"reference", "other-reference"}),
     ):
         with monkeypatch.context() as patch:
@@ -257,21 +267,32 @@ def test_what_is_given_beside_the_settings_decides_too(ask, settings, world, mon
     model, _ = models.load(models.ModelSpec(world["one"], date="2024-07-26"), torch.device("cpu"))
     with monkeypatch.context() as patch:
         patch.setattr(model.generation_config, "eos_token_id", [model.generation_config.eos_token_id, 9])
-        assert {kind for kind in DECIDE if missed(kind)} == {"pairs", "baseline"}
+        assert {kind for kind in DECIDE if missed(kind)} == {"candidates", "baseline"}
     with torch.no_grad():
         next(model.parameters())[-1, -1] += 1e-6  # the policy's own weights
     assert missed("reference")
 
 
 def test_the_splits_of_pairs_have_random_numbers_of_their_own(ask, settings, tmp_path, monkeypatch):
-    seeds = []
+    seeds = {"candidates": [], "pairs": []}
 
-    monkeypatch.setattr(generate, "_pairs", lambda *given: (seeds.append(given[6]), ([], []))[1])
-    for seed in (0, 1):
+    def sample(model: Any, tokenizer: Any, prompts: Any, *, seed: int, **_: Any) -> list[Any]:
+        seeds["candidates"].append(seed)
+        return [Sample(ids, [1], "a", ended=True) for ids in prompts]
+
+    monkeypatch.setattr(generate, "sample", sample)
+    monkeypatch.setattr(generate, "write_rows", lambda *_: None)
+    monkeypatch.setattr(
+        judging, "_pairs", lambda some, scores, at_most, seed: seeds["pairs"].append(seed) or ["a pair"]
+    )
+    monkeypatch.setattr(judging, "write", lambda *_: None)
+    for number in (0, 1):
         config = copy.deepcopy(settings)
-        config.seed = seed
-        ask("pairs", config, lambda build: build(tmp_path))
-    assert len(set(seeds)) == len(seeds) == 4
+        config.seed = number
+        for kind in seeds:
+            ask(kind, config, lambda build: build(tmp_path))
+    assert len(set(seeds["candidates"])) == len(seeds["candidates"]) == 4
+    assert seeds["candidates"] == seeds["pairs"]
 
 
 @pytest.mark.parametrize("place", [0, 2**20, -1])

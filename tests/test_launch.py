@@ -87,7 +87,7 @@ def world(summaries, demonstrations: int, train: int, validation: int, test: int
 """
 NOUNS = {
     "losses": LOSSES,
-    "judges": "def gold(prompt, responses) -> list[dict[str, float]]: ...",
+    "judges": "def gold(prompts, responses) -> list[dict[str, float]]: ...",
     "references": "class Initial:\n    prepare = logps = after_step = None\n    def __init__(self): ...",
     "world/language": WORLD,
     "data/__init__": "",

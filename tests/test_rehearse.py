@@ -42,11 +42,29 @@ def test_what_a_run_would_be_made_from_is_found(base, tiny_model):
     }
 
 
+def test_what_another_stage_is_made_from_is_found(base, tiny_model, tmp_path):
+    for name in ("train.jsonl", "validation.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    told = Rehearsal().of(with_(with_(base, "against", tiny_model("qwen2")), "candidates", str(tmp_path)))
+    assert told["problems"] == []
+    assert told["inputs"] == {
+        "data": contents(instantiate(base["data"])),
+        "policy": inputs.sketch(Path(tiny_model("llama"))),
+        "against": inputs.sketch(Path(tiny_model("qwen2"))),
+        "candidates": inputs.sketch(tmp_path),
+    }
+    (tmp_path / "validation.jsonl").unlink()
+    [problem] = Rehearsal().of(with_(base, "candidates", str(tmp_path)))["problems"]
+    assert problem == f"candidates must be a folder that dpo.generate wrote, found no validation.jsonl in {tmp_path}"
+
+
 ODD = {  # setting -> a value that only trying it finds out, and what is said
     "data.path": ("/nowhere/pairs", "data.path must be a file of records, found none at /nowhere/pairs; check"),
     "data.validation_path": ("/nowhere", "data.validation_path must be a file of records, found none at /nowhere"),
     "policy.path": ("/nowhere/policy", "/nowhere/policy must be a folder with a model"),
     "policy.base": ("/nowhere/base", "/nowhere/base must be a folder with a model"),
+    "against": ("/nowhere/other", "/nowhere/other must be a folder with a model"),
+    "candidates": ("/nowhere/candidates", "found no train.jsonl in /nowhere/candidates"),
     "evaluation.instructions": ("/nowhere/asked.json", "/nowhere/asked.json"),
     "reference.alpha": (2.0, "reference.alpha must be in (0, 1], got 2.0"),
     "loss.label_smoothing": (0.7, "label_smoothing must be in [0, 0.5), got 0.7"),

@@ -41,12 +41,12 @@ def scored(directory: Path, *overrides: str, reference: str = "initial") -> dict
     """Lines of both files, as the verb writes them."""
     directory.mkdir()
     score.run(frozen(*overrides, reference=reference), directory)
-    assert (directory / "evaluation.json").exists()
+    assert (directory / "manifest.json").exists()
     return {split: lines(directory / f"{split}.jsonl") for split in score.SPLITS}
 
 
 def summary(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "evaluation.json").read_text())
+    return json.loads((directory / "manifest.json").read_text())
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from dpo import evaluate, score, sft, train
 from dpo.data.batches import Batches
 from dpo.policy import model as models
 from dpo.policy import scoring
+from dpo.settings import policy_spec
 from dpo.sweep.plan import resolve
 from dpo.sweep.schema import check, identity
 from dpo.training import distributed
@@ -441,6 +442,23 @@ def test_a_setting_alone(tmp_path, tiny_model, data, monkeypatch):
     assert [one["steps"] for one in begun] == [3, 5]
     assert {one["optimizer"] for one in begun} == {torch.optim.RMSprop}
     assert {one["model"] for one in begun} == {models.fingerprint(models.load(llama)[0])}
+
+
+def test_how_a_policy_is_read_is_in_its_specification(tmp_path):
+    given = ["policy.base=a/base", f"policy.chat_template={TEMPLATE!r}".replace("\\'", "'"), "policy.date=2001-02-03"]
+    given += [
+        "policy.trust_remote_code=true",
+        "sharding.group=1",
+        "sharding.offload=true",
+        "precision=bf16",
+        "processes=2",
+    ]
+    config, layout = frozen(tmp_path / "run", *given, "policy.path=null"), ParallelLayout(1, True, "bf16")
+    how = (True, TEMPLATE, "2001-02-03", layout)
+    assert policy_spec(config) == models.ModelSpec("a/base", *how)
+    config.policy.path = "a/policy"
+    assert policy_spec(config) == models.ModelSpec("a/policy", *how)
+    assert policy_spec(config, "another/one") == models.ModelSpec("another/one", *how)
 
 
 NOT_OF_SFT = (

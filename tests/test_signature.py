@@ -1,14 +1,18 @@
 """What a config may name in `_target_`: our functions for its group, a package that the environment names, no other."""
 
+import inspect
+import math
 import pickle
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import pytest
 from omegaconf import OmegaConf
 
 from dpo.sweep.schema import OPEN_GROUPS
-from dpo.sweep.signature import PLUGINS, check_signature, instantiate
+from dpo.sweep.signature import PLUGINS, check_signature, fits, instantiate, kind
 
 MINE = """
 from os import system
@@ -150,3 +154,44 @@ def test_a_package_of_the_users_own_is_named_by_the_environment(crater, monkeypa
         in check_signature("loss", loss | {"_target_": "my_package.losses.system"}, ("pair",))[0]
     )
     assert "must lie in" in check_signature("loss", loss | {"_target_": "my_package_2.losses.mine"}, ("pair",))[0]
+
+
+@dataclass
+class Own:
+    size: int
+
+
+@pytest.mark.parametrize(
+    "annotation, right, wrong",
+    [
+        (int, [0, -1], [True, 1.0, "1", None, [1]]),
+        (float, [1.5, 2, math.inf, math.nan], [False, "1.5", None, [1.5]]),
+        (bool, [True, False], [0, 1, "true", None]),
+        (str, ["", "1"], [1, None, ["a"]]),
+        (None, [None], [0, "", False]),
+        (float | None, [None, 1, 0.5], [True, "x"]),
+        (int | str, [1, "a"], [True, 1.5, None]),
+        (Literal["a", "b"] | None, ["a", None], ["c", 1, True]),
+        (Literal[1, 2], [1], [3, "1", None]),
+        (list[float], [[], [1, 0.5]], [[True], ["a"], [None], "ab", 1.0, {}]),
+        (list[str], [["a"]], ["a", [1]]),
+        (dict[str, float], [{}, {"a": 1}], [{"a": "b"}, {"a": True}, [], "a"]),
+        (list, [[1, "a"]], ["a", {}]),
+        (Path, [], ["a", None]),
+        (Own, [], [{"size": 1}, 1, None]),
+        (pytest.Item, [], ["a", 1]),
+        (Any, [None, True, {}], []),
+        (inspect.Parameter.empty, [None, True, {}], []),
+        (TypeVar("T"), [None, 1, "a"], []),
+        (list["Unknown"], [[1], ["a"]], []),  # noqa: F821
+    ],
+)
+def test_types(annotation, right, wrong):
+    assert [value for value in right if not fits(value, annotation)] == []
+    assert [value for value in wrong if fits(value, annotation)] == []
+
+
+def test_types_are_written_as_a_reader_writes_them():
+    assert kind(float | None) == "float | None"
+    assert kind(list[float]) == "list[float]"
+    assert kind(Literal["a", "b"]) == "one of a, b"

@@ -20,12 +20,12 @@ from dpo.sweep.schema import check, identity
 
 ROOT = Path(__file__).parent.parent
 TINY = [
-    *("data.demonstrations=32", "data.train=8", "data.validation=6", "data.test=10", "sft.steps=2", "threads=1"),
+    *("data.demonstrations=32", "data.train=8", "data.validation=6", "data.test=8", "sft.steps=2", "threads=1"),
     *("max_new_tokens=40", "evaluation.log_samples=1", "wandb.mode=disabled"),
 ]
 SWEEPS = {  # name: grids, each a run per combination
     "references": ("sft", [["data.summaries=clean,alien_clean"]]),
-    "kl_strength": ("train", [["beta=0.1,1", "lr=1e-3", "seed=0,1", "evaluate_prompts=8"]]),
+    "kl_strength": ("train", [["beta=0.1,1", "lr=1e-3", "seed=0,1", "evaluate_every=1", "evaluate_prompts=4"]]),
     "necessity": (
         "train",
         [
@@ -58,10 +58,9 @@ def folder(tmp_path_factory):
     for sweep, (verb, grids) in SWEEPS.items():
         for overrides in [run for grid in grids for run in combinations(grid)]:
             seed = [] if any(one.startswith("seed") for one in overrides) else ["seed=0"]
-            small = ["batch_size=8", "evaluate_every=1"] if verb == "train" else []
-            small += ["steps=2"] if verb == "train" and "steps=0" not in overrides else []
+            small = ["batch_size=8", "evaluate_every=0", "steps=2"] if verb == "train" else []
             with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-                composed = compose(verb, [*overrides, *seed, *small, *TINY, f"name={sweep}"], return_hydra_config=True)
+                composed = compose(verb, [*small, *TINY, *overrides, *seed, f"name={sweep}"], return_hydra_config=True)
             config, groups = resolve(composed), dict(composed.hydra.runtime.choices)
             check(config)
             choices = {group: groups[group] for group in ("loss", "reference", "data") if group in groups}
@@ -151,18 +150,27 @@ def test_figures_of_tokens(inside):
     assert len(tables["claims_of_ends"]) == 4
 
 
-@pytest.mark.parametrize("study", ["kl_strength", "reference_compatibility", "token_level"])
-def test_notebooks(inside, study):
-    notebook = nbformat.read(ROOT / f"analysis/{study}.ipynb", as_version=4)
-    text = "\n".join(cell.source for cell in notebook.cells)
-    assert "published" in text or study == "token_level"
-    first: Any = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    first.source = first.source.replace("Path(analysis.__file__).parents[1]", repr(str(inside)))
-    NotebookClient(notebook, timeout=900, kernel_name="python3").execute()
-    shows_all(notebook)
+STUDIES = ["kl_strength", "reference_compatibility", "token_level"]
 
 
-@pytest.mark.parametrize("study", ["kl_strength", "reference_compatibility", "token_level"])
+def test_notebooks(inside):
+    """One after another in one kernel, which forgets in between what their cells have defined."""
+    cells: list[Any] = []
+    notebooks = [nbformat.read(ROOT / f"analysis/{study}.ipynb", as_version=4) for study in STUDIES]
+    for study, notebook in zip(STUDIES, notebooks, strict=True):
+        text = "\n".join(cell.source for cell in notebook.cells)
+        assert "published" in text or study == "token_level"
+        first: Any = next(cell for cell in notebook.cells if cell.cell_type == "code")
+        first.source = first.source.replace("Path(analysis.__file__).parents[1]", repr(str(inside)))
+        for cell in notebook.cells:
+            cell.id = f"{study}-{cell.id}"
+        cells += [*notebook.cells, nbformat.v4.new_code_cell("%reset -f")]
+    whole = nbformat.v4.new_notebook(cells=cells, metadata=notebooks[0].metadata)
+    NotebookClient(whole, timeout=900, kernel_name="python3").execute()
+    shows_all(whole)
+
+
+@pytest.mark.parametrize("study", STUDIES)
 def test_saved_outputs(study):
     """What a reader on the web sees: every table and figure, and nothing else."""
     notebook = nbformat.read(ROOT / f"analysis/{study}.ipynb", as_version=4)

@@ -1,5 +1,7 @@
 """Whole runs, a few steps each: every reference, own data and models, shared stages, resuming, two processes."""
 
+import gzip
+import itertools
 import json
 import math
 import os
@@ -114,7 +116,13 @@ def test_a_sweep_shares_what_does_not_depend_on_beta(tmp_path, capfd):
     assert "from the cache" in said
     assert "computed in" not in said
     kinds = {kind.name: sum(entry.is_dir() for entry in kind.iterdir()) for kind in (tmp_path / "cache").iterdir()}
-    assert kinds == {"sft": 1, "pairs": 1, "baseline": 1, "reference": 1}  # one pass scores train and validation
+    assert kinds == {
+        "sft": 1,
+        "candidates": 1,
+        "pairs": 1,
+        "baseline": 1,
+        "reference": 1,
+    }  # one pass scores train and validation
 
 
 @pytest.mark.parametrize("reference", ["initial", "other", "reference_free", "ema"])
@@ -147,9 +155,9 @@ def test_a_sweep_makes_one_pass_of_its_reference(tmp_path, tiny_model, monkeypat
     """What goes through the reference: the responses of all pairs once, and the few that every run compares."""
     path, rows, load = other_model(tmp_path, tiny_model), [], models.load
 
-    def counted(source: str, *options: Any, **more: Any) -> Any:
-        model, tokenizer = load(source, *options, **more)
-        if source == path:
+    def counted(which: Any, *options: Any, **more: Any) -> Any:
+        model, tokenizer = load(which, *options, **more)
+        if models.spec_of(which).path == path:
             model.register_forward_pre_hook(lambda _, __, given: rows.append(len(given["input_ids"])), with_kwargs=True)
         return model, tokenizer
 
@@ -192,18 +200,20 @@ def test_own_data_and_model_whatever_the_batch_layout(tmp_path, tiny_model, kind
 
 
 def test_the_real_hh_pairs(tmp_path, tiny_model):
-    real = ROOT.parent / "shared" / "data" / "hh-harmless-base-1500.jsonl.gz"
-    if not real.exists():  # the same format, warts included, in a few lines
-        real = tmp_path / "hh.jsonl"
+    real, some = ROOT.parent / "shared" / "data" / "hh-harmless-base-1500.jsonl.gz", tmp_path / "hh.jsonl"
+    if real.exists():
+        with gzip.open(real, "rt") as file:
+            some.write_text("".join(itertools.islice(file, 300)))
+    else:  # the same format, warts included, in a few lines
         talk = "\n\nHuman: Tell me about {n}.\n\nAssistant: Which?\n\nHuman: All of it.\n\nAssistant:"
         lines = [
             {"chosen": f"{talk.format(n=n)} It is {n}.", "rejected": talk.format(n=n) + (f" Not {n}." if n % 9 else "")}
             for n in range(60)
         ]
-        real.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        some.write_text("".join(json.dumps(line) + "\n" for line in lines))
     given = [
         "data=hh",
-        f"data.path={real}",
+        f"data.path={some}",
         "data.on_faulty=drop",
         "on_too_long=truncate",
         *own(tmp_path, tiny_model("llama"))[3:],
@@ -312,7 +322,7 @@ def test_a_wrong_cache_is_noticed(tmp_path, tiny_model, monkeypatch):
     with pytest.raises(RuntimeError, match=r"must hold the log-probs that the model gives, .*; it is damaged"):
         run(tmp_path / "b", *given, "beta=0.3")
     with monkeypatch.context() as patch:
-        patch.setattr(dpo.references, "off_by", lambda *_: 0.0)
+        patch.setattr(dpo.references, "check_against_live", lambda *_: 0.0)
         with pytest.raises(
             RuntimeError, match=r"the same model .* scores in \S+ are damaged: delete it to score again"
         ):

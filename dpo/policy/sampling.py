@@ -68,7 +68,7 @@ def sample(
     )
     device = device_of(model)
     samples = []
-    bar: progress[None] = progress(total=len(prompts), name=name)
+    bar = progress(total=len(prompts), name=name)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _set(model, config), bar:
         torch.manual_seed(seed)
         for first in range(0, len(prompts), batch_size):

@@ -157,7 +157,7 @@ def _score(model: PreTrainedModel, sequences: Sequence[Tokens], settings: Any, p
     training, device = model.training, distributed.device_of(model)
     model.eval()
     tokens = forward_tokens(settings.micro_batch_tokens, packed)
-    bar: progress[None] = progress(total=len(sequences), name=name)
+    bar = progress(total=len(sequences), name=name)
     with bar:
         for share in _share(_shares(sequences, tokens)):
             items: list[PromptResponses] = [

@@ -3,24 +3,23 @@
 `metrics.jsonl` is the record. W&B only mirrors it, and can neither ask, block nor end a run.
 """
 
+import io
 import json
 import math
 import netrc
 import os
 import re
 import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Self
 from urllib.parse import urlparse
 
 from tqdm import tqdm
 
 from dpo.training.distributed import is_main
 
-Item = TypeVar("Item")
 WANDB_TIMEOUT = 20  # seconds that W&B may hold up the start or the end of a run
 
 
@@ -175,71 +174,25 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
-class progress(Generic[Item]):
+class _Lines(tqdm):
+    """In a log file, which cannot write over a bar: a line where more is done than in the last one."""
+
+    monitor_interval = 0  # no thread: every update looks at the clock
+
+    def display(self, *_: object, **__: object) -> None:
+        if self.n != self.last_print_n:
+            print(self, file=sys.stderr, flush=True)
+
+
+def progress(items: Iterable[Any] | None = None, *, total: int | None = None, name: str, first: int = 0) -> tqdm:
     """Rate and time left: a bar on a terminal, elsewhere a line every 10 s and one at the end; rank 0 only.
 
     Wraps an iterable, or counts by `update` inside `with progress(total=..., name=...) as bar`. name "": quiet.
     """
-
-    every = 10.0  # seconds between lines
-
-    def __init__(
-        self,
-        items: Iterable[Item] = (),
-        *,
-        total: int | None = None,
-        name: str,
-        first: int = 0,
-    ) -> None:
-        self.items, self.name, self.first, self.done = items, name, first, first
-        self.total = len(items) if total is None and isinstance(items, Sequence) else total
-        self.began = self.shown = time.monotonic()
-        self.note, self.quiet = "", not (name and is_main())
-        self.bar = (
-            None
-            if self.quiet or not sys.stderr.isatty()
-            else tqdm(total=self.total, initial=first, desc=name, dynamic_ncols=True)
-        )
-
-    def __iter__(self) -> Iterator[Item]:
-        with self:
-            for item in self.items:
-                yield item
-                self.update()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close() if self.bar else self._line(last=True)
-
-    def update(self, n: int = 1, **values: float) -> None:
-        """`n` more are done; `values` are shown beside."""
-        self.done += n
-        self.note = "".join(f"  {key} {value:.4g}" for key, value in values.items())
-        if self.bar:
-            self.bar.set_postfix_str(self.note.strip(), refresh=False)
-            self.bar.update(n)
-        elif time.monotonic() - self.shown >= self.every and self.done != self.total:
-            self._line()
-
-    def _line(self, last: bool = False) -> None:
-        if self.quiet:
-            return
-        self.shown = time.monotonic()
-        seconds = self.shown - self.began
-        rate = (self.done - self.first) / max(seconds, 1e-9)
-        of = "" if self.total is None else f"/{self.total}"
-        left = "" if self.total is None or not rate else f"  {_span((self.total - self.done) / rate)} left"
-        if last:
-            left = f"  {_span(seconds)}"
-        print(f"{self.name}  {self.done}{of}  {rate:.3g} it/s{left}{self.note}", file=sys.stderr, flush=True)
-
-
-def _span(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    told = {"total": total, "initial": first, "desc": name, "disable": not (name and is_main())}
+    if sys.stderr.isatty():
+        return tqdm(items, dynamic_ncols=True, **told)
+    return _Lines(items, mininterval=10, miniters=1, ncols=0, file=io.StringIO(), **told)
 
 
 def say(line: str) -> None:

@@ -116,7 +116,7 @@ def fit(
     def due(every: int) -> bool:
         return done == steps or (every > 0 and done % every == 0)
 
-    bar: progress[None] = progress(total=steps, name=name, first=done)
+    bar = progress(total=steps, name=name, first=done)
     with _signals() as received, bar, checkpoints:
         while True:
             stop = any_true(bool(received) or checkpoints.failed)
@@ -147,7 +147,8 @@ def fit(
             done, evaluated = done + 1, False
             metrics |= {"lr": lr, "items_per_second": total / (time.perf_counter() - began)}
             log.write(done, "train", metrics)
-            bar.update(loss=metrics["loss"])
+            bar.set_postfix(loss=metrics["loss"], refresh=False)
+            bar.update()
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
