@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo import evaluate, sft
 from dpo.cache import digest, remember
 from dpo.data.batches import fed_prompts
-from dpo.data.records import Text, parse, write_rows
+from dpo.data.records import Dataset, Text, parse, write_rows
 from dpo.data.tokens import decode, vocabulary
 from dpo.policy import model as models
 from dpo.policy.sampling import Sample, inputs, sample
@@ -46,12 +46,7 @@ class Candidate:
 def run(config: DictConfig, directory: Path) -> None:
     """Write `train.jsonl` and `validation.jsonl`, a candidate a line, and last `manifest.json`, into `directory`."""
     began = time.monotonic()
-    dataset = load(config)
-    device = distributed.join(config.device)
-    start = policy_spec(config, sft.initial_policy(config, dataset, device))
-    policy, tokenizer = models.load(start, device)
-    weights = models.fingerprint(policy)
-    found = candidates(policy, tokenizer, dataset.prompts, config, weights, dataset.on_faulty)
+    found = of_initial_policy(config, load(config))
     if distributed.is_main():
         for split, some in found.items():
             write_rows(directory / f"{split}.jsonl", map(row, some))
@@ -59,6 +54,14 @@ def run(config: DictConfig, directory: Path) -> None:
         tokens = sum(len(one.response.response_ids) for some in found.values() for one in some)
         finish(directory, "manifest.json", {**made, "tokens": tokens, "seconds": time.monotonic() - began})
     distributed.leave()
+
+
+def of_initial_policy(config: DictConfig, dataset: Dataset) -> dict[str, list[Candidate]]:
+    """Candidates of the policy that training would start from, for the prompts of the data. Processes join here."""
+    device = distributed.join(config.device)
+    policy, tokenizer = models.load(policy_spec(config, sft.initial_policy(config, dataset, device)), device)
+    weights = models.fingerprint(policy)
+    return candidates(policy, tokenizer, dataset.prompts, config, weights, dataset.on_faulty)
 
 
 def candidates(

@@ -19,14 +19,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dpo import generate, sft
+from dpo import generate
 from dpo.cache import digest, remember
 from dpo.data.records import Preference, TokenIds, write, write_rows
 from dpo.data.records import read as read_pairs
 from dpo.generate import SPLITS, Candidate, seed_of
 from dpo.judges import JUDGES_VERSION, Judge, judged
-from dpo.policy import model as models
-from dpo.settings import policy_spec
 from dpo.sweep.directory import finish
 from dpo.sweep.inputs import load
 from dpo.sweep.signature import instantiate
@@ -41,15 +39,12 @@ def run(config: DictConfig, directory: Path) -> None:
     judge = instantiate(config.judge)
     if judge is None:
         raise ValueError("dpo.judge must have a judge, got judge=none; --help lists them")
-    device = distributed.join(config.device)
+    dataset = load(config)  # also where it is not sampled for: what the run was planned with must be there
+    distributed.join(config.device)
     if config.candidates is not None:
         found = generate.read(Path(config.candidates))
     else:
-        dataset = load(config)
-        start = policy_spec(config, sft.initial_policy(config, dataset, device))
-        policy, tokenizer = models.load(start, device)
-        weights = models.fingerprint(policy)
-        found = generate.candidates(policy, tokenizer, dataset.prompts, config, weights, dataset.on_faulty)
+        found = generate.of_initial_policy(config, dataset)
     pairs = preferences(found, judge, config, directory)
     if distributed.is_main():
         made = {f"{split} pairs": len(some) for split, some in pairs.items()}

@@ -46,7 +46,7 @@ class Reference(Protocol):
 
     kl_target: str | None  # a model, other than the initial policy, whose KL to the policy has a meaning
     is_initial: bool  # starts as the initial policy: then the DPO loss is ln 2 before training
-    fingerprint: str  # digest of what gives its log-probs: weights, or given numbers; empty if it moves or is uniform
+    fingerprint: str  # digest of what gives its log-probs: weights, or given numbers; "" if it moves or is none
 
     def check(self, initial: ModelSpec | str, settings: Any) -> None:
         """Refuse what small files alone can tell, before SFT or sampling. initial: the policy, or its base.

@@ -1,6 +1,7 @@
 """The stages as commands, joined by files: what they write is what `dpo.train` makes by itself."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from test_train import SMALL, frozen
 from dpo import evaluate, generate, judge, train
 from dpo.data.records import read
 from dpo.sweep import execute as executing
+from dpo.sweep import inputs
 from dpo.sweep.directory import status
 from dpo.sweep.rehearse import Rehearsal
 from dpo.world import language
@@ -125,3 +127,15 @@ def test_what_cannot_be_is_refused_before_any_run(made, tmp_path):
         ValueError, match=r"line 1: must be a candidate as dpo.generate writes it, found no 'token_ids'"
     ):
         generate.read(tmp_path)
+
+
+def test_candidates_are_those_that_were_planned_with(made, tmp_path):
+    """As of every input: of others no pairs are made."""
+    given = [*SMALL, "seed=3", f"candidates={made / 'candidates'}"]
+    config = frozen(tmp_path / "run", *given, verb="judge")
+    for digest, refused in ((inputs.models(config)["candidates"], False), ("of others", True)):
+        planned = OmegaConf.merge(config, {"provenance": {"inputs": {"candidates": digest}}})
+        (tmp_path / str(refused)).mkdir()
+        with pytest.raises(RuntimeError, match="found another candidates") if refused else nullcontext():
+            judge.run(planned, tmp_path / str(refused))
+        assert (tmp_path / str(refused) / "manifest.json").exists() is not refused
