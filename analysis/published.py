@@ -1,4 +1,5 @@
-"""Numbers as published in "Understanding Reference Policies in DPO" (2407.13709), to be seen beside ours.
+"""Numbers as published in "Understanding Reference Policies in DPO" (2407.13709), and BETA_DPO of another paper, to be
+seen beside ours.
 
 Score: length-controlled win rate of AlpacaEval 2 in percent, one seed. Accuracy: on UltraFeedback's validation pairs.
 """
@@ -65,3 +66,25 @@ TABLE_7 = pd.DataFrame(
 )
 
 FIGURE_2 = ["EOS", "Sure", "course", "Yes", "Hello", "Please", "What", "!", "please", "safe"]  # most lowered first
+
+# "beta-DPO" (2407.08639), Table 1: win rate in percent over the chosen answers of Anthropic HH, judged by GPT-4. Read
+# in summaries of the paper, not in itself; its other rows, and Table 2, are left out for want of a source.
+BETA_DPO = pd.DataFrame(
+    {"DPO": [26.19, 42.78, 51.51], "beta-DPO": [30.18, 48.67, 57.07]},
+    index=pd.Index(["Pythia 410M", "Pythia 1.4B", "Pythia 2.8B"], name="policy"),
+)
+
+# Against DPO, each tuned by those who report it, one seed; each is the difference of scores in points.
+OBJECTIVES = pd.DataFrame(
+    [
+        ("simpo", 5.5, "AlpacaEval 2 LC, Llama-3-8B-Instruct v0.2, README of princeton-nlp/SimPO"),
+        ("r_dpo", -0.2, "AlpacaEval 2 LC, Llama-3-8B-Instruct v0.2, README of princeton-nlp/SimPO"),
+        ("ipo", -1.4, "AlpacaEval 2 LC, Llama-3-8B-Instruct v0.2, README of princeton-nlp/SimPO"),
+        ("orpo", -10.1, "AlpacaEval 2 LC, Llama-3-8B-Instruct v0.2, README of princeton-nlp/SimPO"),
+        ("cpo", -14.1, "AlpacaEval 2 LC, Llama-3-8B-Instruct v0.2, README of princeton-nlp/SimPO"),
+        ("slic", -14.3, "AlpacaEval 2 LC, Llama-3-8B-Instruct v0.2, README of princeton-nlp/SimPO"),
+        ("alpha_dpo", 6.8, "AlpacaEval 2 LC, Llama-3-8B-Instruct v0.2, printed in the picture of junkangwu/alpha-DPO"),
+        ("beta_dpo", 5.6, "win rate on HH, Pythia-2.8B, Table 1 of 2407.08639, with its filter"),
+    ],
+    columns=["objective", "minus DPO", "measured"],
+).set_index("objective")

@@ -239,6 +239,15 @@ def all_of(verdicts: Sequence[str]) -> str:
     return "supports" if known == {"supports"} else "equivalent"
 
 
+def all_hold(claim: str, what: str, parts: Mapping[str, Interval], margin: float = 0.0) -> Finding:
+    """The claim that each of the parts is above 0, whose intervals hold together if they have as many looks."""
+    decided = all_of([verdict(found, 0.0, margin) for found in parts.values()])
+    told = ", ".join(f"{name}: {found}" for name, found in parts.items())
+    return Finding(
+        claim, f"{what}, {told}{to_decide([(one, 0.0) for one in parts.values()], decided, margin)}", decided
+    )
+
+
 def finished(path: str | Path, keys: Sequence[str], only: Mapping[str, str], shown: Sequence[str] = ()) -> pd.DataFrame:
     """`results.final` where each key of `only` has that value, with columns `score`, the length-controlled win rate
     of AlpacaEval (in percent) where `dpo.results.alpaca_eval` has added it to the runs, else the win rate, `scored_by`,
@@ -362,6 +371,12 @@ def measures(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
         found = {title: cell(same, value, form) for title, (value, form) in MEASURES.items()}
         rows[", ".join(map(short, setting))] = {"score": cell(same, "score")} | found
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(", ".join(keys))
+
+
+def states(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """`measures`, and how many runs of a setting are degenerate."""
+    broken = frame.assign(runs=degenerate(frame)).groupby(list(keys), sort=False)["runs"]
+    return measures(frame, keys).assign(degenerate=[f"{int(runs.sum())} of {len(runs)}" for _, runs in broken])
 
 
 def findings(found: Sequence[Finding]) -> pd.DataFrame:

@@ -37,7 +37,7 @@ from dpo.data.chats import ends
 from dpo.references import Frozen, Initial
 from dpo.results import short
 from dpo.results.figures import COLOURS, tidy
-from dpo.settings import policy_spec
+from dpo.settings import policy_spec, scoring_of
 from dpo.sweep.signature import instantiate
 from dpo.training.log import progress
 from dpo.world.language import values_told
@@ -59,10 +59,8 @@ def tokens(run: str | Path, split: str = "validation") -> pd.DataFrame:
     config = OmegaConf.merge(config, {"per_token": True})
     tokenizer, pairs = score.encode(config, dataset := instantiate(config.data))
     start, policy, pairs = score.prepare(config, dataset, instantiate(config.judge), tokenizer, pairs)
-    asked = {split: pairs[split]}
-    before, after = Initial(), Frozen(str(run / "policy"))
-    for reference in (before, after):
-        reference.prepare(policy_spec(config, start), policy, asked, config)
+    given = policy_spec(config, start), policy, {split: pairs[split]}, scoring_of(config)
+    before, after = Initial().prepare(*given), Frozen(str(run / "policy")).prepare(*given)
     rows, stops = [], ends(tokenizer, policy.generation_config)
     of_world = config.data._target_.endswith("language.world")
     for kind, name in enumerate(("chosen", "rejected")):

@@ -8,19 +8,21 @@ python -m dpo.cache --why A B       in which fields two entries differ; A and B 
 import argparse
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
+logger = logging.getLogger(__name__)
 LARGE = 64 * 2**20  # bytes above which a file's content is checked by `--verify` alone
 FEW = 3  # fields in which an entry may differ to explain why there is none for others
 
@@ -61,24 +63,25 @@ def remember(
         return _intact(folder), True
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        found = folder.is_dir()
-        any_true(not found)
-        if found:
+        exists = folder.is_dir()
+        any_true(not exists)
+        if exists:
             return _intact(folder), True
-        told = about()
-        if missed := why_missed(folder.parent, {**told, **key}):
-            print(f"{kind} {folder.name} is not in the cache: {missed}", flush=True)
+        details = about()
+        if missed := why_missed(folder.parent, {**details, **key}):
+            logger.info(f"{kind} {folder.name} is not in the cache: {missed}")
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         unfinished.mkdir(exist_ok=True)
         build(unfinished)
-        for left in [path for path in unfinished.rglob("*") if path.suffix in (".unfinished", ".replaced")]:
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)  # by a writer that was killed
-        for name, value in (("about.json", told), ("key.json", key)):
+        # A writer that was killed left these.
+        for path in [path for path in unfinished.rglob("*") if path.suffix in (".unfinished", ".replaced")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for name, value in (("about.json", details), ("key.json", key)):
             if value:
                 (unfinished / name).write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
         (unfinished / "files.json").write_text(json.dumps(_files(unfinished), indent=1) + "\n")
         unfinished.rename(folder)
-        any_true(False)  # now it is there
+        any_true(False)  # a barrier: now it is there
         return folder, False
 
 
@@ -92,17 +95,81 @@ def _beside(build: Callable[[Path], None], any_true: Callable[[bool], bool]) -> 
     return False
 
 
-def why_missed(kind: str | Path, asked: dict[str, Any]) -> str | None:
+def remember_each(
+    root: str | Path,
+    kind: str,
+    key: dict[str, Any],
+    questions: Sequence[Any],
+    answer: Callable[[list[Any]], Sequence[Any]],
+    at_once: int,
+) -> list[Any]:
+    """The answer to each question, asked for where no process has had it under this key; all of them JSON values.
+
+    answer: those to at most `at_once` questions; None where it failed. Each call's are added to the key's file, a line
+    each: a process that ends early loses what it was asking for, no more. Many processes may ask at once: one of them
+    does under a lock, and the others wait.
+
+    Raises: RuntimeError if an answer failed; the others to the same call are kept. ValueError if the file is damaged.
+    """
+    file = Path(root) / kind / f"{digest(key)[:20]}.jsonl"
+    names = {digest(question): question for question in questions}
+    known = _answers(file)
+    if names.keys() <= known.keys():
+        return [known[digest(question)] for question in questions]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(file):
+        known = _answers(file, mend=True)
+        missing = [name for name in names if name not in known]
+        with open(file, "a") as kept:
+            if not file.stat().st_size:
+                kept.write(json.dumps(key, sort_keys=True) + "\n")
+            for start in range(0, len(missing), at_once):
+                part = missing[start : start + at_once]
+                said = dict(zip(part, answer([names[name] for name in part]), strict=True))
+                found = {name: one for name, one in said.items() if one is not None}
+                kept.write("".join(json.dumps({"question": name, "answer": one}) + "\n" for name, one in found.items()))
+                kept.flush()
+                known |= found
+                if failed := len(part) - len(found):
+                    raise RuntimeError(
+                        f"all questions must be answered, got no answer to {failed} of {len(part)}; run it again: "
+                        f"answers are kept ({file})"
+                    )
+    return [known[digest(question)] for question in questions]
+
+
+def _answers(file: Path, mend: bool = False) -> dict[str, Any]:
+    """What a file of `remember_each` holds. A writer that was killed may have cut its last line. mend: take that away.
+
+    Raises: ValueError if another line is no answer.
+    """
+    text = file.read_bytes() if file.exists() else b""
+    whole = text[: text.rfind(b"\n") + 1]
+    if mend and whole != text:
+        os.truncate(file, len(whole))
+    answers = {}
+    for number, line in enumerate(whole.splitlines()[1:], 2):
+        try:
+            row = json.loads(line)
+            answers[row["question"]] = row["answer"]
+        except (ValueError, TypeError, LookupError):
+            raise ValueError(
+                f"{file} must hold an answer in each line, found none in line {number}; delete that line"
+            ) from None
+    return answers
+
+
+def why_missed(kind: str | Path, wanted: dict[str, Any]) -> str | None:
     """In which fields the nearest entry of that kind differs; None if none is near: a list of many explains nothing."""
-    found = []
+    candidates = []
     for file in sorted(Path(kind).glob("*/key.json")):
         with suppress(OSError, ValueError):  # damaged
-            there = fields(file.parent)
-            if there.get("seed") == asked.get("seed"):  # another seed is a replicate, and meant to miss
-                found.append((differences(there, asked), file.parent.name))
-    if not found:
+            stored = fields(file.parent)
+            if stored.get("seed") == wanted.get("seed"):  # another seed is a replicate, and meant to miss
+                candidates.append((differences(stored, wanted), file.parent.name))
+    if not candidates:
         return None
-    differing, nearest = min(found, key=lambda one: len(one[0]))
+    differing, nearest = min(candidates, key=lambda candidate: len(candidate[0]))
     if len(differing) > FEW:
         return None
     return f"the nearest, {nearest}, differs in {', '.join(differing)}"
@@ -117,11 +184,11 @@ def fields(folder: Path) -> dict[str, Any]:
     return {**(json.loads(about.read_text()) if about.exists() else {}), **json.loads(key.read_text())}
 
 
-def differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     return [
-        f"{field} ({_brief(there.get(field))} there, {_brief(asked.get(field))} asked for)"
-        for field in sorted({*asked, *there})
-        if digest(there.get(field)) != digest(asked.get(field))
+        f"{field} ({_brief(stored.get(field))} there, {_brief(wanted.get(field))} asked for)"
+        for field in sorted({*wanted, *stored})
+        if digest(stored.get(field)) != digest(wanted.get(field))
     ]
 
 
@@ -129,23 +196,23 @@ def damages(folder: Path, up_to: float = math.inf) -> list[str]:
     """What is not as `remember` left it in one folder of the cache; above `up_to` bytes only a file's size counts."""
     try:
         key, written = (json.loads((folder / name).read_text()) for name in ("key.json", "files.json"))
-        found = {name: (folder / name).stat().st_size for name in written if (folder / name).is_file()}
+        sizes = {name: (folder / name).stat().st_size for name in written if (folder / name).is_file()}
         changed = [
             f"{name} changed"
-            for name, size in found.items()
+            for name, size in sizes.items()
             if size != written[name]["bytes"] or (size <= up_to and _sha256(folder / name) != written[name]["sha256"])
         ]
     except (OSError, ValueError, TypeError, LookupError) as error:
         return [f"no record of what was written: {error}"]
-    missing = [f"{name} is missing" for name in written if name not in found]
+    missing = [f"{name} is missing" for name in written if name not in sizes]
     return changed + missing + ([] if digest(key)[:20] == folder.name else ["key.json is of another folder"])
 
 
 def _intact(folder: Path) -> Path:
     """The folder, if what it holds is what was written. Weights are told by their fingerprint when they are loaded."""
-    if found := damages(folder, up_to=LARGE):
+    if faults := damages(folder, up_to=LARGE):
         raise RuntimeError(
-            f"{folder} must hold what was written there, found otherwise: {'; '.join(found[:3])}; delete that folder, "
+            f"{folder} must hold what was written there, found otherwise: {'; '.join(faults[:3])}; delete that folder, "
             f"and it is made again (python -m dpo.cache {folder.parent.parent} --verify checks the others)"
         )
     return folder
@@ -172,7 +239,7 @@ def _locked(folder: Path) -> AcquireReturnProxy:
     try:
         return lock.acquire(timeout=0)
     except Timeout:
-        print(f"waiting for another process that makes {folder}", flush=True)
+        logger.info(f"waiting for another process that makes {folder}")
         return lock.acquire()
 
 
@@ -186,10 +253,10 @@ def main() -> None:
         sys.exit(f"{options.root} must be a cache folder, found none; runs make one at cache=...")
     if options.why:
         try:
-            there, asked = (fields(options.root / name) for name in options.why)
+            stored, wanted = (fields(options.root / name) for name in options.why)
         except (OSError, ValueError) as error:
             sys.exit(f"A and B must be entries such as reference/0f..., which python -m dpo.cache lists: {error}")
-        print("\n".join(differences(there, asked)) or "in none")
+        print("\n".join(differences(stored, wanted)) or "in none")
         return
     damaged = 0
     for folder in sorted(path for path in options.root.glob("*/*/") if path.suffix != ".unfinished"):
@@ -202,6 +269,8 @@ def main() -> None:
         for damage in damages(folder) if options.verify else ():
             damaged += 1
             print(f"    DAMAGED: {damage}; delete the folder, and the next run makes it again")
+    for file in sorted(options.root.glob("*/*.jsonl")):  # of `remember_each`
+        print(f"{file.relative_to(options.root)}  {file.stat().st_size / 1e6:.1f} MB  {len(_answers(file))} answers")
     unfinished = len(list(options.root.glob("*/*.unfinished")))
     print(f"{unfinished} unfinished{f', {damaged} damaged' if options.verify else ''}")
     sys.exit(bool(damaged))

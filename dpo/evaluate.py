@@ -12,10 +12,11 @@ if __name__ == "__main__":
 
 import contextlib
 import json
+import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,45 +39,49 @@ from dpo.data.batches import (
 from dpo.data.instructions import read_instructions, write_outputs
 from dpo.data.records import Dataset, Text, listed, write_rows
 from dpo.data.tokens import encode_alone, usable
-from dpo.data.truncation import cut_prompts
-from dpo.judges import Judge, judged
+from dpo.data.truncation import Limits, cut_prompts
+from dpo.judges import Judge, compare
 from dpo.policy import model as models
 from dpo.policy.logps import forward_tokens, packable, sequence_kl
 from dpo.policy.sampling import Sample, inputs, sample
-from dpo.settings import policy_spec
-from dpo.sweep.directory import finish
+from dpo.settings import Evaluation, evaluation_judge, evaluation_of, policy_spec
+from dpo.sweep.directory import before, finish
 from dpo.sweep.inputs import load
-from dpo.sweep.signature import instantiate
 from dpo.training import distributed
 from dpo.training.distributed import all_sum, any_true, device_of, is_main
 from dpo.training.log import progress
 from dpo.training.loop import AnyStep, passes, refuse
 
+logger = logging.getLogger(__name__)
+
 DIVERGED = "Training diverged, if it was finite before: lower the learning rate. Else look at these items."
 TEXTS = ("prompt", "response", "baseline")  # columns of a row that have no mean
+AT_ONE = "policy at temperature 1", "answers of the policy at temperature 1"  # stream and title
+TO_INSTRUCTIONS = "policy to instructions", "answers of the policy to instructions"
 EMPTY = 0.1  # share of the baseline's words below which a response counts as broken
 
 
 def run(config: DictConfig, directory: Path) -> None:
     """Write `responses.jsonl` (test responses with their judgements) and last `evaluation.json` into `directory`."""
     began = time.monotonic()
-    dataset, judge = load(config), instantiate(config.judge)
+    dataset, judge = load(config), evaluation_judge(config)
     instructions = read_instructions(config.evaluation.instructions)
-    spec = policy_spec(config)
+    spec, settings = policy_spec(config), evaluation_of(config)
     models.check_length(spec, "max_length", config.max_length)
     tokenizer = models.load_tokenizer(spec)
-    test = test_prompts(dataset, config, tokenizer)
-    questions(instructions, tokenizer, config)
+    test = test_prompts(dataset, settings, tokenizer)
+    questions(instructions, tokenizer, settings.limits)
     device = distributed.join(config.device)
     policy, _ = models.load(spec, device)
-    kl_targets, before = {}, None
-    if config.against is not None:
-        other, its_tokenizer = models.load(replace(spec, path=config.against), device)
-        models.check_same_tokenizer(config.against, its_tokenizer, spec.path, tokenizer)
-        kl_targets = {"kl": other}
-        before = baseline(other, tokenizer, test, config, models.fingerprint(other)) if judge else None
-    answers = answer(policy, tokenizer, instructions, config) if instructions else []
-    responses, measured = measure(policy, kl_targets, tokenizer, test, before, judge, config)
+    kl_targets, initial = {}, None
+    if (path := before(config.against, spec.path)) is not None:
+        other, its_tokenizer = models.load(replace(spec, path=path), device)
+        models.check_same_tokenizer(path, its_tokenizer, spec.path, tokenizer)
+        kl_targets, initial = {"kl": other}, (other, tokenizer, models.fingerprint(other))
+    against = replace(spec, path=config.evaluation.baseline)
+    others = compared_with(against, initial, dataset, test, settings, device) if judge else None
+    answers = answer(policy, tokenizer, instructions, settings) if instructions else []
+    responses, measured = measure(policy, kl_targets, tokenizer, test, others, judge, settings)
     if is_main():
         if instructions:
             write_outputs(directory, instructions, answers)
@@ -92,7 +97,7 @@ def measure(
     prompts: Sequence[Text],
     baseline: Sequence[str] | None,
     judge: Judge | None,
-    settings: Any,
+    settings: Evaluation,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """A row per prompt with both responses, and figures for `evaluation.json`.
 
@@ -104,11 +109,12 @@ def measure(
     rows, result = describe(prompts, samples, judge, baseline)
     at_one = (
         samples
-        if settings.evaluation.temperature == 1
-        else respond(policy, tokenizer, prompts, settings, "policy at temperature 1", temperature=1.0)
+        if settings.sampling.temperature == 1
+        else respond(policy, tokenizer, prompts, at(settings, 1.0), *AT_ONE)
     )
+    read = settings.packed, settings.micro_batch_tokens
     for kl_target, model in kl_targets.items():
-        plain, rao_blackwell = kl(policy, model, at_one, settings, models.vocabulary(tokenizer), kl_target)
+        plain, rao_blackwell = kl(policy, model, at_one, *read, models.vocabulary(tokenizer), kl_target)
         for name, values in ((kl_target, rao_blackwell), (f"{kl_target}_plain", plain)):
             result[name] = values.mean().item()
             result[f"{name}/se"] = values.std().item() / math.sqrt(len(values))
@@ -124,22 +130,28 @@ def describe(
     """A row per prompt with its response; their number `n`, and means: `length` in tokens without the end, `ended`,
     `repetition`, `broken` (see `is_broken`) and the judge's measures.
 
-    Against `baseline` responses to the same prompts also `win_rate` (ties one half) and its 95 % interval.
+    Against `baseline` responses to the same prompts also `win_rate` (ties one half) and its 95 % interval; by a judge
+    of pairs `inconsistent`, the share of comparisons that it decides otherwise when the responses change places.
     """
     others: Sequence[str | None] = [None] * len(prompts) if baseline is None else baseline
     rows: list[dict[str, Any]] = []
-    silent: list[dict[str, float]] = [{}] * len(prompts)
-    ours = judged(judge, prompts, [one.text for one in samples]) if judge else silent
-    theirs = judged(judge, prompts, baseline) if judge and baseline is not None else silent
-    for prompt, one, against, judgement, other in zip(prompts, samples, others, ours, theirs, strict=True):
+    judgements: list[dict[str, float]] = [{}] * len(prompts)
+    outcomes = judgements
+    if judge and baseline is None:
+        judgements, _ = compare(judge, prompts, [one.text for one in samples], [])
+    elif judge and baseline is not None:
+        both = [*(one.text for one in samples), *baseline]
+        pairs = [(row, len(prompts) + row) for row in range(len(prompts))]
+        judgements, outcomes = compare(judge, [*prompts, *prompts], both, pairs)
+    measured = zip(prompts, samples, others, judgements[: len(prompts)], outcomes, strict=True)
+    for prompt, one, against, judgement, outcome in measured:
         length = len(one.response_ids) - one.ended
         row: dict[str, Any] = {"prompt": prompt, "response": one.text, "ended": one.ended, "length": length}
         row["repetition"] = repetition(one.response_ids)
         row["broken"] = is_broken(one, against)
         row.update(judgement)
-        if other:
-            win = 1.0 if row["score"] > other["score"] else 0.0 if row["score"] < other["score"] else 0.5
-            row.update({"baseline": against, "win": win})
+        if outcome:
+            row.update({"baseline": against, **outcome})
         rows.append(row)
     result = {name: _mean([row[name] for row in rows]) for name in rows[0] if name not in TEXTS}
     if "win" in result:
@@ -169,36 +181,36 @@ def wilson(rate: float, n: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def test_prompts(dataset: Dataset, settings: Any, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
+def test_prompts(dataset: Dataset, settings: Evaluation, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
     """The first `evaluation.prompts` test prompts that are `fit_to_feed`, or all if there are fewer, which is said."""
-    found = fit_to_feed(dataset.prompts["test"], tokenizer, settings, dataset.on_faulty, "test prompts")
-    asked = settings.evaluation.prompts
-    if len(found) < asked and is_main():
-        print(f"evaluation: on all {len(found)} test prompts; evaluation.prompts asks for {asked}", flush=True)
+    found = fit_to_feed(dataset.prompts["test"], tokenizer, settings.limits, dataset.on_faulty, "test prompts")
+    asked = settings.prompts
+    if len(found) < asked:
+        logger.warning(f"evaluation: on all {len(found)} test prompts; evaluation.prompts asks for {asked}")
     return found[:asked]
 
 
 def fit_to_feed(
-    prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, settings: Any, on_faulty: str, what: str
+    prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, limits: Limits, on_faulty: str, what: str
 ) -> list[Text]:
     """The prompts to sample from: faulty ones by the rule for pairs, see `dpo.data.tokens.usable`, and by theirs, too,
     those that leave no room for a response where they are cut: on_too_long=truncate or drop leaves them out.
 
     what: what they are, for messages. Raises: ValueError for these with on_too_long=error, or if none is left.
     """
-    return _with_room(prompts, usable(prompts, tokenizer, on_faulty, what), tokenizer, settings, what)
+    return _with_room(prompts, usable(prompts, tokenizer, on_faulty, what), tokenizer, limits, what)
 
 
 def _with_room(
     prompts: Sequence[Text],
     found: list[Text],
     tokenizer: PreTrainedTokenizerBase,
-    settings: Any,
+    limits: Limits,
     what: str,
     must: bool = False,
 ) -> list[Text]:
     """Those of `found` among `prompts` that can be cut to what the policy is fed; must: all have to."""
-    limit = settings.max_length - settings.max_new_tokens
+    limit = limits.prompt
     long = [row for row, one in enumerate(encode_alone(found, tokenizer, what)) if len(one.ids) > limit]
     cut = cut_prompts([found[row] for row in long], tokenizer, [limit] * len(long))
     lengths = zip(long, encode_alone(cut, tokenizer, what) if cut else [], strict=True)
@@ -210,10 +222,10 @@ def _with_room(
         f"{len(out)} of {len(prompts)} {what} leave no room for a response, cut as far as can be, where {limit} tokens "
         "are left for them"
     )
-    if must or settings.on_too_long == "error" or len(out) == len(found):
+    if must or limits.on_too_long == "error" or len(out) == len(found):
         advice = "" if must else ", or set on_too_long=drop to leave such prompts out"
         raise ValueError(f"{said}:{listed(names)}\nRaise max_length, or lower max_new_tokens{advice}.")
-    print(f"tokens: {said}: dropped:{listed(names)}", flush=True)
+    logger.warning(f"tokens: {said}: dropped:{listed(names)}")
     return [prompt for row, prompt in enumerate(found) if row not in out]
 
 
@@ -227,50 +239,50 @@ def respond(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Text],
-    settings: Any,
+    settings: Evaluation,
     stream: str,
-    temperature: float | None = None,
+    title: str = "answers of the policy",
 ) -> list[Sample]:
     """One response to each test prompt; the same random numbers for all policies of a seed.
 
-    stream: the name of its random numbers, which the progress bar shows; "": those of samples to look at, quietly.
+    stream: which of a seed's random numbers. title: of the progress bar; "": none.
     """
-    return _drawn(model, tokenizer, _encoded(prompts, tokenizer, settings), settings, stream, temperature)
+    return _drawn(model, tokenizer, _encoded(prompts, tokenizer, settings), settings, stream, title)
 
 
-def _encoded(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, settings: Any) -> list[list[int]]:
-    return encode_prompts(prompts, tokenizer, settings.max_length - settings.max_new_tokens)
+def _encoded(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, settings: Evaluation) -> list[list[int]]:
+    return encode_prompts(prompts, tokenizer, settings.limits.prompt)
 
 
 def _drawn(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     encoded: list[list[int]],
-    settings: Any,
+    settings: Evaluation,
     stream: str,
-    temperature: float | None = None,
+    title: str,
 ) -> list[Sample]:
-    return sample(
-        model,
-        tokenizer,
-        encoded,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.evaluation.temperature if temperature is None else temperature,
-        seed=int(digest(["evaluation", settings.seed, stream])[:8], 16),
-        batch_size=settings.evaluation.batch_size,
-        name=stream and f"answers of the {stream}",
-    )
+    seed = int(digest(["evaluation", settings.seed, stream])[:8], 16)
+    return sample(model, tokenizer, encoded, settings.sampling, seed, title)
+
+
+def at(settings: Evaluation, temperature: float) -> Evaluation:
+    """These settings at another temperature."""
+    return replace(settings, sampling=replace(settings.sampling, temperature=temperature))
 
 
 def answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, instructions: Sequence[dict[str, str]], settings: Any
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    instructions: Sequence[dict[str, str]],
+    settings: Evaluation,
 ) -> list[str]:
     """The policy's responses to AlpacaEval's instructions."""
-    prompts = questions(instructions, tokenizer, settings)
-    return [sample.text for sample in respond(model, tokenizer, prompts, settings, "policy to instructions")]
+    prompts = questions(instructions, tokenizer, settings.limits)
+    return [sample.text for sample in respond(model, tokenizer, prompts, settings, *TO_INSTRUCTIONS)]
 
 
-def questions(instructions: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, settings: Any) -> list[Text]:
+def questions(instructions: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> list[Text]:
     """AlpacaEval's instructions as prompts: a user's turn, or plain text if the policy does not chat.
 
     Raises: ValueError if the policy cannot be fed one of them: its answers are compared with others' to all of them.
@@ -280,29 +292,49 @@ def questions(instructions: Sequence[dict[str, str]], tokenizer: PreTrainedToken
     chats = tokenizer.chat_template is not None
     texts = [one["instruction"] for one in instructions]
     prompts: list[Text] = [[{"role": "user", "content": text}] if chats else text for text in texts]
-    return _with_room(prompts, prompts, tokenizer, settings, "instructions of evaluation.instructions", must=True)
+    return _with_room(prompts, prompts, tokenizer, limits, "instructions of evaluation.instructions", must=True)
+
+
+def compared_with(
+    which: models.ModelSpec,
+    initial: tuple[PreTrainedModel, PreTrainedTokenizerBase, str] | None,
+    dataset: Dataset,
+    prompts: Sequence[Text],
+    settings: Evaluation,
+    device: torch.device,
+) -> list[str] | None:
+    """The responses to test prompts that the policy's are compared with.
+
+    which: a policy, or at the path "human" or "initial" what evaluation.baseline means by it. initial: the policy
+    before training, its tokenizer and fingerprint; None: nobody knows it.
+    Raises: ValueError if the data do not have what humans wrote.
+    """
+    if which.path == "human":
+        return dataset.written_to(prompts, "test")
+    if which.path != "initial":
+        model, tokenizer = models.load(which, device)
+        initial = model, tokenizer, models.fingerprint(model)
+    return None if initial is None else baseline(*initial[:2], prompts, settings, initial[2])
 
 
 def baseline(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Text],
-    settings: Any,
+    settings: Evaluation,
     weights: str,
 ) -> list[str]:
-    """The initial policy's responses to the test prompts, sampled once and shared by a sweep."""
+    """The responses of the initial policy, or of another, to the test prompts, sampled once and shared by a sweep."""
     encoded = _encoded(prompts, tokenizer, settings)
     key = {
         "weights": weights,
-        "max_new_tokens": settings.max_new_tokens,
-        "temperature": settings.evaluation.temperature,
-        "batch_size": settings.evaluation.batch_size,
+        "drawn": asdict(settings.sampling),
         "seed": settings.seed,
         **inputs(model, tokenizer, encoded),
     }
 
     def build(folder: Path) -> None:
-        samples = _drawn(model, tokenizer, encoded, settings, "initial policy")
+        samples = _drawn(model, tokenizer, encoded, settings, "initial policy", "answers of the initial policy")
         (folder / "responses.json").write_text(json.dumps([one.text for one in samples]))
 
     folder, _ = remember(settings.cache, "baseline", key, build, any_true)
@@ -313,7 +345,8 @@ def kl(
     policy: PreTrainedModel,
     kl_target: PreTrainedModel,
     samples: Sequence[Sample],
-    settings: Any,
+    packed: bool,
+    micro_batch_tokens: int,
     vocabulary: Tensor | None = None,
     name: str = "kl",
 ) -> tuple[Tensor, Tensor]:
@@ -324,13 +357,13 @@ def kl(
     `max_new_tokens`, so a policy that never ends has less of it than its endless responses would. The second mostly has
     less spread over responses, but need not: where policies are far apart its sum varies with the length and the path
     as much as the log-ratio does.
-    vocabulary: the `tokens` of `sequence_kl`.
+    packed: share prompts and leave out padding, where models can. vocabulary: the `tokens` of `sequence_kl`.
 
     Raises: RuntimeError if one of them is not finite.
     """
     items: list[PromptResponses] = [(one.prompt_ids, [one.response_ids]) for one in samples]
-    packed = settings.packed and packable(policy, items) and packable(kl_target, items)
-    tokens = forward_tokens(settings.micro_batch_tokens, packed)
+    packed = packed and packable(policy, items) and packable(kl_target, items)
+    tokens = forward_tokens(micro_batch_tokens, packed)
     plain, rao_blackwell = torch.zeros(2, len(samples))
     bar = progress(total=len(samples), name="KL")
     with torch.no_grad(), bar:
@@ -370,13 +403,13 @@ def show(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Text],
     judge: Judge | None,
-    settings: Any,
+    settings: Evaluation,
 ) -> list[dict[str, Any]]:
     """Responses to the first few test prompts, to look at while training."""
-    prompts = prompts[: settings.evaluation.log_samples]
+    prompts = prompts[: settings.log_samples]
     if not prompts:
         return []
-    return describe(prompts, respond(policy, tokenizer, prompts, settings, ""), judge)[0]
+    return describe(prompts, respond(policy, tokenizer, prompts, settings, "", title=""), judge)[0]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -11,7 +11,8 @@ if __name__ == "__main__":
     launch.command("generate")  # ends here: a run is `python -m dpo.sweep.execute`, and what it imports is slow
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from dpo.data.batches import fed_prompts
 from dpo.data.records import Dataset, Text, parse, write_rows
 from dpo.data.tokens import decode, vocabulary
 from dpo.policy import model as models
-from dpo.policy.sampling import Sample, inputs, sample
-from dpo.settings import policy_spec
+from dpo.policy.sampling import Sample, inputs
+from dpo.settings import Generation, generation_of, policy_spec
 from dpo.sweep.directory import finish
 from dpo.sweep.inputs import load
+from dpo.sweep.signature import instantiate
 from dpo.training import distributed
 
 SPLITS = ("train", "validation")
@@ -41,6 +43,7 @@ class Candidate:
     fed: Text  # what the policy was fed of it: less, where the prompt is too long
     response: Sample
     tokenizer: str  # `dpo.data.tokens.vocabulary` of it
+    human: bool = False  # it was written, and has no token ids
 
 
 def run(config: DictConfig, directory: Path) -> None:
@@ -61,51 +64,48 @@ def of_initial_policy(config: DictConfig, dataset: Dataset) -> dict[str, list[Ca
     device = distributed.join(config.device)
     policy, tokenizer = models.load(policy_spec(config, sft.initial_policy(config, dataset, device)), device)
     weights = models.fingerprint(policy)
-    return candidates(policy, tokenizer, dataset.prompts, config, weights, dataset.on_faulty)
+    return candidates(policy, tokenizer, dataset.prompts, generation_of(config), weights, dataset.on_faulty)
 
 
 def candidates(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: dict[str, list[Text]],
-    config: Any,
+    settings: Generation,
     weights: str,
     on_faulty: str = "error",
 ) -> dict[str, list[Candidate]]:
-    """`generation.samples_per_prompt` responses to each train and validation prompt, sampled once, shared by a sweep.
+    """`samples_per_prompt` responses to each train and validation prompt, sampled once, shared by a sweep.
 
     They keep the token ids that were sampled, and of a prompt that was cut what the policy was fed. weights: the
     policy's fingerprint. on_faulty: what to do with prompts that the policy cannot be fed: `dpo.evaluate.fit_to_feed`.
     """
-    limit, settings = config.max_length - config.max_new_tokens, config.generation
+    sampling, n = settings.sampling, settings.samples_per_prompt
     prompts = {
-        split: evaluate.fit_to_feed(prompts[split], tokenizer, config, on_faulty, f"{split} prompts")
+        split: evaluate.fit_to_feed(prompts[split], tokenizer, settings.limits, on_faulty, f"{split} prompts")
         for split in SPLITS
     }
-    fed = {split: fed_prompts(prompts[split], tokenizer, limit) for split in SPLITS}
-    drawn = ("samples_per_prompt", "temperature", "top_p", "batch_size")
+    fed = {split: fed_prompts(prompts[split], tokenizer, settings.limits.prompt) for split in SPLITS}
     key = {
         "weights": weights,
         "prompts": digest([prompts[split] for split in SPLITS]),
-        "settings": {name: settings[name] for name in drawn},
-        "max_new_tokens": config.max_new_tokens,
-        "seed": config.seed,
+        "engine": settings.engine,
+        "samples_per_prompt": n,
+        "drawn": asdict(sampling),
+        "seed": settings.seed,
         **inputs(model, tokenizer, [ids for split in SPLITS for _, ids in fed[split]]),
     }
 
     def build(folder: Path) -> None:
-        n, own = settings.samples_per_prompt, vocabulary(tokenizer)
+        engine, own = instantiate(settings.engine), vocabulary(tokenizer)
         for split in SPLITS:
-            samples = sample(
+            samples = engine(
                 model,
                 tokenizer,
                 [ids for _, ids in fed[split] for _ in range(n)],
-                max_new_tokens=config.max_new_tokens,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                seed=seed_of(config.seed, split),
-                batch_size=settings.batch_size,
-                name=f"sampling {split} pairs",
+                sampling,
+                seed_of(settings.seed, split),
+                f"sampling {split} pairs",
             )
             asked = [
                 (prompt, start) for prompt, (start, _) in zip(prompts[split], fed[split], strict=True) for _ in range(n)
@@ -116,8 +116,27 @@ def candidates(
             ]
             write_rows(folder / f"{split}.jsonl", map(row, found))
 
-    folder, _ = remember(config.cache, "candidates", key, build, distributed.any_true)
+    folder, _ = remember(settings.cache, "candidates", key, build, distributed.any_true)
     return read(folder)
+
+
+def beside_humans(found: dict[str, list[Candidate]], dataset: Dataset) -> dict[str, list[Candidate]]:
+    """The candidates, and after those of each prompt what a human wrote to it.
+
+    Raises: ValueError if the data have nothing that was written to one of the prompts.
+    """
+    both = {}
+    for split, some in found.items():
+        groups = [[*same] for _, same in groupby(some, key=lambda one: one.prompt)]
+        written = dataset.written_to([same[0].prompt for same in groups], split)
+        both[split] = [
+            one for same, text in zip(groups, written, strict=True) for one in (*same, _human(same[0], text))
+        ]
+    return both
+
+
+def _human(beside: Candidate, text: str) -> Candidate:
+    return replace(beside, response=Sample(beside.response.prompt_ids, [], text, ended=True), human=True)
 
 
 def seed_of(seed: int, split: str) -> int:
@@ -142,6 +161,7 @@ def row(one: Candidate) -> dict[str, Any]:
         "response": said.text,
         "ended": said.ended,
         "token_ids": {"tokenizer": one.tokenizer, "prompt": said.prompt_ids, "response": said.response_ids},
+        **({"human": True} if one.human else {}),
     }
 
 
@@ -149,7 +169,9 @@ def _candidate(line: dict[str, Any]) -> Candidate:
     try:
         ids = line["token_ids"]
         said = Sample(list(ids["prompt"]), list(ids["response"]), line["response"], line["ended"])
-        return Candidate(line["prompt"], line.get("fed", line["prompt"]), said, ids["tokenizer"])
+        return Candidate(
+            line["prompt"], line.get("fed", line["prompt"]), said, ids["tokenizer"], line.get("human", False)
+        )
     except (LookupError, TypeError) as error:
         raise ValueError(f"must be a candidate as dpo.generate writes it, found no {error}") from None
 

@@ -13,21 +13,22 @@ if __name__ == "__main__":
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations, groupby
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dpo import generate
 from dpo.cache import digest, remember
-from dpo.data.records import Preference, TokenIds, write, write_rows
+from dpo.data.records import Measures, Preference, TokenIds, write, write_rows
 from dpo.data.records import read as read_pairs
+from dpo.data.treatment import treat
 from dpo.generate import SPLITS, Candidate, seed_of
-from dpo.judges import JUDGES_VERSION, Judge, judged
+from dpo.judges import JUDGES_VERSION, Judge, compare, is_pairwise
+from dpo.settings import Pairing, judge_of, pairing_of, treatment_of
 from dpo.sweep.directory import finish
 from dpo.sweep.inputs import load
-from dpo.sweep.signature import instantiate
 from dpo.training import distributed
 
 
@@ -36,73 +37,118 @@ def run(config: DictConfig, directory: Path) -> None:
     and `validation.judged.jsonl`, and last `manifest.json`, into `directory`.
     """
     began = time.monotonic()
-    judge = instantiate(config.judge)
-    if judge is None:
-        raise ValueError("dpo.judge must have a judge, got judge=none; --help lists them")
+    judge = judge_of(config)
     dataset = load(config)  # also where it is not sampled for: what the run was planned with must be there
     distributed.join(config.device)
     if config.candidates is not None:
         found = generate.read(Path(config.candidates))
     else:
         found = generate.of_initial_policy(config, dataset)
-    pairs = preferences(found, judge, config, directory)
+    if config.pairs.off_policy:
+        found = generate.beside_humans(found, dataset)
+    pairs = preferences(found, judge, pairing_of(config), directory)
+    pairs["train"] = treat(pairs["train"], treatment_of(config), config.seed)
     if distributed.is_main():
+        write(directory / "train.jsonl", pairs["train"])  # those that a run would train on
         made = {f"{split} pairs": len(some) for split, some in pairs.items()}
         made |= {f"{split} candidates": len(some) for split, some in found.items()}
         finish(directory, "manifest.json", {**made, "seconds": time.monotonic() - began})
     distributed.leave()
 
 
-def cached_preferences(found: dict[str, list[Candidate]], judge: Judge, config: Any) -> dict[str, list[Preference]]:
+def cached_preferences(
+    found: dict[str, list[Candidate]], judge: Judge, settings: Pairing
+) -> dict[str, list[Preference]]:
     """Preference pairs of candidates, judged once and shared by a sweep."""
     key = {
         "candidates": digest({split: [generate.row(one) for one in some] for split, some in found.items()}),
-        "judge": OmegaConf.to_container(config.judge),
+        "judge": settings.judge,
         "judges": JUDGES_VERSION,
-        "pairs_per_prompt": config.generation.pairs_per_prompt,
-        "seed": config.seed,
+        "measures": 1,  # beside each pair
+        "pairs_per_prompt": settings.pairs_per_prompt,
+        "seed": settings.seed,
     }
 
     def build(folder: Path) -> None:
-        preferences(found, judge, config, folder)
+        preferences(found, judge, settings, folder)
 
-    folder, _ = remember(config.cache, "pairs", key, build, distributed.any_true)
+    folder, _ = remember(settings.cache, "pairs", key, build, distributed.any_true)
     return {split: read_pairs(folder / f"{split}.jsonl") for split in SPLITS}
 
 
 def preferences(
-    found: dict[str, list[Candidate]], judge: Judge, config: Any, folder: Path
+    found: dict[str, list[Candidate]], judge: Judge, settings: Pairing, folder: Path
 ) -> dict[str, list[Preference]]:
-    """At most `generation.pairs_per_prompt` pairs of unequal score per prompt; they, and the judgements, are written.
+    """At most `pairs_per_prompt` pairs per prompt, none a tie; they and the judgements are written.
 
-    Raises: RuntimeError if no two responses to a prompt differ in score.
+    What a pairwise judge says of two lines of `train.judged.jsonl`, counted from 0, is in `train.compared.jsonl`.
+    Raises: RuntimeError if all are ties.
     """
-    settings, pairs = config.generation, {}
+    pairs = {}
     for split, some in found.items():
-        said = judged(judge, [one.prompt for one in some], [one.response.text for one in some])
-        seed = seed_of(config.seed, split)
-        pairs[split] = _pairs(some, [one["score"] for one in said], settings.pairs_per_prompt, seed)
+        comparisons = _comparisons(some)
+        asked = [pair for same in comparisons for pair in same]
+        texts = [one.response.text for one in some]
+        judgements, outcomes = compare(judge, [one.prompt for one in some], texts, asked)
+        wins = {pair: outcome["win"] for pair, outcome in zip(asked, outcomes, strict=True)}
+        seed = seed_of(settings.seed, split)
+        pairs[split] = _pairs(some, comparisons, wins, judgements, settings.pairs_per_prompt, seed)
         if not pairs[split]:
             raise RuntimeError(
-                f"no two of the {len(some)} responses to a {split} prompt differ in score; sample more responses "
-                f"(generation.samples_per_prompt, now {settings.samples_per_prompt}) or at a higher temperature (now "
-                f"{settings['temperature']})"
+                f"no two of the {len(some)} responses to a {split} prompt differ to the judge; sample more responses "
+                "(generation.samples_per_prompt) or at a higher temperature (generation.temperature)"
             )
         if distributed.is_main():
-            rows = ({**generate.row(one), **judgement} for one, judgement in zip(some, said, strict=True))
+            rows = ({**generate.row(one), **judgement} for one, judgement in zip(some, judgements, strict=True))
             write_rows(folder / f"{split}.judged.jsonl", rows)
+            if is_pairwise(judge):
+                compared = zip(asked, outcomes, strict=True)
+                decided = ({"first": first, "second": second, **outcome} for (first, second), outcome in compared)
+                write_rows(folder / f"{split}.compared.jsonl", decided)
             write(folder / f"{split}.jsonl", pairs[split])
     return pairs
 
 
-def _pairs(some: Sequence[Candidate], scores: Sequence[float], at_most: int, seed: int) -> list[Preference]:
-    """Pairs of unequal score, drawn at random for each prompt; candidates of one prompt follow each other."""
+def _comparisons(some: Sequence[Candidate]) -> list[list[tuple[int, int]]]:
+    """For each prompt any two of its candidates, by their places; candidates of one prompt follow each other.
+
+    Where a human is among them, any two of a human's and a sampled one.
+    """
+    same = groupby(range(len(some)), key=lambda row: (some[row].prompt, some[row].response.prompt_ids))
+    both = [[*combinations(rows, 2)] for _, rows in same]
+    mixed = [[(one, other) for one, other in pairs if some[one].human != some[other].human] for pairs in both]
+    return [few or all_ for few, all_ in zip(mixed, both, strict=True)]
+
+
+def _pairs(
+    some: Sequence[Candidate],
+    comparisons: Sequence[Sequence[tuple[int, int]]],
+    wins: dict[tuple[int, int], float],
+    judgements: Sequence[dict[str, float]],
+    at_most: int,
+    seed: int,
+) -> list[Preference]:
+    """Pairs of candidates, drawn at random for each prompt from its comparisons that one of the two won."""
     rng, pairs = random.Random(seed), []
-    for _, same in groupby(zip(scores, some, strict=True), key=lambda one: (one[1].prompt, one[1].response.prompt_ids)):
-        unequal = [pair for pair in combinations(same, 2) if pair[0][0] != pair[1][0]]
-        for pair in rng.sample(unequal, min(at_most, len(unequal))):
-            (_, worse), (_, better) = sorted(pair, key=lambda one: one[0])
+    for same in comparisons:
+        unequal = [pair for pair in same if wins[pair] != 0.5]
+        for first, second in rng.sample(unequal, min(at_most, len(unequal))):
+            places = (first, second) if wins[first, second] > 0.5 else (second, first)
+            better, worse = (some[place] for place in places)
             good, bad = better.response, worse.response
             ids = TokenIds(better.tokenizer, good.prompt_ids, good.response_ids, bad.response_ids)
-            pairs.append(Preference(better.fed, good.text, bad.text, good.ended, bad.ended, token_ids=ids))
+            sampled = None if better.human or worse.human else ids
+            made = Preference(better.fed, good.text, bad.text, good.ended, bad.ended, token_ids=sampled)
+            said_of_better, said_of_worse = (judgements[place] for place in places)
+            pairs.append(replace(made, measures=_measures(said_of_better, said_of_worse, made)))
     return pairs
+
+
+def _measures(better: dict[str, float], worse: dict[str, float], pair: Preference) -> Measures:
+    """What a judge's words about its two responses say of a pair; it may score them and count right answers, or not."""
+    words = (len(str(pair.chosen).split()), len(str(pair.rejected).split()))
+    gap = better["score"] - worse["score"] if "score" in better else None
+    if not all({"correct", "enough"} <= one.keys() for one in (better, worse)):
+        return Measures(gap, words=words)
+    kind = ("answers", "threshold", "length")[round(better["enough"] + worse["enough"])]
+    return Measures(gap, kind, (better["correct"], worse["correct"]), words)

@@ -9,7 +9,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,11 +23,11 @@ from dpo.cache import digest
 from dpo.data.batches import Batch, Pair, Tokens, encode_prompts, tokenize
 from dpo.data.records import Preference, jsonl_files, listed, parse, preference, report
 from dpo.data.tokens import encode_alone, encoded, vocabulary
-from dpo.losses import tie_tolerance
+from dpo.losses.pairs import tie_tolerance
 from dpo.policy import model as models
-from dpo.policy.logps import sequence_logps
+from dpo.policy.logps import sequence_logps, token_logps
 from dpo.policy.model import ModelSpec, spec_of
-from dpo.policy.scoring import LIVE, check_against_live, score
+from dpo.policy.scoring import LIVE, Scoring, check_against_live, score
 from dpo.training import distributed
 
 TOO_LONG = (
@@ -42,55 +42,84 @@ UNREAD = (
 
 
 class Reference(Protocol):
-    """What `train` asks of a reference. Pairs come as {split: pairs}, and batches name their rows by `index`."""
+    """What holds the policy. Batches name their rows by `index`."""
 
+    held: str  # what is held close to, in words for the user
     kl_target: str | None  # a model, other than the initial policy, whose KL to the policy has a meaning
     is_initial: bool  # starts as the initial policy: then the DPO loss is ln 2 before training
     fingerprint: str  # digest of what gives its log-probs: weights, or given numbers; "" if it moves or is none
 
-    def check(self, initial: ModelSpec | str, settings: Any) -> None:
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """What its log-probs are of now; None: a table, or nothing."""
+
+    def logps(self, batch: Batch, split: str) -> Tensor:
+        """Log-probabilities of the batch's responses, chosen then rejected.  # (2B,) float32, no gradient"""
+
+    def token_logps(self, batch: Batch, split: str) -> Tensor:
+        """Those of the single tokens, if it gives "tails" and was asked.  # (N,) float32, no gradient"""
+
+    def after_step(self, policy: PreTrainedModel) -> None:
+        """Called after every optimizer step."""
+
+
+class Pending(Protocol):
+    """A reference as a config names it: options that are checked, and no model yet."""
+
+    gives: tuple[str, ...]  # what a loss may ask for with `losses.reads`: "tails" (with settings.per_token), "kl"
+
+    def check(self, initial: ModelSpec | str, settings: Scoring) -> None:
         """Refuse what small files alone can tell, before SFT or sampling. initial: the policy, or its base.
 
         Raises: ValueError.
         """
 
     def prepare(
-        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any
-    ) -> str:
-        """Get ready before the policy is sharded or trained; returns what is held, in words, for the user."""
-
-    def logps(self, batch: Batch, split: str) -> Tensor:
-        """Log-probabilities of the batch's responses, chosen then rejected.  # (2B,) float32, no gradient"""
-
-    def after_step(self, policy: PreTrainedModel) -> None:
-        """Called after every optimizer step."""
+        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Scoring
+    ) -> Reference:
+        """The reference, before the policy is sharded or trained. pairs: those of each split."""
 
 
-class Precomputed(ABC):
-    """A reference that never moves."""
+@dataclass(frozen=True)
+class Table:
+    """A reference that never moves: log-probs by row, of the pairs of each split."""
 
-    kl_target: str | None = None
-    is_initial = False
+    held: str
     fingerprint: str
     table: dict[str, Tensor]  # split -> (N, 2) float32 nats, of chosen and rejected
-    lengths: dict[str, Tensor]  # split -> (N, 2) int64, the tokens that were scored; {} where nobody knows
-    tokens: dict[str, list[Tensor]]  # split -> 2N x (tokens,), chosen first, where settings.per_token asks for it
-
-    @abstractmethod
-    def check(self, initial: ModelSpec | str, settings: Any) -> None:
-        """See `Reference`."""
-
-    @abstractmethod
-    def prepare(
-        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any
-    ) -> str:
-        """Fill the table: see `Reference`."""
+    lengths: dict[str, Tensor] = field(default_factory=dict)  # split -> (N, 2) int64 scored tokens, where known
+    tokens: dict[str, list[Tensor]] = field(default_factory=dict)  # split -> 2N x (tokens,), chosen first, if asked for
+    kl_target: str | None = None
+    is_initial: bool = False
+    folder: Path | None = None  # where its scores are kept
+    model: PreTrainedModel | None = None
 
     def logps(self, batch: Batch, split: str) -> Tensor:
         return self.table[split].to(batch.index.device)[batch.index].T.reshape(-1)
 
+    def token_logps(self, batch: Batch, split: str) -> Tensor:
+        tokens, rows = self.tokens[split], batch.index.tolist()
+        both = [tokens[row + off] for off in (0, len(tokens) // 2) for row in rows]
+        return torch.cat(both).to(batch.index.device)
+
     def after_step(self, policy: PreTrainedModel) -> None:
         return None
+
+
+class Precomputed(ABC):
+    """A reference that `prepare` makes a `Table` of, which `dpo.score` writes."""
+
+    gives: tuple[str, ...] = ()
+
+    @abstractmethod
+    def check(self, initial: ModelSpec | str, settings: Scoring) -> None:
+        """See `Pending`."""
+
+    @abstractmethod
+    def prepare(
+        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Scoring
+    ) -> Table:
+        """See `Pending`."""
 
 
 class Frozen(Precomputed):
@@ -98,7 +127,7 @@ class Frozen(Precomputed):
 
     same_tokens = True  # it reads the policy's token ids
     sees_prompt = True
-    folder: Path  # where its scores are kept
+    gives: tuple[str, ...] = ("tails",)
 
     def __init__(self, path: str | None) -> None:
         if path is not None:
@@ -110,8 +139,8 @@ class Frozen(Precomputed):
         own = spec_of(initial)
         return own if self.path is None else replace(own, path=self.path, chat_template=None)
 
-    def check(self, initial: ModelSpec | str, settings: Any) -> None:
-        if getattr(settings, "per_token", False) and not self.same_tokens:
+    def check(self, initial: ModelSpec | str, settings: Scoring) -> None:
+        if settings.per_token and not self.same_tokens:
             raise ValueError(f"per_token=true needs a reference with the policy's tokens, found {self.name()}")
         if self.path is not None:
             tokenizer = models.load_tokenizer(self.spec(initial))
@@ -120,19 +149,18 @@ class Frozen(Precomputed):
                 models.check_length(self.spec(initial), "max_length", settings.max_length)
 
     def prepare(
-        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any
-    ) -> str:
+        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Scoring
+    ) -> Table:
         self.check(initial, settings)
-        per_token = getattr(settings, "per_token", False)
         of_pairs, tokenizer = models.load_tokenizer(initial), models.load_tokenizer(self.spec(initial))
-        sequences = {split: self.sequences(items, split, tokenizer, settings) for split, items in pairs.items()}
+        sequences = {
+            split: self.sequences(items, split, tokenizer, self.spec(initial), settings)
+            for split, items in pairs.items()
+        }
         model = policy
         if self.path is not None:
             model, _ = models.load(self.spec(initial), distributed.device_of(policy))
-        self.fingerprint = weights = models.fingerprint(model)
-        if self.same_tokens and self.sees_prompt:
-            self.kl_target = self.path
-            self.is_initial = model is policy or weights == models.fingerprint(policy)  # which reads all weights
+        weights, comparable = models.fingerprint(model), self.same_tokens and self.sees_prompt
         asked, began = list(chain.from_iterable(sequences.values())), time.monotonic()
         sources = [
             f"{pair.source or f'{split} row {row}, counted from 0'} ({side})"
@@ -141,25 +169,34 @@ class Frozen(Precomputed):
             for row, pair in enumerate(items)
         ]
         about = partial(self.about, pairs, of_pairs if self.same_tokens else tokenizer, settings)
-        scores = score(model, asked, weights, settings, "reference log-probs", sources, per_token, about)
+        scores = score(model, asked, weights, settings, "reference log-probs", sources, about)
         where = "from the cache" if scores.cached else f"computed in {time.monotonic() - began:.1f} s"
-        off, self.folder = check_against_live(model, asked, scores, settings), scores.folder
-        self.table, self.lengths, self.tokens, first = {}, {}, {}, 0
+        off = check_against_live(model, asked, scores, settings)
+        table, lengths, tokens, first = {}, {}, {}, 0
         for split, items in pairs.items():
             rows = slice(first, first := first + 2 * len(items))
-            self.table[split] = scores.logps[rows].view(2, len(items)).T.contiguous()
-            self.lengths[split] = scores.lengths[rows].view(2, len(items)).T
-            self.tokens[split] = (scores.token_logps or [])[rows]
+            table[split] = scores.logps[rows].view(2, len(items)).T.contiguous()
+            lengths[split] = scores.lengths[rows].view(2, len(items)).T
+            tokens[split] = (scores.token_logps or [])[rows]
         counts = " and ".join(f"{len(items)} {split}" for split, items in pairs.items())
-        return (
+        return Table(
             f"{self.name()}, weights {weights[:12]}, log-probs of {counts} pairs {where}; {LIVE} scored again differ "
-            f"by {off:.0e} nats at most"
+            f"by {off:.0e} nats at most",
+            weights,
+            table,
+            lengths,
+            tokens,
+            kl_target=self.path if comparable else None,
+            is_initial=comparable and (model is policy or weights == models.fingerprint(policy)),  # reads all weights
+            folder=scores.folder,
         )
 
     def name(self) -> str:
         return "initial policy" if self.path is None else self.path
 
-    def about(self, pairs: dict[str, list[Pair]], tokenizer: PreTrainedTokenizerBase, settings: Any) -> dict[str, Any]:
+    def about(
+        self, pairs: dict[str, list[Pair]], tokenizer: PreTrainedTokenizerBase, settings: Scoring
+    ) -> dict[str, Any]:
         """What the token ids that are scored come from: of a key that misses, why they are others."""
         return {
             "reference": self.name(),
@@ -172,7 +209,7 @@ class Frozen(Precomputed):
         }
 
     def sequences(
-        self, pairs: Sequence[Pair], split: str, tokenizer: PreTrainedTokenizerBase, settings: Any
+        self, pairs: Sequence[Pair], split: str, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, settings: Scoring
     ) -> list[Tokens]:
         """What is scored: chosen responses, then rejected ones."""
         return [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
@@ -193,12 +230,13 @@ class OtherTokenizer(Frozen):
     """
 
     same_tokens = False
+    gives: tuple[str, ...] = ()
 
     def __init__(self, path: str, max_length: int | None) -> None:
         super().__init__(path)
         self.max_length = max_length
 
-    def check(self, initial: ModelSpec | str, settings: Any) -> None:
+    def check(self, initial: ModelSpec | str, settings: Scoring) -> None:
         super().check(initial, settings)
         if self.max_length is not None:
             models.check_length(self.spec(initial), "reference.max_length", self.max_length)
@@ -207,12 +245,11 @@ class OtherTokenizer(Frozen):
         return f"{self.path} under its own tokenizer"
 
     def sequences(
-        self, pairs: Sequence[Pair], split: str, tokenizer: PreTrainedTokenizerBase, settings: Any
+        self, pairs: Sequence[Pair], split: str, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, settings: Scoring
     ) -> list[Tokens]:
-        path = str(self.path)
-        most = self.max_length or models.positions_of(ModelSpec(path, settings.policy.trust_remote_code)) or sys.maxsize
+        most = self.max_length or models.positions_of(spec) or sys.maxsize
         texts = [pair.text for pair in pairs if pair.text is not None]
-        what = f"{split} pairs in the tokens of the reference {path}"
+        what = f"{split} pairs in the tokens of the reference {self.path}"
         try:
             own = tokenize(texts, tokenizer, most, "error", what, TOO_LONG)
         except ValueError:  # of faulty pairs it advises what helps the policy's tokens alone
@@ -231,7 +268,7 @@ class OtherTokenizer(Frozen):
                 f"{split} pairs with special tokens or broken characters within:{listed(unread)}\nTake a reference "
                 "with the policy's tokenizer, or leave these pairs out of the data."
             )
-        return super().sequences(own, split, tokenizer, settings)
+        return super().sequences(own, split, tokenizer, spec, settings)
 
 
 class Unconditional(Frozen):
@@ -251,7 +288,7 @@ class Unconditional(Frozen):
         return f"{super().name()} without the prompt"
 
     def sequences(
-        self, pairs: Sequence[Pair], split: str, tokenizer: PreTrainedTokenizerBase, settings: Any
+        self, pairs: Sequence[Pair], split: str, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, settings: Scoring
     ) -> list[Tokens]:
         if self.prompt:
             encode_alone([self.prompt], tokenizer, "texts of reference.prompt")  # refused by its name
@@ -275,13 +312,13 @@ class PrecomputedFiles(Precomputed):
             raise ValueError(f"reference.path must be a file of log-probs or a folder of them, found none at {path}")
         self.path = path
 
-    def check(self, initial: ModelSpec | str, settings: Any) -> None:
-        if getattr(settings, "per_token", False):
+    def check(self, initial: ModelSpec | str, settings: Scoring) -> None:
+        if settings.per_token:
             raise ValueError("per_token=true needs a reference that is a model, not reference=precomputed")
 
     def prepare(
-        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any
-    ) -> str:
+        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Scoring
+    ) -> Table:
         self.check(initial, settings)
         path = Path(self.path)
         files = [*jsonl_files(path)] if path.is_dir() else [path]
@@ -291,7 +328,7 @@ class PrecomputedFiles(Precomputed):
                 for content, logp in zip(_contents(told), logps, strict=True):
                     if abs(known.setdefault(content, logp) - logp) > tie_tolerance(torch.tensor(logp), "bf16"):
                         raise ValueError(f"{file}, {where}: log-prob {logp}, but {known[content]} for the same text")
-        self.table, self.lengths, self.fingerprint = {}, {}, digest(known)
+        table = {}
         for split, items in pairs.items():
             asked = []
             for pair in items:
@@ -309,65 +346,132 @@ class PrecomputedFiles(Precomputed):
                     f"left are not theirs: score with this policy and max_length={settings.max_length}, or leave such "
                     "pairs out with on_too_long=drop" * bool(cut)
                 )
-            self.table[split] = torch.tensor([[known[content] for content in contents] for contents in asked])
-        return f"precomputed: {len(known)} log-probs from {self.path}"
+            table[split] = torch.tensor([[known[content] for content in contents] for contents in asked])
+        return Table(f"precomputed: {len(known)} log-probs from {self.path}", digest(known), table)
 
 
 class ReferenceFree:
     """Every response equally likely: reference-free DPO, the posterior reward of 2407.13709, Eq. 9-10."""
 
-    kl_target, fingerprint = None, ""
+    held = "reference-free: every response equally likely"
+    kl_target: str | None = None
+    fingerprint = ""
     is_initial = False
+    model: PreTrainedModel | None = None
+    gives = ("tails",)
 
-    def check(self, initial: ModelSpec | str, settings: Any) -> None:
+    def check(self, initial: ModelSpec | str, settings: Scoring) -> None:
         pass
 
     def prepare(
-        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any
-    ) -> str:
-        return "reference-free: every response equally likely"
+        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Scoring
+    ) -> Reference:
+        return self
 
     def logps(self, batch: Batch, split: str) -> Tensor:
         return torch.zeros(batch.sequences, device=batch.index.device)
+
+    def token_logps(self, batch: Batch, split: str) -> Tensor:
+        return torch.zeros(len(batch.labels), device=batch.index.device)
 
     def after_step(self, policy: PreTrainedModel) -> None:
         pass
 
 
-class EMA(nn.Module):
-    """A reference that follows the policy: every `every` optimizer steps, alpha * policy + (1 - alpha) * itself.
+class Live:
+    """A model that never moves, asked at each step, for what no table holds. path: None: the initial policy."""
 
-    alpha: in (0, 1]; 1 copies the policy. Being a module, it is checkpointed with the policy.
+    gives = ("tails", "kl")
+
+    def __init__(self, path: str | None) -> None:
+        self.scored = Frozen(path)  # the same model, as a table
+
+    def check(self, initial: ModelSpec | str, settings: Scoring) -> None:
+        self.scored.check(initial, settings)
+
+    def prepare(
+        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Scoring
+    ) -> Reference:
+        model, _ = models.load(self.scored.spec(initial), distributed.device_of(policy))
+        weights = models.fingerprint(model)
+        held = f"{self.scored.name()} beside the policy, weights {weights[:12]}"
+        is_initial = weights == models.fingerprint(policy)
+        return Beside(held, model.requires_grad_(False).eval(), weights, self.scored.path, is_initial)
+
+
+@dataclass
+class Beside:
+    """The reference that `Live` makes."""
+
+    held: str
+    model: PreTrainedModel
+    fingerprint: str
+    kl_target: str | None
+    is_initial: bool
+
+    @torch.no_grad()
+    def logps(self, batch: Batch, split: str) -> Tensor:
+        return sequence_logps(self.model, batch)[0]
+
+    @torch.no_grad()
+    def token_logps(self, batch: Batch, split: str) -> Tensor:
+        return token_logps(self.model, batch)
+
+    def after_step(self, policy: PreTrainedModel) -> None:
+        pass
+
+
+class EMA:
+    """A reference that follows the policy: every `every` optimizer steps, alpha * policy + (1 - alpha) * itself
+    (TR-DPO, 2404.09656).
+
+    alpha: in (0, 1]; 1 copies the policy.
     """
 
-    kl_target, fingerprint = None, ""
-    is_initial = True
+    gives = ("tails", "kl")
 
     def __init__(self, alpha: float, every: int) -> None:
-        super().__init__()
         if not 0 < alpha <= 1:
             raise ValueError(f"reference.alpha must be in (0, 1], got {alpha}; 1 copies the policy")
         if every < 1:
             raise ValueError(f"reference.every must be at least 1 optimizer step, got {every}")
         self.alpha, self.every = alpha, every
-        self.steps: Tensor  # optimizer steps so far, checkpointed
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    def check(self, initial: ModelSpec | str, settings: Any) -> None:
+    def check(self, initial: ModelSpec | str, settings: Scoring) -> None:
         pass
 
     def prepare(
-        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Any
-    ) -> str:
+        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Scoring
+    ) -> Reference:
         model, _ = models.load(initial, distributed.device_of(policy))
-        self.model = model.requires_grad_(False).eval()
-        return f"EMA: starts at the initial policy, weights {models.fingerprint(policy)[:12]}; " + (
-            f"every {self.every} steps {self.alpha} of the policy and {1 - self.alpha:g} of itself"
+        weights = models.fingerprint(policy)
+        return MovingAverage(model.requires_grad_(False).eval(), weights, self.alpha, self.every)
+
+
+class MovingAverage(nn.Module):
+    """The reference that `EMA` makes. Being a module, it is checkpointed with the policy."""
+
+    kl_target: str | None = None
+    fingerprint = ""
+    is_initial = True
+
+    def __init__(self, model: PreTrainedModel, weights: str, alpha: float, every: int) -> None:
+        super().__init__()
+        self.model, self.alpha, self.every = model, alpha, every
+        self.held = (
+            f"EMA: starts at the initial policy, weights {weights[:12]}; every {every} steps {alpha} of the policy and "
+            f"{1 - alpha:g} of itself"
         )
+        self.steps: Tensor  # optimizer steps so far
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def logps(self, batch: Batch, split: str) -> Tensor:
         return sequence_logps(self.model, batch)[0]
+
+    @torch.no_grad()
+    def token_logps(self, batch: Batch, split: str) -> Tensor:
+        return token_logps(self.model, batch)
 
     @torch.no_grad()
     def after_step(self, policy: PreTrainedModel) -> None:

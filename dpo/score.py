@@ -11,6 +11,7 @@ if __name__ == "__main__":
 
     launch.command("score")  # ends here: a run is `python -m dpo.sweep.execute`, and what it imports is slow
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,17 +23,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo import generate, sft
 from dpo.data.batches import TOO_LONG, Pair, tokenize, told_apart
 from dpo.data.records import Dataset, Preference, row, write_rows
+from dpo.data.treatment import Treatment, described, treat
+from dpo.data.truncation import Limits
 from dpo.generate import SPLITS
 from dpo.judge import cached_preferences
 from dpo.judges import Judge
 from dpo.policy import model as models
 from dpo.references import Precomputed
-from dpo.settings import policy_spec
+from dpo.settings import generation_of, judge_of, limits_of, pairing_of, policy_spec, scoring_of, treatment_of
 from dpo.sweep.directory import finish
 from dpo.sweep.inputs import load
 from dpo.sweep.signature import instantiate
 from dpo.training import distributed
-from dpo.training.log import say
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: DictConfig, directory: Path) -> None:
@@ -47,16 +51,19 @@ def run(config: DictConfig, directory: Path) -> None:
     scored, and `cut` says of what: prompt, chosen, rejected.
     """
     began = time.monotonic()
-    reference = instantiate(config.reference)
-    if not isinstance(reference, Precomputed):
-        say(f"reference={config.choices.reference} has no scores to make: it moves with the policy, or is no model")
+    pending, settings = instantiate(config.reference), scoring_of(config)
+    if not isinstance(pending, Precomputed):
+        logger.info(
+            f"reference={config.choices.reference} has no scores to make: it is asked at each step, or is no model"
+        )
         if distributed.is_main():
             finish(directory, "manifest.json", {"seconds": time.monotonic() - began})
         return
     dataset = load(config)
-    reference.check(policy_spec(config), config)
-    start, policy, pairs = prepare(config, dataset, instantiate(config.judge), *encode(config, dataset))
-    say(f"reference: {reference.prepare(policy_spec(config, start), policy, pairs, config)}")
+    pending.check(policy_spec(config), settings)
+    start, policy, pairs = prepare(config, dataset, judge_of(config), *encode(config, dataset))
+    reference = pending.prepare(policy_spec(config, start), policy, pairs, settings)
+    logger.info(f"reference: {reference.held}")
     distributed.leave()
     if not distributed.is_main():
         return
@@ -68,7 +75,7 @@ def run(config: DictConfig, directory: Path) -> None:
             scores: dict[str, Any] = named("logprob", reference.table[split][number].tolist())
             if reference.lengths:
                 scores |= named("tokens", reference.lengths[split][number].tolist())
-            if config.per_token:
+            if settings.per_token:
                 both = reference.tokens[split][number :: len(items)]
                 scores |= named("token_logprobs", [values.tolist() for values in both])
             rows.append(row(pair.text) | ({"cut": list(pair.cut)} if pair.cut else {}) | scores)
@@ -87,13 +94,25 @@ def encode(config: DictConfig, dataset: Dataset) -> tuple[PreTrainedTokenizerBas
     """The policy's tokenizer, and the pairs that the data brings in tokens: bad ones stop here, before any model."""
     models.check_length(policy_spec(config), "max_length", config.max_length)
     tokenizer = models.load_tokenizer(policy_spec(config))
-    return tokenizer, tokenized(dataset.preferences, tokenizer, config, dataset.on_faulty)
+    if dataset.preferences and config.pairs.off_policy:
+        raise ValueError("pairs.off_policy=true makes pairs of prompts, found data with pairs; leave it out")
+    preferences = treated(dataset.preferences, treatment_of(config), config.seed)
+    return tokenizer, tokenized(preferences, tokenizer, limits_of(config), dataset.on_faulty)
+
+
+def treated(preferences: dict[str, list[Preference]], treatment: Treatment, seed: int) -> dict[str, list[Preference]]:
+    """What is trained on, and held-out pairs as they are."""
+    if treatment == Treatment() or not preferences:
+        return preferences
+    train = treat(preferences["train"], treatment, seed)
+    logger.info("pairs: of %d for training %s", len(preferences["train"]), described(train))
+    return {**preferences, "train": train}
 
 
 def tokenized(
-    preferences: dict[str, list[Preference]], tokenizer: PreTrainedTokenizerBase, config: DictConfig, on_faulty: str
+    preferences: dict[str, list[Preference]], tokenizer: PreTrainedTokenizerBase, limits: Limits, on_faulty: str
 ) -> dict[str, list[Pair]]:
-    rules, found = (config.max_length, config.on_too_long), {}
+    rules, found = (limits.max_length, limits.on_too_long), {}
     for split in SPLITS:
         if split in preferences:
             what = f"{split} pairs"
@@ -121,6 +140,10 @@ def prepare(
     if not pairs:
         if judge is None:
             raise ValueError(f"data={config.data._target_} has prompts but no pairs, so judge must not be none")
-        found = generate.candidates(policy, tokenizer, dataset.prompts, config, models.fingerprint(policy), rule)
-        pairs = tokenized(cached_preferences(found, judge, config), tokenizer, config, rule)
+        weights, settings = models.fingerprint(policy), generation_of(config)
+        found = generate.candidates(policy, tokenizer, dataset.prompts, settings, weights, rule)
+        if config.pairs.off_policy:
+            found = generate.beside_humans(found, dataset)
+        preferences = treated(cached_preferences(found, judge, pairing_of(config)), treatment_of(config), config.seed)
+        pairs = tokenized(preferences, tokenizer, settings.limits, rule)
     return start, policy, pairs

@@ -1,9 +1,74 @@
 """What the commands read of a config, as the values that the code below them takes."""
 
+from dataclasses import dataclass
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from dpo.data.treatment import Treatment
+from dpo.data.truncation import Limits
+from dpo.judges import remembering
 from dpo.policy.model import ModelSpec
+from dpo.policy.sampling import Sampling
+from dpo.policy.scoring import Scoring
+from dpo.sweep.signature import instantiate
 from dpo.training.distributed import ParallelLayout
+from dpo.training.optim import Recipe
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a policy is measured."""
+
+    prompts: int  # test prompts, one response to each
+    log_samples: int  # responses to look at while training
+    sampling: Sampling  # of the win-rate samples
+    seed: int
+    limits: Limits
+    packed: bool  # see `Scoring`; of the passes that measure KL
+    micro_batch_tokens: int
+    cache: str  # folder of the baseline's responses
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How candidate responses are made."""
+
+    engine: dict[str, Any]  # as the config names it
+    samples_per_prompt: int
+    sampling: Sampling
+    seed: int
+    limits: Limits
+    cache: str  # folder of the candidates
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """How candidates become pairs."""
+
+    pairs_per_prompt: int  # at most
+    seed: int
+    judge: dict[str, Any]  # as the config names it
+    cache: str  # folder of the pairs
+
+
+@dataclass(frozen=True)
+class Sft:
+    """How a base model becomes the policy that preference training starts from."""
+
+    base: ModelSpec
+    recipe: Recipe
+    seed: int
+    max_length: int
+    on_too_long: str
+    precision: str
+    packed: bool
+    micro_batch_tokens: int
+    activation_checkpointing: bool
+    evaluate_every: int
+    checkpoint_every: int
+    checkpoints_kept: int
+    cache: str
 
 
 def policy_spec(config: Any, path: str | None = None) -> ModelSpec:
@@ -16,3 +81,61 @@ def policy_spec(config: Any, path: str | None = None) -> ModelSpec:
 def layout(config: Any) -> ParallelLayout:
     """How a model lies on the processes of a run: what it says in `sharding`, and its precision."""
     return ParallelLayout(**config.sharding, precision=config.precision)
+
+
+def treatment_of(config: Any) -> Treatment:
+    """What is done to the training pairs."""
+    return Treatment(**{key: value for key, value in config.pairs.items() if key != "off_policy"})
+
+
+def judge_of(config: Any) -> Any:
+    """The judge of a run, or None; the answers of a costly one are kept in the cache."""
+    return _judge(config.judge, config.cache)
+
+
+def evaluation_judge(config: Any) -> Any:
+    """The judge of evaluations: that of the pairs, unless another is given."""
+    own = config.evaluation.judge
+    return _judge(config.judge if own is None else own, config.cache)
+
+
+def _judge(node: Any, cache: str) -> Any:
+    return None if node is None else remembering(instantiate(node), OmegaConf.to_container(node), cache)
+
+
+def limits_of(config: Any) -> Limits:
+    return Limits(config.max_length, config.max_new_tokens, config.on_too_long)
+
+
+def evaluation_of(config: Any) -> Evaluation:
+    asked = config.evaluation
+    sampling = Sampling(config.max_new_tokens, asked.temperature, 1.0, asked.batch_size)
+    read = config.packed, config.micro_batch_tokens
+    return Evaluation(asked.prompts, asked.log_samples, sampling, config.seed, limits_of(config), *read, config.cache)
+
+
+def generation_of(config: Any) -> Generation:
+    asked = config.generation
+    sampling = Sampling(config.max_new_tokens, asked.temperature, asked.top_p, asked.batch_size)
+    engine: Any = OmegaConf.to_container(config.engine)
+    return Generation(engine, asked.samples_per_prompt, sampling, config.seed, limits_of(config), config.cache)
+
+
+def pairing_of(config: Any) -> Pairing:
+    judge: Any = OmegaConf.to_container(config.judge)
+    return Pairing(config.generation.pairs_per_prompt, config.seed, judge, config.cache)
+
+
+def scoring_of(config: Any) -> Scoring:
+    names = ("cache", "precision", "packed", "micro_batch_tokens", "max_length", "on_too_long")
+    return Scoring(**{name: config[name] for name in names}, per_token=config.get("per_token", False))
+
+
+def sft_of(config: Any) -> Sft:
+    both = {"optimizer": config.optimizer, "weight_decay": config.weight_decay, "max_grad_norm": config.max_grad_norm}
+    recipe = Recipe(**config.sft, **both, adam_betas=list(config.adam_betas))
+    names = (
+        *("seed", "max_length", "on_too_long", "precision", "packed", "micro_batch_tokens", "activation_checkpointing"),
+        *("evaluate_every", "checkpoint_every", "checkpoints_kept", "cache"),
+    )
+    return Sft(policy_spec(config, config.policy.base), recipe, **{name: config[name] for name in names})

@@ -10,9 +10,11 @@ if __name__ == "__main__":
 
     launch.command("sft")  # ends here: a run is `python -m dpo.sweep.execute`, and what it imports is slow
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,14 +31,15 @@ from dpo.data.instructions import read_instructions, write_outputs
 from dpo.data.records import Dataset, Demonstration, write_rows
 from dpo.policy import model as models
 from dpo.policy.logps import packable, sequence_logps
-from dpo.settings import policy_spec
+from dpo.settings import Sft, evaluation_of, judge_of, policy_spec, sft_of
 from dpo.sweep.directory import finish
 from dpo.sweep.inputs import load
-from dpo.sweep.signature import instantiate
 from dpo.training import distributed
-from dpo.training.log import Log, say
+from dpo.training.log import Log
 from dpo.training.loop import fit
-from dpo.training.optim import optimizer, schedule
+from dpo.training.optim import Recipe, optimizer, schedule
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: DictConfig, directory: Path) -> None:
@@ -48,36 +51,34 @@ def run(config: DictConfig, directory: Path) -> None:
     began = time.monotonic()
     dataset = load(config)
     instructions = read_instructions(config.evaluation.instructions)
-    judge = instantiate(config.judge)
+    judge = judge_of(config)
     base = policy_spec(config)
     models.check_length(base, "max_length", config.max_length)
     tokenizer = models.load_tokenizer(base)
     rules = config.max_length, config.on_too_long, dataset.on_faulty
     items = tokenize_demonstrations(dataset.demonstrations, tokenizer, *rules)
-    test = evaluate.test_prompts(dataset, config, tokenizer)
-    evaluate.questions(instructions, tokenizer, config)  # what cannot be asked stops here, not after training
+    measuring, settings = evaluation_of(config), sft_of(config)
+    test = evaluate.test_prompts(dataset, measuring, tokenizer)
+    evaluate.questions(instructions, tokenizer, measuring.limits)  # what cannot be asked stops here, not after training
     device = distributed.join(config.device)
     model, _ = models.load(base, device)
-    packed = packs(model, items, config)
-    if config.activation_checkpointing:
-        models.checkpoint_activations(model)
-    settings: Any = OmegaConf.to_container(config, resolve=True)
-    with Log(directory, config.wandb, run_id=f"{config.name}-{config.id}", group=config.name, config=settings) as log:
+    recorded: Any = OmegaConf.to_container(config, resolve=True)
+    with Log(directory, config.wandb, run_id=f"{config.name}-{config.id}", group=config.name, config=recorded) as log:
 
         def look(done: int) -> None:
-            log.sample(done, evaluate.show(model, tokenizer, test, judge, config))
+            log.sample(done, evaluate.show(model, tokenizer, test, judge, measuring))
 
-        train(model, tokenizer, items, packed, config, directory / "checkpoint", log, look, config.id)
+        train(model, tokenizer, items, settings, directory / "checkpoint", log, look, config.id)
         models.save(model, tokenizer, directory / "policy")
-        outputs = evaluate.answer(model, tokenizer, instructions, config) if instructions else []
-        answers = evaluate.respond(model, tokenizer, test, config, "policy")
+        outputs = evaluate.answer(model, tokenizer, instructions, measuring) if instructions else []
+        answers = evaluate.respond(model, tokenizer, test, measuring, "policy")
         responses, measured = evaluate.describe(test, answers, judge)
-        log.write(steps(config, len(items)), "test", measured)
+        log.write(steps(settings.recipe, len(items)), "test", measured)
     if distributed.is_main():
         if instructions:
             write_outputs(directory, instructions, outputs)
         write_rows(directory / "responses.jsonl", responses)
-        done = {"steps": steps(config, len(items)), "seconds": time.monotonic() - began, **measured}
+        done = {"steps": steps(settings.recipe, len(items)), "seconds": time.monotonic() - began, **measured}
         finish(directory, "evaluation.json", done)
     distributed.leave()
 
@@ -85,10 +86,10 @@ def run(config: DictConfig, directory: Path) -> None:
 def initial_policy(config: DictConfig, dataset: Dataset, device: torch.device) -> str:
     """Folder or hub name of the policy that training starts from: `policy.path`, or the cached SFT of `policy.base`."""
     if config.policy.path is not None:
-        say(f"policy: {config.policy.path}")
+        logger.info(f"policy: {config.policy.path}")
         return str(config.policy.path)
-    path, cached = cached_policy(config, dataset.demonstrations, device, dataset.on_faulty)
-    say(
+    path, cached = cached_policy(sft_of(config), dataset.demonstrations, device, dataset.on_faulty)
+    logger.info(
         f"policy: {config.policy.base} after SFT on {len(dataset.demonstrations)} demonstrations, "
         f"{'from the cache' if cached else 'trained now'} ({path})"
     )
@@ -96,20 +97,19 @@ def initial_policy(config: DictConfig, dataset: Dataset, device: torch.device) -
 
 
 def cached_policy(
-    config: Any, demonstrations: list[Demonstration], device: torch.device, on_faulty: str = "error"
+    settings: Sft, demonstrations: list[Demonstration], device: torch.device, on_faulty: str = "error"
 ) -> tuple[str, bool]:
     """Folder of the SFT policy that `dpo.train` starts from, made once per recipe; and whether it was there."""
-    model, tokenizer = models.load(policy_spec(config, config.policy.base), device)
-    items = tokenize_demonstrations(demonstrations, tokenizer, config.max_length, config.on_too_long, on_faulty)
+    model, tokenizer = models.load(settings.base, device)
+    items = tokenize_demonstrations(demonstrations, tokenizer, settings.max_length, settings.on_too_long, on_faulty)
     key = {
         "weights": models.fingerprint(model),
         "demonstrations": digest(items),
         "chat_template": tokenizer.chat_template,
-        "sft": dict(config.sft),
-        "optimizer": [config.optimizer, list(config.adam_betas), config.weight_decay, config.max_grad_norm],
-        "max_length": config.max_length,
-        "precision": config.precision,
-        "seed": config.seed,
+        "recipe": asdict(settings.recipe),
+        "max_length": settings.max_length,
+        "precision": settings.precision,
+        "seed": settings.seed,
     }
 
     def build(folder: Path) -> None:
@@ -117,15 +117,12 @@ def cached_policy(
         # The policy appears whole: where it is, a former attempt failed after it.
         if not distributed.any_true(distributed.is_main() and (folder / "policy").is_dir()):
             with Log(folder) as log:
-                packed = packs(model, items, config)
-                if config.activation_checkpointing:
-                    models.checkpoint_activations(model)
-                train(model, tokenizer, items, packed, config, folder / "checkpoint", log)
+                train(model, tokenizer, items, settings, folder / "checkpoint", log)
             models.save(model, tokenizer, folder / "policy")
         if distributed.is_main():
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # a policy needs nothing to resume from
 
-    folder, cached = remember(config.cache, "sft", key, build, distributed.any_true)
+    folder, cached = remember(settings.cache, "sft", key, build, distributed.any_true)
     return str(folder / "policy"), cached
 
 
@@ -133,40 +130,42 @@ def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[Tokens],
-    packed: bool,
-    config: Any,
+    settings: Sft,
     checkpoints: Path,
     log: Log,
     evaluation: Callable[[int], None] | None = None,
-    settings: str | None = None,
+    identity: str | None = None,
 ) -> None:
     """Maximum likelihood of the responses, in place. The loss is in nats per token of the whole data set: a mean over
     each response's own tokens would weigh those of short ones more, and teach brevity.
 
-    settings: their digest, if `checkpoints` are a run's; a cached policy's lie under the digest of what decides it.
+    identity: of the settings, if `checkpoints` are a run's; a cached policy's lie under the digest of what decides it.
     """
+    packed = settings.packed and packable(model, [(prompt, [response]) for prompt, response in items])
+    if settings.activation_checkpointing:
+        models.checkpoint_activations(model)
     mean_length = sum(len(response_ids) for _, response_ids in items) / len(items)
 
     def step(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         logps, lengths = sequence_logps(model, batch)
         return -logps / mean_length, {"logps": logps, "lengths": lengths}
 
-    recipe = config.sft
+    recipe = settings.recipe
     batches = Batches(
         items,
         partial(collate, pad_id=models.pad_id(tokenizer), packed=packed),
         size=lambda tokens: size((tokens[0], [tokens[1]])),
         batch_size=recipe.batch_size,
-        micro_batch_tokens=config.micro_batch_tokens,
-        seed=config.seed,
+        micro_batch_tokens=settings.micro_batch_tokens,
+        seed=settings.seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
-    last = steps(config, len(items))
+    last = steps(recipe, len(items))
     inputs = {"base": models.fingerprint(model), "demonstrations": digest(items)}
-    if settings is not None:
-        inputs["settings"] = settings
-    optim = optimizer(model, config.optimizer, recipe.lr, config.adam_betas, config.weight_decay)
+    if identity is not None:
+        inputs["settings"] = identity
+    optim = optimizer(model, recipe.optimizer, recipe.lr, recipe.adam_betas, recipe.weight_decay)
     fit(
         model,
         batches,
@@ -174,23 +173,19 @@ def train(
         optim,
         schedule(optim, recipe.schedule, recipe.warmup_steps, last),
         steps=last,
-        max_grad_norm=config.max_grad_norm,
-        precision=config.precision,
+        max_grad_norm=recipe.max_grad_norm,
+        precision=settings.precision,
         log=log,
         directory=checkpoints,
-        checkpoint_every=config.checkpoint_every,
-        checkpoints_kept=config.checkpoints_kept,
+        checkpoint_every=settings.checkpoint_every,
+        checkpoints_kept=settings.checkpoints_kept,
         evaluate=evaluation,
-        evaluate_every=config.evaluate_every,
+        evaluate_every=settings.evaluate_every,
         inputs=inputs,
         name="SFT",
     )
 
 
-def packs(model: PreTrainedModel, items: Sequence[Tokens], config: Any) -> bool:
-    return config.packed and packable(model, [(prompt, [response]) for prompt, response in items])
-
-
-def steps(config: Any, demonstrations: int) -> int:
-    """Optimizer steps of the SFT recipe."""
-    return config.sft.steps or config.sft.epochs * -(-demonstrations // config.sft.batch_size)
+def steps(recipe: Recipe, demonstrations: int) -> int:
+    """Optimizer steps of the recipe."""
+    return recipe.steps or recipe.epochs * -(-demonstrations // recipe.batch_size)

@@ -8,9 +8,11 @@ if __name__ == "__main__":
 
     launch.command("train")  # ends here: a run is `python -m dpo.sweep.execute`, and what it imports is slow
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,20 +27,34 @@ from dpo.cache import digest
 from dpo.data.batches import Batch, Batches, Pair, collate_pairs, collate_responses, size
 from dpo.data.instructions import read_instructions, write_outputs
 from dpo.data.records import write_rows
-from dpo.losses import Loss, PairLogps, dpo, frozen, metrics, sees_whole_step, unbound
+from dpo.losses import Loss, PairLogps, dpo
+from dpo.losses.pairs import READ, asked_by, frozen, metrics, sees_whole_step, unbound
 from dpo.policy import model as models
 from dpo.policy.best import BestCheckpoint
-from dpo.policy.logps import differing, forward_tokens, packable, sequence_logps
-from dpo.references import Frozen, Reference
+from dpo.policy.logps import (
+    beyond_other,
+    by_sequence,
+    differing,
+    forward_tokens,
+    kl_from,
+    packable,
+    repeats,
+    sequence_logps,
+    token_logps,
+    token_logps_and,
+)
+from dpo.references import Pending, Reference, Table
 from dpo.score import encode, prepare
-from dpo.settings import policy_spec
-from dpo.sweep.directory import finish
+from dpo.settings import evaluation_judge, evaluation_of, judge_of, policy_spec, scoring_of
+from dpo.sweep.directory import finish, remember_initial
 from dpo.sweep.inputs import load
 from dpo.sweep.signature import instantiate
 from dpo.training import distributed
-from dpo.training.log import Log, say
+from dpo.training.log import Log
 from dpo.training.loop import AnyStep, WholeStep, autocast, fit
 from dpo.training.optim import optimizer, schedule
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: DictConfig, directory: Path) -> None:
@@ -50,16 +66,21 @@ def run(config: DictConfig, directory: Path) -> None:
     began = time.monotonic()
     dataset = load(config)  # bad records stop here, before any model is loaded
     instructions = read_instructions(config.evaluation.instructions)
-    judge, loss = instantiate(config.judge), instantiate(config.loss)
-    reference: Reference = instantiate(config.reference)
-    reference.check(policy_spec(config), config)
+    judge, loss = evaluation_judge(config), instantiate(config.loss)
+    pending: Pending = instantiate(config.reference)
+    scoring, measuring = replace(scoring_of(config), per_token="tails" in asked_by(loss)), evaluation_of(config)
+    pending.check(policy_spec(config), scoring)
     tokenizer, pairs = encode(config, dataset)
-    test = evaluate.test_prompts(dataset, config, tokenizer)
-    evaluate.questions(instructions, tokenizer, config)  # what cannot be asked stops here, not after training
-    start, policy, pairs = prepare(config, dataset, judge, tokenizer, pairs)
+    test = evaluate.test_prompts(dataset, measuring, tokenizer)
+    evaluate.questions(instructions, tokenizer, measuring.limits)  # what cannot be asked stops here, not after training
+    start, policy, pairs = prepare(config, dataset, judge_of(config), tokenizer, pairs)
     weights, device = models.fingerprint(policy), distributed.device_of(policy)
-    baseline = evaluate.baseline(policy, tokenizer, test, config, weights) if judge else None
-    say(f"reference: {reference.prepare(policy_spec(config, start), policy, pairs, config)}")
+    if distributed.is_main():
+        remember_initial(directory, start)
+    against, initial = policy_spec(config, config.evaluation.baseline), (policy, tokenizer, weights)
+    others = evaluate.compared_with(against, initial, dataset, test, measuring, device) if judge else None
+    reference = pending.prepare(policy_spec(config, start), policy, pairs, scoring)
+    logger.info(f"reference: {reference.held}")
     packed = config.packed and packable(policy, [pair.prompt_responses for pair in pairs["train"]])
 
     def batches(split: str, batch_size: int, tokens: int, seed: int) -> Batches[Pair, Batch]:
@@ -81,21 +102,23 @@ def run(config: DictConfig, directory: Path) -> None:
     if config.activation_checkpointing:
         models.checkpoint_activations(policy)
     optim = optimizer(policy, config.optimizer, config.lr, config.adam_betas, config.weight_decay)
-    say(self_check(policy, reference, train.at(0)[0][0].to(device), pairs["train"], config))
+    logger.info(
+        self_check(policy, reference, train.at(0)[0][0].to(device), pairs["train"], config.precision, config.beta)
+    )
     optim.register_step_post_hook(lambda *_: reference.after_step(policy))
     steps = config.epochs * len(train) if config.steps is None else config.steps
 
     def validate() -> dict[str, float]:
         with torch.no_grad(), autocast(config.precision, device):
-            step = step_of(policy, reference, frozen(loss), config.beta, "validation")
+            step = step_of(policy, reference, frozen(loss), "validation")
             return evaluate.on_pairs(step, held_out, device)
 
     def measure(model: PreTrainedModel, prompts: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-        """Against the policy before training, on the first test prompts; loads what KL is measured to."""
+        """Against `evaluation.baseline`, on the first test prompts; loads what KL is measured to."""
         paths = {"kl": start} | ({"kl_reference": reference.kl_target} if reference.kl_target else {})
         kl_targets = {name: models.load(policy_spec(config, path), device)[0] for name, path in paths.items()}
-        before = None if baseline is None else baseline[:prompts]
-        return evaluate.measure(model, kl_targets, tokenizer, test[:prompts], before, judge, config)
+        first = None if others is None else others[:prompts]
+        return evaluate.measure(model, kl_targets, tokenizer, test[:prompts], first, judge, measuring)
 
     parts = {"reference": reference, "loss": unbound(loss)}
     state = nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
@@ -107,14 +130,14 @@ def run(config: DictConfig, directory: Path) -> None:
             log.write(done, "validation", on_pairs := validate())
             if done and config.keep == "best":
                 selection.update(done, on_pairs, policy, tokenizer)
-            log.sample(done, evaluate.show(policy, tokenizer, test, judge, config))
+            log.sample(done, evaluate.show(policy, tokenizer, test, judge, measuring))
             if config.evaluate_prompts and 0 < done < steps:
                 log.write(done, "test", measure(policy, config.evaluate_prompts)[1])
 
         fit(
             policy,
             train,
-            step_of(policy, reference, loss, config.beta, "train"),
+            step_of(policy, reference, loss, "train"),
             optim,
             schedule(optim, config.schedule, config.warmup_steps, steps),
             steps=steps,
@@ -137,9 +160,9 @@ def run(config: DictConfig, directory: Path) -> None:
         if config.keep == "last" or steps == 0:
             selection.update(steps, validate(), policy, tokenizer)
         selection.finalize(directory / "policy")
-        say(f"policy of step {selection.step} of {steps}, validation loss {selection.metrics['loss']:.4f}")
+        logger.info(f"policy of step {selection.step} of {steps}, validation loss {selection.metrics['loss']:.4f}")
         trained, _ = models.load(policy_spec(config, str(directory / "policy")), device)
-        answers = evaluate.answer(trained, tokenizer, instructions, config) if instructions else []
+        answers = evaluate.answer(trained, tokenizer, instructions, measuring) if instructions else []
         responses, measured = measure(trained, len(test))
         chosen = {"steps": steps, "selected_step": selection.step}
         result = {**chosen, "seconds": time.monotonic() - began, **selection.metrics, **measured}
@@ -158,57 +181,96 @@ def _tokens(pairs: dict[str, list[Pair]]) -> str:
 
 
 def step_of(
-    policy: PreTrainedModel, reference: Reference, loss: Callable[..., Loss], beta: float, split: str
+    policy: PreTrainedModel, reference: Reference, loss: Callable[[PairLogps], Loss], split: str
 ) -> AnyStep[Batch]:
     """Losses and metrics of pairs: (B,) of a micro-batch, or (N,) of the optimizer step if the loss sees it whole."""
 
+    asked = asked_by(loss)
+
     def values(batch: Batch) -> dict[str, Tensor]:
-        return vars(pair_logps(policy, reference, batch, split))
+        found = vars(pair_logps(policy, reference, batch, split, asked))
+        return {name: value for name, value in found.items() if value is not None}
 
     def outputs(batch: Batch) -> dict[str, Tensor]:
-        chosen, rejected = sequence_logps(policy, batch)[0].chunk(2)  # and no reference, which would be asked twice
-        return {"policy_chosen_logps": chosen, "policy_rejected_logps": rejected}
+        return policy_values(policy, reference, batch, asked)  # no log-probs of the reference, which do not change
 
     def losses(values: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        result = loss(pair := PairLogps(**values), beta=beta)
+        result = loss(pair := PairLogps(**values))
         return result.losses, metrics(pair, result)
 
     return WholeStep(values, outputs, losses) if sees_whole_step(loss) else lambda batch: losses(values(batch))
 
 
-def pair_logps(policy: PreTrainedModel, reference: Reference, batch: Batch, split: str) -> PairLogps:
-    """Log-probabilities of a batch of pairs under policy and reference."""
-    logps, lengths = sequence_logps(policy, batch)  # (2B,) each: chosen, then rejected
-    return PairLogps(*logps.chunk(2), *reference.logps(batch, split).chunk(2), *lengths.chunk(2))
+def pair_logps(
+    policy: PreTrainedModel, reference: Reference, batch: Batch, split: str, asked: Sequence[str] = ()
+) -> PairLogps:
+    """Log-probabilities of a batch of pairs under policy and reference. asked: what more, see `losses.reads`."""
+    of_policy, lengths = policy_values(policy, reference, batch, asked), torch.ones_like(batch.sequence_ids)
+    of_reference = _of_pairs(("reference_chosen_logps", "reference_rejected_logps"), reference.logps(batch, split))
+    if "tails" in asked:
+        tails = by_sequence(reference.token_logps(batch, split) * beyond_other(batch), batch)
+        of_reference |= _of_pairs(READ["tails"][2:], tails)
+    of_both = _of_pairs(("chosen_lengths", "rejected_lengths"), by_sequence(lengths, batch))
+    return PairLogps(**of_policy, **of_reference, **of_both, row_ids=batch.index)
+
+
+def policy_values(
+    policy: PreTrainedModel, reference: Reference, batch: Batch, asked: Sequence[str]
+) -> dict[str, Tensor]:
+    """What of that depends on the policy.  # name -> (B,)"""
+    values: dict[str, Tensor] = {}
+    tokens = None  # (N,)
+    if "alignment" in asked:
+        tokens, same = token_logps_and(policy, batch, repeats)
+        means = by_sequence(tokens.detach() - same, batch) / by_sequence(torch.ones_like(same), batch)
+        values |= _of_pairs(READ["alignment"], means)
+    if "kl" in asked:
+        assert reference.model is not None, "a plan refuses a reference that gives no kl"
+        tokens, kls = token_logps_and(policy, batch, kl_from(reference.model, batch))
+        values |= _of_pairs(READ["kl"], by_sequence(kls, batch))
+    tokens = token_logps(policy, batch) if tokens is None else tokens
+    if "tails" in asked:
+        values |= _of_pairs(READ["tails"][:2], by_sequence(tokens * beyond_other(batch), batch))
+    return values | _of_pairs(("policy_chosen_logps", "policy_rejected_logps"), by_sequence(tokens, batch))
+
+
+def _of_pairs(names: Sequence[str], of_sequences: Tensor) -> dict[str, Tensor]:
+    """Chosen, then rejected.  # (2B,) -> name -> (B,)"""
+    return dict(zip(names, of_sequences.chunk(2), strict=True))
 
 
 @torch.no_grad()
 def self_check(
-    policy: PreTrainedModel, reference: Reference, batch: Batch, pairs: Sequence[Pair], config: DictConfig
+    policy: PreTrainedModel,
+    reference: Reference,
+    batch: Batch,
+    pairs: Sequence[Pair],
+    precision: str,
+    beta: float,
 ) -> str:
     """How far the DPO loss of the first batch is from ln 2 before training. pairs: those that the batch is made of.
 
     Raises RuntimeError when the reference is, or starts as, the initial policy, and their log-probs differ by more than
     rounding explains.
     """
-    with autocast(config.precision, batch.index.device):
+    with autocast(precision, batch.index.device):
         pair = pair_logps(policy, reference, batch, "train")
-    off = dpo(pair, config.beta, label_smoothing=0.0).losses.mean().sub(math.log(2)).abs().item()
+    off = dpo(pair, beta, label_smoothing=0.0).losses.mean().sub(math.log(2)).abs().item()
     if not reference.is_initial:
         return f"self-check: |loss - ln 2| = {off:.1e} before training; the reference is not the initial policy"
     ours = torch.cat([pair.policy_chosen_logps, pair.policy_rejected_logps])  # (2B,)
     theirs = torch.cat([pair.reference_chosen_logps, pair.reference_rejected_logps])
-    wrong = differing(ours, theirs, config.precision)
+    wrong = differing(ours, theirs, precision)
     if distributed.any_true(bool(wrong)):  # all ranks go through the forward of a sharded model
         alike = collate_responses([pairs[row].prompt_responses for row in batch.index.tolist()], packed=False).to(
             batch.index.device
         )
-        with autocast(config.precision, batch.index.device):
+        with autocast(precision, batch.index.device):
             forward, _ = sequence_logps(policy, alike)
         blamed = "the forward agrees with the policy; the reference is another model than it says"
-        if differing(ours, forward, config.precision):
+        if differing(ours, forward, precision):
             blamed = "the policy's own forward gives others than its packed rows: set packed=false"
-        elif isinstance(reference, Frozen):
+        elif isinstance(reference, Table):
             blamed = f"scores in {reference.folder} are damaged: delete it to score again"
         raise RuntimeError(
             "policy and reference are the same model before training, so their log-probs of a response must agree, "

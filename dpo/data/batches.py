@@ -1,8 +1,9 @@
 """Records to tokens, and tokens to batches in an order that can be resumed and sharded."""
 
 import heapq
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from dpo.data.records import Demonstration, Preference, Text, fault_of, listed, 
 from dpo.data.tokens import Encoded, decode, encode, encode_alone, vocabulary
 from dpo.data.truncation import cut_prompts, fitted
 
+logger = logging.getLogger(__name__)
 TOO_LONG = "Raise max_length, or set on_too_long=truncate or on_too_long=drop."
 Tokens = tuple[list[int], list[int]]  # prompt ids, response ids; the response ends in an end token unless it was cut
 PromptResponses = tuple[list[int], list[list[int]]]  # prompt ids, and those of the responses to it
@@ -71,9 +73,9 @@ class Batch:
     sequences: int  # S
 
     def to(self, device: torch.device | str) -> "Batch":
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
-        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
-        return Batch(**values | moved)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
+        return replace(self, **moved)
 
 
 def tokenize(
@@ -125,31 +127,31 @@ def _as_sampled(
     sampled = sum(preferences[item.row].token_ids is not None for item in items)
     if not sampled:
         return list(items)
-    own, known, found, wrong = vocabulary(tokenizer), set(tokenizer.get_vocab().values()), [], []
+    own, known, updated, wrong = vocabulary(tokenizer), set(tokenizer.get_vocab().values()), [], []
     for item in items:
         pair = preferences[item.row]
         ids = pair.token_ids
         if ids is None or ids.tokenizer != own or ids.prompt != item.prompt_ids:
-            found.append(item)
+            updated.append(item)
             continue
-        found.append(replace(item, response_ids=[ids.chosen, ids.rejected]))
+        updated.append(replace(item, response_ids=[ids.chosen, ids.rejected]))
         sides = zip(("chosen", "rejected"), (ids.chosen, ids.rejected), item.responses, strict=True)
-        for name, some, (text, ended) in sides:
-            if not known.issuperset(some) or decode(ids.prompt, some[: len(some) - ended], tokenizer) != text:
+        for name, response_ids, (text, ended) in sides:
+            body = response_ids[: len(response_ids) - ended]
+            if not known.issuperset(response_ids) or decode(ids.prompt, body, tokenizer) != text:
                 wrong.append(f"{pair.source or f'row {item.row}, counted from 0'} ({name})")
     if wrong:
         raise ValueError(
             f"token_ids of {what} must be those of the text beside them, found others:{listed(wrong)}\nLeave "
             "token_ids out where the text was changed, and it is encoded anew."
         )
-    others = sampled - sum(new is not old for new, old in zip(found, items, strict=True))
+    others = sampled - sum(new is not old for new, old in zip(updated, items, strict=True))
     if others:
-        print(
+        logger.warning(
             f"tokens: {others} of {sampled} {what} that were sampled with another tokenizer or after other prompt ids "
-            "are encoded from their text",
-            flush=True,
+            "are encoded from their text"
         )
-    return found
+    return updated
 
 
 def _pair(item: Encoded, preference: Preference, tokenizer: PreTrainedTokenizerBase) -> Pair:
@@ -164,13 +166,14 @@ def _pair(item: Encoded, preference: Preference, tokenizer: PreTrainedTokenizerB
         ids = None
     if ids is not None:
         skipped = set(special(tokenizer).values())  # by decoding
-        bodies = [some[: len(some) - flag] for some, (_, flag) in zip(item.response_ids, item.responses, strict=True)]
+        ended_ids = zip(item.response_ids, item.responses, strict=True)
+        bodies = [response_ids[: len(response_ids) - flag] for response_ids, (_, flag) in ended_ids]
         unwritten = any(skipped.intersection(body) for body in bodies) or any(
             "\ufffd" in text for name, text in texts.items() if name != "prompt"
         )
-    told: dict[str, Any] = {**texts, **ended}
+    content: dict[str, Any] = {**texts, **ended}
     chosen, rejected = item.response_ids
-    return Pair(item.prompt_ids, chosen, rejected, replace(preference, **told, token_ids=ids), cut, unwritten)
+    return Pair(item.prompt_ids, chosen, rejected, replace(preference, **content, token_ids=ids), cut, unwritten)
 
 
 def tokenize_demonstrations(
@@ -181,8 +184,9 @@ def tokenize_demonstrations(
     on_faulty: str = "error",
 ) -> list[Tokens]:
     """Demonstrations in tokens, by the rules of `tokenize`."""
-    sides = [[(one.response, one.ended)] for one in demonstrations]
-    prompts, sources = [one.prompt for one in demonstrations], [one.source for one in demonstrations]
+    sides = [[(demonstration.response, demonstration.ended)] for demonstration in demonstrations]
+    prompts = [demonstration.prompt for demonstration in demonstrations]
+    sources = [demonstration.source for demonstration in demonstrations]
     encoded = encode(prompts, sides, tokenizer, "demonstrations", sources, on_faulty)
     encoded = fitted(encoded, tokenizer, max_length, on_too_long, "demonstrations", sources, TOO_LONG)
     return [(item.prompt_ids, item.response_ids[0]) for item in encoded]
@@ -206,12 +210,12 @@ def fed_prompts(
         return list(zip(prompts, encoded, strict=True))
     cut = cut_prompts([prompts[row] for row in long], tokenizer, [max_length] * len(long))
     shorter = {row: (text, start.ids) for row, text, start in zip(long, cut, encode_alone(cut, tokenizer), strict=True)}
-    if (least := max(len(ids) for _, ids in shorter.values())) > max_length:
+    if (longest := max(len(ids) for _, ids in shorter.values())) > max_length:
         raise ValueError(
-            f"prompts must leave room for a response, found one of {least} tokens, cut as far as can be, where "
+            f"prompts must leave room for a response, found one of {longest} tokens, cut as far as can be, where "
             f"{max_length} are left for it; raise max_length, or lower max_new_tokens"
         )
-    print(f"tokens: {len(long)} of {len(encoded)} prompts cut from the left to {max_length} tokens", flush=True)
+    logger.warning(f"tokens: {len(long)} of {len(encoded)} prompts cut from the left to {max_length} tokens")
     return [shorter.get(row, (prompt, encoded[row])) for row, prompt in enumerate(prompts)]
 
 
@@ -253,17 +257,17 @@ def collate_responses(
 
 
 def _one_row(items: Sequence[PromptResponses], order: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Fields of a packed batch. order: the sequences, as number of the response and item."""
+    """Fields of a packed batch. order: of each sequence, which response to which item."""
     ids: list[int] = []
     positions: list[int] = []
-    places: dict[tuple[int, int], list[int]] = {}
+    targets: dict[tuple[int, int], list[int]] = {}
     for item, (prompt, responses) in enumerate(items):
         ids += prompt
         positions += range(len(prompt))
         last = len(ids) - 1  # the first token of every response is predicted here
         for nth, response in enumerate(responses):
             fed = response[:-1]
-            places[nth, item] = [last, *range(len(ids), len(ids) + len(fed))][: len(response)]
+            targets[nth, item] = [last, *range(len(ids), len(ids) + len(fed))][: len(response)]
             ids += fed
             positions += range(len(prompt), len(prompt) + len(fed))
     return {
@@ -271,16 +275,16 @@ def _one_row(items: Sequence[PromptResponses], order: Sequence[tuple[int, int]])
         "position_ids": torch.tensor([positions]),
         "attention_mask": None,
         "shared_prefixes": tuple(
-            (len(prompt), tuple(len(one[:-1]) for one in responses)) for prompt, responses in items
+            (len(prompt), tuple(len(response[:-1]) for response in responses)) for prompt, responses in items
         ),
-        "target_positions": torch.tensor([place for sequence in order for place in places[sequence]]),
+        "target_positions": torch.tensor([position for sequence in order for position in targets[sequence]]),
     }
 
 
 def _padded_rows(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id: int) -> dict[str, Any]:
     """Fields of a padded batch."""
     rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-    lengths, starts = (torch.tensor([len(one) for one in some])[:, None] for some in (rows, prompts))  # (S, 1)
+    lengths, starts = (torch.tensor([len(ids) for ids in lists])[:, None] for lists in (rows, prompts))  # (S, 1)
     position_ids = torch.arange(int(lengths.max())).expand(len(rows), -1)  # (S, T)
     kept = position_ids < lengths  # (S, T)
     input_ids = torch.full(kept.shape, pad_id)
@@ -346,28 +350,28 @@ class Batches(Generic[Item, Made]):
         shares = balance_by_tokens([self.sizes[row] for row in rows], self.micro_batch_tokens, self.world_size)
         batches = []
         for share in shares[self.rank :: self.world_size]:
-            mine = [rows[place] for place in share] or rows[:1]  # a filler, where there are fewer items than ranks
-            valid = torch.full((len(mine),), bool(share))
-            batches.append(self.collate([self.items[row] for row in mine], torch.tensor(mine), valid))
+            own = [rows[index] for index in share] or rows[:1]  # a filler, where there are fewer items than ranks
+            valid = torch.full((len(own),), bool(share))
+            batches.append(self.collate([self.items[row] for row in own], torch.tensor(own), valid))
         return batches, len(rows)
 
 
 def balance_by_tokens(sizes: Sequence[int], limit: int, multiple: int) -> list[list[int]]:
-    """Places of the items in shares of at most `limit` and about equal size; an item above it has a share of its own.
+    """Indices of the items in shares of at most `limit` and about equal size; an item above it has a share of its own.
 
     The largest items go first, each to the smallest share. There are as few shares as that allows, but a multiple of
     `multiple`; some may be empty.
     """
-    largest_first = sorted(range(len(sizes)), key=lambda place: -sizes[place])
-    least = sum(min(one, limit) for one in sizes)
-    number = multiple * max(1, -(-least // (limit * multiple)))
+    largest_first = sorted(range(len(sizes)), key=lambda index: -sizes[index])
+    minimum = sum(min(tokens, limit) for tokens in sizes)
+    count = multiple * max(1, -(-minimum // (limit * multiple)))
     while True:
-        shares: list[list[int]] = [[] for _ in range(number)]
-        smallest = [(0, share) for share in range(number)]  # a heap
-        for place in largest_first:
+        shares: list[list[int]] = [[] for _ in range(count)]
+        smallest = [(0, share) for share in range(count)]  # a heap
+        for index in largest_first:
             total, share = smallest[0]
-            shares[share].append(place)
-            heapq.heapreplace(smallest, (total + sizes[place], share))
+            shares[share].append(index)
+            heapq.heapreplace(smallest, (total + sizes[index], share))
         if all(total <= limit or len(shares[share]) == 1 for total, share in smallest):
             return shares
-        number += multiple
+        count += multiple

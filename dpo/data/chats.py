@@ -35,14 +35,14 @@ def turn(tokenizer: PreTrainedTokenizerBase) -> Turn | None:
     """
     if not tokenizer.chat_template:
         return None
-    said = "What was said."
-    asked = [{"role": "user", "content": "What was asked?"}, {"role": "assistant", "content": said}]
+    answer = "What was said."
+    chat = [{"role": "user", "content": "What was asked?"}, {"role": "assistant", "content": answer}]
     try:
-        whole = rendered(asked, tokenizer)
+        whole = rendered(chat, tokenizer)
     except ValueError:  # it may ask for a system message
-        whole = rendered([{"role": "system", "content": "What is so."}, *asked], tokenizer)
-    _, found, tail = whole.rpartition(said)
-    if not found:
+        whole = rendered([{"role": "system", "content": "What is so."}, *chat], tokenizer)
+    _, separator, tail = whole.rpartition(answer)
+    if not separator:
         raise ValueError("the chat template must write the assistant's messages, found it drops or rewrites them")
     added = {str(token): id for id, token in tokenizer.added_tokens_decoder.items() if str(token).strip()}
     end = _pattern(added).search(tail)
@@ -61,24 +61,24 @@ def ends(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> list[int
 
 
 def special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The tokens that decoding skips, by what they are written as: more than the tokenizer has roles for."""
-    found = {str(token): id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return found | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    """Ids of the tokens that decoding skips, by their text: more than the tokenizer has roles for."""
+    added = {str(token): id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
 
 def control(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The tokens that a text never becomes, by what they are written as: special tokens, and the end of turn."""
-    found = special(tokenizer) | {str(tokenizer.convert_ids_to_tokens(id)): id for id in _of_template(tokenizer)}
-    return {token: id for token, id in found.items() if len(token) > 1}  # no character is kept from a text
+    """Ids of the tokens that a text never becomes, by their text: special tokens, and the end of turn."""
+    tokens = special(tokenizer) | {str(tokenizer.convert_ids_to_tokens(id)): id for id in _of_template(tokenizer)}
+    return {token: id for token, id in tokens.items() if len(token) > 1}  # no character is kept from a text
 
 
 def _of_template(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The end of turn; none where the template cannot render a chat, which matters, and is said, to chats alone."""
+    """The end of turn; none where the template cannot render a chat: `turn` says so where there are chats."""
     try:
-        found = turn(tokenizer)
+        turn_end = turn(tokenizer)
     except ValueError:
         return []
-    return [] if found is None else [found.end]
+    return [] if turn_end is None else [turn_end.end]
 
 
 class Literal:
@@ -104,8 +104,8 @@ class Literal:
 
     def typed(self, ids: Sequence[int], text: str) -> bool:
         """Whether there are more control tokens in ids than a template wrote in their text."""
-        found = sum(id in self.ids for id in ids)
-        return found > 0 and found > len(self.pattern.findall(text))
+        count = sum(id in self.ids for id in ids)
+        return count > 0 and count > len(self.pattern.findall(text))
 
     def _broken(self, text: str) -> str:
         if BREAK in text:
@@ -116,10 +116,10 @@ class Literal:
 @lru_cache(maxsize=4)
 def _encoder(state: str, control: frozenset[str]) -> Tokenizer:
     """A tokenizer that looks for control tokens first, and then leaves the breaks out."""
-    made = loads(state)
-    for token in made["added_tokens"]:
+    definition = loads(state)
+    for token in definition["added_tokens"]:
         token["normalized"] &= token["content"] not in control
-    copy = Tokenizer.from_str(dumps(made))
+    copy = Tokenizer.from_str(dumps(definition))
     copy.no_padding()
     copy.no_truncation()
     whole: Any = normalizers.Replace(BREAK, "")
@@ -142,21 +142,21 @@ def lost(messages: Text, text: str) -> str | None:
     """
     if isinstance(messages, str):
         return None
-    told = list(enumerate(messages, start=1))
-    system = [one for one in told if one[1]["role"] == "system"]
-    moved = [one for one in told if one not in system]
+    numbered = list(enumerate(messages, start=1))
+    system = [entry for entry in numbered if entry[1]["role"] == "system"]
+    moved = [entry for entry in numbered if entry not in system]
     moved[-1:-1] = system
     fault = None
-    for order in (told, moved):
-        at = 0
-        for number, message in order:
+    for order in (numbered, moved):
+        offset = 0
+        for position, message in order:
             words = message["content"].strip()
-            at = text.find(words, at)
-            if at < 0:
-                found = f"the chat template drops or rewrites part of message {number}, of the {message['role']}"
-                fault = fault or found
+            offset = text.find(words, offset)
+            if offset < 0:
+                reason = f"the chat template drops or rewrites part of message {position}, of the {message['role']}"
+                fault = fault or reason
                 break
-            at += len(words)
+            offset += len(words)
         else:
             return None
     return fault
@@ -173,13 +173,13 @@ def check_date(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def dated(template: str, day: str) -> str:
     """The template with a day, 2024-07-26, in place of today's date."""
-    made = TODAY.sub(lambda found: dumps(date.fromisoformat(day).strftime(found["format"])), template)
-    if DATED.search(made):
+    result = TODAY.sub(lambda match: dumps(date.fromisoformat(day).strftime(match["format"])), template)
+    if DATED.search(result):
         raise ValueError(
             "policy.date can stand for today's date where a chat template writes strftime_now with a format, found a "
             "template that does otherwise; give policy.chat_template"
         )
-    return made
+    return result
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:

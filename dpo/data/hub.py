@@ -78,7 +78,7 @@ def _from_hub(
             "and set data.path to a JSONL file of it"
         ) from error
     rows = datasets.load_dataset(name, split=split, **options)
-    return ((f"row {number}", record(row)) for number, row in enumerate(rows))
+    return ((f"row {index}", record(row)) for index, row in enumerate(rows))
 
 
 def _conversations(row: dict[str, Any]) -> Preference | str:

@@ -18,13 +18,13 @@ def write_outputs(directory: Path, instructions: Sequence[Row], answers: Sequenc
     generator = "/".join(directory.absolute().parts[-2:])
     rows = [
         {
-            "dataset": one.get("dataset", ""),
-            "instruction": one["instruction"],
+            "dataset": row.get("dataset", ""),
+            "instruction": row["instruction"],
             "output": answer,
             "generator": generator,
             "datasplit": "eval",
         }
-        for one, answer in zip(instructions, answers, strict=True)
+        for row, answer in zip(instructions, answers, strict=True)
     ]
     write_json(directory / "alpaca_eval.json", rows)
 

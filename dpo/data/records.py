@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import logging
 import os
 import uuid
 import zlib
@@ -14,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from dpo.cache import digest
 
+logger = logging.getLogger(__name__)
 Text = str | list[dict[str, str]]  # plain text, or chat messages {"role", "content"}
 OnFaulty = Literal["error", "drop", "keep"]  # what to do with faulty pairs and prompts: see `filter_pairs`
 Record = TypeVar("Record")
@@ -50,6 +52,22 @@ class TokenIds:
 
 
 @dataclass(frozen=True)
+class Measures:
+    """What is known of a pair beside its text: of pairs from elsewhere nothing, and they may be flipped.
+
+    gap: the judge's score of the chosen response, less that of the rejected; below 0 where the pair is flipped. kind:
+    what decided, "answers" (more right ones), "threshold" (more right ones, and enough of them on one side alone),
+    "length" (enough on both sides), or "outlier". correct, words: right answers and words of chosen and rejected.
+    """
+
+    gap: float | None = None
+    kind: str | None = None
+    correct: tuple[float, float] | None = None
+    words: tuple[int, int] | None = None
+    flipped: bool = False  # noise has made the worse response the chosen one
+
+
+@dataclass(frozen=True)
 class Preference:
     """Two responses to one prompt. *_ended: False when the response was cut, so that no EOS is scored."""
 
@@ -60,6 +78,7 @@ class Preference:
     rejected_ended: bool = True
     source: str | None = field(default=None, compare=False)  # where it came from: "pairs.jsonl, line 12"
     token_ids: TokenIds | None = None  # of responses that a policy sampled: their text may have other ids, too
+    measures: Measures = field(default=Measures(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -70,6 +89,21 @@ class Dataset:
     preferences: dict[str, list[Preference]]  # {}: sample them from the policy, on `prompts`
     prompts: dict[str, list[Text]]
     on_faulty: OnFaulty = "error"  # what to do with pairs that are found faulty when they are tokenized
+    written: dict[str, list[str]] = field(default_factory=dict)  # split -> what a human responds to each of `prompts`
+
+    def written_to(self, prompts: Sequence[Text], split: str) -> list[str]:
+        """What a human responds to each of these prompts of a split.
+
+        Raises: ValueError if nothing was written to one of them.
+        """
+        known = self.prompts[split] if split in self.written else []
+        found = dict(zip(map(_key, known), self.written.get(split, []), strict=True))
+        if missing := [prompt for prompt in prompts if _key(prompt) not in found]:
+            raise ValueError(
+                f"the data must hold what a human responds to each of the {split} prompts, found nothing for "
+                f"{len(missing)} of {len(prompts)}; data=world has it for all, data with pairs for the test prompts"
+            )
+        return [found[_key(prompt)] for prompt in prompts]
 
 
 def _plain(value: Any) -> Any:
@@ -82,9 +116,11 @@ def contents(dataset: Dataset) -> str:
     """
 
     def rows(records: Sequence[Demonstration] | Sequence[Preference]) -> list[dict[str, Any]]:
-        told = [(one.name, one.default) for one in (fields(records[0]) if records else ()) if one.compare]
+        columns = fields(records[0]) if records else ()
+        defaults = {column.name: column.default for column in columns if column.compare}
         return [
-            {name: _plain(getattr(row, name)) for name, usual in told if getattr(row, name) != usual} for row in records
+            {name: _plain(getattr(row, name)) for name, default in defaults.items() if getattr(row, name) != default}
+            for row in records
         ]
 
     preferences = {split: rows(pairs) for split, pairs in dataset.preferences.items()}
@@ -110,10 +146,10 @@ def read(path: str | Path) -> list[Preference]:
     """Preferences of a JSONL file, .gz or not: an object a line with `prompt`, `chosen` and `rejected`.
 
     Each is text or chat messages; `chosen_ended` and `rejected_ended` may be false; `token_ids` holds the fields of
-    `TokenIds`, of responses that a policy sampled; further keys are ignored, unless they are something to read for a
-    policy (`tools`, `system`, ...): then the line is refused. `chosen` and `rejected` may be whole conversations of
-    chat messages, as those of UltraFeedback and yale-nlp/RefDPO are: the prompt is what comes before their last
-    message, and a `prompt` in plain text is not read.
+    `TokenIds`, of responses that a policy sampled; the fields of `Measures` are read where all of them are there.
+    Further keys are ignored, unless they are something to read for a policy (`tools`, `system`, ...): then the line is
+    refused. `chosen` and `rejected` may be whole conversations of chat messages, as those of UltraFeedback and
+    yale-nlp/RefDPO are: the prompt is what comes before their last message, and a `prompt` in plain text is not read.
     Raises a ValueError that counts the lines which are no such records and lists the first few.
     """
     return [replace(pair, source=f"{path}, {where}") for where, pair in parse(path, preference)]
@@ -185,7 +221,7 @@ def filter_pairs(records: Iterable[tuple[str, Preference | str]], on_faulty: str
     typed text that becomes control tokens, and pairs of responses with the same tokens.
 
     records: the name of each with the pair, or with the reason why it is none. on_faulty: "error" raises;
-    "drop" leaves faulty pairs out; "keep" leaves out only what is no pair. The last two print counts.
+    "drop" leaves faulty pairs out; "keep" leaves out only what is no pair. The last two log counts.
     """
     if on_faulty not in ("error", "drop", "keep"):
         raise ValueError(f'on_faulty must be "error", "drop" or "keep", got {on_faulty!r}')
@@ -220,7 +256,7 @@ def report(
         )
     if faults:
         counts = ", ".join(f"{n} x {fault}" for fault, n in Counter(fault for _, fault in faults).most_common(SHOWN))
-        print(f"{source}: {len(faults)} of {total} {what} are faulty, {dropped} dropped ({counts})", flush=True)
+        logger.warning(f"{source}: {len(faults)} of {total} {what} are faulty, {dropped} dropped ({counts})")
     if faults and dropped == total:
         raise ValueError(f"{source}: one of the {what} must be sound, found {total}, all of them faulty")
 
@@ -238,31 +274,31 @@ def split_pairs(
     if held_out is None:
         if not 0 < validation_fraction < 1:
             raise ValueError(f"data.validation_fraction must be between 0 and 1, got {validation_fraction}")
-        chances = [_chance(pair.prompt) for pair in pairs]
-        _, *more = sorted(set(chances))
+        hashes = [_hash(pair.prompt) for pair in pairs]
+        _, *more = sorted(set(hashes))
         if not more:
             raise ValueError(
                 f"a split must have a prompt on either side, found {len(pairs)} pairs of one prompt; add pairs of "
                 "another, or give data.validation_path"
             )
         border = min(max(validation_fraction, more[0]), more[-1])  # so that neither side is empty
-        train = [pair for pair, chance in zip(pairs, chances, strict=True) if chance >= border]
-        held_out = [pair for pair, chance in zip(pairs, chances, strict=True) if chance < border]
+        train = [pair for pair, value in zip(pairs, hashes, strict=True) if value >= border]
+        held_out = [pair for pair, value in zip(pairs, hashes, strict=True) if value < border]
     else:
         train = list(pairs)
-        known = {_key(pair.prompt) for pair in train}
-        shared = sum(_key(pair.prompt) in known for pair in held_out)
+        train_keys = {_key(pair.prompt) for pair in train}
+        shared = sum(_key(pair.prompt) in train_keys for pair in held_out)
         if shared:
-            print(
-                f"{shared} of {len(held_out)} validation pairs have a prompt of the training pairs",
-                flush=True,
-            )
+            logger.warning(f"{shared} of {len(held_out)} validation pairs have a prompt of the training pairs")
     test = distinct(pair.prompt for pair in held_out)
+    first = {_key(pair.prompt): pair.chosen for pair in reversed(held_out)}
+    written = [text if isinstance(text := first[_key(prompt)], str) else text[-1]["content"] for prompt in test]
     return Dataset(
         demonstrations=[Demonstration(pair.prompt, pair.chosen, pair.chosen_ended, pair.source) for pair in train],
         preferences={"train": train, "validation": list(held_out)},
         prompts={"train": distinct(pair.prompt for pair in train), "validation": test, "test": test},
         on_faulty=on_faulty,
+        written={"test": written},
     )
 
 
@@ -278,7 +314,7 @@ def _key(text: Text) -> str:
     return json.dumps(text, sort_keys=True)
 
 
-def _chance(prompt: Text) -> float:
+def _hash(prompt: Text) -> float:
     """Uniform in [0, 1), the same for the same prompt everywhere."""
     return int.from_bytes(hashlib.sha256(_key(prompt).encode()).digest()[:6]) / 2**48
 
@@ -342,23 +378,33 @@ def preference(row: dict[str, Any]) -> Preference:
     ended = [row.get(f"{name}_ended", True) for name in ("chosen", "rejected")]
     if not all(isinstance(flag, bool) for flag in ended):
         raise ValueError(f"chosen_ended and rejected_ended must be true or false, found {ended}")
-    return replace(Preference(prompt, chosen, rejected, *ended), token_ids=_token_ids(row, chosen, rejected))
+    pair = replace(Preference(prompt, chosen, rejected, *ended), token_ids=_token_ids(row, chosen, rejected))
+    return replace(pair, measures=_measures(row))
+
+
+def _measures(row: dict[str, Any]) -> Measures:
+    """Those of our own files, which have them all; columns of the same names in others mean something else."""
+    names = [one.name for one in fields(Measures)]
+    if not all(name in row for name in names):
+        return Measures()
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value := row[name], list) else value for name in names}
+    return Measures(**values)
 
 
 def _token_ids(row: dict[str, Any], chosen: Text, rejected: Text) -> TokenIds | None:
-    given = row.get("token_ids")
-    if given is None:
+    token_ids = row.get("token_ids")
+    if token_ids is None:
         return None
-    names = {one.name for one in fields(TokenIds)}
-    if not isinstance(given, dict) or set(given) != names or not isinstance(given["tokenizer"], str):
+    names = {column.name for column in fields(TokenIds)}
+    if not isinstance(token_ids, dict) or set(token_ids) != names or not isinstance(token_ids["tokenizer"], str):
         raise ValueError(f"token_ids must be an object of {', '.join(sorted(names))}, as they were sampled")
     for name in sorted(names - {"tokenizer"}):
-        ids = given[name]
-        if not isinstance(ids, list) or not ids or not all(type(one) is int and one >= 0 for one in ids):
+        ids = token_ids[name]
+        if not isinstance(ids, list) or not ids or not all(type(id) is int and id >= 0 for id in ids):
             raise ValueError(f"token_ids.{name} must be a list of token ids, at least one")
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         raise ValueError("token_ids belong to responses in plain text, found chat messages")
-    return TokenIds(**given)
+    return TokenIds(**token_ids)
 
 
 def _other_data(row: dict[str, Any]) -> str:
@@ -423,7 +469,8 @@ def row(pair: Preference) -> dict[str, Any]:
         texts |= {name: texts["prompt"] + texts[name] for name in ("chosen", "rejected")}
     flags = {"chosen_ended": pair.chosen_ended, "rejected_ended": pair.rejected_ended}
     sampled = {} if pair.token_ids is None else {"token_ids": asdict(pair.token_ids)}
-    return texts | {name: flag for name, flag in flags.items() if not flag} | sampled
+    measured = {} if pair.measures == Measures() else asdict(pair.measures)
+    return texts | {name: flag for name, flag in flags.items() if not flag} | sampled | measured
 
 
 def fault_of(pair: Preference) -> str | None:

@@ -15,6 +15,7 @@ Text is encoded as text, also where special tokens are typed in it. A template m
 a message; a row of which it leaves out or rewrites more is faulty.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from dpo.cache import digest
 from dpo.data.chats import BREAK, Literal, Turn, check_date, lost, rendered, turn
 from dpo.data.records import Text, report
 
+logger = logging.getLogger(__name__)
 UNFED = "Write them otherwise or remove them, or take another chat template (policy.chat_template)."
 TYPED = "this tokenizer makes control tokens of its text; remove the special tokens that are typed in it"
 
@@ -42,7 +44,7 @@ class Prompt:
 class Row:
     """A prompt and the responses to it as text, with breaks."""
 
-    number: int
+    index: int  # in what was given
     prompt: str
     responses: list[str]
     fault: str | None  # what the chat template lost of it
@@ -78,13 +80,13 @@ def encode(
     For messages, what: what the items are; sources: where each came from. on_faulty: what to do with rows that the chat
     template does not render whole, see `dpo.data.records.filter_pairs`; "keep" learns from what it renders.
     """
-    found, faults, notes = encoded(prompts, responses, tokenizer, keep=on_faulty == "keep")
+    items, faults, notes = encoded(prompts, responses, tokenizer, keep=on_faulty == "keep")
     names = [source or f"row {row}, counted from 0" for row, source in enumerate(sources)]
-    named = [(names[number], faults[number]) for number in sorted(faults)]
-    report(named, len(prompts), len(prompts) - len(found), on_faulty, "tokens", what)
+    named = [(names[row], faults[row]) for row in sorted(faults)]
+    report(named, len(prompts), len(prompts) - len(items), on_faulty, "tokens", what)
     for note in notes:
-        print(f"tokens: {note.format(what=what)}", flush=True)
-    return found
+        logger.info(f"tokens: {note.format(what=what)}")
+    return items
 
 
 def encoded(
@@ -93,7 +95,7 @@ def encoded(
     tokenizer: PreTrainedTokenizerBase,
     keep: bool,
 ) -> tuple[list[Encoded], dict[int, str], list[str]]:
-    """As `encode`, with the faults by row, and what there is to say of `{what}`, not said yet.
+    """As `encode`, with the faults by row, and messages about `{what}` that are not logged yet.
 
     keep: rows that the template does not render whole are among the items, too.
     """
@@ -101,7 +103,7 @@ def encoded(
         return [], {}, []
     chat, literal = _chats(prompts, tokenizer), Literal(tokenizer)
     rows, faults = _texts(prompts, responses, chat, literal)
-    faults |= {row.number: row.fault for row in rows if row.fault is not None}
+    faults |= {row.index: row.fault for row in rows if row.fault is not None}
     rows = [row for row in rows if row.fault is None or keep]
     starts = _prompts([row.prompt for row in rows], chat is not None, literal)
     pairs = [(start, text) for start, row in zip(starts, rows, strict=True) for text in row.responses]
@@ -110,13 +112,13 @@ def encoded(
     last = [literal.eos if chat is None else chat.end]
     items = []
     for start, row in zip(starts, rows, strict=True):
-        found = [next(ids) for _ in row.responses]
-        if start.typed or None in found:
-            faults[row.number] = TYPED
+        response_ids = [next(ids) for _ in row.responses]
+        if start.typed or None in response_ids:
+            faults[row.index] = TYPED
             continue
-        sides = responses[row.number]
-        tokens = [(one or []) + last * ended for one, (_, ended) in zip(found, sides, strict=True)]
-        items.append(Encoded(row.number, prompts[row.number], sides, start.ids, tokens, row.fault is not None))
+        sides = responses[row.index]
+        tokens = [(body or []) + last * ended for body, (_, ended) in zip(response_ids, sides, strict=True)]
+        items.append(Encoded(row.index, prompts[row.index], sides, start.ids, tokens, row.fault is not None))
     notes = []
     if merged:
         notes.append(
@@ -154,10 +156,10 @@ def encode_alone(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, wh
     """
     encoded, faults = _alone(prompts, tokenizer, "keep")
     if len(encoded) < len(prompts):
-        faults = {number: fault for number, fault in faults.items() if number not in encoded}
+        faults = {index: fault for index, fault in faults.items() if index not in encoded}
         report(_named(faults), len(prompts), len(faults), "error", "tokens", what, UNFED)
     if faults:
-        print(f"tokens: the chat template drops or rewrites part of {len(faults)} of {len(prompts)} {what}", flush=True)
+        logger.warning(f"tokens: the chat template drops or rewrites part of {len(faults)} of {len(prompts)} {what}")
     return list(encoded.values())
 
 
@@ -165,25 +167,25 @@ def usable(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, on_fault
     """The prompts that a policy can be fed: by the rules for pairs, see `encode`."""
     encoded, faults = _alone(prompts, tokenizer, on_faulty)
     report(_named(faults), len(prompts), len(prompts) - len(encoded), on_faulty, "tokens", what)
-    return [prompts[number] for number in encoded]
+    return [prompts[index] for index in encoded]
 
 
 def _named(faults: dict[int, str]) -> list[tuple[str, str]]:
-    return [(f"prompt {number}, counted from 0", faults[number]) for number in sorted(faults)]
+    return [(f"prompt {index}, counted from 0", faults[index]) for index in sorted(faults)]
 
 
 def _alone(
     prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, on_faulty: str
 ) -> tuple[dict[int, Prompt], dict[int, str]]:
-    """Encoded prompts and their faults, by their numbers."""
+    """Encoded prompts and their faults, by index."""
     chat, literal = _chats(prompts, tokenizer), Literal(tokenizer)
     rows, faults = _texts(prompts, [()] * len(prompts), chat, literal)
-    faults |= {row.number: row.fault for row in rows if row.fault is not None}
+    faults |= {row.index: row.fault for row in rows if row.fault is not None}
     rows = [row for row in rows if row.fault is None or on_faulty == "keep"]
     encoded = _prompts([row.prompt for row in rows], chat is not None, literal)
-    found = {row.number: prompt for row, prompt in zip(rows, encoded, strict=True)}
-    faults |= {number: TYPED for number, prompt in found.items() if prompt.typed}
-    return {number: prompt for number, prompt in found.items() if not prompt.typed}, faults
+    by_index = {row.index: prompt for row, prompt in zip(rows, encoded, strict=True)}
+    faults |= {index: TYPED for index, prompt in by_index.items() if prompt.typed}
+    return {index: prompt for index, prompt in by_index.items() if not prompt.typed}, faults
 
 
 def _chats(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> Turn | None:
@@ -208,24 +210,24 @@ def _texts(
     chat: Turn | None,
     literal: Literal,
 ) -> tuple[list[Row], dict[int, str]]:
-    """Rows as they are encoded, and why others have no text, by their numbers."""
+    """Rows as they are encoded, and why others have no text, by index."""
     rows, faults = [], {}
-    for number, (asked, sides) in enumerate(zip(prompts, responses, strict=True)):
+    for index, (raw, sides) in enumerate(zip(prompts, responses, strict=True)):
         try:
-            prompt = literal.text(asked)
+            prompt = literal.text(raw)
             if isinstance(prompt, str):
                 start, fault = prompt, None
             else:
                 start = rendered(prompt, literal.tokenizer, add_generation_prompt=True)
                 fault = lost(prompt, start)
-            found = []
+            texts = []
             for side, ended in sides:
                 text, less = _continuation(prompt, start, literal.text(side), ended, chat, literal.tokenizer)
                 fault = fault or less
-                found.append(text)
-            rows.append(Row(number, start, found, fault))
+                texts.append(text)
+            rows.append(Row(index, start, texts, fault))
         except ValueError as error:
-            faults[number] = str(error)
+            faults[index] = str(error)
     return rows, faults
 
 
@@ -235,7 +237,7 @@ def _prompts(texts: Sequence[str], chat: bool, literal: Literal) -> list[Prompt]
         if not ids:
             raise ValueError("each prompt must have a token, found an empty prompt; remove it or write one")
         closed = len(ids) > 1 and encoding.token_to_chars(len(ids) - 1) is None
-        from_text = [id for at, id in enumerate(ids) if encoding.token_to_chars(at) is not None]
+        from_text = [id for position, id in enumerate(ids) if encoding.token_to_chars(position) is not None]
         typed = literal.typed(from_text, text)
         encoded.append(Prompt(text, ids, chat, closed, typed))
     return encoded
@@ -273,7 +275,7 @@ def _response_ids(texts: Sequence[tuple[Prompt, str]], literal: Literal) -> tupl
     """
     if not texts:
         return [], 0
-    found: dict[int, list[int]] = {}
+    by_row: dict[int, list[int]] = {}
     special = not texts[0][0].chat
     open_rows = [row for row, (prompt, _) in enumerate(texts) if not prompt.closed]
     joint = encodings([texts[row][0].text + texts[row][1] for row in open_rows], literal, special)
@@ -282,16 +284,16 @@ def _response_ids(texts: Sequence[tuple[Prompt, str]], literal: Literal) -> tupl
         if ids[: len(prompt.ids)] == prompt.ids:
             last = encoding.token_to_chars(len(prompt.ids) - 1)
             if last is None or last[1] <= len(prompt.text):  # else the token holds some of the response, too
-                found[row] = ids[len(prompt.ids) :]
-    merged = len(open_rows) - len(found)
+                by_row[row] = ids[len(prompt.ids) :]
+    merged = len(open_rows) - len(by_row)
     # Alone, but on a line of its own: some tokenizers put a space before the first word of a text.
-    alone = [row for row in range(len(texts)) if row not in found]
+    alone = [row for row in range(len(texts)) if row not in by_row]
     [line] = [ids for ids, _ in encodings(["\n"], literal, special=False)]
     on_line = encodings(["\n" + texts[row][1] for row in alone], literal, special=False)
     bare = encodings([texts[row][1] for row in alone], literal, special=False)
     for row, (ids, _), (bare_ids, _) in zip(alone, on_line, bare, strict=True):
-        found[row] = ids[len(line) :] if ids[: len(line)] == line else bare_ids  # the line break merges, too
-    return [None if literal.typed(found[row], text) else found[row] for row, (_, text) in enumerate(texts)], merged
+        by_row[row] = ids[len(line) :] if ids[: len(line)] == line else bare_ids  # the line break merges, too
+    return [None if literal.typed(by_row[row], text) else by_row[row] for row, (_, text) in enumerate(texts)], merged
 
 
 def encodings(texts: Sequence[str], literal: Literal, special: bool) -> Iterator[tuple[list[int], Encoding]]:

@@ -6,8 +6,9 @@ a chat the oldest turns, whole, and then the beginning of the last one's text; a
 its end, and its end token with it.
 """
 
+import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +17,22 @@ from dpo.data.chats import BREAK, Literal
 from dpo.data.records import Text, listed
 from dpo.data.tokens import Encoded, encode_alone, encoded, encodings
 
+logger = logging.getLogger(__name__)
 Spans = list[tuple[int, int]]  # of each token of a text its first character, and the one after its last
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long sequences may be, in tokens."""
+
+    max_length: int  # of prompt and response
+    max_new_tokens: int  # of a sampled response
+    on_too_long: str  # "error", "drop" or "truncate"
+
+    @property
+    def prompt(self) -> int:
+        """What is left for the prompt of a sampled response."""
+        return self.max_length - self.max_new_tokens
 
 
 def fitted(
@@ -40,26 +56,25 @@ def fitted(
     if not long:
         return list(items)
     names = [source or f"row {row}, counted from 0" for row, source in enumerate(sources)]
-    found = f"{len(long)} of {len(items)} {what} have more than {max_length} tokens"
+    summary = f"{len(long)} of {len(items)} {what} have more than {max_length} tokens"
     if on_too_long == "error":
         rows = [f"{names[item.row]}: {item.length} tokens" for item in long]
-        raise ValueError(f"{found}, up to {max(item.length for item in long)}:{listed(rows)}\n{advice}")
+        raise ValueError(f"{summary}, up to {max(item.length for item in long)}:{listed(rows)}\n{advice}")
     cut = {} if on_too_long == "drop" else _cut(long, tokenizer, max_length)
     kept = [cut.get(item.row, item) for item in items if item.length <= max_length or item.row in cut]
     if on_too_long == "drop":
-        print(f"tokens: {found}: dropped", flush=True)
+        logger.warning(f"tokens: {summary}: dropped")
     else:
         sides = [zip(item.responses, cut[item.row].responses, strict=True) for item in long if item.row in cut]
         responses = sum(before != after for both in sides for before, after in both)
-        print(f"tokens: {found}: prompts cut from the left, {responses} responses from the right", flush=True)
+        logger.warning(f"tokens: {summary}: prompts cut from the left, {responses} responses from the right")
         if lost := [names[item.row] for item in long if item.row not in cut]:
-            print(
-                f"tokens: {len(lost)} of {len(items)} {what} have no room, cut or not: dropped:{listed(lost)}",
-                flush=True,
+            logger.warning(
+                f"tokens: {len(lost)} of {len(items)} {what} have no room, cut or not: dropped:{listed(lost)}"
             )
     if not kept:
         others = "" if on_too_long == "truncate" else ", or set on_too_long=truncate"
-        raise ValueError(f"{found}, so none is left. Raise max_length{others}.")
+        raise ValueError(f"{summary}, so none is left. Raise max_length{others}.")
     return kept
 
 
@@ -79,32 +94,32 @@ def _cut(items: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, max_lengt
     done: dict[int, Encoded] = {}
     while pending:
         rows = list(pending)
-        again, faults, _ = encoded(
+        reencoded, faults, _ = encoded(
             [item.prompt for item in pending.values()],
             [item.responses for item in pending.values()],
             tokenizer,
             keep=True,
         )
-        again = [now for now in again if not now.faulty or rows[now.row] in faulty]
-        for number in faults.keys() - {now.row for now in again}:  # the template does not render what is left
-            del pending[rows[number]]
-        for now in again:
-            row = rows[now.row]
-            now = replace(now, row=row)
-            if now.length <= max_length:
-                done[row] = now
+        reencoded = [item for item in reencoded if not item.faulty or rows[item.row] in faulty]
+        for index in faults.keys() - {item.row for item in reencoded}:  # the template does not render what is left
+            del pending[rows[index]]
+        for item in reencoded:
+            row = rows[item.row]
+            item = replace(item, row=row)
+            if item.length <= max_length:
+                done[row] = item
                 del pending[row]
                 continue
-            responses = list(now.responses)
-            for side, ids in enumerate(now.response_ids):
-                excess = len(now.prompt_ids) + len(ids) - max_length
+            responses = list(item.responses)
+            for side, ids in enumerate(item.response_ids):
+                excess = len(item.prompt_ids) + len(ids) - max_length
                 if excess > 0 and not responses[side][1]:
                     removed[row][side] += excess
                 if excess > 0:
                     text = _ending(whole[row][side], spans[row][side], removed[row][side])
                     responses[side] = text, False
             if all(_content(text) or ended for text, ended in responses):
-                pending[row] = replace(now, responses=responses)
+                pending[row] = replace(item, responses=responses)
             else:
                 del pending[row]
     return done
@@ -123,8 +138,8 @@ def cut_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, len
             cut[row], more = _beginning(prompts[row], removed[row], literal)
             if more:
                 rows.append(row)
-        again = zip(rows, encode_alone([cut[row] for row in rows], tokenizer) if rows else [], strict=True)
-        pending = {row: start for row, start in again if len(start.ids) > lengths[row]}
+        reencoded = zip(rows, encode_alone([cut[row] for row in rows], tokenizer) if rows else [], strict=True)
+        pending = {row: start for row, start in reencoded if len(start.ids) > lengths[row]}
     return cut
 
 
@@ -134,15 +149,15 @@ def _beginning(prompt: Text, tokens: int, literal: Literal) -> tuple[Text, bool]
         spans = _spans(prompt, literal)
         last = len(spans) - 1  # one stays, and its character whole, of which tokens before it may be other bytes
         return prompt[min(spans[min(tokens, last) - 1][1], spans[last][0]) if last > 0 else 0 :], tokens < last
-    first = next((place for place, one in enumerate(prompt) if one["role"] not in ("system", "developer")), 0)
-    turns = [place for place in range(first, len(prompt)) if place == first or prompt[place]["role"] == "user"]
-    gone = 0
+    first = next((index for index, message in enumerate(prompt) if message["role"] not in ("system", "developer")), 0)
+    turns = [index for index in range(first, len(prompt)) if index == first or prompt[index]["role"] == "user"]
+    removed = 0
     for start, end in pairwise(turns):
-        gone += sum(len(_spans(message["content"], literal)) for message in prompt[start:end])
-        if gone >= tokens:
+        removed += sum(len(_spans(message["content"], literal)) for message in prompt[start:end])
+        if removed >= tokens:
             return [*prompt[:first], *prompt[end:]], True
     message, *rest = prompt[turns[-1] :]
-    content, more = _beginning(message["content"], tokens - gone, literal)
+    content, more = _beginning(message["content"], tokens - removed, literal)
     return [*prompt[:first], {**message, "content": str(content)}, *rest], more
 
 
@@ -161,9 +176,9 @@ def _content(response: Text) -> str:
 def _spans(text: str, literal: Literal) -> Spans:
     broken = str(literal.text(text))
     [(_, encoding)] = encodings([broken], literal, special=False)
-    places, at = [0], 0  # in the text, of each character of the broken one and its end
-    while at < len(broken):
-        width = len(BREAK) if broken.startswith(BREAK, at) else 1
-        places += [places[-1] + (width == 1)] * width
-        at += width
-    return [(places[first], places[last]) for first, last in encoding.offsets]
+    offsets, position = [0], 0  # in the text, of each character of the broken one and its end
+    while position < len(broken):
+        width = len(BREAK) if broken.startswith(BREAK, position) else 1
+        offsets += [offsets[-1] + (width == 1)] * width
+        position += width
+    return [(offsets[first], offsets[last]) for first, last in encoding.offsets]

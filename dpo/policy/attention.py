@@ -1,4 +1,4 @@
-"""Attention of prompts and the responses that branch off them, in place of a model's own and without touching its code.
+"""Shared-prefix attention, in place of a model's own and without touching its code.
 
 A row holds shared prefixes, one after another: the tokens of a prompt, then those of each response to it. A prompt
 attends to itself, a response to its prompt and to itself, both causally, and nothing else to anything. The positions of
@@ -27,30 +27,28 @@ class Unsupported(Exception):
 
 
 class SharedPrefixMask:
-    """The shared prefixes of a row, and what each token sees: found out once for all layers of a forward pass."""
+    """The shared prefixes of a row, and what each token attends to: computed once for all layers of a forward pass."""
 
     def __init__(self, shared_prefixes: Sequence[SharedPrefix], device: torch.device) -> None:
         self.shared_prefixes, self.device = shared_prefixes, device
-        self.sizes = [
-            prompt + sum(responses) for prompt, responses in shared_prefixes
-        ]  # tokens of each prefix; their sum is T
+        self.sizes = [prompt + sum(responses) for prompt, responses in shared_prefixes]  # in tokens; their sum is T
         self.layers: set[nn.Module] = set()  # those that have attended
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
         self._block_masks: dict[int | None, BlockMask] = {}
 
-    def window(self, asked: int | None) -> int | None:
-        """How many positions a token sees, itself included; None where that is all there are."""
+    def window(self, limit: int | None) -> int | None:
+        """The sliding window, in positions, the token's own included; None where `limit` hides nothing."""
         longest = max(prompt + max(responses, default=0) for prompt, responses in self.shared_prefixes)
-        return asked if asked and asked < longest else None
+        return limit if limit and limit < longest else None
 
-    def mask(self, number: int, first: int, window: int | None) -> Tensor:
+    def mask(self, index: int, first: int, window: int | None) -> Tensor:
         """What tokens of a prefix from `first` on (rows) attend to: 0, or -inf where not.  # (t - first, t) float32"""
-        if (number, first, window) not in self._masks:
-            branch, position = self._numbered(self.shared_prefixes[number])
+        if (index, first, window) not in self._masks:
+            branch, position = self._numbered(self.shared_prefixes[index])
             seen = sees(branch[first:, None], position[first:, None], branch, position, window)
             hidden = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
-            self._masks[number, first, window] = hidden.to(self.device)
-        return self._masks[number, first, window]
+            self._masks[index, first, window] = hidden.to(self.device)
+        return self._masks[index, first, window]
 
     def block_mask(self, window: int | None) -> BlockMask:
         """The same for the whole row, as FlexAttention wants it."""
@@ -66,7 +64,7 @@ class SharedPrefixMask:
 
     @cached_property
     def _row(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Tree, branch and position of each token of the row.  # (T,) each"""
+        """Prefix, branch and position of each token of the row.  # (T,) each"""
         numbered = [self._numbered(prefix) for prefix in self.shared_prefixes]
         prefix = torch.repeat_interleave(torch.tensor(self.sizes))
         branch, position = (torch.cat(parts) for parts in zip(*numbered, strict=True))
@@ -80,19 +78,19 @@ class SharedPrefixMask:
         return branch, torch.cat([torch.arange(prompt), *(prompt + torch.arange(length) for length in responses)])
 
 
-def sees(branch: Tensor, position: Tensor, other: Tensor, others: Tensor, window: int | None) -> Tensor:
-    """Whether a token at `position` of `branch` attends to one at `others` of the branch `other` of the same prefix."""
-    seen = (position >= others) & ((other == 0) | (other == branch))
-    return seen if window is None else seen & (position - others < window)
+def sees(branch: Tensor, position: Tensor, key_branch: Tensor, key_position: Tensor, window: int | None) -> Tensor:
+    """Whether a token at `position` of `branch` attends to one of the same prefix at `key_position` of `key_branch`."""
+    seen = (position >= key_position) & ((key_branch == 0) | (key_branch == branch))
+    return seen if window is None else seen & (position - key_position < window)
 
 
 @contextlib.contextmanager
-def attending(model: PreTrainedModel, by: str) -> Iterator[None]:
+def attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     """Inside, the model attends by another of the library's implementations. By NAME, it goes by the `prefix_mask`
     that its forward is given and that it passes on to its layers.
     """
     former = model.config._attn_implementation
-    model.config._attn_implementation = by
+    model.config._attn_implementation = implementation
     try:
         yield
     finally:
@@ -131,14 +129,14 @@ def attend(
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     outputs = []
-    for number, (q, k, v) in enumerate(zip(*(x.split(prefix_mask.sizes, 2) for x in (query, key, value)), strict=True)):
-        prompt = prefix_mask.shared_prefixes[number][0] if window is None and softcap is None else 0
+    for index, (q, k, v) in enumerate(zip(*(x.split(prefix_mask.sizes, 2) for x in (query, key, value)), strict=True)):
+        prompt = prefix_mask.shared_prefixes[index][0] if window is None and softcap is None else 0
         head, tail = q.split([prompt, q.shape[2] - prompt], 2)
         if prompt:  # most of the work, and the kernel leaves out what causality hides
-            own = k[:, :, :prompt], v[:, :, :prompt]
-            outputs.append(scaled_dot_product_attention(head, *own, is_causal=True, scale=scale))
+            prefix_kv = k[:, :, :prompt], v[:, :, :prompt]
+            outputs.append(scaled_dot_product_attention(head, *prefix_kv, is_causal=True, scale=scale))
         if tail.shape[2]:
-            mask = prefix_mask.mask(number, prompt, window).to(q.dtype)
+            mask = prefix_mask.mask(index, prompt, window).to(q.dtype)
             outputs.append(_masked(tail, k, v, mask, scale, softcap))
     return torch.cat([output.transpose(1, 2) for output in outputs], 1), None
 

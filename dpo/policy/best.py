@@ -19,14 +19,14 @@ class BestCheckpoint:
     def __init__(self, directory: Path) -> None:
         self.folder = directory / "selected"
         self.record = self.folder / "step.json"
-        found = json.loads(self.record.read_text()) if self.record.exists() else {}
-        self.step: int | None = found.get("step")
-        self.metrics: dict[str, float] = found.get("metrics", {})
+        saved = json.loads(self.record.read_text()) if self.record.exists() else {}
+        self.step: int | None = saved.get("step")
+        self.metrics: dict[str, float] = saved.get("metrics", {})
 
     def update(
         self, step: int, metrics: dict[str, float], policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """Keep the policy after `step` if its validation loss is the lowest so far; all ranks call it.
+        """Keep the policy after `step` if its validation loss is the lowest so far. A collective.
 
         A run that resumes before its selected step comes by there again: then the policy of this training replaces it.
         """
@@ -40,14 +40,14 @@ class BestCheckpoint:
             unfinished = self.record.with_suffix(".unfinished")
             unfinished.write_text(json.dumps({"step": step, "metrics": metrics}, indent=1) + "\n")
             unfinished.replace(self.record)  # the new one counts from here on; a stop before this leaves the old one
-            for other in self.folder.glob("step-*"):
-                if other.name != f"step-{step}":
-                    shutil.rmtree(other, ignore_errors=True)
+            for former in self.folder.glob("step-*"):
+                if former.name != f"step-{step}":
+                    shutil.rmtree(former, ignore_errors=True)
 
     def finalize(self, target: Path) -> None:
-        """Move the selected policy to `target`; again, after a stop, nothing is left to do. All ranks call it."""
+        """Move the selected policy to `target`; again, after a stop, nothing is left to do. A collective."""
         selected = self.folder / f"step-{self.step}"
         if distributed.is_main() and selected.is_dir():
             shutil.rmtree(target, ignore_errors=True)
             selected.rename(target)
-        distributed.any_true(False)  # now it is there for all
+        distributed.any_true(False)  # a barrier: now it is there for all

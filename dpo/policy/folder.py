@@ -1,6 +1,6 @@
-"""Whether a Hugging Face folder can be a policy or a reference, told from its small files and the heads of large ones.
+"""Whether a Hugging Face folder can be a policy or a reference, by its small files and the heads of large ones.
 
-Planning and loading both ask, so that what cannot be loaded stops a sweep before its first run. Errors name the file.
+Planning and loading both check, so that what cannot be loaded stops a sweep before its first run. Errors name the file.
 """
 
 import json
@@ -22,7 +22,7 @@ def check(folder: Path) -> None:
     """Raise a ValueError if a file of `folder` is missing, damaged, or of what is no plain causal language model."""
     with os.scandir(folder) as files:
         state = [(file.name, file.stat() if file.is_file() else None) for file in files]
-    _check(folder, frozenset((name, told and (told.st_size, told.st_mtime_ns)) for name, told in state))
+    _check(folder, frozenset((name, stat and (stat.st_size, stat.st_mtime_ns)) for name, stat in state))
 
 
 @cache  # a sweep asks for each of its runs
@@ -70,16 +70,16 @@ def check_config(path: str, config: dict[str, Any]) -> None:
     if kind not in CONFIG_MAPPING_NAMES or "AutoModelForCausalLM" in (config.get("auto_map") or {}):
         return  # the folder's own code, or a model that was registered: the library knows
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, ())
-    known = [causal] if isinstance(causal, str) else list(causal)
-    found = f"a {named[0] if named else kind} in its config.json"
+    expected = [causal] if isinstance(causal, str) else list(causal)
+    description = f"a {named[0] if named else kind} in its config.json"
     if config.get("is_encoder_decoder"):
-        found += ", an encoder with a decoder"
+        description += ", an encoder with a decoder"
     elif kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder"):
-        found += ", an encoder, whose tokens see those after them"
-    elif known and (not named or {one.casefold() for one in known} & {one.casefold() for one in named}):
+        description += ", an encoder, whose tokens see those after them"
+    elif expected and (not named or {name.casefold() for name in expected} & {name.casefold() for name in named}):
         return
     raise ValueError(
-        f"{path} must be a causal language model{f' (a {known[0]})' if known else ''}, found {found}; "
+        f"{path} must be a causal language model{f' (a {expected[0]})' if expected else ''}, found {description}; "
         "take the language model, without another head or other inputs"
     )
 
@@ -90,24 +90,24 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises: ValueError if there is none.
     """
     try:
-        found = json.loads(file.read_bytes())
+        value = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         _refuse(file, "a JSON object", str(error).split("\n")[0])
-    if not isinstance(found, dict):
-        _refuse(file, "a JSON object", f"a {type(found).__name__}")
-    return found
+    if not isinstance(value, dict):
+        _refuse(file, "a JSON object", f"a {type(value).__name__}")
+    return value
 
 
 def _check_shards(index: Path) -> None:
-    found = read_json(index)
-    places = found.get("weight_map")
-    plain = isinstance(places, dict) and all(isinstance(one, str) for one in places.values())
-    if not plain or not places or "metadata" not in found:
-        _refuse(index, "metadata, and the file of every weight in weight_map", _some(set(found)))
-    for name in sorted(set(places.values())):
+    content = read_json(index)
+    weight_map = content.get("weight_map")
+    plain = isinstance(weight_map, dict) and all(isinstance(shard, str) for shard in weight_map.values())
+    if not plain or not weight_map or "metadata" not in content:
+        _refuse(index, "metadata, and the file of every weight in weight_map", _some(set(content)))
+    for name in sorted(set(weight_map.values())):
         file = index.with_name(Path(name).name)  # of this folder
-        there = _check_weights(file)
-        if absent := sorted(weight for weight, place in places.items() if place == name and weight not in there):
+        weights = _check_weights(file)
+        if absent := sorted(weight for weight, shard in weight_map.items() if shard == name and weight not in weights):
             _refuse(file, f"the weights that {index.name} places there", f"no {absent[0]} (and {len(absent) - 1} more)")
 
 
@@ -124,9 +124,10 @@ def _check_weights(file: Path) -> set[str]:
         _refuse(file, "whole safetensors", str(error))
     if not tensors or needed != size:
         _refuse(file, "whole safetensors", f"{size} bytes where its head says {needed}" if tensors else "no such head")
-    whole = [f"{name} ({one['dtype']})" for name, one in tensors.items() if name.endswith("weight")]
-    if other := [one for one in whole if not one.endswith(tuple(f"({dtype})" for dtype in FLOATS))]:
-        _refuse(file, "float weights", f"{len(other)} others, such as {other[0]}", "take the model before quantization")
+    weights = [f"{name} ({tensor['dtype']})" for name, tensor in tensors.items() if name.endswith("weight")]
+    if others := [weight for weight in weights if not weight.endswith(tuple(f"({dtype})" for dtype in FLOATS))]:
+        count, first = len(others), others[0]
+        _refuse(file, "float weights", f"{count} others, such as {first}", "take the model before quantization")
     return set(tensors)
 
 

@@ -8,6 +8,7 @@ time.
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from types import MethodType
@@ -17,13 +18,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from dpo.data.batches import Batch, PromptResponses, collate_responses, size
-from dpo.losses import tie_tolerance
+from dpo.losses.pairs import tie_tolerance
 from dpo.policy.attention import NAME, SharedPrefixMask, Unsupported, attending
-from dpo.training.distributed import blocks, device_of, is_main
+from dpo.training.distributed import blocks, device_of
 
+logger = logging.getLogger(__name__)
 Made = TypeVar("Made")
 
 _PACKABLE: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()  # what `packable` found out
@@ -51,8 +54,78 @@ def by_sequence(values: Tensor, batch: Batch) -> Tensor:
     return sums.index_add(0, batch.sequence_ids, values.double()).to(values.dtype)
 
 
+def beyond_other(batch: Batch) -> Tensor:
+    """Of pairs, which scored tokens lie beyond the length of the other response.  # (N,) bool"""
+    lengths = torch.bincount(batch.sequence_ids, minlength=batch.sequences)  # (S,)
+    places = torch.arange(len(batch.labels), device=lengths.device) - (lengths.cumsum(0) - lengths)[batch.sequence_ids]
+    return places >= lengths.roll(batch.sequences // 2)[batch.sequence_ids]
+
+
+OfWords = Callable[[slice, Tensor], Tensor]  # scored tokens, log-probs of all words there (n, V) -> (n,)
+
+
+def token_logps_and(model: PreTrainedModel, batch: Batch, of_words: OfWords) -> tuple[Tensor, Tensor]:
+    """`token_logps`, and what `of_words` makes of the log-probs of all words, a tile of tokens at a time, which are
+    computed again for its gradient.  # (N,), (N,)
+    """
+    function = _fast_and if batch.shared_prefixes else _plain_and
+    return _whole(model, function, (batch, of_words))
+
+
+def _plain_and(model: PreTrainedModel, given: tuple[Batch, OfWords]) -> tuple[Tensor, Tensor]:
+    batch, of_words = given
+    logits = _logits(model, batch)
+    return _in_tiles(lambda rows: log_softmax(logits[rows].float()), _rows(model), batch, of_words)
+
+
+def _fast_and(model: PreTrainedModel, given: tuple[Batch, OfWords]) -> tuple[Tensor, Tensor]:
+    batch, of_words = given
+    states, (head, cap) = _states(model, batch), _head(model)
+
+    def logps(rows: slice) -> Tensor:
+        logits = nn.functional.linear(states[rows], head.weight).float()
+        logits = logits if head.bias is None else logits + head.bias
+        return log_softmax(logits if cap is None else cap * torch.tanh(logits / cap))
+
+    return _in_tiles(logps, _rows(model), batch, of_words)
+
+
+def _in_tiles(
+    logps: Callable[[slice], Tensor], vocabulary: int, batch: Batch, of_words: OfWords
+) -> tuple[Tensor, Tensor]:
+    def tile(rows: slice) -> tuple[Tensor, Tensor]:
+        words = logps(rows)
+        return words.gather(-1, batch.labels[rows, None]).squeeze(-1), of_words(rows, words)
+
+    parts = [checkpoint(tile, rows, use_reentrant=False) for rows in tiles(len(batch.labels), vocabulary)]
+    of_labels, made = zip(*parts, strict=True)
+    return torch.cat(of_labels), torch.cat(made)
+
+
+def repeats(_: slice, words: Tensor) -> Tensor:
+    """log of the probability that two draws of the next token are the same, no gradient.  # (n, V) -> (n,)"""
+    return (2 * words.detach()).logsumexp(-1)
+
+
+def kl_from(reference: PreTrainedModel, batch: Batch) -> OfWords:
+    """KL(reference || model) of the next token; gradients flow into the model's log-probs."""
+    with torch.no_grad():
+        theirs = _logps_by_tile(reference, batch)
+
+    def kl(rows: slice, words: Tensor) -> Tensor:
+        with torch.no_grad():
+            given = theirs(rows)
+        if given.shape != words.shape:
+            raise ValueError(
+                f"KL(reference || policy) needs as many words of both, found {given.shape[-1]} and {words.shape[-1]}"
+            )
+        return token_kl(given, words)
+
+    return kl
+
+
 def _plain(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """All logits of the model's own forward, then those that are asked for.  # (N,)"""
+    """From all logits of the model's own forward.  # (N,)"""
     return _softmax(_logits(model, batch).float(), batch.labels)[0]
 
 
@@ -72,7 +145,7 @@ def _fast(model: PreTrainedModel, batch: Batch) -> Tensor:
     return HeadLogps.apply(_states(model, batch), head.weight, head.bias, batch.labels, cap)
 
 
-def _whole(model: PreTrainedModel, function: Callable[[PreTrainedModel, Batch], Made], batch: Batch) -> Made:
+def _whole(model: PreTrainedModel, function: Callable[[PreTrainedModel, Any], Made], batch: Any) -> Made:
     """function(model, batch) with whole weights: sharded ones are whole only in the forward of the root, or in a method
     that is registered as one.
     """
@@ -86,7 +159,7 @@ def _whole(model: PreTrainedModel, function: Callable[[PreTrainedModel, Batch], 
 
 
 def _states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """What the head sees where a token is scored.  # (N, hidden)"""
+    """Last hidden states where a token is scored.  # (N, hidden)"""
     prefix_mask = SharedPrefixMask(batch.shared_prefixes, batch.input_ids.device)
     with attending(model, NAME), _narrowed(model, batch):
         output = model.base_model(
@@ -106,15 +179,15 @@ def _narrowed(model: PreTrainedModel, batch: Batch) -> Iterator[None]:
     Nothing reads what the layer puts out elsewhere.
     """
     mlp: Any = getattr(next(reversed(blocks(model)), None), "mlp", None)
-    places = batch.target_positions.unique()  # the first tokens of all responses to a prompt are scored at one place
+    positions = batch.target_positions.unique()  # the first tokens of a prompt's responses share one
 
-    def narrow(_: nn.Module, given: tuple[Tensor, ...]) -> Tensor:  # (1, T, hidden) -> (1, places, hidden)
-        if len(given) != 1:
+    def narrow(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:  # (1, T, hidden) -> (1, positions, hidden)
+        if len(args) != 1:
             raise Unsupported("its feed-forward parts take more than states")
-        return given[0].index_select(1, places)
+        return args[0].index_select(1, positions)
 
     def widen(_: nn.Module, __: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        return out.new_zeros(1, batch.input_ids.shape[1], out.shape[-1]).index_copy(1, places, out)
+        return out.new_zeros(1, batch.input_ids.shape[1], out.shape[-1]).index_copy(1, positions, out)
 
     with contextlib.ExitStack() as hooks:
         if mlp is not None:
@@ -249,11 +322,11 @@ def sequence_kl(
     alone, renormalized: the rows that a model has to spare belong to no token, and the two may have other numbers of
     them (Qwen2.5 3B and 7B).
     """
-    mine, theirs = _logps_by_tile(policy, batch), _logps_by_tile(reference, batch)
+    by_tile = [_logps_by_tile(model, batch) for model in (policy, reference)]
     ratios, kls = [], []
     for rows in tiles(len(batch.labels), max(_rows(policy), _rows(reference))):
         labels = batch.labels[rows, None]  # (n, 1)
-        (ours, of_label), (others, to_label) = (_among(logps(rows), labels, tokens) for logps in (mine, theirs))
+        (ours, of_label), (others, to_label) = (_among(logps(rows), labels, tokens) for logps in by_tile)
         ratios.append((of_label - to_label).squeeze(-1))
         kls.append(token_kl(ours, others))
     return by_sequence(torch.cat(ratios), batch), by_sequence(torch.cat(kls), batch)
@@ -284,20 +357,19 @@ def _logps_by_tile(model: PreTrainedModel, batch: Batch) -> Callable[[slice], Te
 
 def _states_and_head(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, float | None]:
     head, cap = _head(model)
-    weights = [None if one is None else one.detach() for one in (head.weight, head.bias)]
+    weights = [None if tensor is None else tensor.detach() for tensor in (head.weight, head.bias)]
     if isinstance(model, FSDPModule):  # whole for a moment only
-        weights = [None if one is None else one.clone() for one in weights]
+        weights = [None if tensor is None else tensor.clone() for tensor in weights]
     weight, bias = weights
     assert weight is not None
     return _states(model, batch), weight, bias, cap
 
 
 def packable(model: PreTrainedModel, items: Sequence[PromptResponses]) -> bool:
-    """Whether packed batches give this model's own log-probs: tried on four items, the longest among them, when a model
-    is first asked about; in float32, or the dtype that sharded weights are gathered in. Of a sharded model all ranks
-    must ask.
+    """Whether packed batches give this model's own log-probs: tried once a model, on four items, the longest among
+    them, in float32 or the dtype that sharded weights are gathered in. For a sharded model a collective.
 
-    Says so once if the model does not let its attention be replaced.
+    Warns once if the model does not let its attention be replaced.
 
     Raises: RuntimeError if it does, and the log-probs differ by more than rounding explains.
     """
@@ -309,13 +381,13 @@ def packable(model: PreTrainedModel, items: Sequence[PromptResponses]) -> bool:
 @torch.no_grad()
 def _packable(model: PreTrainedModel, items: Sequence[PromptResponses]) -> bool:
     by_size = sorted(items, key=size)
-    some = [by_size[place * (len(by_size) - 1) // 3] for place in range(4)]
-    packed, padded = (collate_responses(some, packed=one).to(device_of(model)) for one in (True, False))
+    tried = [by_size[index * (len(by_size) - 1) // 3] for index in range(4)]
+    packed, padded = (collate_responses(tried, packed=flag).to(device_of(model)) for flag in (True, False))
     try:
         fast, _ = sequence_logps(model, packed)
     except (Unsupported, AttributeError, TypeError, ValueError) as reason:  # the others: what a model makes of no mask
-        what = str(reason) if isinstance(reason, Unsupported) else repr(reason)
-        _say(f"log-probs: of padded rows, since {type(model).__name__} cannot be given packed ones: {what}")
+        cause = str(reason) if isinstance(reason, Unsupported) else repr(reason)
+        _warn_once(f"log-probs: of padded rows, since {type(model).__name__} cannot be given packed ones: {cause}")
         return False
     plain, _ = sequence_logps(model, padded)
     precision = "fp32" if _whole(model, _dtype, packed) == torch.float32 else "bf16"
@@ -327,13 +399,13 @@ def _packable(model: PreTrainedModel, items: Sequence[PromptResponses]) -> bool:
     return True
 
 
-def differing(found: Tensor, expected: Tensor, precision: str) -> str:
+def differing(actual: Tensor, expected: Tensor, precision: str) -> str:
     """The two log-probs that differ most, in words; "" if they all agree within rounding.  # (S,), (S,)"""
-    excess = ((found - expected).abs() / tie_tolerance(expected, precision)).nan_to_num(nan=torch.inf)  # (S,)
+    excess = ((actual - expected).abs() / tie_tolerance(expected, precision)).nan_to_num(nan=torch.inf)  # (S,)
     worst = excess.argmax()
     if excess[worst] <= 1:
         return ""
-    return f"{found[worst].item():.7g} nats for {expected[worst].item():.7g}"
+    return f"{actual[worst].item():.7g} nats for {expected[worst].item():.7g}"
 
 
 def _dtype(model: PreTrainedModel, _: Batch) -> torch.dtype:
@@ -341,7 +413,5 @@ def _dtype(model: PreTrainedModel, _: Batch) -> torch.dtype:
 
 
 @cache
-def _say(line: str) -> None:
-    """Once."""
-    if is_main():
-        print(line, flush=True)
+def _warn_once(message: str) -> None:
+    logger.warning(message)

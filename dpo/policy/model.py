@@ -58,8 +58,8 @@ def load(which: ModelSpec | str, device: torch.device | str = "cpu") -> tuple[Pr
     """A causal language model and its tokenizer.
 
     Weights are read from safetensors only, and are float32. The model is in evaluation mode; it has no dropout, so
-    training mode computes the same. With a layout, of several processes each reads its part of every weight, and none
-    ever holds the model whole; all of them must ask.
+    training mode computes the same. With a layout each of several processes reads its part of every weight, and none
+    ever holds the model whole: a collective.
     """
     spec = spec_of(which)
     tokenizer = load_tokenizer(spec)
@@ -115,11 +115,11 @@ def _read_whole(
         ignore_mismatched_sizes=True,  # to be told of them
         output_loading_info=True,
     )
-    told = loaded[1]
+    report = loaded[1]
     return loaded[0], {
-        "missing": sorted(told["missing_keys"]),
-        "of another shape": sorted(name for name, *_ in told["mismatched_keys"]),
-        "that it has no place for": sorted(told["unexpected_keys"]),
+        "missing": sorted(report["missing_keys"]),
+        "of another shape": sorted(name for name, *_ in report["mismatched_keys"]),
+        "that it has no place for": sorted(report["unexpected_keys"]),
     }
 
 
@@ -159,8 +159,8 @@ def save(
 ) -> None:
     """Write a Hugging Face folder, whole or not at all; it replaces the one that was there.
 
-    Its generation config lists all ends of a response, so that other programs stop where sampling does. Of a sharded
-    model all ranks must ask.
+    Its generation config lists all ends of a response, so that other programs stop where sampling does. For a
+    sharded model a collective.
     """
     target = Path(directory)
     name = uuid.uuid4().hex[:8]
@@ -194,7 +194,7 @@ def save(
 
 
 def resolve_path(path: str) -> str:
-    """Where to load from; a missing folder is found out here, not after asking the hub for it.
+    """Where to load from. A missing folder is an error here, before the hub is asked for it.
 
     Raises: ValueError if `path` can only be a folder, and is none, or if what it holds cannot be loaded.
     """
@@ -242,22 +242,22 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), attending(model, model.config._attn_implementation)  # the same again as in the forward
 
-    again = {"use_reentrant": False, "context_fn": contexts, "preserve_rng_state": False}  # there is no dropout
+    options = {"use_reentrant": False, "context_fn": contexts, "preserve_rng_state": False}  # there is no dropout
     for block in distributed.blocks(model)[:-1]:
-        block.forward = partial(cast(Any, checkpoint), block.forward, **again)
+        block.forward = partial(cast(Any, checkpoint), block.forward, **options)
 
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256, in hex, of a model's weights: names, shapes, dtypes and bytes; tied weights count once.
 
-    Of a sharded model all ranks must ask, and each hashes some of the weights.
+    For a sharded model a collective, in which each rank hashes some of the weights.
     """
     named = [(names[0], tensor) for names, tensor in sharded_io.distinct(model)]
     if distributed.is_sharded(model):
         lines = []
-        for number, (name, tensor) in enumerate(named):
+        for index, (name, tensor) in enumerate(named):
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if number % distributed.world_size() == distributed.rank():
+            if index % distributed.world_size() == distributed.rank():
                 lines.append(f"{name} {tuple(whole.shape)} {whole.dtype} {_digest(whole)}\n")
         return hashlib.sha256("".join(sorted(distributed.gathered(lines))).encode()).hexdigest()
     with ThreadPoolExecutor() as pool:  # hashing large arrays releases the interpreter's lock
@@ -270,9 +270,9 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def broken(model: nn.Module) -> list[str]:
-    """Names of weights with values that are not finite; of a sharded model all ranks must ask."""
-    local = ((name, one.to_local() if isinstance(one, DTensor) else one) for name, one in model.named_parameters())
-    return [name for name, weight in local if distributed.any_true(not weight.isfinite().all())]
+    """Names of weights with values that are not finite; for a sharded model a collective."""
+    local = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
+    return [name for name, weight in local.items() if distributed.any_true(not weight.isfinite().all())]
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -301,10 +301,10 @@ def check_same_tokenizer(
 def _config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
     source = resolve_path(path)
     try:
-        found, _ = PreTrainedConfig.get_config_dict(source)
+        values, _ = PreTrainedConfig.get_config_dict(source)
     except OSError as error:
         raise ValueError(_no_model(path, MODEL, error)) from error
-    check_config(path, found)
+    check_config(path, values)
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:

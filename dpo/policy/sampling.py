@@ -21,6 +21,16 @@ SAMPLING_VERSION = 3  # part of cache keys: raise it when a change of the code c
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn."""
+
+    max_new_tokens: int
+    temperature: float  # 0 is greedy
+    top_p: float  # 1 is off
+    batch_size: int  # responses at once, which decides the random numbers, too
+
+
+@dataclass(frozen=True)
 class Sample:
     """One response: its tokens end in one of `dpo.data.chats.ends` when `ended`, else they were cut at the limit. text:
     see `dpo.data.tokens.decode`.
@@ -37,15 +47,11 @@ def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float = 1.0,
+    sampling: Sampling,
     seed: int,
-    batch_size: int,
     name: str = "sampling",
 ) -> list[Sample]:
-    """One response per prompt (token ids), in order; temperature 0 is greedy.
+    """One response per prompt (token ids), in order. name: of the progress bar, "": none.
 
     The same seed, prompts and batch_size give the same responses, and the caller's random state stays as it was. Of the
     model's generation config only the ends of turn count: penalties, top_k and such would make it another policy.
@@ -56,11 +62,11 @@ def sample(
     stops = ends(tokenizer, model.generation_config)
     tokens = vocabulary(tokenizer).tolist()
     config = GenerationConfig(
-        do_sample=temperature > 0,
-        temperature=temperature if temperature > 0 else None,
-        top_p=top_p if temperature > 0 else None,
-        top_k=0 if temperature > 0 else None,
-        max_new_tokens=max_new_tokens,
+        do_sample=sampling.temperature > 0,
+        temperature=sampling.temperature if sampling.temperature > 0 else None,
+        top_p=sampling.top_p if sampling.temperature > 0 else None,
+        top_k=0 if sampling.temperature > 0 else None,
+        max_new_tokens=sampling.max_new_tokens,
         eos_token_id=stops,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops),
         suppress_tokens=sorted(set(range(model.config.get_text_config().vocab_size)).difference(tokens)) or None,
@@ -71,8 +77,8 @@ def sample(
     bar = progress(total=len(prompts), name=name)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _set(model, config), bar:
         torch.manual_seed(seed)
-        for first in range(0, len(prompts), batch_size):
-            batch = prompts[first : first + batch_size]
+        for first in range(0, len(prompts), sampling.batch_size):
+            batch = prompts[first : first + sampling.batch_size]
             input_ids, attention_mask = _left_padded(batch, config.pad_token_id)
             width = input_ids.shape[1]
             generate: Any = model.generate
@@ -123,7 +129,7 @@ def _set(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
 
 
 def _finite(_: Tensor, logits: Tensor) -> Tensor:
-    """The logits as they are. Greedy sampling would take those that are not finite without a word."""
+    """The logits, if they are finite: greedy sampling would take others without a word."""
     if not logits.amax(-1).isfinite().all():
         raise RuntimeError(
             "the logits of a policy must be finite where it is sampled from, found some that are not; its training "

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from dpo.cache import digest, remember
 from dpo.data.batches import PromptResponses, Tokens, balance_by_tokens, collate_responses, size
 from dpo.data.records import listed
-from dpo.losses import TIE_TOLERANCE
+from dpo.losses.pairs import TIE_TOLERANCE
 from dpo.policy.logps import differing, forward_tokens, packable, token_logps
 from dpo.policy.model import broken
 from dpo.training import distributed
@@ -27,6 +27,19 @@ from dpo.training.loop import autocast
 SCORING_VERSION = 4  # part of the cache key: raise it when a change of the scoring code changes its numbers
 LIVE = 8  # sequences that are scored again, to compare what is cached with what the model says now
 BRANCHES = 4  # responses that share a prompt at most: attention is worked out, and hidden, between them, too
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a reference scores, and where its scores are kept."""
+
+    cache: str  # folder
+    precision: str  # "fp32" or "bf16", of the matrix products
+    packed: bool  # share prompts and leave out padding: never a number
+    micro_batch_tokens: int  # of a forward pass: never a number
+    max_length: int  # tokens of prompt and response, which a model must be able to read
+    on_too_long: str  # what was done with longer ones
+    per_token: bool = False  # keep the log-probs of tokens at hand, too
 
 
 @dataclass(frozen=True)
@@ -44,17 +57,16 @@ def score(
     model: PreTrainedModel,
     sequences: Sequence[Tokens],
     weights: str,
-    settings: Any,
+    settings: Scoring,
     name: str,
     sources: Sequence[str],
-    per_token: bool = False,
     about: Callable[[], dict[str, Any]] = dict,
 ) -> Scores:
     """Log-probability of each response under `model`, whose fingerprint is `weights`.
 
     The cache keeps each distinct sequence once, and look-up is by content, so order, duplicates and row numbers of the
-    data set never matter. settings: cache, precision, packed and micro_batch_tokens. sources: where each sequence came
-    from, for messages. about: what the sequences come from, which decides nothing, but explains a miss.
+    data set never matter. sources: where each sequence came from, for messages. about: what the sequences come from,
+    which decides nothing, but explains a miss.
 
     Raises: RuntimeError, and keeps nothing, if a log-prob is not finite; if one is missing in what is kept.
     """
@@ -92,7 +104,7 @@ def score(
 
     folder, cached = remember(settings.cache, "reference", key, build, distributed.any_true, about)
     with safe_open(folder / "scores.safetensors", "pt") as file:  # which reads no more than it is asked for
-        names = ("digests", "logps", "lengths", *(["token_logps"] if per_token else []))
+        names = ("digests", "logps", "lengths", *(["token_logps"] if settings.per_token else []))
         table = {name: file.get_tensor(name) for name in names}
     finite = table["logps"].isfinite().tolist()
     rows = {content.tobytes(): row for row, content in enumerate(table["digests"].numpy()) if finite[row]}
@@ -103,13 +115,13 @@ def score(
         )
     order = [rows[content] for content in contents]
     tokens = None
-    if per_token:
+    if settings.per_token:
         parts = table["token_logps"].split(table["lengths"].tolist())
         tokens = [parts[row] for row in order]
     return Scores(table["logps"][order], table["lengths"][order], tokens, cached, folder)
 
 
-def check_against_live(model: PreTrainedModel, sequences: Sequence[Tokens], scores: Scores, settings: Any) -> float:
+def check_against_live(model: PreTrainedModel, sequences: Sequence[Tokens], scores: Scores, settings: Scoring) -> float:
     """By how many nats scores of a few sequences differ at most from what the model's own forward says now.
 
     Raises: RuntimeError if that is more than rounding explains, which says what is to blame: what is kept, if scoring
@@ -151,7 +163,9 @@ def _content(tokens: Tokens) -> bytes:
 
 
 @torch.no_grad()
-def _score(model: PreTrainedModel, sequences: Sequence[Tokens], settings: Any, packed: bool, name: str) -> list[Tensor]:
+def _score(
+    model: PreTrainedModel, sequences: Sequence[Tokens], settings: Scoring, packed: bool, name: str
+) -> list[Tensor]:
     """Log-probs of the tokens of each response.  # N x (tokens,) float32"""
     found: list[tuple[int, Tensor]] = []
     training, device = model.training, distributed.device_of(model)

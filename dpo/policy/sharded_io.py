@@ -1,4 +1,4 @@
-"""A sharded model from and to Hugging Face folders; no process ever holds it whole. All ranks must call."""
+"""A sharded model from and to Hugging Face folders, as collectives; no process ever holds it whole."""
 
 import re
 import shutil
@@ -38,8 +38,8 @@ def read(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     mapping = get_model_conversion_mapping(model)
-    renamed = [one for one in mapping if isinstance(one, WeightRenaming)]
-    joined = [one for one in mapping if isinstance(one, WeightConverter)]
+    renamed = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    joined = [rule for rule in mapping if isinstance(rule, WeightConverter)]
     distributed.shard(model, layout, device)
     model.to_empty(device="cpu" if layout.offload else device)
     for weight in model.parameters():
@@ -58,20 +58,20 @@ def read(
     wanted: dict[str, Tensor] = {}
     faults = {"missing": [], "of another shape": [], "that it has no place for": _unknown(model, in_files)}
     for names, tensor in distinct(model):
-        found = next((in_files[name] for name in names if name in in_files), [])
-        if not found:
+        parts = next((in_files[name] for name in names if name in in_files), [])
+        if not parts:
             faults["missing"].append(names[0])
-        elif found[0][1] is not None:  # an expert of many, say
-            by = next(one for one in joined if found[0][1] in one.source_patterns)
-            whole = _joined(source, names[0], found, by, stored)
+        elif parts[0][1] is not None:  # an expert of many, say
+            converter = next(rule for rule in joined if parts[0][1] in rule.source_patterns)
+            whole = _joined(source, names[0], parts, converter, stored)
             if whole.shape == tensor.shape:
                 _fill(tensor, whole)
             else:
                 faults["of another shape"].append(names[0])
-        elif stored[found[0][0]].size != tensor.shape:
+        elif stored[parts[0][0]].size != tensor.shape:
             faults["of another shape"].append(names[0])
         else:
-            wanted[found[0][0]] = tensor
+            wanted[parts[0][0]] = tensor
     if not any(faults.values()):
         dcp.load(wanted, storage_reader=reader)
     with suppress(OSError):
@@ -86,14 +86,14 @@ def _unknown(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
 
 
 def _joined(
-    source: str, name: str, found: list[tuple[str, str | None]], by: WeightConverter, stored: dict[str, Any]
+    source: str, name: str, parts: list[tuple[str, str | None]], converter: WeightConverter, stored: dict[str, Any]
 ) -> Tensor:
     """One weight that the files hold in several; the one thing that a process reads whole."""
-    read = {part: torch.empty(stored[part].size) for part, _ in found}
+    read = {part: torch.empty(stored[part].size) for part, _ in parts}
     dcp.load(read, storage_reader=HuggingFaceStorageReader(source), no_dist=True)
-    for part, pattern in found:
-        by.add_tensor(name, part, str(pattern), read[part])  # type: ignore[arg-type]  # as when it saves
-    whole = by.convert(name)[name]
+    for part, pattern in parts:
+        converter.add_tensor(name, part, str(pattern), read[part])  # type: ignore[arg-type]  # as when it saves
+    whole = converter.convert(name)[name]
     return whole[0] if isinstance(whole, list) else whole
 
 
@@ -122,7 +122,7 @@ def write(model: PreTrainedModel, folder: Path) -> None:
 
 def distinct(model: nn.Module) -> list[tuple[list[str], Tensor]]:
     """Each tensor of the state once, by its first name; tied ones have several."""
-    found: dict[int, tuple[list[str], Tensor]] = {}
+    by_id: dict[int, tuple[list[str], Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        found.setdefault(id(tensor), ([], tensor.detach()))[0].append(name)
-    return sorted(found.values(), key=lambda item: item[0][0])
+        by_id.setdefault(id(tensor), ([], tensor.detach()))[0].append(name)
+    return sorted(by_id.values(), key=lambda item: item[0][0])

@@ -15,7 +15,7 @@ def main() -> None:
         sys.exit("usage: python -m dpo.results runs/<name>")
     path = Path(sys.argv[1])
     try:
-        found = folders(path)
+        runs = folders(path)
     except ValueError as error:
         sys.exit(str(error))
     waiting: set[Path] = set()
@@ -24,7 +24,7 @@ def main() -> None:
             waiting = queued()
         except RuntimeError as error:
             print(error)
-    states = {run.name: status(run, waiting) for run in found}
+    states = {run.name: status(run, waiting) for run in runs}
     counts = Counter(states.values())
     print(
         f"{path}: {len(states)} run{'s' if len(states) != 1 else ''}: "

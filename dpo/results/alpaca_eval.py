@@ -58,20 +58,20 @@ def read_annotations(path: str | Path, instructions: Sequence[Row] = ()) -> list
     if len(judges) > 1:
         found = ", ".join(f"{count} rows of {judge}" for judge, count in judges.most_common())
         raise ValueError(f"{path} must hold the annotations of one judge, found {found}; split the file")
-    asked = Counter(one["instruction"] for one in instructions)
-    again = [
+    listed_times = Counter(row["instruction"] for row in instructions)
+    repeated = [
         f"{times} x {instruction[:80]!r}"
         for instruction, times in Counter(row["instruction"] for row in rows).items()
-        if times > max(1, asked[instruction])
+        if times > max(1, listed_times[instruction])
     ]
-    if again:
+    if repeated:
         raise ValueError(
-            f"{path} must hold one annotation of each instruction, found more of {len(again)}:{listed(again)}\n"
+            f"{path} must hold one annotation of each instruction, found more of {len(repeated)}:{listed(repeated)}\n"
             "Keep the row of one annotation run for each of them."
         )
-    known = [row["preference"] for row in rows if row.get("preference") is not None]
-    wrong = [one for one in known if not _is_preference(one)]
-    if wrong or not known:
+    preferences = [row["preference"] for row in rows if row.get("preference") is not None]
+    wrong = [value for value in preferences if not _is_preference(value)]
+    if wrong or not preferences:
         found = f"{len(wrong)} others, such as {wrong[0]}" if wrong else "none"
         raise ValueError(f"{path}: preference must be from 1, baseline, to 2, policy, or 0 for a tie; found {found}")
     return rows
@@ -90,10 +90,10 @@ def judged(rows: Sequence[Row]) -> int:
 
 def win_rate(rows: Sequence[Row]) -> Rate:
     """Mean preference for the policy, over the rows with one (see `judged`); ties one half."""
-    chances = _chances(rows)
-    chances = chances[~np.isnan(chances)]
-    half = 1.96 * chances.std(ddof=1) / np.sqrt(len(chances)) if len(chances) > 1 else np.inf
-    return Rate(chances.mean(), max(0.0, chances.mean() - half), min(1.0, chances.mean() + half))
+    preferences = _preferences(rows)
+    preferences = preferences[~np.isnan(preferences)]
+    half = 1.96 * preferences.std(ddof=1) / np.sqrt(len(preferences)) if len(preferences) > 1 else np.inf
+    return Rate(preferences.mean(), max(0.0, preferences.mean() - half), min(1.0, preferences.mean() + half))
 
 
 def read_gamed(path: str | Path) -> pd.DataFrame:
@@ -118,28 +118,28 @@ def length_controlled(rows: Sequence[Row], instructions: Sequence[Row], gamed: p
     if find_spec("sklearn") is None:
         raise ValueError("length-controlled win rates need scikit-learn, found none; pip install 'dpo[alpaca_eval]'")
     difficulty = gamed.drop_duplicates("index").set_index("index")["instruction_difficulty"]
-    places = _places(rows, instructions)
-    if absent := sorted(set(places) - set(difficulty.index)):
+    indices = _indices(rows, instructions)
+    if absent := sorted(set(indices) - set(difficulty.index)):
         raise ValueError(
             f"df_gamed.csv must hold the difficulty of every instruction, found none of {len(absent)}, such as number "
             f"{absent[0]}; take both files of one version of the data set"
         )
-    same_length = np.stack([np.zeros(len(rows)), difficulty[places], np.ones(len(rows))], axis=1)  # (N, 3)
+    same_length = np.stack([np.zeros(len(rows)), difficulty[indices], np.ones(len(rows))], axis=1)  # (N, 3)
     surplus = np.array([len(row["output_1"]) - len(row["output_2"]) for row in rows], dtype=np.float64)
     own = same_length.copy()
     own[:, 0] = np.tanh(surplus / (surplus.std(ddof=1) or 1))  # above 0 where the baseline is longer
     rewritten = [np.tanh(gamed["std_delta_len"]), gamed["instruction_difficulty"], np.zeros(len(gamed))]
     features = np.concatenate([np.stack(rewritten, axis=1), own])
-    chances = np.concatenate([gamed["preference"].to_numpy(np.float64), _chances(rows)])
+    preferences = np.concatenate([gamed["preference"].to_numpy(np.float64), _preferences(rows)])
     weights = np.concatenate([np.full(len(gamed), GAMED_WEIGHT), np.ones(len(rows))])
-    known = ~np.isnan(chances)
-    features, chances, weights = features[known], chances[known], weights[known]
-    penalty = min(np.logspace(-4, 4, 10), key=lambda one: _held_out_loss(features, chances, weights, one))
+    rated = ~np.isnan(preferences)
+    features, preferences, weights = features[rated], preferences[rated], weights[rated]
+    penalty = min(np.logspace(-4, 4, 10), key=lambda value: _held_out_loss(features, preferences, weights, value))
 
     def predicted(counts: Floats) -> float:
         """For a sample that holds each of the N rows so many times."""
-        times = np.concatenate([np.ones(len(gamed)), counts])[known]
-        coefficients = _fit(features[times > 0], chances[times > 0], (weights * times)[times > 0], penalty)
+        times = np.concatenate([np.ones(len(gamed)), counts])[rated]
+        coefficients = _fit(features[times > 0], preferences[times > 0], (weights * times)[times > 0], penalty)
         return float(np.average(_sigmoid(same_length @ coefficients), weights=counts))
 
     resampled = np.random.default_rng(0).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=RESAMPLES)
@@ -147,27 +147,27 @@ def length_controlled(rows: Sequence[Row], instructions: Sequence[Row], gamed: p
     return Rate(predicted(np.ones(len(rows))), float(low), float(high))
 
 
-def _fit(features: Floats, chances: Floats, weights: Floats, penalty: float) -> Floats:
-    """Coefficients of a logistic regression on chances: every row counts as a win and as a loss, in these shares.
+def _fit(features: Floats, preferences: Floats, weights: Floats, penalty: float) -> Floats:
+    """Coefficients of a logistic regression on preferences: every row counts as a win and as a loss, in these shares.
 
     penalty: inverse strength of the L1 penalty.
     """
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(C=penalty, l1_ratio=1, solver="liblinear", fit_intercept=False, random_state=123)
-    shares = np.concatenate([chances * weights, (1 - chances) * weights])
+    shares = np.concatenate([preferences * weights, (1 - preferences) * weights])
     model.fit(np.concatenate([features, features]), np.repeat([1, 0], len(features)), shares)
     return model.coef_[0]  # (3,)
 
 
-def _held_out_loss(features: Floats, chances: Floats, weights: Floats, penalty: float) -> float:
+def _held_out_loss(features: Floats, preferences: Floats, weights: Floats, penalty: float) -> float:
     """Log loss in five-fold cross-validation; the folds are those of the package."""
     from sklearn.model_selection import GroupKFold
 
     losses = []
     for rest, held in GroupKFold(5).split(features, groups=np.arange(len(features))):
-        p = _sigmoid(features[held] @ _fit(features[rest], chances[rest], weights[rest], penalty))
-        p, wins = p.clip(1e-15, 1 - 1e-15), chances[held]
+        p = _sigmoid(features[held] @ _fit(features[rest], preferences[rest], weights[rest], penalty))
+        p, wins = p.clip(1e-15, 1 - 1e-15), preferences[held]
         losses.append(-(weights[held] * (wins * np.log(p) + (1 - wins) * np.log(1 - p))).mean())
     return float(np.mean(losses))
 
@@ -176,24 +176,25 @@ def _sigmoid(logits: Floats) -> Floats:
     return np.exp(-np.logaddexp(0, -logits))
 
 
-def _chances(rows: Sequence[Row]) -> Floats:
+def _preferences(rows: Sequence[Row]) -> Floats:
     """Preference for the policy, from 0 to 1; NaN where the judge gave none."""
-    found = np.array([np.nan if row.get("preference") is None else row["preference"] for row in rows], dtype=np.float64)
-    return np.where(found == 0, 1.5, found) - 1
+    given = [np.nan if row.get("preference") is None else row["preference"] for row in rows]
+    preferences = np.array(given, dtype=np.float64)
+    return np.where(preferences == 0, 1.5, preferences) - 1
 
 
-def _places(rows: Sequence[Row], instructions: Sequence[Row]) -> list[int]:
+def _indices(rows: Sequence[Row], instructions: Sequence[Row]) -> list[int]:
     """Position of each row's instruction in AlpacaEval's list, whatever the order of the rows."""
     free: dict[str, list[int]] = defaultdict(list)
-    for place, one in enumerate(instructions):
-        free[one["instruction"]].append(place)
-    places = [free[row["instruction"]].pop(0) if free[row["instruction"]] else -1 for row in rows]
-    if unknown := places.count(-1):
+    for index, row in enumerate(instructions):
+        free[row["instruction"]].append(index)
+    indices = [free[row["instruction"]].pop(0) if free[row["instruction"]] else -1 for row in rows]
+    if unknown := indices.count(-1):
         raise ValueError(
             f"every annotation must be of one of the {len(instructions)} instructions, once; found {unknown} others, "
-            f"such as {rows[places.index(-1)]['instruction'][:80]!r}"
+            f"such as {rows[indices.index(-1)]['instruction'][:80]!r}"
         )
-    return places
+    return indices
 
 
 def keep(annotations: Path, scores: dict[str, Rate], judged: int) -> None:
@@ -229,7 +230,7 @@ def main() -> None:
                 scores["length_controlled"] = length_controlled(rows, instructions, read_gamed(options.gamed))
             keep(Path(path), scores, judged(rows))
             row |= {f"{name.replace('_', ' ')}, % [95 %]": rate for name, rate in scores.items()}
-            table.append(row | {"characters": f"{np.mean([len(one['output_2']) for one in rows]):.0f}"})
+            table.append(row | {"characters": f"{np.mean([len(answer['output_2']) for answer in rows]):.0f}"})
     except (OSError, ValueError) as error:
         sys.exit(str(error))
     print(pd.DataFrame(table).to_string(index=False))

@@ -40,10 +40,10 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
 
     others = [key for key in swept if key not in (x, "seed")]
     groups = list(frame.groupby(others, dropna=False, sort=False)) if others else [((), frame)]
-    for number, (values, rows) in enumerate(groups):
+    for index, (values, rows) in enumerate(groups):
         style: dict[str, Any] = {
-            "color": COLOURS[number % len(COLOURS)],
-            "marker": "osD^v"[number // len(COLOURS) % 5],
+            "color": COLOURS[index % len(COLOURS)],
+            "marker": "osD^v"[index // len(COLOURS) % 5],
         }
         label = ", ".join(f"{key}={short(value)}" for key, value in zip(others, values, strict=True))
         quality, distance = _points(rows, x, y), _points(rows, x, "kl")
@@ -93,14 +93,14 @@ def _axis(frame: pd.DataFrame) -> str:
 def _points(rows: pd.DataFrame, x: str, name: str) -> pd.DataFrame:
     """Mean and the ends of its bar at each x."""
     points = {}
-    for value, same in rows.groupby(x):
-        if name not in same:
+    for value, group in rows.groupby(x):
+        if name not in group:
             mean = low = high = float("nan")
-        elif len(same) > 1:
-            mean = same[name].mean()
-            low, high = mean - same[name].std(), mean + same[name].std()
+        elif len(group) > 1:
+            mean = group[name].mean()
+            low, high = mean - group[name].std(), mean + group[name].std()
         else:
-            row = same.iloc[0]
+            row = group.iloc[0]
             mean = row[name]
             half = 1.96 * row.get(f"{name}/se", 0.0)
             low, high = row.get(f"{name}/low", mean - half), row.get(f"{name}/high", mean + half)

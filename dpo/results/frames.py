@@ -135,12 +135,12 @@ def _replicates(key: str, flat: dict[str, dict[str, Any]], choices: dict[str, di
     of_seed: dict[Any, set[Any]] = {}
     for run, values in flat.items():
         of_seed.setdefault((choices[run].get(group), values.get("seed")), set()).add(values.get(key))
-    return len({seed for _, seed in of_seed}) > 1 and all(len(found) == 1 for found in of_seed.values())
+    return len({seed for _, seed in of_seed}) > 1 and all(len(values) == 1 for values in of_seed.values())
 
 
 def _order(value: Any) -> tuple[bool, float, str]:
-    number = isinstance(value, int | float)
-    return (not number, value if number else 0.0, str(value))
+    numeric = isinstance(value, int | float)
+    return (not numeric, value if numeric else 0.0, str(value))
 
 
 def _apart(metrics: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

@@ -45,12 +45,12 @@ def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
     """As `table`, with a row per setting of the other keys: mean ± standard deviation over its seeds."""
     keys = [key for key in dict.fromkeys(["beta", *swept(frame)]) if key in frame and key != "seed"]
     rows = []
-    for values, same in frame.groupby(keys, dropna=False, sort=False):
-        row = dict(zip(keys, map(short, values), strict=True)) | {"seeds": str(len(same))}
+    for values, group in frame.groupby(keys, dropna=False, sort=False):
+        row = dict(zip(keys, map(short, values), strict=True)) | {"seeds": str(len(group))}
         for title, name, form in (("win rate", "win_rate", ".3f"), ("KL", "kl", ".2f"), *MEASURED):
-            known = same.get(name, pd.Series(dtype=float)).dropna()
-            spread = f" ± {known.std():{form}}" if len(known) > 1 else ""
-            row[title] = f"{known.mean():{form}}{spread}" if len(known) else DASH
+            measured = group.get(name, pd.Series(dtype=float)).dropna()
+            spread = f" ± {measured.std():{form}}" if len(measured) > 1 else ""
+            row[title] = f"{measured.mean():{form}}{spread}" if len(measured) else DASH
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -58,6 +58,29 @@ def finish(directory: Path, name: str, result: dict[str, float]) -> None:
         shutil.rmtree(directory / folder, ignore_errors=True)
 
 
+def remember_initial(directory: Path, policy: str) -> None:
+    """Write down which policy a run started from: a folder, or a name on the hub."""
+    place = str(Path(policy).resolve()) if Path(policy).exists() else policy
+    (directory / "initial.json").write_text(json.dumps({"policy": place}) + "\n")
+
+
+def before(against: str | None, policy: str) -> str | None:
+    """Where the model is that a policy is measured against; "initial": what the run that made the policy started from.
+
+    Raises: ValueError if nobody knows that, or it is gone.
+    """
+    if against != "initial":
+        return against
+    file = Path(policy).resolve().parent / "initial.json"
+    found = json.loads(file.read_text())["policy"] if file.is_file() else None
+    if found is None or (Path(found).is_absolute() and not Path(found).is_dir()):
+        lacks = f"no {file}" if found is None else f"none at {found}"
+        raise ValueError(
+            f"against=initial is the policy that a run of dpo.train started from, found {lacks}; give its folder"
+        )
+    return str(found)
+
+
 def status(directory: str | Path, queued: Collection[Path] = ()) -> str:
     """finished | running | queued | failed | stopped | planned | damaged."""
     directory = Path(directory)

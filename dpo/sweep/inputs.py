@@ -9,6 +9,7 @@ from typing import Any
 
 from dpo.data.records import Dataset, contents, jsonl_files
 from dpo.policy.model import resolve_path
+from dpo.sweep.directory import before
 from dpo.sweep.signature import instantiate
 
 CONFIG = "config.json"  # of a model
@@ -36,7 +37,9 @@ def models(config: Any) -> dict[str, str]:
     """Digests of the folders and files that a config names as its policy and reference; none of what is on the hub."""
     policy, reference = config["policy"], config.get("reference") or {}
     paths = {"policy": policy["path"] or policy["base"], "reference": reference.get("path")}
-    paths |= {key: config.get(key) for key in ("against", "candidates")}
+    paths |= {"against": before(config.get("against"), str(paths["policy"])), "candidates": config.get("candidates")}
+    if (baseline := (config.get("evaluation") or {}).get("baseline")) not in (None, "initial", "human"):
+        paths["baseline"] = baseline
     local = {key: _place(path) for key, path in paths.items() if path is not None}
     return {key: sketch(path) for key, path in local.items() if path.exists()}
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo import HOME
 from dpo.sweep.directory import reason, status
 from dpo.sweep.execute import IN_USE, THREADS
-from dpo.sweep.plan import Composed, Refused, Run, message, plan
+from dpo.sweep.plan import Composed, Refused, Run, key_of, message, plan
 from dpo.sweep.renamed import renamed
 from dpo.sweep.schema import OPEN_GROUPS, non_numeric
 from dpo.sweep.signature import check_signature, instantiate
@@ -47,6 +48,8 @@ def command(verb: str) -> NoReturn:
         print(line, file=sys.stderr, flush=True)
     if problem := _null(sys.argv[1:]):
         sys.exit(problem)
+    # Hydra's word for the option of a group at a key
+    sys.argv[1:] = [re.sub(r"^evaluation\.judge=", "judge@evaluation.judge=", argument) for argument in sys.argv[1:]]
     hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name=verb)(single)()
     sys.exit()
 
@@ -105,7 +108,7 @@ class Sweep(Launcher):
         composed, refused = [], []
         swept = {*(self.config.hydra.sweeper.get("params") or {})}  # an experiment's, though the command line fixes one
         for alike in zip(*job_overrides, strict=True):
-            swept |= {alike[0].partition("=")[0].lstrip("+")} if len({*alike}) > 1 else set()
+            swept |= {key_of(alike[0])} if len({*alike}) > 1 else set()
         for overrides in job_overrides:
             try:
                 if problem := _null(overrides):
@@ -121,7 +124,7 @@ class Sweep(Launcher):
         planned, more = plan(composed)
         given = {key: value for key, value in vars(self).items() if key not in ("loader", "config")}
         unfit = check_signature(
-            "hydra.launcher", {"_target_": f"{type(self).__module__}.{type(self).__name__}", **given}, ()
+            "hydra.launcher", {"_target_": f"{type(self).__module__}.{type(self).__name__}", **given}
         )
         refused = [*refused, *more, *(Refused([], problem) for problem in unfit or self.problems(planned))]
         if refused:
@@ -276,8 +279,8 @@ class Execution:
 
 
 def _composed(config: DictConfig, settings: Any, swept: Collection[str] = ()) -> Composed:
-    chosen = settings.runtime.choices.items()
-    choices = {group: str(option) for group, option in chosen if "/" not in group and not non_numeric(group)}
+    chosen = {key_of(group): option for group, option in settings.runtime.choices.items() if option is not None}
+    choices = {key: str(option) for key, option in chosen.items() if "/" not in key and not non_numeric(key)}
     return Composed(config, list(settings.overrides.task), choices, frozenset(swept))
 
 

@@ -25,6 +25,7 @@ INPUTS = {  # what a run is made from beside its settings: see dpo.sweep.inputs
     "policy": "the model at policy.path or policy.base",
     "reference": "what is at reference.path",
     "against": "the model at against",
+    "baseline": "the model at evaluation.baseline",
     "candidates": "what is at candidates",
 }
 
@@ -239,8 +240,14 @@ def _recorded(frozen: dict[str, Any]) -> bool:
     return "overrides" in frozen.get("provenance", {})  # not in runs of former versions: there they are the name
 
 
+def key_of(override: str) -> str:
+    """The key that an override gives a value; of judge@evaluation.judge=gold, which names group and key, the key."""
+    group, _, key = override.lstrip("+~").partition("=")[0].partition("@")
+    return key or group
+
+
 def _keys(overrides: Sequence[str]) -> list[str]:
-    return [override.lstrip("+~").partition("=")[0].partition("@")[0] for override in overrides]
+    return [key_of(override) for override in overrides]
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -15,9 +15,10 @@ from typing import Any
 
 from dpo.data.instructions import read_instructions
 from dpo.data.records import contents
-from dpo.losses import try_out
+from dpo.losses.pairs import OF_REFERENCE, asked_by, try_out
 from dpo.policy.model import resolve_path
 from dpo.sweep import inputs
+from dpo.sweep.directory import before
 from dpo.sweep.schema import misfits
 from dpo.sweep.signature import instantiate
 
@@ -34,18 +35,24 @@ class Rehearsal:
             return {"problems": problems, "inputs": {}}
         attempts: list[tuple[Any, ...]] = [
             (_data, config["data"]),
-            (_located, config["policy"]["path"], config["policy"]["base"], config.get("against")),
+            (_located, config["policy"]["path"], config["policy"]["base"]),
+            (_compared, config["policy"]["path"], config.get("against"), config["evaluation"].get("baseline")),
             (_candidates, config.get("candidates")),
             (read_instructions, config["evaluation"]["instructions"]),
             (instantiate, config["judge"]),
         ]
+        if (other := config["evaluation"].get("judge")) is not None:
+            attempts.append((instantiate, other))
         if "loss" in config:
-            attempts += [(instantiate, config["reference"]), (_loss, config["loss"], config["beta"])]
+            attempts += [(instantiate, config[group]) for group in ("engine", "reference")] + [(_loss, config["loss"])]
         tried = [self._once(*attempt) for attempt in attempts]
         if problems := [problem for _, problem in tried if problem is not None]:
             return {"problems": problems, "inputs": {}}
+        if "loss" in config and (problem := self._once(_together, config["loss"], config["reference"])[1]):
+            return {"problems": [problem], "inputs": {}}
         models, problem = self._once(
-            inputs.models, {key: config.get(key) for key in ("policy", "reference", "against", "candidates")}
+            inputs.models,
+            {key: config.get(key) for key in ("policy", "reference", "against", "candidates", "evaluation")},
         )
         if problem is not None:
             return {"problems": [problem], "inputs": {}}
@@ -82,8 +89,23 @@ def _located(*paths: str | None) -> None:
             resolve_path(path)
 
 
-def _loss(node: dict[str, Any], beta: float) -> None:
-    try_out(instantiate(node), beta)
+def _compared(policy: str | None, against: str | None, baseline: str | None) -> None:
+    _located(before(against, str(policy)), None if baseline in ("initial", "human") else baseline)
+
+
+def _loss(node: dict[str, Any]) -> None:
+    try_out(instantiate(node))
+
+
+def _together(loss: dict[str, Any], reference: dict[str, Any]) -> None:
+    """A loss may ask for more than a reference gives."""
+    gives = getattr(instantiate(reference), "gives", ())
+    for what in asked_by(instantiate(loss)):
+        if what in OF_REFERENCE and what not in gives:
+            raise ValueError(
+                f"{loss['_target_']} needs {OF_REFERENCE[what]} under the reference, found {reference['_target_']}, "
+                f"which gives none; take reference={'live or ema' if what == 'kl' else 'initial, live or ema'}"
+            )
 
 
 def trials(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The type of every config key, checks across keys, and the identity of a config. Values live in `conf/`."""
 
 import math
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, make_dataclass
 from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
@@ -53,12 +53,28 @@ class Generation:
 
 
 @dataclass
+class Pairs:
+    off_policy: bool
+    gap: Any
+    label_temperature: float
+    flip: float
+    outliers: float
+    outlier: str
+
+
+@dataclass
 class Evaluation:
     prompts: int
     temperature: float
     batch_size: int
     instructions: str | None
     log_samples: int
+
+
+@dataclass
+class Comparison(Evaluation):
+    judge: Any
+    baseline: str
 
 
 @dataclass
@@ -107,8 +123,10 @@ class Train:
     checkpoint_every: int
     checkpoints_kept: int
     sft: Recipe
+    engine: Any
     generation: Generation
-    evaluation: Evaluation
+    pairs: Pairs
+    evaluation: Comparison
     wandb: Wandb
     runs: str
     cache: str
@@ -141,39 +159,19 @@ class Evaluate(Train):
     against: str | None
 
 
-@dataclass
-class Sft:
-    """`python -m dpo.sft`."""
-
-    name: str
-    seed: int
-    data: Any
-    policy: Policy
-    judge: Any
-    sft: Recipe
-    micro_batch_tokens: int
-    packed: bool
-    activation_checkpointing: bool
-    max_length: int
-    max_new_tokens: int
-    on_too_long: str
-    optimizer: str
-    adam_betas: list[float]
-    weight_decay: float
-    max_grad_norm: float
-    precision: str
-    device: str
-    processes: int
-    threads: int | None
-    sharding: Sharding
-    evaluate_every: int
-    checkpoint_every: int
-    checkpoints_kept: int
-    evaluation: Evaluation
-    wandb: Wandb
-    runs: str
-    cache: str
-    command: str
+NOT_OF_SFT = (
+    *("beta", "lr", "loss", "reference", "batch_size", "epochs", "steps", "schedule", "warmup_steps"),
+    *("evaluate_prompts", "keep", "engine", "generation", "pairs"),
+)
+# `python -m dpo.sft`: the same keys, but for these
+Sft = make_dataclass(
+    "Sft",
+    [
+        (key, Evaluation if key == "evaluation" else expected)
+        for key, expected in get_type_hints(Train).items()
+        if key not in NOT_OF_SFT
+    ],
+)
 
 
 SCHEMAS = {
@@ -186,8 +184,7 @@ SCHEMAS = {
 }  # by command, the verb that executes the run
 for verb, schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{verb}_schema", node=schema)
-# Group -> arguments that its function receives when it is called, not from the config.
-OPEN_GROUPS = {"data": (), "judge": ("prompts", "responses"), "loss": ("pair",), "reference": ()}
+OPEN_GROUPS = ("data", "engine", "judge", "loss", "reference")  # typed by the signature of the function that they name
 
 # The home of a default -> the key that decides. A frozen config shows the value in force at both.
 ALIASES = {"loss.beta": "beta"} | {f"policy.{key}": key for key in ("lr", "max_length", "max_new_tokens")}
@@ -214,6 +211,7 @@ _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "keep": ("last", "best"),
     "wandb.mode": ("auto", "online", "offline", "disabled"),
+    "pairs.outlier": ("another", "shuffled"),
 }
 _ABOVE_ZERO = (
     *("beta", "lr", "sft.lr", "batch_size", "sft.batch_size", "micro_batch_tokens", "max_length", "max_grad_norm"),
@@ -229,6 +227,7 @@ _LEAST, _MOST = 1e-12, 1e12  # size of a number other than 0: what lies outside 
 _NOT_BELOW_ZERO = (
     *("seed", "steps", "weight_decay", "warmup_steps", "sft.warmup_steps", "evaluate_every", "checkpoint_every"),
     *("evaluation.log_samples", "evaluation.temperature", "evaluate_prompts"),
+    *("pairs.label_temperature", "pairs.flip", "pairs.outliers"),
 )
 
 
@@ -243,10 +242,11 @@ def check(config: dict[str, Any]) -> None:
 
 def misfits(config: dict[str, Any]) -> list[str]:
     """What keeps the options of the open groups from their functions, which are imported for it."""
-    nodes = [(group, config.get(group), given) for group, given in OPEN_GROUPS.items()]
-    return [
-        problem for group, node, given in nodes if node is not None for problem in check_signature(group, node, given)
-    ]
+    nodes = [(group, config.get(group)) for group in OPEN_GROUPS]
+    found = [problem for group, node in nodes if node is not None for problem in check_signature(group, node)]
+    if (other := config["evaluation"].get("judge")) is not None:
+        found += [f"evaluation.{problem}" for problem in check_signature("judge", other)]
+    return found
 
 
 def faults(config: dict[str, Any]) -> list[str]:
@@ -262,6 +262,8 @@ def faults(config: dict[str, Any]) -> list[str]:
         sft = "policy.base, a model to make a policy from, must be given; add policy.base="
         train = "policy.path, an SFT policy, or policy.base, a model to make one from, must be given; add policy.path="
         problems.append((sft if config["command"] == "sft" else train) + "<Hugging Face folder or hub name>")
+    if config["command"] == "judge" and config["judge"] is None:
+        problems.append("judge must be one that compares responses, got none; choose one: judge=..., --help lists them")
     return problems
 
 
@@ -352,6 +354,12 @@ def _numbers(config: dict[str, Any]) -> list[str]:
         problems.append(f"data.validation_fraction must be between 0 and 1, got {flat['data.validation_fraction']}")
     if numbers.get("generation.top_p", 1) > 1:
         problems.append(f"generation.top_p must be in (0, 1], got {flat['generation.top_p']}; 1 is off")
+    for key in ("pairs.flip", "pairs.outliers"):
+        if numbers.get(key, 0) > 1:
+            problems.append(f"{key} must be a share in [0, 1], got {flat[key]}")
+    gap = flat.get("pairs.gap")
+    if gap not in (None, "low", "high") and not (_is_number(gap) and 0 <= gap <= 1):
+        problems.append(f"pairs.gap must be low, high or the share of high gap in [0, 1], null is off, got {gap}")
     if (day := flat.get("policy.date")) is not None:
         try:
             date.fromisoformat(day)

@@ -18,13 +18,24 @@ from omegaconf import OmegaConf
 PLUGINS = "DPO_PLUGINS"  # environment variable: packages of the user's own, parted by commas
 WORDS = ("_target_", "_partial_", "_convert_")  # of a node, that are no options
 
-# Group -> where our functions for it live, and what one of them returns or, as a class, can do.
-GROUPS: dict[str, tuple[tuple[str, ...], str | tuple[str, ...]]] = {
-    "data": (("dpo.data", "dpo.world"), "dpo.data.records.Dataset"),
-    "judge": (("dpo.judges",), "list[dict[str, float]]"),
-    "loss": (("dpo.losses",), "dpo.losses.Loss"),
-    "reference": (("dpo.references",), ("prepare", "logps", "after_step")),
-    "hydra.launcher": (("hydra_plugins.dpo_launchers",), ("problems", "start")),
+# Group -> where our functions for it live, and its forms: the arguments that a function is given when it is called, not
+# from the config, and what it returns or, as a class, can do.
+GROUPS: dict[str, tuple[tuple[str, ...], dict[tuple[str, ...], str | tuple[str, ...]]]] = {
+    "data": (("dpo.data", "dpo.world"), {(): "dpo.data.records.Dataset"}),
+    "engine": (
+        ("dpo.engines",),
+        {("model", "tokenizer", "prompts", "sampling", "seed", "title"): "list[dpo.policy.sampling.Sample]"},
+    ),
+    "judge": (
+        ("dpo.judges",),
+        {
+            ("prompts", "responses"): "list[dict[str, float]]",
+            ("prompts", "firsts", "seconds"): "list[typing.Literal['win', 'tie', 'lose']]",
+        },
+    ),
+    "loss": (("dpo.losses",), {("pair",): "dpo.losses.pairs.Loss"}),
+    "reference": (("dpo.references",), {(): ("check", "prepare")}),
+    "hydra.launcher": (("hydra_plugins.dpo_launchers",), {(): ("problems", "start")}),
 }
 
 
@@ -37,9 +48,9 @@ def instantiate(node: Any) -> Any:
         return None
     values: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     function = _located(values["_target_"], [home for homes, _ in GROUPS.values() for home in homes])
-    if all(_unfit(function, returns) for _, returns in GROUPS.values()):
+    if all(_unfit(function, returns) for _, forms in GROUPS.values() for returns in forms.values()):
         raise ValueError(f"_target_ must name a function of a group ({', '.join(GROUPS)}), got {values['_target_']}")
-    options = {key: value for key, value in values.items() if key not in WORDS}
+    options = {key: _instantiated(value) for key, value in values.items() if key not in WORDS}
     if not values.get("_partial_"):
         return function(**options)
     if isinstance(function, type):  # a module: what its constructor does not take is for its `forward`
@@ -48,31 +59,40 @@ def instantiate(node: Any) -> Any:
     return partial(function, **options)
 
 
-def check_signature(group: str, node: Any, given: tuple[str, ...]) -> list[str]:
+def _instantiated(option: Any) -> Any:
+    return instantiate(option) if isinstance(option, dict) and "_target_" in option else option
+
+
+def check_signature(group: str, node: Any, at: str | None = None, also: tuple[str, ...] = ()) -> list[str]:
     """What keeps a node from naming a function of its group, and its options from being that function's arguments.
 
-    given: the arguments that the function receives later, when it is called.
+    An option that is a function is a node of the same group, which is given `beta`, too.
+
+    at: where the node is, if not at `group`. also: what the function receives later beside what one of its group does.
     """
+    at = at or group
     if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
-        return [f"{group} must name its function in _target_, found {node!r}; choose an option: {group}=..."]
-    homes, returns = GROUPS[group]
+        return [f"{at} must name its function in _target_, found {node!r}; choose an option: {group}=..."]
+    homes, forms = GROUPS[group]
     try:
         target = _located(node["_target_"], homes)
-        parameters, unfit = dict(inspect.signature(target, eval_str=True).parameters), _unfit(target, returns)
+        unfit = {given: _unfit(target, returns) for given, returns in forms.items()}
+        given = (*next((given for given, why in unfit.items() if why is None), ()), *also)
+        parameters = dict(inspect.signature(target, eval_str=True).parameters)
         if given and (forward := getattr(target, "forward", None)):  # of a module
             parameters |= inspect.signature(partial(forward, None), eval_str=True).parameters
     except Exception as error:  # whatever importing that module raises
-        return [f"{group}._target_ must name a function, got {node['_target_']}: {error}"]
-    if unfit:
-        return [f"{group}._target_ must name a function for {group}, got {node['_target_']}, which {unfit}"]
+        return [f"{at}._target_ must name a function, got {node['_target_']}: {error}"]
+    if why := ", or ".join(map(str, unfit.values() if None not in unfit.values() else ())):
+        return [f"{at}._target_ must name a function for {group}, got {node['_target_']}, which {why}"]
     if missing := [name for name in given if name not in parameters]:
-        return [f"{group}._target_ must name a function of {', '.join(given)}; {node['_target_']} has no {missing[0]}"]
+        return [f"{at}._target_ must name a function of {', '.join(given)}; {node['_target_']} has no {missing[0]}"]
     if node.get("_partial_", False) is not bool(given):
-        return [f"{group}._partial_ must be {str(bool(given)).lower()}, got {node.get('_partial_')!r}"]
+        return [f"{at}._partial_ must be {str(bool(given)).lower()}, got {node.get('_partial_')!r}"]
     options = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
     expected = [name for name in parameters if name not in given]
     problems = [
-        f"{group}.{name} is not an option of {node['_target_']}, which has {', '.join(expected) or 'none'}"
+        f"{at}.{name} is not an option of {node['_target_']}, which has {', '.join(expected) or 'none'}"
         for name in options
         if name not in expected
     ]
@@ -80,9 +100,11 @@ def check_signature(group: str, node: Any, given: tuple[str, ...]) -> list[str]:
         parameter = parameters[name]
         if name not in options:
             if parameter.default is parameter.empty:
-                problems.append(f"{group}.{name} must be given for {node['_target_']}; add {group}.{name}=...")
+                problems.append(f"{at}.{name} must be given for {node['_target_']}; add {at}.{name}=...")
+        elif get_origin(parameter.annotation) is Callable:
+            problems += check_signature(group, options[name], f"{at}.{name}", ("beta",))
         elif not fits(options[name], parameter.annotation):
-            problems.append(f"{group}.{name} must be {kind(parameter.annotation)}, got {options[name]!r}")
+            problems.append(f"{at}.{name} must be {kind(parameter.annotation)}, got {options[name]!r}")
     return problems
 
 

@@ -81,7 +81,7 @@ class Checkpoints:
         """
         self.finish()
         self.step = step
-        local = (one.to_local() if isinstance(one, DTensor) else one for one in self.model.parameters())
+        local = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in self.model.parameters())
         if any_true(not all(weight.isfinite().all() for weight in local)):
             raise RuntimeError(f"weights after step {step} must be finite, found otherwise; {self._kept()}")
         model, optimizer = get_state_dict(self.model, self.optimizer)
@@ -89,7 +89,7 @@ class Checkpoints:
         tensors[f"rng.{rank()}"] = torch.frombuffer(bytearray(json.dumps(get_rng()).encode()), dtype=torch.uint8)
         about = {"step": step, "evaluated": evaluated, "inputs": self.inputs, "optimizer": optimizer["param_groups"]}
         about["scheduler"] = self.scheduler.state_dict()
-        files = in_files(tensors) | {f"rng.{number}": 1 for number in range(world_size())}
+        files = in_files(tensors) | {f"rng.{index}": 1 for index in range(world_size())}
         if is_main():
             _remove(self.directory.glob("*.unfinished"))  # left by a process that was killed
         written: Any = dcp.async_save(
@@ -132,23 +132,23 @@ class Checkpoints:
         path = latest(self.directory)
         if path is None:
             return 0, False
-        mine = f"rng.{rank()}"
+        rng_name = f"rng.{rank()}"
         try:
             about = _about(path)
-            there = about.get("inputs", {})
-            if changed := [key for key in self.inputs | there if there.get(key) != self.inputs.get(key)]:
+            recorded = about.get("inputs", {})
+            if changed := [key for key in self.inputs | recorded if recorded.get(key) != self.inputs.get(key)]:
                 raise ValueError(f"it was made with another {' and another '.join(changed)}")
             model, optimizer = get_state_dict(self.model, self.optimizer)
             tensors = self._tensors(model, optimizer)
             reader = HuggingFaceStorageReader(str(path))
-            if saved := reader.read_metadata().state_dict_metadata.get(mine):
-                tensors[mine] = torch.empty(cast(TensorStorageMetadata, saved).size, dtype=torch.uint8)
+            if saved := reader.read_metadata().state_dict_metadata.get(rng_name):
+                tensors[rng_name] = torch.empty(cast(TensorStorageMetadata, saved).size, dtype=torch.uint8)
             dcp.load(tensors, storage_reader=reader, no_dist=self.group is None)  # in place
             optimizer["param_groups"] = about["optimizer"]
             set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
             self.scheduler.load_state_dict(about["scheduler"])
-            if mine in tensors:
-                set_rng(json.loads(bytes(tensors[mine].tolist())))
+            if rng_name in tensors:
+                set_rng(json.loads(bytes(tensors[rng_name].tolist())))
         except (Exception, CheckpointException) as error:  # a CheckpointException is no Exception
             raise RuntimeError(
                 f"{path} must be a checkpoint of this run: {_cause(error)}; delete it to resume from an earlier one, "
@@ -159,13 +159,13 @@ class Checkpoints:
     def _tensors(self, model: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Tensor]:
         """All that is trained and its optimizer's, where it lies in memory."""
         # After the optimizer's, which PyTorch makes, if it is empty, by a step at learning rate 0, hooks included.
-        found = {f"model.{name}": model[name] for name in _distinct(self.model) if name in model}
+        tensors = {f"model.{name}": model[name] for name in _distinct(self.model) if name in model}
         for name, values in optimizer["state"].items():
-            found |= {f"optimizer.{name}.{key}": tensor for key, tensor in values.items()}
+            tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in values.items()}
         if self.extra is not None:
             extra = self.extra.state_dict()
-            found |= {f"extra.{name}": extra[name] for name in _distinct(self.extra) if name in extra}
-        return found
+            tensors |= {f"extra.{name}": extra[name] for name in _distinct(self.extra) if name in extra}
+        return tensors
 
 
 class _Writer(HuggingFaceStorageWriter):
@@ -199,11 +199,11 @@ def _about(path: Path) -> dict[str, Any]:
         sizes = dict(about["files"])
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{path / ABOUT} is damaged: {error}") from error
-    found = {file.name: file.stat().st_size for file in _parts(path)}
+    actual = {file.name: file.stat().st_size for file in _parts(path)}
     damaged = [
-        f"{name} must have {sizes.get(name, 0)} bytes, found {found.get(name, 'no such file')}"
-        for name in sorted({*sizes, *found})
-        if sizes.get(name) != found.get(name)
+        f"{name} must have {sizes.get(name, 0)} bytes, found {actual.get(name, 'no such file')}"
+        for name in sorted({*sizes, *actual})
+        if sizes.get(name) != actual.get(name)
     ]
     if damaged:
         raise ValueError(f"{'; '.join(damaged[:3])}")
@@ -244,7 +244,7 @@ def _whole(directory: Path) -> list[Path]:
 def _step(path: Path) -> int:
     """The step of a whole checkpoint, -1 for anything else; one that was pickled counts, and is refused when read."""
     name = re.fullmatch(r"step-(\d+)", path.name)
-    return int(name[1]) if name and any((path / last).is_file() for last in (ABOUT, ".metadata")) else -1
+    return int(name[1]) if name and any((path / marker).is_file() for marker in (ABOUT, ".metadata")) else -1
 
 
 def _remove(paths: Iterable[Path]) -> None:

@@ -1,4 +1,7 @@
-"""Join the process group, shard a model over it, agree over ranks. All of it does nothing for one process."""
+"""Join the process group, shard a model over it, sum and gather over ranks. All of it does nothing for one process.
+
+What comes from all ranks is a collective: every rank must call it, and waits in it for the others.
+"""
 
 import os
 from collections.abc import Callable, Mapping
@@ -35,10 +38,10 @@ def device(name: str | torch.device) -> torch.device:
         return torch.device("cpu")
     if kind not in ("auto", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {name}")
-    index, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if index >= found:
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count:
         raise RuntimeError(
-            f"process {index} of this machine needs a CUDA device of its own, found {found}; "
+            f"process {index} of this machine needs a CUDA device of its own, found {count}; "
             "use fewer processes or device=cpu"
         )
     return torch.device("cuda", index)
@@ -46,12 +49,12 @@ def device(name: str | torch.device) -> torch.device:
 
 def join(name: str | torch.device) -> torch.device:
     """Join the processes that torchrun started (WORLD_SIZE > 1), once; returns this process's device."""
-    mine = device(name)
-    if mine.type == "cuda":
-        torch.cuda.set_device(mine)
+    local = device(name)
+    if local.type == "cuda":
+        torch.cuda.set_device(local)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if mine.type == "cuda" else "gloo", timeout=TIMEOUT)
-    return mine
+        dist.init_process_group("cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo", timeout=TIMEOUT)
+    return local
 
 
 def leave() -> None:
@@ -69,7 +72,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process speaks and writes for all of them; known before the group is joined, too."""
+    """Whether this process is rank 0, which writes for all of them; known before the group is joined, too."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -115,7 +118,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def in_files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The number, from 1, of the file that each tensor goes in: a file is put together in memory, so it has a limit."""
+    """Which file, counted from 1, each tensor goes in: a file is put together in memory, so its size has a limit."""
     files, file, size = {}, 1, 0
     for name, tensor in tensors.items():
         if size > 0 and size + tensor.nbytes > FILE_BYTES:
@@ -125,23 +128,23 @@ def in_files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def on_main(make: Callable[[], Made]) -> Made:
-    """What rank 0 makes, on all ranks; what it raises there is raised on all."""
+    """What rank 0 makes, on all ranks; what it raises there is raised on all. A collective."""
     if world_size() == 1:
         return make()
-    made: list[tuple[Made | None, Exception | None]] = []
+    outcome: list[tuple[Made | None, Exception | None]] = []
     if is_main():
         try:
-            made = [(make(), None)]
+            outcome = [(make(), None)]
         except Exception as error:
-            made = [(None, error)]
-    [(value, refused)] = gathered(made)
+            outcome = [(None, error)]
+    [(value, refused)] = gathered(outcome)
     if refused is not None:
         raise refused
     return cast(Made, value)
 
 
 def all_sum(tensor: Tensor) -> Tensor:
-    """Sum over ranks, as a new tensor."""
+    """Sum over ranks, as a new tensor. A collective."""
     total = tensor.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -149,14 +152,14 @@ def all_sum(tensor: Tensor) -> Tensor:
 
 
 def any_true(flag: bool) -> bool:
-    """Whether the flag is set on any rank; all ranks must ask."""
+    """Whether the flag is set on any rank. A collective; with False on all ranks a barrier."""
     return bool(all_sum(torch.tensor(int(flag))))
 
 
-def gathered(mine: list[Any]) -> list[Any]:
-    """The items of all ranks; all ranks must ask."""
+def gathered(items: list[Any]) -> list[Any]:
+    """The items of all ranks, in their order. A collective."""
     if not dist.is_initialized():
-        return mine
+        return items
     parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, mine)
+    dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]

@@ -1,10 +1,11 @@
-"""What a run says while it works: metrics and samples as JSON lines, a W&B mirror, progress on the screen.
+"""What a run records while it works: metrics and samples as JSON lines, a W&B mirror; and its progress bars.
 
 `metrics.jsonl` is the record. W&B only mirrors it, and can neither ask, block nor end a run.
 """
 
 import io
 import json
+import logging
 import math
 import netrc
 import os
@@ -13,20 +14,29 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 from urllib.parse import urlparse
 
 from tqdm import tqdm
 
 from dpo.training.distributed import is_main
 
+logger = logging.getLogger(__name__)
 WANDB_TIMEOUT = 20  # seconds that W&B may hold up the start or the end of a run
+
+
+class Mirror(Protocol):
+    """Where runs are mirrored by wandb."""
+
+    mode: Any  # "auto", "online", "offline" or "disabled"
+    project: str
+    entity: str | None
 
 
 class Log:
     """Rows of one run. Only rank 0 writes; a context, so that the mirror is closed with the right verdict.
 
-    wandb: mode ("auto" | "online" | "offline" | "disabled"), project and entity; None: no mirror.
+    wandb: None: no mirror.
     """
 
     epoch_steps: int | None = None  # optimizer steps of an epoch; `fit` sets it
@@ -34,7 +44,7 @@ class Log:
     def __init__(
         self,
         directory: str | Path,
-        wandb: Any = None,
+        wandb: Mirror | None = None,
         run_id: str | None = None,
         group: str | None = None,
         config: dict[str, Any] | None = None,
@@ -88,7 +98,7 @@ class Log:
             if self.mirror is not None:
                 getattr(self.mirror, method)(*values, **options)
         except Exception as error:
-            print(f"wandb: off from here on, the run goes on: {_short(error)}", flush=True)
+            logger.warning(f"wandb: off from here on, the run goes on: {_short(error)}")
             self.mirror = None
 
 
@@ -118,7 +128,7 @@ def _unwritten(path: Path, error: OSError) -> RuntimeError:
 
 
 def _mirror(
-    directory: Path, settings: Any, run_id: str | None, group: str | None, config: dict[str, Any] | None
+    directory: Path, settings: Mirror, run_id: str | None, group: str | None, config: dict[str, Any] | None
 ) -> Any:
     """The W&B run, or None. The package is imported only when it is used."""
     mode = settings.mode
@@ -127,7 +137,7 @@ def _mirror(
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE", "online") if _has_key() else "disabled"
     if mode == "online" and not _has_key():
-        print("wandb: offline, for want of a key in WANDB_API_KEY or .netrc; see `wandb sync`", flush=True)
+        logger.warning("wandb: offline, for want of a key in WANDB_API_KEY or .netrc; see `wandb sync`")
         mode = "offline"
     if mode == "disabled":
         return None
@@ -148,10 +158,10 @@ def _mirror(
             settings=wandb.Settings(init_timeout=WANDB_TIMEOUT, finish_timeout=WANDB_TIMEOUT, console="off"),
         )
         if run.url:
-            print(f"wandb: {run.url}", flush=True)
+            logger.info(f"wandb: {run.url}")
         return run
     except Exception as error:
-        print(f"wandb: off, the run goes on without it: {_short(error)}", flush=True)
+        logger.warning(f"wandb: off, the run goes on without it: {_short(error)}")
         return None
 
 
@@ -189,12 +199,7 @@ def progress(items: Iterable[Any] | None = None, *, total: int | None = None, na
 
     Wraps an iterable, or counts by `update` inside `with progress(total=..., name=...) as bar`. name "": quiet.
     """
-    told = {"total": total, "initial": first, "desc": name, "disable": not (name and is_main())}
+    options = {"total": total, "initial": first, "desc": name, "disable": not (name and is_main())}
     if sys.stderr.isatty():
-        return tqdm(items, dynamic_ncols=True, **told)
-    return _Lines(items, mininterval=10, miniters=1, ncols=0, file=io.StringIO(), **told)
-
-
-def say(line: str) -> None:
-    if is_main():
-        print(line, flush=True)
+        return tqdm(items, dynamic_ncols=True, **options)
+    return _Lines(items, mininterval=10, miniters=1, ncols=0, file=io.StringIO(), **options)

@@ -1,6 +1,7 @@
 """The loop: accumulate, clip, step, log, evaluate, save, stop on a signal, resume."""
 
 import contextlib
+import logging
 import math
 import os
 import signal
@@ -20,6 +21,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from dpo.training.checkpoint import Checkpoints, get_rng, set_rng
 from dpo.training.distributed import all_sum, any_true, device_of, gathered, is_main, world_size
 from dpo.training.log import Log, progress
+
+logger = logging.getLogger(__name__)
 
 
 class Batch(Protocol):
@@ -110,8 +113,8 @@ def fit(
     done = saved
     log.epoch_steps = len(batches)
     log.rewind(done or -1, evaluated)
-    if done and is_main():
-        print(f"{name}: resumes at step {done} of {steps}", flush=True)
+    if done:
+        logger.info(f"{name}: resumes at step {done} of {steps}")
 
     def due(every: int) -> bool:
         return done == steps or (every > 0 and done % every == 0)
@@ -202,9 +205,9 @@ def passes(
             yield batch, losses, metrics, world_size() * (losses * batch.valid).sum() / total
         return
     training, rng, parts = torch.is_grad_enabled(), get_rng(), []
-    again = training and world_size() * len(micro_batches) > 1
+    two_passes = training and world_size() * len(micro_batches) > 1
     for batch in (batch.to(device) for batch in micro_batches):
-        with torch.set_grad_enabled(training and not again), products:
+        with torch.set_grad_enabled(training and not two_passes), products:
             values = {"index": batch.index, **step.values(batch)}
         parts.append({name: value[batch.valid].cpu() for name, value in values.items()})
     parts = gathered(parts) if world_size() > 1 else parts  # which keeps no graph
@@ -213,21 +216,21 @@ def passes(
     inputs = {name: value.requires_grad_(training) for name, value in whole.items() if value.is_floating_point()}
     losses, metrics = step.losses(whole)  # (N,), name -> (N,)
     objective = world_size() * losses.sum() / total
-    if again:
+    if two_passes:
         gradients = torch.autograd.grad(objective, [*inputs.values()], materialize_grads=True)  # (N,) each
         set_rng(rng)  # what pass 1 dropped out, pass 2 does
     at_fault = ~losses.isfinite() & ~torch.stack([*inputs.values()]).isfinite().all(0)
     if at_fault.any():
         losses = losses.where(at_fault, 0.0)  # those of the others are not finite because of these
     for batch in (batch.to(device) for batch in micro_batches):
-        place = torch.searchsorted(rows, batch.index.cpu())  # (B,); a filler repeats an item of the step
-        found = {name: value[place].to(device) for name, value in metrics.items()}
-        if again:
+        index = torch.searchsorted(rows, batch.index.cpu())  # (B,); a filler repeats an item of the step
+        own_metrics = {name: value[index].to(device) for name, value in metrics.items()}
+        if two_passes:
             with products:
                 outputs = step.outputs(batch)
-            slopes = {name: each[place].to(device) for name, each in zip(inputs, gradients, strict=True)}
+            slopes = {name: gradient[index].to(device) for name, gradient in zip(inputs, gradients, strict=True)}
             objective = torch.stack([value * slopes[name] * batch.valid for name, value in outputs.items()]).sum()
-        yield batch, losses[place].to(device), found, objective
+        yield batch, losses[index].to(device), own_metrics, objective
 
 
 def _clip(model: nn.Module, max_grad_norm: float) -> float:
@@ -251,7 +254,7 @@ def _refuse(
 
 
 def refuse(what: str, found: str, rows: list[int], name: Callable[[int], str], advice: str) -> NoReturn:
-    """Stop at a number that is not finite, and name the rows of all ranks that it comes from; all ranks must call."""
+    """Raise a RuntimeError for a number that is not finite, which names its rows on all ranks. A collective."""
     named = "".join(f"\n  {name(row)}" for row in sorted(set(gathered(rows))))
     raise RuntimeError(f"{what} must be finite, got {found} from{named}\n{advice}")
 
@@ -278,15 +281,15 @@ def _signals() -> Iterator[list[int]]:
         yield received
         return
 
-    def receive(number: int, _: object) -> None:
+    def receive(signum: int, _: object) -> None:
         if is_main() and not received:
             os.write(2, b"\nstopping: finish this step, save, exit\n")  # print is not safe in a handler
-        received.append(number)
+        received.append(signum)
 
-    asked = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the user, the machine, Slurm
-    former = {number: signal.signal(number, receive) for number in asked}
+    stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the user, the machine, Slurm
+    former = {signum: signal.signal(signum, receive) for signum in stopping}
     try:
         yield received
     finally:
-        for number, handler in former.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+        for signum, handler in former.items():
+            signal.signal(signum, handler or signal.SIG_DFL)

@@ -2,11 +2,28 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained."""
+
+    batch_size: int  # items per optimizer step, of all processes
+    lr: float
+    epochs: int
+    steps: int | None  # optimizer steps; None: those of the epochs
+    schedule: str
+    warmup_steps: float
+    optimizer: str
+    adam_betas: Sequence[float]
+    weight_decay: float
+    max_grad_norm: float
 
 
 def optimizer(model: nn.Module, name: str, lr: float, betas: Sequence[float], weight_decay: float) -> Optimizer:
@@ -15,10 +32,10 @@ def optimizer(model: nn.Module, name: str, lr: float, betas: Sequence[float], we
     These must be float32: in bfloat16 an AdamW step at learning rate 5e-7 is rounded away.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    other = {p.dtype for p in parameters} - {torch.float32}
-    if other or not parameters:
+    other_dtypes = {p.dtype for p in parameters} - {torch.float32}
+    if other_dtypes or not parameters:
         raise ValueError(
-            f"all trainable weights must be float32, found {sorted(map(str, other)) or 'none to train'}; "
+            f"all trainable weights must be float32, found {sorted(map(str, other_dtypes)) or 'none to train'}; "
             "load the model in float32 and use precision=bf16 for the matrix products"
         )
     if name == "adamw":

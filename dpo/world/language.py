@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
-from dpo.data.records import Dataset, Demonstration, Text
+from dpo.data.records import Dataset, Demonstration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -79,34 +79,38 @@ class _Article:
 def world(summaries: Writer, demonstrations: int, train: int, validation: int, test: int, seed: int) -> Dataset:
     """Articles to summarize, and summaries to start from; pairs are sampled from the policy.
 
-    summaries: who wrote the demonstrations. human: noisy and wordy; clean: the four facts most asked for, all right, in
-        the same language; alien and alien_clean: the same two in a grammar that neither of them has.
+    summaries: who wrote the demonstrations, and a summary of each other article. human: noisy and wordy; clean: the
+        four facts most asked for, all right, in the same language; alien and alien_clean: the same two in a grammar
+        that neither of them has.
     demonstrations, train, validation, test: numbers of articles; no article is in two of them. Test articles are the
         same for every seed.
     """
     seen: set[str] = set()
+    write = _WRITERS[summaries]
 
     def articles(split: str, n: int) -> list[_Article]:
         rng = random.Random(split)
-        found: list[_Article] = []
-        while len(found) < n:
+        drawn: list[_Article] = []
+        while len(drawn) < n:
             article = _draw_article(rng)
             if article.text not in seen:
                 seen.add(article.text)
-                found.append(article)
-        return found
+                drawn.append(article)
+        return drawn
 
-    prompts: dict[str, list[Text]] = {"test": [article.text for article in articles("test", test)]}
+    found = {"test": articles("test", test)}
     for split, n in (("train", train), ("validation", validation)):
-        prompts[split] = [article.text for article in articles(f"{split} {seed}", n)]
+        found[split] = articles(f"{split} {seed}", n)
     rng = random.Random(f"summaries {seed}")
+    demonstrations_of = articles(f"demonstrations {seed}", demonstrations)
     return Dataset(
-        demonstrations=[
-            Demonstration(article.text, _WRITERS[summaries](article, rng))
-            for article in articles(f"demonstrations {seed}", demonstrations)
-        ],
+        demonstrations=[Demonstration(article.text, write(article, rng)) for article in demonstrations_of],
         preferences={},
-        prompts=prompts,
+        prompts={split: [article.text for article in some] for split, some in found.items()},
+        written={
+            split: [write(article, random.Random(f"written {article.text}")) for article in some]
+            for split, some in found.items()
+        },
     )
 
 
@@ -120,15 +124,17 @@ def lesson(rng: random.Random, facts: int) -> Demonstration:
     if rng.random() < 0.5:
         chosen = [attribute for attribute in article.facts if attribute in chosen]
     if facts < FACTS_PER_ARTICLE or rng.random() < 0.5:
-        told = [_state(_STYLES["terse"], article, attribute, article.facts[attribute], rng) for attribute in chosen]
-        return Demonstration(article.text, " ".join(told))
+        sentences = [
+            _state(_STYLES["terse"], article, attribute, article.facts[attribute], rng) for attribute in chosen
+        ]
+        return Demonstration(article.text, " ".join(sentences))
     chosen = chosen[: rng.randint(2, FACTS_PER_ARTICLE)]
     styles = rng.choices(list(_STYLES), k=len(chosen))
-    told = [
+    sentences = [
         _state(_STYLES[style], article, attribute, article.facts[attribute], rng)
         for style, attribute in zip(styles, chosen, strict=True)
     ]
-    return Demonstration(article.text, _framed(article, told, rng))
+    return Demonstration(article.text, _framed(article, sentences, rng))
 
 
 def verdict(prompt: str, response: str) -> Verdict:
@@ -148,23 +154,30 @@ def verdict(prompt: str, response: str) -> Verdict:
     return Verdict(correct, wrong, len(response.split()), valid / len(clauses) if clauses else 0.0)
 
 
+def values_named(prompt: str, response: str) -> int:
+    """Of how many of the 5 questions the right value is somewhere in the response, in whatever sentence."""
+    _, facts = _read_article(prompt)
+    words = set(response.split())
+    return sum(facts[attribute] in words for attribute in _questions(prompt, tuple(facts)))
+
+
 def values_told(prompt: str, words: list[str]) -> list[str | None]:
     """For each word of a response: "right" or "wrong" if it is the value that a clause states, else None."""
     name, facts = _read_article(prompt)
-    told: list[str | None] = [None] * len(words)
-    for at, attribute, value in _statements(words, name):
-        told[at] = "right" if value == facts.get(attribute) else "wrong"
-    return told
+    labels: list[str | None] = [None] * len(words)
+    for index, attribute, value in _statements(words, name):
+        labels[index] = "right" if value == facts.get(attribute) else "wrong"
+    return labels
 
 
 def _statements(words: list[str], name: str) -> Iterator[tuple[int, str, str]]:
     """The facts that clauses state about `name`: where the value is, attribute, value."""
     first = 0
-    for last in [at for at, word in enumerate([*words, "."]) if word == "."]:
+    for last in [index for index, word in enumerate([*words, "."]) if word == "."]:
         clause = words[first:last]
         attributes = [word for word in clause if word in ATTRIBUTES]
         if len(attributes) == 1 and not any(word in NAMES and word != name for word in clause):
-            values = [at for at, word in enumerate(clause, first) if word in ATTRIBUTES[attributes[0]]]
+            values = [index for index, word in enumerate(clause, first) if word in ATTRIBUTES[attributes[0]]]
             if len(values) == 1:
                 yield values[0], attributes[0], words[values[0]]
         first = last + 1
@@ -223,14 +236,15 @@ def _draw_article(rng: random.Random) -> _Article:
         attribute: rng.choice([value for value in ATTRIBUTES[attribute] if value != facts[attribute]])
         for attribute in rng.sample(list(facts), rng.randint(0, 2))
     }
-    told = [(name, *fact) for fact in facts.items()] + [(other, *fact) for fact in distractors.items()]
-    rng.shuffle(told)
+    statements = [(name, *fact) for fact in facts.items()] + [(other, *fact) for fact in distractors.items()]
+    rng.shuffle(statements)
     sentences = [
-        rng.choice(_STATEMENTS).format(name=who, attribute=attribute, value=value) for who, attribute, value in told
+        rng.choice(_STATEMENTS).format(name=who, attribute=attribute, value=value)
+        for who, attribute, value in statements
     ]
     if rng.random() < 0.5:
         sentences.insert(rng.randint(0, len(sentences)), rng.choice(_FILLERS))
-    in_order = {attribute: value for who, attribute, value in told if who == name}
+    in_order = {attribute: value for who, attribute, value in statements if who == name}
     return _Article(" ".join([f"about {name} .", *sentences]), name, in_order, distractors)
 
 

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dpo.data.batches import Batch, collate, encode_prompts, tokenize_demonstrations
 from dpo.policy import model as models
 from dpo.policy.logps import sequence_logps
-from dpo.policy.sampling import sample
+from dpo.policy.sampling import Sampling, sample
 from dpo.training.log import Log
 from dpo.training.loop import fit
 from dpo.training.optim import optimizer, schedule
@@ -44,11 +44,11 @@ class Lessons:
 
     def at(self, step: int) -> tuple[list[Batch], int]:
         rng = random.Random(f"lesson {self.seed} {step}")
-        facts = max(number for start, number in CURRICULUM.items() if start <= step)
+        facts = max(count for start, count in CURRICULUM.items() if start <= step)
         lessons = [language.lesson(rng, facts) for _ in range(BATCH)]
         tokens = tokenize_demonstrations(lessons, self.tokenizer, LONGEST, "error")
-        index, real, pad_id = torch.arange(BATCH), torch.ones(BATCH, dtype=torch.bool), models.pad_id(self.tokenizer)
-        return [collate(tokens, index, real, pad_id=pad_id, packed=False)], BATCH
+        index, valid, pad_id = torch.arange(BATCH), torch.ones(BATCH, dtype=torch.bool), models.pad_id(self.tokenizer)
+        return [collate(tokens, index, valid, pad_id=pad_id, packed=False)], BATCH
 
 
 def train(seed: int, steps: int, tokenizer: PreTrainedTokenizerFast, directory: Path) -> LlamaForCausalLM:
@@ -98,24 +98,22 @@ def measure(
     """How well the model looks facts up, greedily, in articles that it has not seen."""
     rng = random.Random("measure")
     lessons = [language.lesson(rng, language.FACTS_PER_ARTICLE) for _ in range(articles)]
-    prompts = [one.prompt for one in lessons]
+    prompts = [lesson.prompt for lesson in lessons]
     samples = sample(
         model,
         tokenizer,
         encode_prompts(prompts, tokenizer, LONGEST),
-        max_new_tokens=60,
-        temperature=0,
+        Sampling(max_new_tokens=60, temperature=0, top_p=1.0, batch_size=250),
         seed=0,
-        batch_size=250,
         name="measuring",
     )
-    verdicts = [language.verdict(str(prompt), one.text) for prompt, one in zip(prompts, samples, strict=True)]
+    verdicts = [language.verdict(str(prompt), answer.text) for prompt, answer in zip(prompts, samples, strict=True)]
     return {
         "articles": articles,
         "right answers of 5": sum(verdict.correct for verdict in verdicts) / articles,
         "wrong statements": sum(verdict.wrong for verdict in verdicts) / articles,
         "valid clauses": sum(verdict.valid for verdict in verdicts) / articles,
-        "ended": sum(one.ended for one in samples) / articles,
+        "ended": sum(answer.ended for answer in samples) / articles,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
 

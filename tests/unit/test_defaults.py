@@ -1,0 +1,340 @@
+"""Our defaults, as literal tables: whoever changes one changes what every run without it does, and says so here."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from test_config import config
+
+CONF = Path(__file__).parents[2] / "conf"
+
+SHARED = {  # of all commands
+    "seed": 0,
+    "data": {
+        "_target_": "dpo.world.language.world",
+        "summaries": "human",
+        "demonstrations": 3200,
+        "train": 800,
+        "validation": 200,
+        "test": 1000,
+        "seed": 0,
+    },
+    "policy": {
+        "path": None,
+        "base": "world",
+        "lr": 5e-4,
+        "max_length": 128,
+        "max_new_tokens": 48,
+        "micro_batch_tokens": 4096,
+        "generation_batch_size": 256,
+        "chat_template": None,
+        "date": None,
+        "trust_remote_code": False,
+    },
+    "judge": {"_target_": "dpo.judges.gold", "_partial_": True},
+    "sft": {"batch_size": 32, "lr": 1e-3, "epochs": 1, "steps": None, "schedule": "cosine", "warmup_steps": 10},
+    "micro_batch_tokens": 4096,
+    "packed": True,
+    "activation_checkpointing": False,
+    "max_length": 128,
+    "max_new_tokens": 48,
+    "on_too_long": "error",
+    "optimizer": "adamw",
+    "adam_betas": [0.9, 0.99],
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "precision": "fp32",
+    "device": "auto",
+    "processes": 1,
+    "threads": None,
+    "sharding": {"group": None, "offload": False},
+    "evaluate_every": 20,
+    "checkpoint_every": 50,
+    "checkpoints_kept": 2,
+    "evaluation": {"prompts": 1000, "temperature": 1.0, "batch_size": 256, "instructions": None, "log_samples": 8},
+    "wandb": {"mode": "auto", "project": "dpo", "entity": None},
+    "runs": "runs",
+    "cache": "cache",
+}
+TRAIN = {
+    **SHARED,
+    "name": "dev",
+    "command": "train",
+    "beta": 0.1,
+    "lr": 5e-4,
+    "loss": {"_target_": "dpo.losses.dpo", "_partial_": True, "beta": 0.1, "label_smoothing": 0.0},
+    "reference": {"_target_": "dpo.references.Initial"},
+    "engine": {"_target_": "dpo.engines.transformers", "_partial_": True},
+    "batch_size": 16,
+    "epochs": 1,
+    "steps": None,
+    "schedule": "linear",
+    "warmup_steps": 5,
+    "evaluate_prompts": 0,
+    "keep": "last",
+    "generation": {"samples_per_prompt": 4, "temperature": 1.0, "top_p": 1.0, "pairs_per_prompt": 2, "batch_size": 256},
+    "pairs": {
+        "off_policy": False,
+        "gap": None,
+        "label_temperature": 0.0,
+        "flip": 0.0,
+        "outliers": 0.0,
+        "outlier": "another",
+    },
+    "evaluation": {**SHARED["evaluation"], "judge": None, "baseline": "initial"},
+}
+SFT = {**SHARED, "name": "sft", "command": "sft"}
+SCORE = {**TRAIN, "name": "scores", "command": "score", "per_token": False}
+
+PRETRAINED = {
+    "path": None,
+    "base": None,
+    "lr": 5e-7,
+    "max_length": 1024,
+    "max_new_tokens": 256,
+    "micro_batch_tokens": 4096,
+    "generation_batch_size": 16,
+    "chat_template": None,
+    "date": None,
+    "trust_remote_code": False,
+}
+LARGE = {
+    **PRETRAINED,
+    "max_length": 2048,
+    "max_new_tokens": 1024,
+    "micro_batch_tokens": 2048,
+    "generation_batch_size": 8,
+}
+CALLED = {"_partial_": True}
+DPO_INSIDE = {"_target_": "dpo.losses.dpo", **CALLED, "label_smoothing": 0.0}
+IPO_INSIDE = {"_target_": "dpo.losses.ipo", **CALLED, "average": "sequence"}
+DYNAMIC = {
+    "_target_": "dpo.losses.BetaDPO",
+    **CALLED,
+    "beta": 0.1,
+    "objective": DPO_INSIDE,
+    "level": "batch",
+    "alpha": 0.6,
+    "scale": "reward",
+    "order": "paper",
+    "least_beta": 1e-3,
+    "filter": "weighted",
+    "filter_by": "margin",
+    "keep": 0.8,
+    "momentum": 0.9,
+    "seed": "${seed}",
+}
+FOLDER = "runs/references/data.summaries"
+OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defaults are above
+    "data/file": {
+        "_target_": "dpo.data.records.file",
+        "path": "???",
+        "validation_path": None,
+        "validation_fraction": 0.05,
+        "on_faulty": "error",
+    },
+    "data/hh": {
+        "_target_": "dpo.data.hub.hh",
+        "path": None,
+        "validation_path": None,
+        "subset": None,
+        "validation_fraction": 0.05,
+        "on_faulty": "drop",
+    },
+    "data/ultrafeedback": {
+        "_target_": "dpo.data.hub.ultrafeedback",
+        "path": None,
+        "validation_path": None,
+        "repository": "allenai/ultrafeedback_binarized_cleaned",
+        "validation_fraction": 0.05,
+        "on_faulty": "drop",
+    },
+    "data/world": {**SHARED["data"], "seed": "${seed}"},
+    "engine/transformers": {"_target_": "dpo.engines.transformers", **CALLED},
+    "judge/gold": SHARED["judge"],
+    "judge/hasty": {"_target_": "dpo.judges.hasty", **CALLED},
+    "judge/none": {"judge": None},
+    "judge/shorter": {"_target_": "dpo.judges.shorter", **CALLED},
+    "loss/alpha_dpo": {
+        "_target_": "dpo.losses.AlphaDPO",
+        **CALLED,
+        "beta": 2.5,
+        "gamma_beta_ratio": 0.6,
+        "alpha": 0.2,
+        "momentum": 0.9,
+    },
+    "loss/aot": {"_target_": "dpo.losses.aot", **CALLED, "beta": 0.1, "label_smoothing": 0.0},
+    "loss/aot_unpaired": {"_target_": "dpo.losses.aot_unpaired", **CALLED, "beta": 0.1, "label_smoothing": 0.0},
+    "loss/apo_down": {"_target_": "dpo.losses.apo_down", **CALLED, "beta": 0.1},
+    "loss/apo_zero": {"_target_": "dpo.losses.apo_zero", **CALLED, "beta": 0.1},
+    "loss/bco": {"_target_": "dpo.losses.BCO", **CALLED, "beta": 0.1},
+    "loss/beta_dpo": DYNAMIC,
+    "loss/beta_ipo": {**DYNAMIC, "objective": IPO_INSIDE},
+    "loss/beta_kto": {
+        **DYNAMIC,
+        "objective": {"_target_": "dpo.losses.kto_paired", **CALLED, "gradient_of_baseline": True},
+    },
+    "loss/beta_simpo": {
+        **DYNAMIC,
+        "beta": 2.0,
+        "objective": {"_target_": "dpo.losses.simpo", **CALLED, "gamma_beta_ratio": 0.5},
+    },
+    "loss/cal_dpo": {"_target_": "dpo.losses.cal_dpo", **CALLED, "beta": 0.002, "weight": 0.5},
+    "loss/cdpo": {"_target_": "dpo.losses.dpo", **CALLED, "beta": 0.1, "label_smoothing": "???"},
+    "loss/chi_po": {"_target_": "dpo.losses.chi_po", **CALLED, "beta": 0.05, "clip": None},
+    "loss/cpo": {"_target_": "dpo.losses.cpo", **CALLED, "beta": 0.1, "alpha": 1.0},
+    "loss/dpo": TRAIN["loss"],
+    "loss/dpop": {"_target_": "dpo.losses.dpop", **CALLED, "beta": 0.3, "penalty": 50.0},
+    "loss/dr_dpo": {
+        "_target_": "dpo.losses.dr_dpo",
+        **CALLED,
+        "beta": 0.1,
+        "objective": DPO_INSIDE,
+        "beta_prime": 1.0,
+    },
+    "loss/dr_ipo": {
+        "_target_": "dpo.losses.dr_dpo",
+        **CALLED,
+        "beta": 0.1,
+        "objective": IPO_INSIDE,
+        "beta_prime": 1.0,
+    },
+    "loss/exo": {"_target_": "dpo.losses.exo", **CALLED, "beta": 0.1, "label_smoothing": 0.001},
+    "loss/f_dpo": {"_target_": "dpo.losses.f_dpo", **CALLED, "beta": 0.1, "divergence": "js", "alpha": 0.5},
+    "loss/hinge": {"_target_": "dpo.losses.hinge", **CALLED, "beta": 0.1},
+    "loss/ipo": {"_target_": "dpo.losses.ipo", **CALLED, "beta": 0.1, "average": "sequence"},
+    "loss/kto_paired": {
+        "_target_": "dpo.losses.kto_paired",
+        **CALLED,
+        "beta": 0.1,
+        "gradient_of_baseline": True,
+    },
+    "loss/ld_dpo": {"_target_": "dpo.losses.ld_dpo", **CALLED, "beta": 0.1, "alpha": "???"},
+    "loss/length_normalized": {"_target_": "dpo.losses.length_normalized", **CALLED, "beta": 5.0},
+    "loss/nca": {"_target_": "dpo.losses.nca", **CALLED, "beta": 0.1},
+    "loss/orpo": {"_target_": "dpo.losses.orpo", **CALLED, "beta": 0.1},
+    "loss/r_dpo": {"_target_": "dpo.losses.r_dpo", **CALLED, "beta": 0.1, "alpha": 0.05},
+    "loss/robust": {"_target_": "dpo.losses.robust", **CALLED, "beta": 0.1, "label_smoothing": 0.1},
+    "loss/rpo": {"_target_": "dpo.losses.rpo", **CALLED, "beta": 0.1, "alpha": 1.0},
+    "loss/simpo": {"_target_": "dpo.losses.simpo", **CALLED, "beta": 2.0, "gamma_beta_ratio": 0.5},
+    "loss/slic": {"_target_": "dpo.losses.slic", **CALLED, "beta": 0.1, "delta": 1.0},
+    "loss/sppo": {"_target_": "dpo.losses.sppo", **CALLED, "beta": 0.001},
+    "loss/tdpo": {"_target_": "dpo.losses.tdpo", **CALLED, "beta": 0.1, "alpha": 0.5, "stop_gradient": True},
+    "loss/wpo": {"_target_": "dpo.losses.wpo", **CALLED, "beta": 0.01},
+    "policy/mistral_7b": {**LARGE, "path": "HuggingFaceH4/mistral-7b-sft-beta"},
+    "policy/pretrained": PRETRAINED,
+    "policy/qwen2_1_5b": {**LARGE, "base": "Qwen/Qwen2-1.5B"},
+    "policy/tiny": SHARED["policy"],
+    "policy/tulu_2_7b": {**LARGE, "path": "allenai/tulu-2-7b"},
+    "reference/precomputed": {"_target_": "dpo.references.PrecomputedFiles", "path": "???"},
+    "reference/initial": {"_target_": "dpo.references.Initial"},
+    "reference/llama3_70b_instruct": {
+        "_target_": "dpo.references.PrecomputedFiles",
+        "path": "runs/llama3_70b_instruct",
+    },
+    "reference/mistral_7b_instruct": {
+        "_target_": "dpo.references.OtherTokenizer",
+        "path": "mistralai/Mistral-7B-Instruct-v0.2",
+        "max_length": None,
+    },
+    "reference/ema": {"_target_": "dpo.references.EMA", "alpha": 0.6, "every": 10},
+    "reference/live": {"_target_": "dpo.references.Live", "path": None},
+    "reference/other": {"_target_": "dpo.references.Frozen", "path": "???"},
+    "reference/other_tokenizer": {"_target_": "dpo.references.OtherTokenizer", "path": "???", "max_length": None},
+    "reference/unconditional": {"_target_": "dpo.references.Unconditional", "path": None, "prompt": ""},
+    "reference/reference_free": {"_target_": "dpo.references.ReferenceFree"},
+    "reference/world_alien": {
+        "_target_": "dpo.references.Frozen",
+        "path": f"{FOLDER}=alien_clean,seed=${{seed}}/policy",
+    },
+    "reference/world_clean": {"_target_": "dpo.references.Frozen", "path": f"{FOLDER}=clean,seed=${{seed}}/policy"},
+    "reference/world_other_tokenizer": {
+        "_target_": "dpo.references.OtherTokenizer",
+        "path": "runs/references_phrases/seed=${seed}/policy",
+        "max_length": None,
+    },
+    "reference/world_tuned": {"_target_": "dpo.references.Frozen", "path": "runs/tuned/seed=${seed}/policy"},
+    "hydra/launcher/local": {"_target_": "hydra_plugins.dpo_launchers.Local", "jobs": 1},
+    "hydra/launcher/slurm": {
+        "_target_": "hydra_plugins.dpo_launchers.Slurm",
+        "_convert_": "all",
+        "partition": None,
+        "account": None,
+        "time": "04:00:00",
+        "nodes": 1,
+        "gpus": 0,
+        "cpus": 4,
+        "memory": None,
+        "array_limit": 16,
+        "grace": 120,
+        "restarts": 100,
+        "before": [],
+        "container": None,
+        "python": None,
+        "options": [],
+        "submit": True,
+    },
+    "hydra/sweeper/grid": {"_target_": "hydra_plugins.dpo_launchers.Grid", "params": None},
+}
+TEMPLATES = ("policy/mistral_7b", "policy/qwen2_1_5b", "policy/tulu_2_7b")  # what they render is tested elsewhere
+
+
+@pytest.mark.parametrize("command,expected", [("train", TRAIN), ("sft", SFT), ("score", SCORE)])
+def test_defaults_of_a_command(command, expected):
+    assert config(command=command) == expected
+
+
+def test_options():
+    files = sorted(file for file in CONF.rglob("*.yaml") if file.parent != CONF)
+    found: dict[str, Any] = {}
+    for file in files:
+        option = str(file.relative_to(CONF).with_suffix(""))
+        found[option] = OmegaConf.to_container(OmegaConf.load(file))
+        found[option].pop("defaults", None)
+        if option in TEMPLATES:
+            assert found[option]["chat_template"]
+            found[option]["chat_template"] = None
+    assert found == OPTIONS
+
+
+def test_a_default_follows_its_home():
+    """Keys whose default is another key, where that is not its own default."""
+    given = [
+        "seed=3",
+        "loss=simpo",
+        "policy=pretrained",
+        "policy.path=x",
+        "policy.lr=3e-3",
+        "policy.generation_batch_size=5",
+    ]
+    given += ["policy.max_length=90", "policy.max_new_tokens=30", "policy.micro_batch_tokens=70"]
+    found = config(*given, "reference=world_clean")
+    assert found["data"]["seed"] == 3
+    assert found["beta"] == 2.0
+    assert found["reference"]["path"] == "runs/references/data.summaries=clean,seed=3/policy"
+    limits = {"max_length": 90, "max_new_tokens": 30, "micro_batch_tokens": 70}
+    assert {key: found[key] for key in ("lr", *limits)} == {"lr": 3e-3, **limits}
+    assert (found["generation"]["batch_size"], found["evaluation"]["batch_size"]) == (5, 5)
+    of_sft = config("seed=3", *given[2:], "policy.base=x", command="sft")
+    assert of_sft["data"]["seed"] == 3
+    assert {key: of_sft[key] for key in limits} == limits
+    assert of_sft["evaluation"]["batch_size"] == 5
+
+
+@pytest.mark.parametrize("data", ["file", "hh", "ultrafeedback"])
+@pytest.mark.parametrize("command", ["train", "sft", "score"])
+def test_data_of_ones_own_has_a_pretrained_policy_and_no_judge(data, command):
+    found = config(f"data={data}", "data.path=x", "policy.path=x", "policy.base=x", command=command)
+    assert found["policy"] == {**PRETRAINED, "path": "x", "base": "x"}
+    assert found["judge"] is None
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "score"])
+def test_how_a_command_is_launched(command):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        found = compose(command, return_hydra_config=True).hydra
+    assert found.launcher == OPTIONS["hydra/launcher/local"]
+    assert found.sweeper == OPTIONS["hydra/sweeper/grid"]
+    assert (found.output_subdir, found.run.dir) == (None, ".")

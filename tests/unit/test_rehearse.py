@@ -1,0 +1,120 @@
+"""What a plan tries before any run starts: each option once, in its own words, and the inputs that it finds."""
+
+import copy
+import io
+import json
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from whole_runs import frozen, own_pairs
+
+from dpo.data.records import contents
+from dpo.sweep import inputs, rehearse
+from dpo.sweep.rehearse import Rehearsal
+from dpo.sweep.signature import instantiate
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_model) -> dict:
+    folder = tmp_path_factory.mktemp("rehearse")
+    pairs = own_pairs(folder / "pairs.jsonl")
+    given = ["data=file", f"data.path={pairs}", "policy=tiny", f"policy.path={tiny_model('llama')}", "judge=shorter"]
+    return OmegaConf.to_container(frozen(folder / "run", *given, "reference=ema"))
+
+
+def with_(config: dict, key: str, value: object) -> dict:
+    config = copy.deepcopy(config)
+    *groups, last = key.split(".")
+    (config[groups[0]] if groups else config)[last] = value
+    return config
+
+
+def test_what_a_run_would_be_made_from_is_found(base, tiny_model):
+    reference = {"_target_": "dpo.references.Frozen", "path": tiny_model("qwen2")}
+    assert Rehearsal().of(with_(base, "reference", reference)) == {
+        "problems": [],
+        "inputs": {
+            "data": contents(instantiate(base["data"])),
+            "policy": inputs.sketch(Path(tiny_model("llama"))),
+            "reference": inputs.sketch(Path(tiny_model("qwen2"))),
+        },
+    }
+
+
+def test_what_another_stage_is_made_from_is_found(base, tiny_model, tmp_path):
+    for name in ("train.jsonl", "validation.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    told = Rehearsal().of(with_(with_(base, "against", tiny_model("qwen2")), "candidates", str(tmp_path)))
+    assert told["problems"] == []
+    assert told["inputs"] == {
+        "data": contents(instantiate(base["data"])),
+        "policy": inputs.sketch(Path(tiny_model("llama"))),
+        "against": inputs.sketch(Path(tiny_model("qwen2"))),
+        "candidates": inputs.sketch(tmp_path),
+    }
+    (tmp_path / "validation.jsonl").unlink()
+    [problem] = Rehearsal().of(with_(base, "candidates", str(tmp_path)))["problems"]
+    assert problem == f"candidates must be a folder that dpo.generate wrote, found no validation.jsonl in {tmp_path}"
+
+
+ODD = {  # setting -> a value that only trying it finds out, and what is said
+    "data.path": ("/nowhere/pairs", "data.path must be a file of records, found none at /nowhere/pairs; check"),
+    "data.validation_path": ("/nowhere", "data.validation_path must be a file of records, found none at /nowhere"),
+    "policy.path": ("/nowhere/policy", "/nowhere/policy must be a folder with a model"),
+    "policy.base": ("/nowhere/base", "/nowhere/base must be a folder with a model"),
+    "against": ("/nowhere/other", "/nowhere/other must be a folder with a model"),
+    "evaluation.baseline": ("/nowhere/strong", "/nowhere/strong must be a folder with a model"),
+    "evaluation.judge": ({"_target_": "dpo.judges.gold", "_partial_": True}, "KeyError: 'a judge of somebody'"),
+    "candidates": ("/nowhere/candidates", "found no train.jsonl in /nowhere/candidates"),
+    "evaluation.instructions": ("/nowhere/asked.json", "/nowhere/asked.json"),
+    "reference.alpha": (2.0, "reference.alpha must be in (0, 1], got 2.0"),
+    "loss.label_smoothing": (0.7, "label_smoothing must be in [0, 0.5), got 0.7"),
+    "judge._target_": ("dpo.judges.gold", "KeyError: 'a judge of somebody'"),
+    "loss.beta": (3.0, "beaten by 3.0"),
+}
+
+
+@pytest.mark.parametrize("key", ODD)
+def test_every_option_is_tried(base, monkeypatch, key):
+    value, said = ODD[key]
+
+    def calls(node):
+        if node["_target_"] == "dpo.judges.gold":
+            raise KeyError("a judge of somebody")
+        return instantiate(node)
+
+    def tried(loss):
+        if (beta := loss.keywords["beta"]) == 3.0:
+            raise ValueError(f"beaten by {beta}")
+        return try_out(loss)
+
+    try_out = rehearse.try_out
+    calls.__name__ = "instantiate"
+    monkeypatch.setattr(rehearse, "instantiate", calls)
+    monkeypatch.setattr(rehearse, "try_out", tried)
+    found = Rehearsal().of(with_(base, key, value))
+    assert found["inputs"] == {}
+    assert len(found["problems"]) == 1
+    assert said in found["problems"][0]
+
+
+def test_all_configs_are_tried_at_once_and_data_parsed_once(base, monkeypatch, capsys):
+    asked = [base, with_(base, "beta", 0.5), with_(base, "loss.label_smoothing", 0.7)]
+    seen, data = [], rehearse._data
+
+    def _data(node):
+        seen.append(node["path"])
+        print("said")
+        return data(node)
+
+    monkeypatch.setattr(rehearse, "_data", _data)
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(asked)))
+    monkeypatch.setattr(rehearse.signal, "signal", lambda *_: None)
+    rehearse.main()
+    told = capsys.readouterr()
+    found = json.loads(told.out)  # and nothing of what the options print
+    assert told.err == "said\n"
+    assert len(seen) == 1
+    assert [bool(one["problems"]) for one in found] == [False, False, True]
+    assert found[0] == found[1]
