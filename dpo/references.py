@@ -399,15 +399,10 @@ class Live:
         return Beside(held, model.requires_grad_(False).eval(), weights, self.scored.path, is_initial)
 
 
-@dataclass
-class Beside:
-    """The reference that `Live` makes."""
+class AskedEachStep:
+    """A reference that is a model beside the policy."""
 
-    held: str
     model: PreTrainedModel
-    fingerprint: str
-    kl_target: str | None
-    is_initial: bool
 
     @torch.no_grad()
     def logps(self, batch: Batch, split: str) -> Tensor:
@@ -416,6 +411,17 @@ class Beside:
     @torch.no_grad()
     def token_logps(self, batch: Batch, split: str) -> Tensor:
         return token_logps(self.model, batch)
+
+
+@dataclass
+class Beside(AskedEachStep):
+    """The reference that `Live` makes."""
+
+    held: str
+    model: PreTrainedModel
+    fingerprint: str
+    kl_target: str | None
+    is_initial: bool
 
     def after_step(self, policy: PreTrainedModel) -> None:
         pass
@@ -448,7 +454,7 @@ class EMA:
         return MovingAverage(model.requires_grad_(False).eval(), weights, self.alpha, self.every)
 
 
-class MovingAverage(nn.Module):
+class MovingAverage(AskedEachStep, nn.Module):
     """The reference that `EMA` makes. Being a module, it is checkpointed with the policy."""
 
     kl_target: str | None = None
@@ -464,14 +470,6 @@ class MovingAverage(nn.Module):
         )
         self.steps: Tensor  # optimizer steps so far
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-
-    @torch.no_grad()
-    def logps(self, batch: Batch, split: str) -> Tensor:
-        return sequence_logps(self.model, batch)[0]
-
-    @torch.no_grad()
-    def token_logps(self, batch: Batch, split: str) -> Tensor:
-        return token_logps(self.model, batch)
 
     @torch.no_grad()
     def after_step(self, policy: PreTrainedModel) -> None:
