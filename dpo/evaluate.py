@@ -117,7 +117,8 @@ def measure(
         plain, rao_blackwell = kl(policy, model, at_one, *read, models.vocabulary(tokenizer), kl_target)
         for name, values in ((kl_target, rao_blackwell), (f"{kl_target}_plain", plain)):
             result[name] = values.mean().item()
-            result[f"{name}/se"] = values.std().item() / math.sqrt(len(values))
+            spread = values.std().item() if len(values) > 1 else math.nan
+            result[f"{name}/se"] = spread / math.sqrt(len(values))
     return rows, result
 
 

@@ -94,8 +94,6 @@ def encode(config: DictConfig, dataset: Dataset) -> tuple[PreTrainedTokenizerBas
     """The policy's tokenizer, and the pairs that the data brings in tokens: bad ones stop here, before any model."""
     models.check_length(policy_spec(config), "max_length", config.max_length)
     tokenizer = models.load_tokenizer(policy_spec(config))
-    if dataset.preferences and config.pairs.off_policy:
-        raise ValueError("pairs.off_policy=true makes pairs of prompts, found data with pairs; leave it out")
     preferences = treated(dataset.preferences, treatment_of(config), config.seed)
     return tokenizer, tokenized(preferences, tokenizer, limits_of(config), dataset.on_faulty)
 

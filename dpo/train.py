@@ -108,10 +108,15 @@ def run(config: DictConfig, directory: Path) -> None:
     optim.register_step_post_hook(lambda *_: reference.after_step(policy))
     steps = config.epochs * len(train) if config.steps is None else config.steps
 
-    def validate() -> dict[str, float]:
-        with torch.no_grad(), autocast(config.precision, device):
-            step = step_of(policy, reference, frozen(loss), "validation")
-            return evaluate.on_pairs(step, held_out, device)
+    on_held_out: dict[int, dict[str, float]] = {}  # after the step that was validated last
+
+    def validate(done: int) -> dict[str, float]:
+        if done not in on_held_out:
+            on_held_out.clear()
+            with torch.no_grad(), autocast(config.precision, device):
+                step = step_of(policy, reference, frozen(loss), "validation")
+                on_held_out[done] = evaluate.on_pairs(step, held_out, device)
+        return on_held_out[done]
 
     def measure(model: PreTrainedModel, prompts: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """Against `evaluation.baseline`, on the first test prompts; loads what KL is measured to."""
@@ -127,7 +132,7 @@ def run(config: DictConfig, directory: Path) -> None:
     with Log(directory, config.wandb, run_id=f"{config.name}-{config.id}", group=config.name, config=settings) as log:
 
         def look(done: int) -> None:
-            log.write(done, "validation", on_pairs := validate())
+            log.write(done, "validation", on_pairs := validate(done))
             if done and config.keep == "best":
                 selection.update(done, on_pairs, policy, tokenizer)
             log.sample(done, evaluate.show(policy, tokenizer, test, judge, measuring))
@@ -158,7 +163,7 @@ def run(config: DictConfig, directory: Path) -> None:
             },
         )
         if config.keep == "last" or steps == 0:
-            selection.update(steps, validate(), policy, tokenizer)
+            selection.update(steps, validate(steps), policy, tokenizer)
         selection.finalize(directory / "policy")
         logger.info(f"policy of step {selection.step} of {steps}, validation loss {selection.metrics['loss']:.4f}")
         trained, _ = models.load(policy_spec(config, str(directory / "policy")), device)

@@ -67,17 +67,44 @@ def ultrafeedback(
     return split_pairs(pairs(path, "train_prefs"), held_out, validation_fraction, on_faulty)
 
 
+def tldr(
+    path: str | None,
+    validation_path: str | None,
+    validation_fraction: float,
+    on_faulty: OnFaulty,
+) -> Dataset:
+    """Comparisons of summaries of Reddit posts (2009.01325): of two summaries, the one that a person chose.
+
+    A prompt is the post under its subreddit and title, up to and with "TL;DR:"; summaries begin with a space.
+
+    path: a JSONL file of the comparisons, .gz or not, with validation_path or validation_fraction as in
+    `dpo.data.records.file`; None: the splits train and validation of openai/summarize_from_feedback on the hub.
+    on_faulty: see `dpo.data.records.filter_pairs`; comparisons of news articles, which the validation split has, too,
+    are no pair.
+    """
+
+    def pairs(file: str | None, split: str) -> list[Preference]:
+        if file is None:
+            parquet = {"name": "comparisons", "revision": "refs/convert/parquet"}  # its own form is a script
+            rows = _from_hub(_comparison, "openai/summarize_from_feedback", split, **parquet)
+            return filter_pairs(rows, on_faulty, f"summarize_from_feedback, {split} split")
+        return filter_pairs(parse(file, _comparison), on_faulty, file)
+
+    held_out = None if path is not None and validation_path is None else pairs(validation_path, "validation")
+    return split_pairs(pairs(path, "train"), held_out, validation_fraction, on_faulty)
+
+
 def _from_hub(
-    record: Callable[[dict[str, Any]], Preference | str], name: str, split: str, **options: Any
+    record: Callable[[dict[str, Any]], Preference | str], repository: str, split: str, **options: Any
 ) -> Iterable[tuple[str, Preference | str]]:
     try:
         import datasets
     except ImportError as error:
         raise ValueError(
-            f"reading from the hub needs the datasets package, found none; pip install 'dpo[hub]', or download {name} "
-            "and set data.path to a JSONL file of it"
+            "reading from the hub needs the datasets package, found none; pip install 'dpo[hub]', or download "
+            f"{repository} and set data.path to a JSONL file of it"
         ) from error
-    rows = datasets.load_dataset(name, split=split, **options)
+    rows = datasets.load_dataset(repository, split=split, **options)
     return ((f"row {index}", record(row)) for index, row in enumerate(rows))
 
 
@@ -104,6 +131,21 @@ def _pair(row: dict[str, Any]) -> Preference | str:
     if HUMAN in chosen or HUMAN in rejected:
         return "the last turn is not the assistant's"
     return Preference(prompt + turn, chosen, rejected)
+
+
+def _comparison(row: dict[str, Any]) -> Preference | str:
+    """The pair of a comparison of two summaries, or why it makes none."""
+    info, summaries, choice = row.get("info"), row.get("summaries"), row.get("choice")
+    texts = [one.get("text") for one in summaries if isinstance(one, dict)] if isinstance(summaries, list) else []
+    if not isinstance(info, dict) or choice not in (0, 1) or [type(text) for text in texts] != [str, str]:
+        raise ValueError("must have info, two summaries and a choice of 0 or 1" + _file(row))
+    if not info.get("post"):
+        return "it is of a news article, not of a post"
+    if not all(isinstance(info.get(key), str) for key in ("subreddit", "title")):
+        raise ValueError("must have a subreddit and a title in info, beside the post")
+    prompt = f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {info['post']}\n\nTL;DR:"
+    chosen, rejected = (f" {texts[side].strip()}" for side in (choice, 1 - choice))
+    return Preference(prompt, chosen, rejected)
 
 
 def _file(row: dict[str, Any]) -> str:

@@ -18,6 +18,12 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 OTHERS = {"*.bin": "pickled weights", "*.pt*": "pickled weights", "*.gguf": "GGUF weights"}
 
 
+def on_hub(source: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` takes: a folder as it is, or a hub name and the revision that may stand after its @."""
+    name, _, revision = source.partition("@")
+    return (name, {"revision": revision}) if revision and not Path(source).is_dir() else (source, {})
+
+
 def check(folder: Path) -> None:
     """Raise a ValueError if a file of `folder` is missing, damaged, or of what is no plain causal language model."""
     with os.scandir(folder) as files:

@@ -28,7 +28,7 @@ from transformers.utils import logging
 from dpo.data.chats import dated, ends
 from dpo.policy import sharded_io
 from dpo.policy.attention import attending
-from dpo.policy.folder import check, check_config
+from dpo.policy.folder import check, check_config, on_hub
 from dpo.training import distributed
 
 logging.disable_progress_bar()  # of loading and saving: runs show their own
@@ -42,7 +42,7 @@ WORLD_BASE = Path(__file__).parents[1] / "world" / "base"
 class ModelSpec:
     """Which model, and how it is read: what `load` takes."""
 
-    path: str  # a Hugging Face folder, a hub name, or "world", the small model that ships with the package
+    path: str  # a Hugging Face folder, a hub name (or name@revision), or "world", which ships with the package
     trust_remote_code: bool = False  # run model code that the folder or repository brings
     chat_template: str | None = None  # in place of the tokenizer's own
     date: str | None = None  # what its chat template prints as today's
@@ -106,8 +106,10 @@ def _read_whole(
     source: str, config: PreTrainedConfig, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, dict[str, list[str]]]:
     """The model, and the names of weights that do not fit it, by what is the matter."""
+    name, revision = on_hub(source)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source,
+        name,
+        **revision,
         config=config,
         dtype=torch.float32,
         trust_remote_code=trust_remote_code,
@@ -130,9 +132,9 @@ def load_tokenizer(which: ModelSpec | str) -> PreTrainedTokenizerBase:
     """
     spec = spec_of(which)
     path, trust_remote_code = spec.path, spec.trust_remote_code
-    source = resolve_path(path)
+    name, revision = on_hub(resolve_path(path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, **revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # the library of tokenizers raises no other
         raise ValueError(_no_model(path, "a tokenizer", error)) from error
     if tokenizer.eos_token_id is None:
@@ -299,14 +301,14 @@ def check_same_tokenizer(
 
 
 def _config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
-    source = resolve_path(path)
+    name, revision = on_hub(resolve_path(path))
     try:
-        values, _ = PreTrainedConfig.get_config_dict(source)
+        values, _ = PreTrainedConfig.get_config_dict(name, **revision)
     except OSError as error:
         raise ValueError(_no_model(path, MODEL, error)) from error
     check_config(path, values)
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(name, **revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(_no_model(path, MODEL, error)) from error
 
@@ -324,7 +326,11 @@ def _no_model(path: str, what: str, error: Exception) -> str:
         return f"{path} must hold {what} as a Hugging Face folder, found otherwise: {reason}"
     advice = "Check the spelling, the network and HF_TOKEN."
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        advice = f"HF_HUB_OFFLINE forbids to ask it: run `hf download {path}` where there is a network, or unset that."
+        name, revision = on_hub(path)
+        wanted = " ".join([name, *(f"--revision {value}" for value in revision.values())])
+        advice = (
+            f"HF_HUB_OFFLINE forbids to ask it: run `hf download {wanted}` where there is a network, or unset that."
+        )
     return (
         f"{path} must be a folder with {what}, or the name of one on the Hugging Face hub; there is no such "
         f"folder, and the hub did not give it: {reason} {advice}"

@@ -140,14 +140,14 @@ def check_against_live(model: PreTrainedModel, sequences: Sequence[Tokens], scor
             f"{scores.folder} must hold the log-probs that the model gives, found {wrong}, though scoring them again "
             "gives the right ones; it is damaged, so delete it to score all of them again"
         )
-    where, remedy = "another batch", "such a model cannot be scored ahead of training"
+    where, advice = "another batch", "such a model cannot be scored ahead of training"
     if packed:
-        where, remedy = "packed rows", "set packed=false to use the forward"
+        where, advice = "packed rows", "set packed=false to use the forward"
     elif precision != "fp32":
-        remedy = "set precision=fp32"
+        advice = "set precision=fp32"
     raise RuntimeError(
         f"log-probs scored in {where} must be those of the model's own forward within {TIE_TOLERANCE[precision]:g} of "
-        f"their size, found {wrong}; {remedy}"
+        f"their size, found {wrong}; {advice}"
     )
 
 

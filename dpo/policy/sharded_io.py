@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from dpo.policy.folder import check
+from dpo.policy.folder import check, on_hub
 from dpo.training import distributed
 
 
@@ -33,7 +33,8 @@ def read(
     It is made without memory, sharded, and then filled with this rank's rows of every weight.
     """
     if not Path(source).is_dir():
-        source = snapshot_download(source, allow_patterns=["*.safetensors", "*.json"])
+        name, revision = on_hub(source)
+        source = snapshot_download(name, revision=revision.get("revision"), allow_patterns=["*.safetensors", "*.json"])
         check(Path(source))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)

@@ -38,29 +38,35 @@ def load(path: str | Path, always: Sequence[str] = ("beta",)) -> pd.DataFrame:
 MOST_BROKEN = 0.5  # share of broken responses above which a policy counts as degenerate: see dpo.evaluate.is_broken
 LEAST_VALID = 0.5  # share of clauses that follow the world's grammar, below which it does
 LEAST_WINS = 0.1  # win rate over the policy that training began with, below which it does
+BASELINE, INITIAL = "evaluation.baseline", "initial"  # whom win rates are over, and that policy
 
 
 def degenerate(frame: pd.DataFrame) -> pd.Series:
     """Whether each run of `final` is degenerate: a state of its own, since a win rate of such a policy means little.
 
     It is where most responses are broken or most of the text is no language, or where it loses nine times in ten
-    against what it was before training, as one does that ends at once. What was not measured says nothing.
+    against what it was before training, as one does that ends at once; against people or a strong policy a sound one
+    may. What was not measured says nothing.
     """
 
     def measured(name: str) -> pd.Series:
         return pd.to_numeric(frame.get(name, pd.Series(None, frame.index)), errors="coerce")
 
     broken, gibberish = measured("broken") > MOST_BROKEN, measured("valid") < LEAST_VALID
-    return broken | gibberish | (measured("win_rate") < LEAST_WINS)
+    against_itself = frame.get(BASELINE, pd.Series(INITIAL, frame.index)).fillna(INITIAL) == INITIAL
+    return broken | gibberish | ((measured("win_rate") < LEAST_WINS) & against_itself)
 
 
 def final(path: str | Path, always: Sequence[str] = ("beta",)) -> pd.DataFrame:
     """One row per finished run: the config keys that vary and those of `always`, and `evaluation.json`.
 
-    A damaged run is left out, with a warning.
+    With them whom the win rate is over, where that is not the initial policy of each. A damaged run is left out, with a
+    warning.
     """
     path = Path(path)
     frozen = _sound(path)
+    if any(identity_keys(config).get(BASELINE, INITIAL) != INITIAL for config in frozen.values()):
+        always = (*always, BASELINE)
     evaluations = {run: directory.evaluation(path / run) for run in frozen}
     keys, settings = _settings({run: config for run, config in frozen.items() if evaluations[run]}, always)
     rows = [{"run": run, **values, **_apart(evaluations[run], values)} for run, values in settings.items()]

@@ -127,26 +127,26 @@ def config(directory: Path) -> dict[str, Any]:
     Raises: ValueError if `config.yaml` is damaged.
     """
     file = directory / "config.yaml"
-    cure = f"move {directory} away, and the same command makes the run again"
-    content = _content(file, _parsed, "the settings of a run", cure)
+    advice = f"move {directory} away, and the same command makes the run again"
+    content = _content(file, _parsed, "the settings of a run", advice)
     if content is None and not any((directory / name).exists() for name in ("metrics.jsonl", *MARKERS)):
         return {}
     if content is None:
-        raise _damaged(file, "the settings of a run", "no such file", cure)
+        raise _damaged(file, "the settings of a run", "no such file", advice)
     if not isinstance(content, dict) or all(value is None for value in content.values()):
-        raise _damaged(file, "the settings of a run", _kind(content), cure)
+        raise _damaged(file, "the settings of a run", _kind(content), advice)
     choices = content.get("choices", {})
     if not isinstance(choices, dict) or not all(isinstance(one, str) for pair in choices.items() for one in pair):
-        raise _damaged(file, "the settings of a run", f"choices={choices!r}", cure)
+        raise _damaged(file, "the settings of a run", f"choices={choices!r}", advice)
     recorded = content.get("provenance", {})
     told = [recorded.get(key, {}) if isinstance(recorded, dict) else None for key in ("overrides", "inputs")]
     words = [*(told[0] or ()), *told[1].values()] if isinstance(told[1], dict) else [None]
     if not isinstance(told[0], list | dict) or not all(isinstance(one, str) for one in words):
-        raise _damaged(file, "the settings of a run", f"provenance={str(recorded)[:60]}", cure)
+        raise _damaged(file, "the settings of a run", f"provenance={str(recorded)[:60]}", advice)
     try:
         json.dumps(content)
     except TypeError as error:
-        raise _damaged(file, "the settings of a run", str(error), cure) from error
+        raise _damaged(file, "the settings of a run", str(error), advice) from error
     return deepcopy(content)
 
 
@@ -161,20 +161,20 @@ def evaluation(directory: Path) -> dict[str, Any]:
 
     Raises: ValueError if one of the files is damaged.
     """
-    cures = {
+    advices = {
         "evaluation.json": f"move {directory} away, and the same command makes the run again",
         SCORES: "delete it, and have python -m dpo.results.alpaca_eval write it again",
     }
     found: dict[str, Any] = {}
-    for name, cure in cures.items():
+    for name, advice in advices.items():
         file, must = directory / name, "a JSON object of numbers"
-        content = _content(file, json.loads, must, cure)
+        content = _content(file, json.loads, must, advice)
         if content is None:
             break
         if not isinstance(content, dict) or not content:
-            raise _damaged(file, must, _kind(content), cure)
+            raise _damaged(file, must, _kind(content), advice)
         if odd := _odd(content):
-            raise _damaged(file, must, odd, cure)
+            raise _damaged(file, must, odd, advice)
         found |= content
     return found
 
@@ -185,10 +185,10 @@ def manifest(directory: Path) -> dict[str, Any]:
     Raises: ValueError if it is damaged.
     """
     file, must = directory / "manifest.json", "a JSON object of numbers"
-    cure = f"move {directory} away, and the same command makes the run again"
-    content = _content(file, json.loads, must, cure)
+    advice = f"move {directory} away, and the same command makes the run again"
+    content = _content(file, json.loads, must, advice)
     if content is not None and (not isinstance(content, dict) or not content or _odd(content)):
-        raise _damaged(file, must, _kind(content), cure)
+        raise _damaged(file, must, _kind(content), advice)
     return content or {}
 
 
@@ -198,7 +198,7 @@ def metrics(directory: Path) -> list[dict[str, Any]]:
     Raises: ValueError if another line is damaged, or all are gone.
     """
     file, must = directory / "metrics.jsonl", "JSON objects of numbers, a line each, with step and split"
-    text = _content(file, str, must, cure := f"move {directory} away, and the same command makes the run again")
+    text = _content(file, str, must, advice := f"move {directory} away, and the same command makes the run again")
     rows = []
     for number, line in enumerate((text or "").splitlines(keepends=True), 1):
         try:
@@ -206,17 +206,17 @@ def metrics(directory: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             if not line.endswith("\n"):
                 continue
-            raise _damaged(file, must, f"line {number}: {_cut(line.strip())}", cure) from None
+            raise _damaged(file, must, f"line {number}: {_cut(line.strip())}", advice) from None
         step, split = (row.get("step"), row.get("split")) if isinstance(row, dict) else (None, None)
         if type(step) is not int or not isinstance(split, str) or (_odd({**row, "split": 0})):
-            raise _damaged(file, must, f"line {number}: {_cut(line.strip())}", cure)
+            raise _damaged(file, must, f"line {number}: {_cut(line.strip())}", advice)
         rows.append(row)
     if text is not None and not rows and (directory / "evaluation.json").exists():
-        raise _damaged(file, must, "no row of a finished run", cure)
+        raise _damaged(file, must, "no row of a finished run", advice)
     return rows
 
 
-def _content(file: Path, parse: Callable[[str], Any], must: str, cure: str) -> Any:
+def _content(file: Path, parse: Callable[[str], Any], must: str, advice: str) -> Any:
     """What a file holds; None if there is no such file."""
     try:
         content = parse(file.read_text(encoding="utf-8"))
@@ -232,11 +232,11 @@ def _content(file: Path, parse: Callable[[str], Any], must: str, cure: str) -> A
     except (ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         empty = file.stat().st_size == 0
         found = "an empty file" if empty else f"otherwise ({_cut(' '.join(str(error).split()), 100)}); is it cut short?"
-    raise _damaged(file, must, found, cure)
+    raise _damaged(file, must, found, advice)
 
 
-def _damaged(file: Path, must: str, found: str, cure: str) -> ValueError:
-    return ValueError(f"{file} must hold {must}, found {_cut(found, 200)}; {cure}")
+def _damaged(file: Path, must: str, found: str, advice: str) -> ValueError:
+    return ValueError(f"{file} must hold {must}, found {_cut(found, 200)}; {advice}")
 
 
 def _odd(values: dict[str, Any]) -> str | None:

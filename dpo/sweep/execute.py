@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
@@ -34,6 +34,9 @@ FAILED, IN_USE, STOPPED = 1, 73, 75
 WITHIN = 2.0  # seconds that a rank has to end by itself when another was killed
 AGAIN = "plan the run again by the command that made it"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+# Threads that spin while they wait cost a run 30 times its time where there are more threads than free cores; threads
+# that sleep, a tenth. Huge pages make fresh tensors cheap: a tile of logits costs a fifth more without.
+BEFORE_TORCH = {"OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 def execute(directory: Path) -> int:
@@ -67,13 +70,12 @@ def execute(directory: Path) -> int:
 def _guarded(directory: Path) -> int:
     try:
         values = _frozen(directory / "config.yaml")
-        # All before torch is imported. Threads that spin while they wait cost a run 30 times its time where there
-        # are more threads than free cores; threads that sleep, a tenth. Huge pages make fresh tensors cheap: a tile
-        # of logits costs a fifth more without.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        for variable, value in BEFORE_TORCH.items():
+            os.environ.setdefault(variable, value)
         if values.get("threads") is not None:
             os.environ.update(dict.fromkeys(THREADS, str(values["threads"])))
+        if "torch" in sys.modules and THREADS[0] in os.environ:  # a fork, for which these variables come too late
+            sys.modules["torch"].set_num_threads(int(os.environ[THREADS[0]].split(",")[0]))
         _checked(values, directory / "config.yaml")
         config = OmegaConf.create(values)
         OmegaConf.set_struct(config, True)
@@ -225,12 +227,17 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def begin(directory: Path) -> NoReturn:
+    """Execute in this process, which ends with it."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until training has handlers of its own
+        signal.signal(number, signal.default_int_handler)
+    sys.exit(execute(directory))
+
+
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python -m dpo.sweep.execute DIRECTORY")
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # until training has handlers of its own
-        signal.signal(number, signal.default_int_handler)
-    sys.exit(execute(Path(sys.argv[1])))
+    begin(Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

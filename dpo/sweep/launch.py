@@ -1,7 +1,7 @@
 """Plan a sweep and execute its runs on this machine: skip what is finished, list what failed.
 
 Nothing is trained in the process that plans: each run is `python -m dpo.sweep.execute DIRECTORY` in a process of its
-own, under torchrun if it asks for several.
+own, under torchrun if it asks for several. Those of a CPU are forked from one that has imported what they need.
 """
 
 import itertools
@@ -33,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo import HOME
 from dpo.sweep.directory import reason, status
 from dpo.sweep.execute import IN_USE, THREADS
+from dpo.sweep.forks import Fork
 from dpo.sweep.plan import Composed, Refused, Run, key_of, message, plan
 from dpo.sweep.renamed import renamed
 from dpo.sweep.schema import OPEN_GROUPS, non_numeric
@@ -170,7 +171,7 @@ class Execution:
         states = {run.directory: status(run.directory) for run in planned}
         self.todo = [run for run in planned if states[run.directory] not in ("finished", "damaged")]
         self.jobs = max(1, min(jobs, len(self.todo)))
-        self.active: dict[int, tuple[str, Run, subprocess.Popen[bytes], float]] = {}  # by slot
+        self.active: dict[int, tuple[str, Run, subprocess.Popen[bytes] | Fork, float]] = {}  # by slot
         self.problems = {path: reason(path) or "" for path, state in states.items() if state == "damaged"}
         self.received: list[int] = []
 
@@ -240,10 +241,13 @@ class Execution:
         environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # time for all ranks to save when stopped
         command = [sys.executable, *(several if processes > 1 else []), "-m", "dpo.sweep.execute", str(run.directory)]
         log = open(run.directory / "log.txt", "ab") if self.jobs > 1 else None  # noqa: SIM115
-        # In a session of its own a run gets Ctrl-C once, from us, and not from the terminal as well.
-        process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        process: subprocess.Popen[bytes] | Fork
+        if processes == 1 and not self.gpus:
+            process = Fork(run.directory, environment, Path(log.name) if log else None)
+        else:  # in a session of its own a run gets Ctrl-C once, from us, and not from the terminal as well
+            process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
         if log:
             log.close()
         print(f"{title} started{f'  ({log.name})' if log else ''}", flush=True)
@@ -259,7 +263,7 @@ class Execution:
                 else:
                     process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
-    def _ended(self, title: str, run: Run, process: subprocess.Popen[bytes], began: float, asked: bool) -> None:
+    def _ended(self, title: str, run: Run, process: subprocess.Popen[bytes] | Fork, began: float, asked: bool) -> None:
         seconds = time.monotonic() - began
         spent = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
         if status(run.directory) == "finished":
@@ -272,7 +276,7 @@ class Execution:
         elif asked:
             problem = "stopped before it could say where"
         else:
-            problem = _silent(run.directory, process.returncode)
+            problem = _silent(run.directory, process.returncode or 0)
         self.problems[run.directory] = problem
         verdict = "failed" if status(run.directory) == "failed" else "ended early"
         print(f"{title} {verdict} after {spent}: {problem}", flush=True)

@@ -1,6 +1,5 @@
 """From composed configs to run directories: resolve, check, name, compare with what is on disk, freeze."""
 
-import json
 import os
 import re
 import subprocess
@@ -18,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo import HOME
 from dpo.sweep.directory import config as config_of
 from dpo.sweep.directory import configs, finished, status
+from dpo.sweep.forks import ask, serve
 from dpo.sweep.schema import ALIASES, NAME_BYTES, RECORDED, faults, flatten, identity, identity_keys, non_numeric
 
 INPUTS = {  # what a run is made from beside its settings: see dpo.sweep.inputs
@@ -130,18 +130,15 @@ def plan(composed: Sequence[Composed]) -> tuple[list[Run], list[Refused]]:
 
 
 def rehearse(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What `dpo.sweep.rehearse` finds in each config, in a process that ends: this one is to import no torch."""
+    """What `dpo.sweep.rehearse` finds in each config, in another process: this one is to import no torch."""
     if not configs:
         return []
     if "torch" in sys.modules:
         from dpo.sweep.rehearse import trials
 
         return trials(configs)
-    command = [sys.executable, "-m", "dpo.sweep.rehearse"]
-    done = subprocess.run(command, input=json.dumps(configs), stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} must try the settings, but ended with exit code {done.returncode}")
-    found: list[dict[str, Any]] = json.loads(done.stdout)
+    serve(["dpo.sweep.rehearse", *sorted({f"dpo.{config['command']}" for config in configs})])
+    found: list[dict[str, Any]] = ask("dpo.sweep.rehearse", "trials", configs)
     return found
 
 

@@ -1,20 +1,15 @@
-"""Try what a plan would run, in a process of its own, which writes nothing: python -m dpo.sweep.rehearse < configs.json
+"""Try what a plan would run; nothing is written.
 
-The process that plans imports no torch, so that --help, completion and other Hydra applications are quick. It sends its
-resolved configs as a JSON list, and gets for each {"problems": [...], "inputs": {...}}, see `dpo.sweep.inputs`. What
-many configs share is tried once: their data are parsed once, and a bad file is one problem.
+What many configs share is tried once: their data are parsed once, and a bad file is one problem.
 """
 
 import json
-import signal
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from dpo.data.instructions import read_instructions
-from dpo.data.records import contents
+from dpo.data.records import Dataset, contents
 from dpo.losses.pairs import OF_REFERENCE, asked_by, try_out
 from dpo.policy.model import resolve_path
 from dpo.sweep import inputs
@@ -48,6 +43,10 @@ class Rehearsal:
         tried = [self._once(*attempt) for attempt in attempts]
         if problems := [problem for _, problem in tried if problem is not None]:
             return {"problems": problems, "inputs": {}}
+        content, with_pairs = tried[0][0]
+        if with_pairs and config.get("pairs", {}).get("off_policy"):
+            wrong = "pairs.off_policy=true makes pairs of prompts, found data with pairs; leave it out"
+            return {"problems": [wrong], "inputs": {}}
         if "loss" in config and (problem := self._once(_together, config["loss"], config["reference"])[1]):
             return {"problems": [problem], "inputs": {}}
         models, problem = self._once(
@@ -56,7 +55,7 @@ class Rehearsal:
         )
         if problem is not None:
             return {"problems": [problem], "inputs": {}}
-        return {"problems": [], "inputs": {"data": tried[0][0], **models}}
+        return {"problems": [], "inputs": {"data": content, **models}}
 
     def _once(self, function: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
         key = f"{function.__name__} {json.dumps(arguments)}"
@@ -70,11 +69,13 @@ class Rehearsal:
         return self.tried[key]
 
 
-def _data(node: dict[str, Any]) -> str:
+def _data(node: dict[str, Any]) -> tuple[str, bool]:
+    """A digest of the data, and whether it brings pairs."""
     for key, value in node.items():
         if key.endswith("path") and value is not None and not Path(value).is_file():
             raise ValueError(f"data.{key} must be a file of records, found none at {value}; check the path")
-    return contents(instantiate(node))
+    dataset: Dataset = instantiate(node)
+    return contents(dataset), bool(dataset.preferences)
 
 
 def _candidates(folder: str | None) -> None:
@@ -109,16 +110,6 @@ def _together(loss: dict[str, Any], reference: dict[str, Any]) -> None:
 
 
 def trials(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What each of several configs gets."""
+    """What each of several resolved configs gets: {"problems": [...], "inputs": {...}}, see `dpo.sweep.inputs`."""
     rehearsal = Rehearsal()
-    with redirect_stdout(sys.stderr):
-        return [rehearsal.of(config) for config in configs]
-
-
-def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the planner has it, too, and says so
-    json.dump(trials(json.load(sys.stdin)), sys.stdout)
-
-
-if __name__ == "__main__":
-    main()
+    return [rehearsal.of(config) for config in configs]

@@ -1,17 +1,13 @@
-"""Losses of conf/loss that couple the step: dealt out in any way, on one process or several, stopped and resumed.
-
-The same file is the program that the several run.
-"""
+"""Losses of conf/loss that couple the step: dealt out in any way, on one process or several, stopped and resumed."""
 
 import os
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 import test_whole_step as steps
 import torch
 from omegaconf import OmegaConf
+from ranks import together
 from safetensors.torch import load_file
 from test_whole_step import BETA, LAYOUTS, ROOT, STEPS, brute_force, close, rows_of, weights
 from whole_runs import frozen as frozen_config
@@ -88,10 +84,10 @@ def expected():
     return {name: brute_force(loss_of(name)) for name in LOSSES}
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[2, 4])
 def several(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("several")
-    steps.run_program(__file__, directory, request.param)
+    together(several_processes, directory, processes=request.param)
     return request.param, directory
 
 
@@ -109,6 +105,7 @@ def test_any_micro_batches_are_all_pairs_at_once(one, expected, name, number):
     same_state(state(loss), state(expected[name][2]))
 
 
+@pytest.mark.long
 def test_any_processes_are_all_pairs_at_once(several, expected):
     """With the same state on each of them, to the bit."""
     processes, directory = several
@@ -141,7 +138,12 @@ def test_what_a_step_reports(one):
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["loss.filter=head", "loss.keep=0.5"], ["loss.scale=logratio", "loss.order=code"]]
+    "options",
+    [
+        [],
+        pytest.param(["loss.filter=head", "loss.keep=0.5"], marks=pytest.mark.long),
+        pytest.param(["loss.scale=logratio", "loss.order=code"], marks=pytest.mark.long),
+    ],
 )
 def test_a_whole_run_with_a_reference_that_moves(tmp_path, tiny_model, monkeypatch, options):
     """From a policy equal to it on: in one micro-batch or several, stopped and resumed, often validated or not."""
@@ -180,7 +182,3 @@ def test_a_whole_run_with_a_reference_that_moves(tmp_path, tiny_model, monkeypat
     for mine, theirs in zip(rows["small"], rows["whole"], strict=True):
         assert mine.pop("split") == theirs["split"]
         assert mine == pytest.approx({key: theirs[key] for key in mine}, rel=2e-3, abs=1e-4)
-
-
-if __name__ == "__main__":
-    several_processes(Path(sys.argv[1]))

@@ -53,6 +53,13 @@ class Process:
         self.heard.append(number)
 
 
+class Forked(Process):
+    """What `dpo.sweep.forks` starts: never a run of several processes, nor one that may use a GPU."""
+
+    def __init__(self, directory: Path, environment: dict[str, str], log: Path | None) -> None:
+        super().__init__(["fork", str(directory)], env=environment, stdout=log)
+
+
 STARTED: list[Process] = []
 SIGNALS: list[int] = []  # that the planner gets while its first process runs
 ENDS: dict[str, tuple[int, dict[str, str], bool]] = {}  # run -> exit code, files that it leaves, deaf
@@ -68,6 +75,7 @@ def made_up(monkeypatch):
         kept.clear()
     ENDS.clear()
     monkeypatch.setattr(launch.subprocess, "Popen", Process)
+    monkeypatch.setattr(launch, "Fork", Forked)
     monkeypatch.setattr(launch.time, "sleep", lambda _: None)
     monkeypatch.setattr(launch.os, "sched_getaffinity", lambda _: range(12))
     monkeypatch.setattr(tables, "figure", lambda *_: None)
@@ -81,7 +89,7 @@ def made_up(monkeypatch):
 
 
 def planned(folder: Path, *names: str, **config: Any) -> list[Run]:
-    settings = {"id": "0", "beta": 0.1, "processes": 1, "device": "cpu", **config}
+    settings = {"id": "0", "command": "train", "beta": 0.1, "processes": 1, "device": "cpu", **config}
     return [Run(folder / name, settings | {"seed": number}, name) for number, name in enumerate(names)]
 
 
@@ -100,8 +108,6 @@ def test_what_is_to_do(tmp_path, capsys):
     assert [one.directory.name for one in STARTED] == ["new", "failed", "stopped"]
     assert [one.status for one in STARTED] == ["planned", "planned", "stopped"]
     assert not any(one.error for one in STARTED)  # the reason of a former attempt is gone
-    assert {one.command[0] for one in STARTED} == {sys.executable}
-    assert [one.command[1:] for one in STARTED] == [["-m", "dpo.sweep.execute", str(one.directory)] for one in STARTED]
     assert (tmp_path / "running" / "config.yaml").read_bytes() == before
     assert results.configs(tmp_path)["stopped"]["seed"] == 4  # frozen as it is planned now
     said = capsys.readouterr()
@@ -209,6 +215,27 @@ def test_threads_and_gpus_are_divided(tmp_path, monkeypatch):
     STARTED.clear()
     Execution(planned(tmp_path, *"ghijklmn", processes=2), 8, [], results.report).run()
     assert {one.how["env"]["MKL_NUM_THREADS"] for one in STARTED} == {"1"}  # at least one
+
+
+@pytest.mark.parametrize(
+    "config,gpus,forked",
+    [
+        ({}, [], True),
+        ({"device": "auto"}, [], True),  # of a machine without a GPU
+        ({"device": "auto"}, ["0"], False),
+        ({"processes": 2}, [], False),
+    ],
+)
+def test_runs_of_a_cpu_are_forked(tmp_path, config, gpus, forked):
+    todo = planned(tmp_path, "a", "b", **config)
+    Execution(todo, 1, gpus, results.report).run()
+    assert [isinstance(one, Forked) for one in STARTED] == [forked] * 2
+    assert {one.how["env"]["MKL_NUM_THREADS"] for one in STARTED} == {"6" if config.get("processes") == 2 else "12"}
+    if gpus:
+        for one in STARTED:
+            assert one.command == [sys.executable, "-m", "dpo.sweep.execute", str(one.directory)]
+            assert one.how["start_new_session"]
+            assert one.how["stdin"] == subprocess.DEVNULL
 
 
 def test_what_cannot_be_started_here(tmp_path, monkeypatch):

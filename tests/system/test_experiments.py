@@ -42,6 +42,7 @@ def trial(tree: Path) -> Path:  # noqa: F811
     return tree
 
 
+@pytest.mark.long
 def test_the_grid_of_a_file_is_run(trial):
     text = said(trial, "table=trial", "device=cpu", code=0)
     assert "runs/trial: 4 runs: 0 finished, 4 to do" in text
@@ -57,6 +58,7 @@ def test_the_grid_of_a_file_is_run(trial):
     assert "1 run: 1 finished, 0 to do" in text
 
 
+@pytest.mark.long
 def test_the_command_line_wins(trial):
     text = said(trial, "table=trial", "seed=5", "loss=dpo", "lr=1e-3", "name=mine", "device=cpu", code=0)
     assert "runs/mine: 2 runs: 0 finished, 2 to do" in text
@@ -85,11 +87,13 @@ def axes(file: Path) -> dict[str, list[str]]:
 
 
 def grid(file: Path) -> list[list[str]]:
-    """Overrides of some runs of an experiment: each value of each axis but seed, with the first of the others."""
+    """Overrides of some runs of an experiment, in which each value of each axis occurs."""
     found = {key: values[:1] if key == "seed" else values for key, values in axes(file).items()}
-    first = {key: values[0] for key, values in found.items()}
-    runs = {tuple({**first, key: value}.items()): None for key, values in found.items() for value in values}
-    return [[f"{file.parent.name}={file.stem}", *(f"{key}={value}" for key, value in run)] for run in runs]
+    runs = [
+        [f"{key}={values[n % len(values)]}" for key, values in found.items()]
+        for n in range(max(map(len, found.values()), default=1))
+    ]
+    return [[f"{file.parent.name}={file.stem}", *run] for run in runs]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
@@ -186,6 +190,24 @@ BETA_DPO = {
     **{"loss.momentum": 0.9, "loss.scale": "reward", "loss.order": "paper", "loss.least_beta": 1e-3},
     **{"loss.filter": "weighted", "loss.filter_by": "margin"},
 }
+TLDR = {  # 2406.02900
+    **{"data._target_": "dpo.data.hub.tldr", "data.on_faulty": "drop", "data.validation_fraction": 0.05},
+    **{"judge": None, "policy.path": None, "policy.base": "EleutherAI/pythia-6.9b", "beta": 0.5, "loss.beta": 0.5},
+    **{"batch_size": 128, "epochs": 1, "lr": 5e-7, "optimizer": "rmsprop", "schedule": "constant"},
+    **{
+        "warmup_steps": 150,
+        "policy.lr": 5e-7,
+        "precision": "bf16",
+        "processes": 8,
+        "on_too_long": "truncate",
+        "evaluate_every": 145,
+    },
+    **{"evaluate_prompts": 256, "checkpoint_every": 145, "evaluation.baseline": "human", "evaluation.prompts": 256},
+    **dict.fromkeys(["max_length", "policy.max_length"], 1024),
+    **dict.fromkeys(["max_new_tokens", "policy.max_new_tokens"], 256),
+    **dict.fromkeys(["policy.generation_batch_size", "generation.batch_size", "evaluation.batch_size"], 16),
+    "evaluation.log_samples": 0,
+}
 WORLD = {"threads": 1, "evaluate_every": 0}
 FROZEN = {"reference._target_": "dpo.references.Frozen"}
 RECIPES = {
@@ -213,6 +235,8 @@ RECIPES = {
     },
     "table=paper_beta_dpo policy.base=EleutherAI/pythia-2.8b loss=beta_dpo": HH | BETA_DPO,
     "table=paper_beta_dpo policy.base=EleutherAI/pythia-2.8b loss=dpo": HH,
+    "table=paper_tldr policy.base=EleutherAI/pythia-6.9b loss=ipo beta=0.5": TLDR
+    | {"loss._target_": "dpo.losses.ipo", "loss.average": "sequence", "loss.label_smoothing": "missing"},
     "figure=kl_strength": WORLD | {"evaluate_every": 25, "evaluate_prompts": 250},
     "table=necessity reference=unconditional": WORLD | PRIOR,
     "table=objectives loss=dpo": WORLD,
@@ -280,6 +304,11 @@ GRIDS = {
     "paper_beta_dpo": {  # Table 1 of 2407.08639
         "policy.base": [f"EleutherAI/pythia-{size}" for size in ("410m", "1.4b", "2.8b")],
         "loss": ["dpo", "beta_dpo"],
+    },
+    "paper_tldr": {
+        "policy.base": [f"EleutherAI/pythia-{size}" for size in ("1b", "2.8b", "6.9b")],
+        "loss": ["dpo", "ipo", "hinge"],
+        "beta": ["0.5"],
     },
     "kl_strength": {
         "beta": ["0.003", "0.01", "0.02", "0.1", "0.3", "1"],

@@ -213,7 +213,7 @@ def test_a_refused_grid_starts_nothing(tree):
     assert not (tree / "runs").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_stop_and_resume(tree, number):
     run = tree / "runs" / "dev" / "steps=2000"
     process = start(tree, "steps=2000", "device=cpu")
@@ -264,6 +264,7 @@ def test_a_signal_while_it_ends(tmp_path, monkeypatch, error, code):
             signal.signal(number, handler)
 
 
+@pytest.mark.long
 def test_processes_under_torchrun(tree):
     text = said(tree, "-m", "beta=0.5,0.68", "processes=2", "device=cpu", "hydra.launcher.jobs=2", code=1)
     assert states(tree / "runs" / "dev") == {"beta=0.5": "finished", "beta=0.68": "failed"}
@@ -280,6 +281,7 @@ def test_gpus_are_divided(tree, monkeypatch):
     assert "processes must be at most the 2 GPUs, got 4" in said(tree, "processes=4", code=1)
 
 
+@pytest.mark.long
 def test_run_by_hand(tree):
     said(tree, "beta=0.66", code=1)
     run = tree / "runs" / "dev" / "beta=0.66"
@@ -312,6 +314,7 @@ def test_data_are_parsed_once_before_any_run(tree):
     assert not (tree / "runs").exists()
 
 
+@pytest.mark.long
 def test_a_run_is_finished_with_the_inputs_that_it_had(tree):
     rows = [{"prompt": str(n), "chosen": "yes", "rejected": "no"} for n in range(40)]
 
@@ -351,22 +354,27 @@ def test_a_group_must_have_an_option(tree, mode):
     assert "Traceback" not in text
 
 
+TELL = "import atexit, sys; atexit.register(lambda: print('IMPORTED', *sys.modules, file=sys.stderr))\n"
+RUN = "import runpy; sys.argv = {argv}; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    "argv",
     [
-        ["-m", "dpo.train", "--help"],
-        ["-m", "dpo.train", "--cfg", "job"],
-        ["-m", "dpo.sft", "-m", "seed=0,1", "hydra.launcher.jobs=0"],  # planned whole, and then refused
-        ["-c", "from hydra.core.plugins import Plugins; print(Plugins.instance())"],  # of any application of Hydra
-        ["-m", "dpo.results", "conf"],
+        ["dpo.train", "--help"],
+        ["dpo.train", "--cfg", "job"],
+        ["dpo.sft", "-m", "seed=0,1", "hydra.launcher.jobs=0"],  # planned whole, and then refused
+        [],  # any application of Hydra
+        ["dpo.results", "conf"],
     ],
 )
-def test_what_only_plans_imports_no_torch(arguments):
-    done = subprocess.run([sys.executable, "-X", "importtime", *arguments], cwd=ROOT, capture_output=True, text=True)
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "hydra.core.override_parser" in imported or "omegaconf" in imported, done.stderr
-    assert not imported & {"torch", "transformers", "tokenizers"}
-    assert ("pandas" in imported) == (arguments[1] == "dpo.results")
+def test_what_only_plans_imports_no_torch(argv):
+    run = RUN.format(argv=argv) if argv else "from hydra.core.plugins import Plugins; Plugins.instance()"
+    done = subprocess.run([sys.executable, "-c", TELL + run], cwd=ROOT, capture_output=True, text=True)
+    imported = done.stderr.partition("IMPORTED ")[2].split()
+    assert "omegaconf" in imported, done.stderr
+    assert not {*imported} & {"torch", "transformers", "tokenizers"}
+    assert ("pandas" in imported) == (argv[:1] == ["dpo.results"])
 
 
 def test_help(tree):

@@ -1,16 +1,15 @@
-"""Every layout of a model on two and four processes against one process: the same file is the program that they run."""
+"""Every layout of a model on two and four processes against one process."""
 
 import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import together
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from whole_runs import frozen, losses, other_model, own
@@ -25,6 +24,7 @@ from dpo.sweep.signature import instantiate
 from dpo.training import distributed
 from dpo.training.loop import Stopped
 
+pytestmark = pytest.mark.long
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]
 KINDS = ("gpt2", "gpt_neox", "llama", "mixtral", "qwen2")  # the first and the last have tied weights
@@ -239,13 +239,9 @@ def directory(tmp_path_factory, tiny_model) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[2, 4])
 def processes(request, directory) -> int:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [*launcher, __file__, str(directory), str(request.param)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    together(several, directory, request.param, processes=request.param)
     return request.param
 
 
@@ -342,7 +338,3 @@ def test_no_process_holds_the_model_whole(directory, processes):
         reading, writing = json.loads((directory / f"{processes}-rank-{rank}.json").read_text())["peaks"]
         assert reading < 1 / processes + 0.1  # its own part
         assert writing < 0.35  # a file of an eighth, and what a copy of it takes
-
-
-if __name__ == "__main__":
-    several(Path(sys.argv[1]), int(sys.argv[2]))

@@ -63,6 +63,7 @@ def test_what_is_in_a_wheel(installed):
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"] == "Apache-2.0"
 
 
+@pytest.mark.long
 def test_an_installed_project_in_an_empty_folder(installed, tmp_path):
     """Settings, an experiment, and the job script of a sweep, nothing of it from the checkout."""
     slurm = ["hydra/launcher=slurm", "hydra.launcher.submit=false"]

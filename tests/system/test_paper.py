@@ -18,6 +18,7 @@ from dpo.data.records import preference, row, write_rows
 from dpo.sweep.plan import _given, name, resolve
 from dpo.sweep.schema import identity
 
+pytestmark = pytest.mark.long
 POLICIES = {"mistral_7b": "mistral", "tulu_2_7b": "llama", "qwen2_1_5b": "qwen2"}
 
 

@@ -29,6 +29,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.long
 def test_the_main_command(tmp_path):
     """It sweeps, shows a table and a figure, and does nothing twice."""
     first = COMMANDS[0].split()

@@ -161,6 +161,7 @@ def test_the_sweep(sweep):
         assert evaluation["kl"] >= 0
 
 
+@pytest.mark.long
 def test_a_stopped_run_resumes_bit_for_bit(sweep, given, tmp_path, monkeypatch, capfd):
     """In another directory, interrupted in its second step: the weights are those of the sweep's run."""
     config = frozen("train", *given, f"beta={BETAS[0]}")
@@ -201,6 +202,7 @@ class InOurTokens(DPOTrainer):
         return dataset
 
 
+@pytest.mark.long
 def test_trl_takes_the_same_steps(sweep, given, tmp_path):
     """From the same policy: losses, gradient norms, log-probs and rewards; its tokens but for the template's tail."""
     path = sft_policy(given)

@@ -191,7 +191,7 @@ sys.exit(executing.execute(Path(sys.argv[1])))
 """
 
 
-@pytest.mark.parametrize("other", ["in a collective", "deaf"])
+@pytest.mark.parametrize("other", ["in a collective", pytest.param("deaf", marks=pytest.mark.long)])
 def test_a_killed_process_ends_the_run_and_is_named(tmp_path, other):
     (tmp_path / "config.yaml").write_text("beta: 0.1\n")
     (tmp_path / ".rank-0").write_text("")  # left by a former attempt

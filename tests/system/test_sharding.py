@@ -1,11 +1,9 @@
-"""One process against two under torchrun: the same file is the program that the two run."""
+"""One process against two."""
 
 import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 from itertools import count
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from loops import Items
+from ranks import together
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
@@ -197,11 +196,7 @@ def directory(tmp_path_factory):
         model = train(directory / f"one-{tied}", 6, tied)
     torch.save(model.state_dict(), directory / "expected.pt")
     train(directory / "from-one", 3)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [*launcher, __file__, str(directory)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-5000:]
+    together(two_processes, directory, processes=2)
     return directory
 
 
@@ -344,7 +339,3 @@ def test_device(monkeypatch):
     monkeypatch.setenv("RANK", "9")
     assert distributed.device("cpu") == torch.device("cpu")
     assert distributed.device("auto") == distributed.device("cuda") == torch.device("cuda", 1)
-
-
-if __name__ == "__main__":
-    two_processes(Path(sys.argv[1]))

@@ -25,6 +25,7 @@ from dpo.sweep.plan import Run
 from hydra_plugins.dpo_launchers import Slurm
 
 __all__ = ["tree"]
+pytestmark = pytest.mark.long
 SLURM = ["hydra/launcher=slurm", "hydra.launcher.cpus=1"]
 SMALL = [
     *(
@@ -85,6 +86,7 @@ def send(directory: Path, number: int) -> None:
                 os.kill(int(process.parent.name), number)
 
 
+@pytest.mark.long
 def test_the_sweep_of_a_laptop(slurm, tmp_path):
     """One task is preempted and goes on, one is killed, listed and submitted alone; then all is as without Slurm."""
 

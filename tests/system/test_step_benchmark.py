@@ -35,6 +35,7 @@ def losses(step, names):
     return found
 
 
+@pytest.mark.long
 def test_every_ablation_takes_the_same_steps(step):
     found = losses(step, [step.OURS, *step.ABLATION])
     for values in found.values():
@@ -52,6 +53,7 @@ def test_our_micro_batches_take_the_same_steps(step, monkeypatch):
     assert single == pytest.approx(whole, rel=1e-4)
 
 
+@pytest.mark.long
 def test_trl_takes_the_same_steps(step):
     found = losses(step, [step.OURS, step.TRL, step.COMPACT, step.LIVE])
     for values in found.values():
@@ -93,6 +95,7 @@ def test_workloads_have_the_lengths_they_should(step):
     assert all(700 <= len(pair.prompt_ids) <= 1000 for pair in pairs)
 
 
+@pytest.mark.long
 def test_work_of_the_contenders(step, monkeypatch):
     """What the rows of the ablation leave out, the passes that a step of each takes, and what none of them skips."""
     contenders = importlib.import_module("contenders")

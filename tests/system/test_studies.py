@@ -18,10 +18,11 @@ from dpo import sft, train
 from dpo.sweep.plan import _given, name, resolve
 from dpo.sweep.schema import check, identity
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
 TINY = [
     *("data.demonstrations=32", "data.train=8", "data.validation=6", "data.test=8", "sft.steps=2", "threads=1"),
-    *("max_new_tokens=40", "evaluation.log_samples=1", "wandb.mode=disabled"),
+    *("max_new_tokens=40", "evaluation.log_samples=0", "wandb.mode=disabled"),
 ]
 SWEEPS = {  # name: grids, each a run per combination
     "references": ("sft", [["data.summaries=clean,alien_clean"]]),

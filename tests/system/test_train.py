@@ -27,6 +27,7 @@ from dpo.policy.logps import sequence_logps, token_logps
 from dpo.policy.scoring import LIVE
 from dpo.settings import sft_of
 from dpo.sweep import execute as executing
+from dpo.sweep.forks import Fork, serve
 from dpo.sweep.signature import instantiate
 
 ROOT = Path(__file__).parents[2]
@@ -276,7 +277,8 @@ def test_a_wrong_cache_is_noticed(tmp_path, tiny_model, monkeypatch):
         run(tmp_path / "c", *given, "beta=0.3")
 
 
-@pytest.mark.parametrize("reference,kind", [("initial", "qwen2"), pytest.param("ema", "llama", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("reference,kind", [("initial", "qwen2"), ("ema", "llama")])
 def test_two_processes_are_one(tmp_path, tiny_model, reference, kind):
     """Uneven last window, two micro-batches, a cached and a live sharded reference, embeddings tied and not."""
     given = [*own(tmp_path, tiny_model(kind)), f"reference={reference}", "batch_size=10", "micro_batch_tokens=150"]
@@ -340,26 +342,37 @@ def test_killed_fifty_times(tmp_path):
         directory = tmp_path / name
         directory.mkdir()
         OmegaConf.save(frozen(directory, *SMALL, "steps=300", "checkpoint_every=1"), directory / "config.yaml")
-    command, rng = [sys.executable, "-m", "dpo.sweep.execute"], random.Random(0)
-    subprocess.run([*command, str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True, timeout=900)
-    reached: set[str] = set()
+    serve(["dpo.train"])
+    reached, rng, log = set(), random.Random(0), tmp_path / "log.txt"
+
+    def start(name: str) -> Fork:
+        log.write_text("")
+        return Fork(tmp_path / name, {**os.environ, "OMP_NUM_THREADS": "1"}, log)
+
+    def end(name: str) -> None:
+        process = start(name)
+        while process.poll() is None:
+            time.sleep(0.1)
+        assert process.returncode == 0, log.read_text()
 
     def saved() -> set[str]:
         return {path.name for path in (tmp_path / "cut" / "checkpoint").glob("step-*")}
 
+    end("whole")
     for kills in range(50):
-        process = subprocess.Popen([*command, str(tmp_path / "cut")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        while process.poll() is None and "self-check" not in process.stdout.readline():
-            pass
+        process = start("cut")
+        while process.poll() is None and "self-check" not in log.read_text():
+            time.sleep(0.01)
         while kills % 2 and saved() <= reached and process.poll() is None:  # every other time it gets a step further
             time.sleep(0.01)
         time.sleep(rng.uniform(0.0, 0.5))
-        process.kill()
-        process.communicate()
+        process.send_signal(signal.SIGKILL)
+        while process.poll() is None:
+            time.sleep(0.01)
         assert process.returncode == -signal.SIGKILL
         reached |= saved()
     assert len(reached) > 10
-    subprocess.run([*command, str(tmp_path / "cut")], cwd=ROOT, check=True, capture_output=True, timeout=900)
+    end("cut")
     rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut")]
     rows = [[json.loads(row) | {"items_per_second": 0} for row in kept] for kept in rows]
     assert rows[0] == rows[1]

@@ -24,6 +24,7 @@ def call(variance, monkeypatch, folder, *options):
     return [json.loads(line) for line in (folder / "out" / "replicates.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_a_source_alone_is_varied(variance, monkeypatch, tmp_path, capsys):
     trained, seen = variance.train, []
 

@@ -1,14 +1,9 @@
-"""A loss that sees all pairs of the optimizer step, against all pairs at once in float64, on one process and on two.
-
-The same file is the program that the two run.
-"""
+"""A loss that sees all pairs of the optimizer step, against all pairs at once in float64, on one process and on two."""
 
 import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -17,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from loops import Run
+from ranks import together
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -240,15 +236,6 @@ def validated(model, loss, tokens):
         return evaluate.on_pairs(step, batches(pairs(), 33, tokens), CPU)
 
 
-def run_program(file, directory, processes):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, file, str(directory)], env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-
-
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """`one[name, micro_batches]`: directory, model, loss and reference of a run of one process."""
@@ -268,7 +255,7 @@ def expected():
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     directory = tmp_path_factory.mktemp("two")
-    run_program(__file__, directory, 2)
+    together(two_processes, directory, processes=2)
     return directory, [json.loads((directory / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -563,7 +550,3 @@ def test_a_whole_run_with_a_loss_that_has_state(tmp_path, tiny_model, monkeypatc
     for mine, theirs in zip(rows["small"], rows["whole"], strict=True):
         assert mine.pop("split") == theirs["split"]
         assert mine == pytest.approx({key: theirs[key] for key in mine}, rel=2e-4, abs=2e-5)
-
-
-if __name__ == "__main__":
-    two_processes(Path(sys.argv[1]))

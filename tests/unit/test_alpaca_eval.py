@@ -146,6 +146,7 @@ def test_outputs_are_what_the_package_reads(tmp_path):
     assert frame["output"].tolist() == ["é", ""]
 
 
+@pytest.mark.long
 def test_the_command(tmp_path, monkeypatch, capsys):
     names = {"annotations": made_up(40), "instructions": made_up(40)}
     for name, rows in names.items():

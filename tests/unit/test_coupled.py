@@ -140,7 +140,7 @@ def test_what_a_filter_drops(filter, places, by):
 
 
 def test_pairs_are_drawn_by_weight_without_replacement():
-    """Frequencies of every set of two of four pairs, over seeds, against the exact probabilities of two draws."""
+    """Frequencies of every set of two of four pairs, over steps, against the exact probabilities of two draws."""
     h, number = np.array([0.0, 1.0, 3.0, 9.0]), 3000
     pair = PairLogps(
         torch.tensor(h) - 40, *torch.full((3, 4), -40.0), *torch.ones(2, 4), row_ids=torch.tensor([5, 9, 2, 7])
@@ -151,10 +151,8 @@ def test_pairs_are_drawn_by_weight_without_replacement():
         for i, j in itertools.combinations(range(4), 2)
     }
     assert sum(exact.values()) == pytest.approx(1)
-    seen = Counter(
-        frozenset(loss_of("beta_dpo", keep=0.5, seed=seed)(pair).figures["kept"].nonzero().flatten().tolist())
-        for seed in range(number)
-    )
+    loss = loss_of("beta_dpo", keep=0.5)
+    seen = Counter(frozenset(loss(pair).figures["kept"].nonzero().flatten().tolist()) for _ in range(number))
     off = sum((seen[some] - number * p) ** 2 / (number * p) for some, p in exact.items())
     assert off < 20.5  # chi-squared of 5 degrees of freedom: one in a thousand
 

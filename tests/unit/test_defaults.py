@@ -143,6 +143,13 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
         "validation_fraction": 0.05,
         "on_faulty": "drop",
     },
+    "data/tldr": {
+        "_target_": "dpo.data.hub.tldr",
+        "path": None,
+        "validation_path": None,
+        "validation_fraction": 0.05,
+        "on_faulty": "drop",
+    },
     "data/ultrafeedback": {
         "_target_": "dpo.data.hub.ultrafeedback",
         "path": None,
@@ -323,7 +330,7 @@ def test_a_default_follows_its_home():
     assert of_sft["evaluation"]["batch_size"] == 5
 
 
-@pytest.mark.parametrize("data", ["file", "hh", "ultrafeedback"])
+@pytest.mark.parametrize("data", ["file", "hh", "tldr", "ultrafeedback"])
 @pytest.mark.parametrize("command", ["train", "sft", "score"])
 def test_data_of_ones_own_has_a_pretrained_policy_and_no_judge(data, command):
     found = config(f"data={data}", "data.path=x", "policy.path=x", "policy.base=x", command=command)

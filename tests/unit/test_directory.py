@@ -179,6 +179,7 @@ def test_listing(tmp_path):
     assert "1 finished in dev" in done.stdout
 
 
+@pytest.mark.long
 def test_a_sweep_in_its_folder(tree):
     """It is named and not touched; every other run is made."""
     said(tree, "-m", "beta=0.1,0.2", "device=cpu", code=0)
@@ -199,6 +200,7 @@ def test_a_sweep_in_its_folder(tree):
     assert (bad / "evaluation.json").read_bytes() == b"["
 
 
+@pytest.mark.long
 def test_a_run_without_its_settings_gives_its_name_to_no_other(tree):
     said(tree, "-m", "beta=0.1,0.2", "device=cpu", code=0)
     bad = tree / "runs" / "dev" / "beta=0.2"
@@ -211,6 +213,7 @@ def test_a_run_without_its_settings_gives_its_name_to_no_other(tree):
     assert (bad / "config.yaml").read_bytes() == b"["
 
 
+@pytest.mark.long
 def test_a_log_that_cannot_be_opened_stops_one_run(tree):
     said(tree, "beta=0.66", "device=cpu", code=1)
     (tree / "runs/dev/beta=0.66/log.txt").mkdir()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.data.hub import hh, ultrafeedback
+from dpo.data.hub import hh, tldr, ultrafeedback
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "hh-harmless-base-1500.jsonl.gz"
 START = "\n\nHuman: hi\n\nAssistant: Hello.\n\nHuman: How are you?\n\nAssistant:"
@@ -101,8 +101,9 @@ def test_each_turn_is_where_it_belongs(tmp_path):
     [
         (lambda *given: hh(*given[:2], None, *given[2:]), lambda n: dialogues(n)),
         (lambda *given: ultrafeedback(*given[:2], "none", *given[2:]), lambda n: chats(n)),
+        (tldr, lambda n: comparison(n)),
     ],
-    ids=["hh", "ultrafeedback"],
+    ids=["hh", "ultrafeedback", "tldr"],
 )
 def test_readers_heed_what_they_are_told(tmp_path, reader, made, rule):
     """The file of held-out pairs or the share to hold out, and the rule for faults, which goes on to tokens."""
@@ -192,3 +193,67 @@ def test_ultrafeedback_from_the_hub(monkeypatch):
     assert [len(data.preferences[split]) for split in ("train", "validation")] == [20, 5]
     assert data.preferences["validation"][1].source == "some/repository, test_prefs split, row 1"
     assert data.preferences["validation"][1].prompt == [{"role": "user", "content": "21?"}]
+
+
+def comparison(number: int, choice: int = 1, texts: tuple[str, str] = (" Bad.", " Good."), **info) -> dict:
+    """A row as it is published."""
+    post = {
+        "id": f"t3_{number}",
+        "post": f"Post {number}.\nMore.",
+        "title": f"Title {number}",
+        "subreddit": "AskReddit",
+    }
+    summaries = [{"text": text, "policy": "sup2", "note": "ok"} for text in texts]
+    about = {"worker": "w", "batch": "batch5", "split": "train", "extra": {"confidence": None}}
+    info = {**post, "site": None, "article": None, **info}
+    return {"info": info, "summaries": summaries, "choice": choice, **about}
+
+
+def test_tldr_to_the_letter(tmp_path, capsys):
+    rows = [
+        comparison(0),
+        comparison(1, choice=0, texts=("First.", "\n Second. ")),
+        comparison(2, post=None, title=None, subreddit=None, site="cnndm", article="News."),
+        comparison(3, texts=(" Same.", "Same.")),
+        *(comparison(n) for n in range(4, 30)),
+    ]
+    data = tldr(save(tmp_path / "a.jsonl", rows), None, 0.1, "drop")
+    found = {pair.prompt: pair for pairs in data.preferences.values() for pair in pairs}
+    assert len(found) == 28
+    asked = "SUBREDDIT: r/AskReddit\n\nTITLE: Title {0}\n\nPOST: Post {0}.\nMore.\n\nTL;DR:"
+    first, second = found[asked.format(0)], found[asked.format(1)]
+    assert (first.chosen, first.rejected) == (" Good.", " Bad.")
+    assert (second.chosen, second.rejected) == (" First.", " Second.")
+    said = capsys.readouterr().out
+    assert "2 of 30 pairs are faulty, 2 dropped" in said
+    assert "1 x it is of a news article, not of a post" in said
+
+
+def test_a_post_without_a_title(tmp_path):
+    with pytest.raises(ValueError, match="line 1: must have a subreddit and a title in info, beside the post"):
+        tldr(save(tmp_path / "a.jsonl", [comparison(0, title=None)]), None, 0.1, "drop")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"choice": 2}, {"choice": None}, {"info": "a"}, {"summaries": 2 * ["a"]}]
+    + [{"summaries": [{"text": text} for text in texts]} for texts in (["a"], ["a", None], ["a", "b", "c"])],
+)
+def test_what_is_no_comparison(tmp_path, wrong):
+    path = save(tmp_path / "a.jsonl", [comparison(0), comparison(1) | wrong])
+    with pytest.raises(ValueError, match="line 2: must have info, two summaries and a choice of 0 or 1"):
+        tldr(path, None, 0.1, "drop")
+
+
+def test_tldr_from_the_hub(monkeypatch):
+    asked = []
+
+    def load_dataset(repository, name, revision, split):
+        asked.append((repository, name, revision, split))
+        return [comparison(number) for number in (range(20) if split == "train" else range(20, 25))]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    data = tldr(None, None, 0.1, "error")
+    there = ("openai/summarize_from_feedback", "comparisons", "refs/convert/parquet")
+    assert sorted(asked) == [(*there, split) for split in ("train", "validation")]
+    assert [len(data.preferences[split]) for split in ("train", "validation")] == [20, 5]

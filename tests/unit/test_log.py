@@ -119,6 +119,7 @@ def run_directory(tmp_path):
     return directory
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["auto", "disabled"])
 def test_without_a_key_nothing_is_made(run_directory, mode):
     said, imported, used = mirrored(run_directory, mode)
@@ -126,6 +127,7 @@ def test_without_a_key_nothing_is_made(run_directory, mode):
     assert os.listdir(run_directory) == ["metrics.jsonl"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["offline", "online"])
 def test_offline(run_directory, mode):
     said, _, used = mirrored(run_directory, mode)
@@ -135,6 +137,7 @@ def test_offline(run_directory, mode):
     assert len(list(run_directory.glob("wandb/offline-run-*-a-b-c/run-a-b-c.wandb"))) == 1
 
 
+@pytest.mark.long
 def test_dead_server_turns_the_mirror_off(run_directory):
     said, _, used = mirrored(
         run_directory, "auto", timeout=2, WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9"
@@ -144,6 +147,7 @@ def test_dead_server_turns_the_mirror_off(run_directory):
     assert said[0].startswith("wandb: off, the run goes on without it: ")
 
 
+@pytest.mark.long
 def test_wandb_mode_is_heeded_by_auto(run_directory):
     _, imported, used = mirrored(run_directory, "auto", WANDB_API_KEY="0" * 40, WANDB_MODE="disabled")
     assert not used

@@ -263,6 +263,7 @@ def start(directory, held_in):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.long
 def test_a_process_is_ended_and_started_again(tmp_path):
     """Killed, then told to stop: rows and weights are those of a run that nobody disturbed."""
     whole, cut = Run(tmp_path / "whole"), Run(tmp_path / "cut")

@@ -13,6 +13,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from dpo.data.batches import collate_responses
 from dpo.policy import model as models
+from dpo.policy import sharded_io
 from dpo.policy.logps import packable, sequence_logps
 
 KINDS = ["gpt2", "gpt_neox", "llama", "mistral", "qwen2"]
@@ -364,3 +365,54 @@ def test_recomputing_keeps_less_and_changes_no_gradient(tiny_model):
         gradients.append([weight.grad for weight in model.parameters()])
     assert kept[1] < 0.6 * kept[0]  # the last of two layers is kept
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+@pytest.fixture
+def hub(tiny_model, tmp_path, monkeypatch, offline):
+    """The cache of a hub that cannot be asked, with two commits of one model; the newer has another vocabulary, too."""
+    place = tmp_path / "hub" / "models--someone--tiny"
+    for commit, kind in (("a" * 40, "gpt_neox"), ("b" * 40, "llama")):
+        shutil.copytree(tiny_model(kind), place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("b" * 40)
+    (place / "refs" / "first").write_text("a" * 40)
+    for constants in (huggingface_hub.constants, huggingface_hub.file_download.constants):
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return "someone/tiny"
+
+
+@pytest.mark.parametrize("revision,kind", [("", "llama"), (f"@{'a' * 40}", "gpt_neox"), ("@first", "gpt_neox")])
+def test_a_revision_is_of_config_tokenizer_and_weights(hub, tiny_model, revision, kind):
+    expected, tokenizer = models.load(tiny_model(kind))
+    found, its_tokenizer = models.load(hub + revision)
+    assert models.fingerprint(found) == models.fingerprint(expected)
+    assert type(found) is type(expected)
+    assert its_tokenizer.bos_token == tokenizer.bos_token
+    assert models.positions_of(hub + revision) == 2048
+    sharded = snapshot_of(hub + revision)
+    assert sharded.endswith(("b" if kind == "llama" else "a") * 40)
+
+
+def snapshot_of(source):
+    """What each of several processes reads its part from."""
+    seen = []
+
+    def stop(folder):
+        seen.append(str(folder))
+        raise RuntimeError("enough")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded_io, "check", stop)
+        with pytest.raises(RuntimeError, match="enough"):
+            sharded_io.read(None, torch.device("cpu"), source, None, False)
+    return seen[0]
+
+
+def test_a_revision_that_is_not_there_is_named(hub):
+    with pytest.raises(ValueError, match="run `hf download someone/tiny --revision second` where there is a network"):
+        models.load(f"{hub}@second")
+
+
+def test_a_folder_may_have_an_at_in_its_name(tiny_model, tmp_path):
+    folder = copy(tiny_model("llama"), tmp_path / "step@100")
+    assert models.fingerprint(models.load(str(folder))[0]) == models.fingerprint(models.load(tiny_model("llama"))[0])

@@ -232,6 +232,7 @@ def grids():
     return found
 
 
+@pytest.mark.long
 def test_the_commands_run_every_objective_on_a_comparable_grid():
     """Five betas each, from the lowest to the highest by a factor of a hundred, by steps of about half a decade."""
     found = grids()

@@ -199,15 +199,16 @@ def test_settings_there_and_asked_for_are_told_apart_by_value(base, found):
     ]
 
 
-def test_a_rehearsal_that_ends_badly_ends_the_plan(monkeypatch):
-    class Done:
-        returncode, stdout = 3, ""
-
-    monkeypatch.delitem(sys.modules, "torch")  # where it is there, no process is needed
-    monkeypatch.setattr(planning.subprocess, "run", lambda *_, **__: Done())
+def test_all_configs_are_rehearsed_where_all_is_imported(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch")  # where it is there, no other process is needed
+    served = []
+    monkeypatch.setattr(planning, "serve", served.append)
+    monkeypatch.setattr(planning, "ask", lambda *given: [given])
     assert planning.rehearse([]) == []
-    with pytest.raises(SystemExit, match="must try the settings, but ended with exit code 3"):
-        planning.rehearse([{}])
+    assert served == []
+    some = [{"command": "train", "n": 1}, {"command": "sft"}, {"command": "train", "n": 2}]
+    assert planning.rehearse(some) == [("dpo.sweep.rehearse", "trials", some)]
+    assert served == [["dpo.sweep.rehearse", "dpo.sft", "dpo.train"]]
 
 
 def test_an_option_at_a_key_is_named_by_the_key(monkeypatch):

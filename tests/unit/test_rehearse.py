@@ -1,8 +1,6 @@
 """What a plan tries before any run starts: each option once, in its own words, and the inputs that it finds."""
 
 import copy
-import io
-import json
 from pathlib import Path
 
 import pytest
@@ -99,22 +97,40 @@ def test_every_option_is_tried(base, monkeypatch, key):
     assert said in found["problems"][0]
 
 
-def test_all_configs_are_tried_at_once_and_data_parsed_once(base, monkeypatch, capsys):
+def test_all_that_is_wrong_is_said_at_once(base):
+    wrong = with_(with_(base, "reference.alpha", 2.0), "loss.label_smoothing", 0.7)
+    said = Rehearsal().of(with_(wrong, "policy.path", "/nowhere/policy"))["problems"]
+    assert len(said) == 3
+    for part, problem in zip(("/nowhere/policy must be", "reference.alpha must", "label_smoothing"), said, strict=True):
+        assert part in problem
+
+
+def test_an_option_that_does_not_fit_is_not_called(base, monkeypatch):
+    called = []
+    monkeypatch.setattr(rehearse, "instantiate", lambda node: called.append(node))
+    [problem] = Rehearsal().of(with_(base, "loss.label_smoothing", "much"))["problems"]
+    assert problem == "loss.label_smoothing must be float, got 'much'"
+    assert not called
+
+
+def test_pairs_of_prompts_are_not_made_where_there_are_pairs(base):
+    base = with_(with_(base, "judge", None), "pairs", {**base["pairs"], "off_policy": True})
+    [problem] = Rehearsal().of(base)["problems"]
+    assert problem == "pairs.off_policy=true makes pairs of prompts, found data with pairs; leave it out"
+    world = OmegaConf.to_container(OmegaConf.load(Path(__file__).parents[2] / "conf/data/world.yaml"))
+    assert "off_policy" not in str(Rehearsal().of(with_(base, "data", {**world, "seed": 0}))["problems"])
+
+
+def test_data_of_many_configs_are_parsed_once(base, monkeypatch):
     asked = [base, with_(base, "beta", 0.5), with_(base, "loss.label_smoothing", 0.7)]
     seen, data = [], rehearse._data
 
     def _data(node):
         seen.append(node["path"])
-        print("said")
         return data(node)
 
     monkeypatch.setattr(rehearse, "_data", _data)
-    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(asked)))
-    monkeypatch.setattr(rehearse.signal, "signal", lambda *_: None)
-    rehearse.main()
-    told = capsys.readouterr()
-    found = json.loads(told.out)  # and nothing of what the options print
-    assert told.err == "said\n"
+    found = rehearse.trials(asked)
     assert len(seen) == 1
     assert [bool(one["problems"]) for one in found] == [False, False, True]
     assert found[0] == found[1]

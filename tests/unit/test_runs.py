@@ -386,12 +386,27 @@ def command(cwd: Path, path: str) -> subprocess.CompletedProcess[str]:
         ({"broken": 0.49, "valid": 0.51, "win_rate": 0.11}, False),
         ({"valid": 0.49}, True),
         ({"win_rate": 0.09}, True),
+        ({"win_rate": 0.09, "evaluation.baseline": "initial"}, True),
+        ({"win_rate": 0.09, "evaluation.baseline": None}, True),  # of a run from when there was no other
+        ({"win_rate": 0.09, "evaluation.baseline": "human"}, False),
+        ({"broken": 0.6, "evaluation.baseline": "human"}, True),
         ({"broken": None, "win_rate": None}, False),
         ({}, False),
     ],
 )
 def test_what_is_degenerate(measured, collapsed):
     assert results.degenerate(pd.DataFrame([{"run": "a", **measured}])).tolist() == [collapsed]
+
+
+def test_whom_a_win_rate_is_over_is_told_where_it_is_another(tmp_path):
+    for whom, column, collapsed in (("initial", False, True), ("human", True, False)):
+        for beta in (0.1, 0.2):
+            file = run(tmp_path / whom, beta, evaluation={"baseline": whom}) / "evaluation.json"
+            file.write_text(json.dumps(evaluation(beta) | {"win_rate": 0.02}))
+        frame = results.final(tmp_path / whom)
+        assert ("evaluation.baseline" in frame) is column
+        assert "evaluation.baseline" not in results.swept(frame)
+        assert results.degenerate(frame).tolist() == [collapsed, collapsed]
 
 
 def test_seeds_are_averaged_with_their_spread(tmp_path):

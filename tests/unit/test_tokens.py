@@ -250,6 +250,24 @@ def test_truncation_rule(texts, max_length):
             assert dropped == [pair for pair, fit in zip(whole, fits, strict=True) if fit]
 
 
+def test_a_character_of_several_tokens_is_kept_whole_or_not_at_all():
+    """Cut at each of its tokens: what is left ends at a character, and is no longer than it may be."""
+    tokenizer = tiny_tokenizer("gpt2")
+    snow = Preference("a", "x" + 6 * "☃", "y" + 5 * "☃", True)
+    [whole] = tokenize([snow], tokenizer, 100, "error")
+    seen = set()
+    for max_length in range(4, len(whole.prompt_ids) + len(whole.chosen_ids)):
+        [pair] = tokenize([snow], tokenizer, max_length, "truncate")
+        tokens = len(pair.chosen_ids) - pair.text.chosen_ended
+        snowmen = len(pair.text.chosen) - 1
+        assert pair.text.chosen == "x" + snowmen * "☃"
+        assert len(pair.prompt_ids) + len(pair.chosen_ids) <= max_length
+        assert tokens == len(tokenizer(pair.text.chosen, add_special_tokens=False).input_ids)
+        assert tokens + 3 > max_length - len(pair.prompt_ids) - 1  # one more would not have fitted
+        seen.add(snowmen)
+    assert seen == set(range(7))
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.tuples(*[st.text("aé☃ Rome\n<", max_size=40)] * 3, st.booleans()), min_size=1, max_size=4),
