@@ -1,25 +1,17 @@
 """Losses of conf/loss that couple the step: dealt out in any way, on one process or several, stopped and resumed."""
 
-import os
-import signal
-
 import pytest
 import test_whole_step as steps
 import torch
 from omegaconf import OmegaConf
 from ranks import together
-from safetensors.torch import load_file
 from test_whole_step import BETA, LAYOUTS, ROOT, STEPS, brute_force, close, rows_of, weights
 from whole_runs import frozen as frozen_config
 from whole_runs import own
 
-from dpo import evaluate
-from dpo import train as dpo_train
 from dpo.losses.pairs import unbound
 from dpo.sweep.signature import instantiate
 from dpo.training import distributed
-from dpo.training.log import Log
-from dpo.training.loop import Stopped
 
 LOSSES = {  # options of a page, in ways that matter to how a step is dealt out
     "beta_dpo": {},
@@ -147,35 +139,10 @@ def test_what_a_step_reports(one):
 )
 def test_a_whole_run_with_a_reference_that_moves(tmp_path, tiny_model, monkeypatch, options):
     """From a policy equal to it on: in one micro-batch or several, stopped and resumed, often validated or not."""
-    monkeypatch.setattr(evaluate, "measure", lambda *_: ([], {}))
-    write, rows, ends = Log.write, {}, {}
-
-    def stopping(log, step, split, metrics):
-        write(log, step, split, metrics)
-        if (step, split) == (3, "train"):
-            os.kill(os.getpid(), signal.SIGUSR1)
-
     moving = ["reference=ema", "reference.every=1", "reference.alpha=0.3", "loss=beta_dpo", *options]
     given = [*own(tmp_path, tiny_model("llama")), *moving, "evaluation.prompts=2", "evaluation.log_samples=0"]
     given += ["checkpoint_every=1", "evaluate_every=1", "steps=4"]
-    for name, more in (
-        ("whole", []),
-        ("cut", []),
-        ("small", ["micro_batch_tokens=120"]),
-        ("rare", ["evaluate_every=0"]),
-    ):
-        directory = tmp_path / name
-        directory.mkdir()
-        config = frozen_config(directory, *given, *more)
-        if name == "cut":
-            monkeypatch.setattr(Log, "write", stopping)
-            with pytest.raises(Stopped, match="stopped at step 3 of 4"):
-                dpo_train.run(config, directory)
-            monkeypatch.setattr(Log, "write", write)
-        dpo_train.run(config, directory)
-        rows[name], ends[name] = rows_of(directory), load_file(directory / "policy" / "model.safetensors")
-    assert rows["cut"] == rows["whole"]
-    assert all(torch.equal(value, ends["whole"][key]) for key, value in ends["cut"].items())
+    rows = steps.dealt_out_in_every_way(tmp_path, lambda at, *more: frozen_config(at, *given, *more), monkeypatch)
     trained = {name: [row for row in some if row["split"] == "train"] for name, some in rows.items()}
     assert trained["rare"] == trained["whole"]
     assert all(0 < row["kept"] < 1 for row in trained["whole"])

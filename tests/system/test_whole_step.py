@@ -509,11 +509,10 @@ def asked(directory, model, *more):
     return frozen_config(directory, *given, "checkpoint_every=1", "evaluate_every=1", "steps=4", *more)
 
 
-def test_a_whole_run_with_a_loss_that_has_state(tmp_path, tiny_model, monkeypatch):
-    """Stopped and resumed, in one micro-batch or several, often validated or not: what reference and loss hold is in
-    the checkpoint, and moves in training alone.
+def dealt_out_in_every_way(tmp_path, config_of, monkeypatch):
+    """Rows of whole runs of `config_of(directory, *overrides)`, by name: as it is, in small micro-batches, validated
+    rarely; and one that is stopped and resumed, which must be the whole one.
     """
-    monkeypatch.setenv(PLUGINS, "test_whole_step")
     monkeypatch.setattr(evaluate, "measure", lambda *_: ([], {}))
     write, rows, ends = Log.write, {}, {}
 
@@ -530,7 +529,7 @@ def test_a_whole_run_with_a_loss_that_has_state(tmp_path, tiny_model, monkeypatc
     ):
         directory = tmp_path / name
         directory.mkdir()
-        config = asked(directory, tiny_model("llama"), *more)
+        config = config_of(directory, *more)
         if name == "cut":
             monkeypatch.setattr(Log, "write", stopping)
             with pytest.raises(Stopped, match="stopped at step 3 of 4"):
@@ -540,6 +539,15 @@ def test_a_whole_run_with_a_loss_that_has_state(tmp_path, tiny_model, monkeypatc
         rows[name], ends[name] = rows_of(directory), load_file(directory / "policy" / "model.safetensors")
     assert rows["cut"] == rows["whole"]
     assert all(torch.equal(value, ends["whole"][key]) for key, value in ends["cut"].items())
+    return rows
+
+
+def test_a_whole_run_with_a_loss_that_has_state(tmp_path, tiny_model, monkeypatch):
+    """Stopped and resumed, in one micro-batch or several, often validated or not: what reference and loss hold is in
+    the checkpoint, and moves in training alone.
+    """
+    monkeypatch.setenv(PLUGINS, "test_whole_step")
+    rows = dealt_out_in_every_way(tmp_path, lambda at, *more: asked(at, tiny_model("llama"), *more), monkeypatch)
     assert [(row["split"], row["step"]) for row in rows["whole"]][:3] == [
         ("validation", 0),
         ("train", 1),
