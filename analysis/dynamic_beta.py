@@ -1,7 +1,7 @@
-"""Should beta follow the gap of the pairs? Figures 1b to 6 and Table 2 of beta-DPO (2407.08639).
+"""Should beta follow the gap of the pairs? Figures 1b to 6, Tables 1 and 2 of beta-DPO (2407.08639).
 
     python -m analysis.dynamic_beta runs/dynamic_beta runs/dynamic_beta_mixtures runs/dynamic_beta_filters \\
-        runs/dynamic_beta_variants runs/dynamic_beta_temperatures
+        runs/dynamic_beta_variants runs/dynamic_beta_temperatures runs/dynamic_beta_sizes
 
 prints the tables and the findings, and writes them, the figures and the numbers of each run into the first folder. Of
 the others the last ones may be left out.
@@ -31,11 +31,13 @@ KEYS = {  # in which the runs of each sweep may differ
     "filters": ("beta", "seed", FILTER, KEEP, ALPHA),
     "variants": ("beta", "seed", "loss", ALPHA),
     "temperatures": ("seed", "policy.path", TEMPERATURE),
+    "sizes": ("beta", "seed", "policy", "loss", GAP),
 }
 LEVELS = {"population": "DPO", "instance": "instance-level", "batch": "batch-level"}
 OBJECTIVES = {"beta_dpo": "DPO", "beta_ipo": "IPO", "beta_kto": "KTO", "beta_simpo": "SimPO"}
 QUANTILES = {"p1": 0.01, "p10": 0.1, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9, "p99": 0.99}
 CONSTANT, DYNAMIC = "constant beta", "dynamic beta"
+METHODS = {"dpo": "DPO", "beta_dpo": "beta-DPO"}
 NONE = "none"  # no filter
 PLAIN, WHOLE = f"{NONE}, {CONSTANT}", f"weighted, {DYNAMIC}"  # DPO, and beta-DPO as the paper has it
 
@@ -46,18 +48,19 @@ def read(
     filters: str | Path | None = None,
     variants: str | Path | None = None,
     temperatures: str | Path | None = None,
+    sizes: str | Path | None = None,
     **only: str,
 ) -> Frames:
     """The numbers of the sweeps by `figure=dynamic_beta` and `table=dynamic_beta_mixtures`, `..._filters` and
-    `..._variants`, a row per finished run, and of evaluations of the third at several temperatures.
+    `..._variants`, a row per finished run, of evaluations of the third at several temperatures, and of `..._sizes`.
 
     pairs: reward gaps of the training pairs of `mixtures` after training, see `spread`. only: values of keys.
 
     Raises: ValueError as `seeds.finished`.
     """
-    given = dict(zip(KEYS, (gaps, mixtures, filters, variants, temperatures), strict=True))
+    given = dict(zip(KEYS, (gaps, mixtures, filters, variants, temperatures, sizes), strict=True))
     frames = {name: seeds.finished(path, KEYS[name], only) for name, path in given.items() if path is not None}
-    for name, label in (("filters", filtered), ("variants", varied), ("temperatures", evaluated)):
+    for name, label in (("filters", filtered), ("variants", varied), ("temperatures", evaluated), ("sizes", sized)):
         if name in frames:
             frames[name] = frames[name].assign(method=label(frames[name]))
     if mixtures is not None:
@@ -79,6 +82,18 @@ def varied(final: pd.DataFrame) -> list[str]:
         f"{OBJECTIVES.get(loss, loss)}, {DYNAMIC if alpha else CONSTANT}"
         for loss, alpha in zip(final["loss"], final[ALPHA], strict=True)
     ]
+
+
+def sized(final: pd.DataFrame) -> list[str]:
+    """The objective of each run of `table=dynamic_beta_sizes`."""
+    return [METHODS.get(loss, loss) for loss in final["loss"]]
+
+
+def of_sizes(final: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Its trained runs on all pairs, of Table 1, and those on pairs of low or high gap, of Figure 1b."""
+    found = seeds.trained(final)
+    apart = found[GAP].notna() if GAP in found else pd.Series(False, found.index)
+    return found[~apart], found[apart]
 
 
 def evaluated(final: pd.DataFrame) -> list[str]:
@@ -221,6 +236,25 @@ def claim_of_temperatures(temperatures: pd.DataFrame) -> seeds.Finding:
     return seeds.all_hold(claim, "score of it minus DPO's at", parts, seeds.margin(temperatures))
 
 
+def claims_of_sizes(final: pd.DataFrame) -> list[seeds.Finding]:
+    """That beta-DPO is better with every policy, and that larger ones show what the tiny one shows of gaps."""
+    same, by_gap = of_sizes(final)
+    claim = "7. beta-DPO is better than DPO with every size of policy"
+    mine, theirs = (same[same["method"] == one] for one in ("beta-DPO", "DPO"))
+    known = [size for size in mine["policy"].unique() if size in {*theirs["policy"]}]
+    if not known:
+        return [seeds.unmeasured(claim, "it takes both with the same policies")]
+    parts = {
+        size: seeds.paired(mine[mine["policy"] == size], theirs[theirs["policy"] == size], looks=len(known))
+        for size in known
+    }
+    found = [seeds.all_hold(claim, "score of it minus DPO's", parts, seeds.margin(final))]
+    for size, of_size in by_gap.groupby("policy", sort=False):
+        for one in claims_of_gaps(of_size):
+            found.append(seeds.Finding(f"{size}: {one.claim}", one.measured, one.verdict))
+    return found
+
+
 def claims_of_pairs(pairs: pd.DataFrame) -> list[seeds.Finding]:
     """Of the reward gaps after plain DPO."""
     of_dpo = pairs[pairs[LEVEL] == "population"]
@@ -261,6 +295,8 @@ def claims(frames: Frames) -> pd.DataFrame:
         found.append(claim_of_temperatures(frames["temperatures"]))
     if "pairs" in frames:
         found += claims_of_pairs(frames["pairs"])
+    if "sizes" in frames:
+        found += claims_of_sizes(frames["sizes"])
     return seeds.findings(found)
 
 
@@ -323,6 +359,15 @@ def study(frames: Frames) -> tuple[dict[str, pd.DataFrame], dict[str, Figure]]:
         figures["figure_4"] = curves(frames["temperatures"], TEMPERATURE, "method", "sampling temperature")
     if "pairs" in frames:
         figures["gaps"] = boxes(frames["pairs"])
+    if "sizes" in frames:
+        same, by_gap = of_sizes(frames["sizes"])
+        tables["table_1"] = seeds.grid(same, "policy", ["method"], "score")
+        tables["table_1_measures"] = seeds.states(same, ["policy", "method"])
+        if len(by_gap):
+            lines = by_gap.assign(line=by_gap["policy"] + ", gap " + by_gap[GAP].map(short))
+            tables["figure_1b"] = seeds.grid(lines, "beta", ["line"], "score")
+            tables["figure_1b_measures"] = seeds.states(lines, ["line", "beta"])
+            figures["figure_1b"] = curves(lines, "beta", "line", "beta")
     return tables | {"claims": claims(frames)}, figures
 
 

@@ -25,7 +25,7 @@ DPO = "dpo"
 FAMILIES = {  # a panel of the frontier each
     "DPO's margin in another loss": ("cdpo", "robust", "hinge", "exo", "f_dpo", "chi_po", "wpo", "tdpo"),
     "a target, or each response by itself": (
-        *("ipo", "sppo", "cal_dpo", "apo_zero", "apo_down", "nca", "bco", "kto_paired"),
+        *("ipo", "sppo", "cal_dpo", "apo_zero", "apo_down", "nca", "bco", "kto", "kto_paired"),
     ),
     "lengths count": ("simpo", "alpha_dpo", "length_normalized", "r_dpo", "ld_dpo"),
     "likelihood of the chosen response": ("rpo", "dpop", "cpo", "slic", "orpo"),

@@ -33,6 +33,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def entry(root: str | Path, kind: str, key: dict[str, Any]) -> Path:
+    """The folder of `remember` for this key."""
+    return Path(root) / kind / digest(key)[:20]
+
+
 def remember(
     root: str | Path,
     kind: str,
@@ -55,7 +60,7 @@ def remember(
 
     Raises: RuntimeError if the folder is there, but not as it was written.
     """
-    folder = Path(root) / kind / digest(key)[:20]
+    folder = entry(root, kind, key)
     if int(os.environ.get("RANK", "0")) > 0:  # the launcher ends every rank when rank 0 fails
         return folder, _beside(build, any_true)
     if folder.is_dir():

@@ -16,7 +16,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -329,9 +329,8 @@ def baseline(
     encoded = _encoded(prompts, tokenizer, settings)
     key = {
         "weights": weights,
-        "drawn": asdict(settings.sampling),
         "seed": settings.seed,
-        **inputs(model, tokenizer, encoded),
+        **inputs(model, tokenizer, encoded, settings.sampling),
     }
 
     def build(folder: Path) -> None:

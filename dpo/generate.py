@@ -11,7 +11,7 @@ if __name__ == "__main__":
     launch.command("generate")  # ends here: a run is `python -m dpo.sweep.execute`, and what it imports is slow
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -91,9 +91,8 @@ def candidates(
         "prompts": digest([prompts[split] for split in SPLITS]),
         "engine": settings.engine,
         "samples_per_prompt": n,
-        "drawn": asdict(sampling),
         "seed": settings.seed,
-        **inputs(model, tokenizer, [ids for split in SPLITS for _, ids in fed[split]]),
+        **inputs(model, tokenizer, [ids for split in SPLITS for _, ids in fed[split]], sampling),
     }
 
     def build(folder: Path) -> None:

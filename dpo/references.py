@@ -163,9 +163,9 @@ class Frozen(Precomputed):
         weights, comparable = models.fingerprint(model), self.same_tokens and self.sees_prompt
         asked, began = list(chain.from_iterable(sequences.values())), time.monotonic()
         sources = [
-            f"{pair.source or f'{split} row {row}, counted from 0'} ({side})"
+            f"{pair.source or f'{split} row {row}, counted from 0'} ({pair.sides[side]})"
             for split, items in pairs.items()
-            for side in ("chosen", "rejected")
+            for side in (0, 1)
             for row, pair in enumerate(items)
         ]
         about = partial(self.about, pairs, of_pairs if self.same_tokens else tokenizer, settings)
@@ -481,6 +481,9 @@ class MovingAverage(AskedEachStep, nn.Module):
 
 def _scored(row: dict[str, Any]) -> tuple[Preference, list[float]]:
     """A pair and the log-probs of its two responses."""
+    if "mismatched" in row:  # a response with a label, and one to another prompt
+        names = {"completion": "chosen", "mismatched": "rejected"}
+        row = {name.replace(side := name.partition("_")[0], names.get(side, side)): row[name] for name in row}
     logps = [row.get(name) for name in ("chosen_logprob", "rejected_logprob")]
     if not all(isinstance(logp, int | float) and math.isfinite(logp) for logp in logps):
         raise ValueError(f"must have finite chosen_logprob and rejected_logprob, found {logps}")

@@ -21,13 +21,14 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import generate, sft
-from dpo.data.batches import TOO_LONG, Pair, tokenize, told_apart
+from dpo.data.batches import TOO_LONG, Pair, mismatched, tokenize, told_apart
 from dpo.data.records import Dataset, Preference, row, write_rows
 from dpo.data.treatment import Treatment, described, treat
 from dpo.data.truncation import Limits
 from dpo.generate import SPLITS
 from dpo.judge import cached_preferences
 from dpo.judges import Judge
+from dpo.losses.pairs import asked_by
 from dpo.policy import model as models
 from dpo.references import Precomputed
 from dpo.settings import generation_of, judge_of, limits_of, pairing_of, policy_spec, scoring_of, treatment_of
@@ -48,7 +49,8 @@ def run(config: DictConfig, directory: Path) -> None:
     response; the layout of yale-nlp/RefDPO), `chosen_tokens` and `rejected_tokens` (how many the reference scored: it
     may read other tokens than the policy, and of given log-probs nobody knows), and with per_token=true the log-probs
     of the tokens. Where on_too_long=truncate cut a pair, the line holds the text that is left, which is what was
-    scored, and `cut` says of what: prompt, chosen, rejected.
+    scored, and `cut` says of what: prompt, chosen, rejected. Of responses with a label a line has the `completion` for
+    the chosen one, the `mismatched` response of another prompt for the rejected one, and the `label`.
     """
     began = time.monotonic()
     pending, settings = instantiate(config.reference), scoring_of(config)
@@ -72,22 +74,24 @@ def run(config: DictConfig, directory: Path) -> None:
         for number, pair in enumerate(items):
             if pair.text is None:
                 raise RuntimeError(f"{split} pair {number} has no text")
-            scores: dict[str, Any] = named("logprob", reference.table[split][number].tolist())
+            scores: dict[str, Any] = named("logprob", pair.sides, reference.table[split][number].tolist())
             if reference.lengths:
-                scores |= named("tokens", reference.lengths[split][number].tolist())
+                scores |= named("tokens", pair.sides, reference.lengths[split][number].tolist())
             if settings.per_token:
                 both = reference.tokens[split][number :: len(items)]
-                scores |= named("token_logprobs", [values.tolist() for values in both])
-            rows.append(row(pair.text) | ({"cut": list(pair.cut)} if pair.cut else {}) | scores)
+                scores |= named("token_logprobs", pair.sides, [values.tolist() for values in both])
+            names = dict(zip(("chosen", "rejected"), pair.sides, strict=True))
+            cut = [names.get(part, part) for part in pair.cut]
+            rows.append(row(pair.text) | ({"cut": cut} if cut else {}) | scores)
         write_rows(directory / f"{split}.jsonl", rows)
     result = {f"{split} pairs": len(items) for split, items in pairs.items()}
     result |= {f"{split} pairs cut": sum(bool(pair.cut) for pair in items) for split, items in pairs.items()}
     finish(directory, "manifest.json", {**result, "seconds": time.monotonic() - began})
 
 
-def named(what: str, of_both: Sequence[Any]) -> dict[str, Any]:
-    """The columns of what was found for the chosen and the rejected response."""
-    return dict(zip((f"chosen_{what}", f"rejected_{what}"), of_both, strict=True))
+def named(what: str, sides: Sequence[str], of_both: Sequence[Any]) -> dict[str, Any]:
+    """The columns of what was found for both responses."""
+    return {f"{side}_{what}": value for side, value in zip(sides, of_both, strict=True)}
 
 
 def encode(config: DictConfig, dataset: Dataset) -> tuple[PreTrainedTokenizerBase, dict[str, list[Pair]]]:
@@ -95,7 +99,12 @@ def encode(config: DictConfig, dataset: Dataset) -> tuple[PreTrainedTokenizerBas
     models.check_length(policy_spec(config), "max_length", config.max_length)
     tokenizer = models.load_tokenizer(policy_spec(config))
     preferences = treated(dataset.preferences, treatment_of(config), config.seed)
-    return tokenizer, tokenized(preferences, tokenizer, limits_of(config), dataset.on_faulty)
+    return tokenizer, tokenized(preferences, tokenizer, limits_of(config), dataset.on_faulty, labels_in(config))
+
+
+def labels_in(config: DictConfig) -> bool:
+    """Whether the loss learns from responses with labels, not from pairs."""
+    return "labels" in asked_by(instantiate(config.loss))
 
 
 def treated(preferences: dict[str, list[Preference]], treatment: Treatment, seed: int) -> dict[str, list[Preference]]:
@@ -108,14 +117,21 @@ def treated(preferences: dict[str, list[Preference]], treatment: Treatment, seed
 
 
 def tokenized(
-    preferences: dict[str, list[Preference]], tokenizer: PreTrainedTokenizerBase, limits: Limits, on_faulty: str
+    preferences: dict[str, list[Preference]],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    on_faulty: str,
+    labels: bool,
 ) -> dict[str, list[Pair]]:
+    """What a loss learns from; labels: see `dpo.data.batches.mismatched`."""
     rules, found = (limits.max_length, limits.on_too_long), {}
     for split in SPLITS:
         if split in preferences:
             what = f"{split} pairs"
             pairs = tokenize(preferences[split], tokenizer, *rules, what, TOO_LONG, on_faulty)
-            found[split] = told_apart(pairs, on_faulty, what)
+            if not labels or pairs[0].label is None:
+                pairs = told_apart(pairs, on_faulty, what)
+            found[split] = mismatched(pairs, tokenizer, limits.max_length, what) if labels else pairs
     return found
 
 
@@ -143,5 +159,5 @@ def prepare(
         if config.pairs.off_policy:
             found = generate.beside_humans(found, dataset)
         preferences = treated(cached_preferences(found, judge, pairing_of(config)), treatment_of(config), config.seed)
-        pairs = tokenized(preferences, tokenizer, settings.limits, rule)
+        pairs = tokenized(preferences, tokenizer, settings.limits, rule, labels_in(config))
     return start, policy, pairs

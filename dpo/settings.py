@@ -14,6 +14,7 @@ from dpo.policy.scoring import Scoring
 from dpo.sweep.signature import instantiate
 from dpo.training.distributed import ParallelLayout
 from dpo.training.optim import Recipe
+from dpo.world import sizes
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def policy_spec(config: Any, path: str | None = None) -> ModelSpec:
     """The policy that a run starts from, or the model that it is made from; with a path, that one, read likewise."""
     policy = config.policy
     where = path or policy.path or policy.base
+    where = sizes.place(where, config.cache)
     return ModelSpec(where, policy.trust_remote_code, policy.chat_template, policy.date, layout(config))
 
 

@@ -162,8 +162,7 @@ def run(config: DictConfig, directory: Path) -> None:
                 "pairs": _tokens(pairs),
             },
         )
-        if config.keep == "last" or steps == 0:
-            selection.update(steps, validate(steps), policy, tokenizer)
+        selection.update(steps, validate(steps), policy, tokenizer)  # keep=best: unless a former one is better
         selection.finalize(directory / "policy")
         logger.info(f"policy of step {selection.step} of {steps}, validation loss {selection.metrics['loss']:.4f}")
         trained, _ = models.load(policy_spec(config, str(directory / "policy")), device)
@@ -182,7 +181,11 @@ def run(config: DictConfig, directory: Path) -> None:
 
 def _tokens(pairs: dict[str, list[Pair]]) -> str:
     """Digest of all pairs as they are trained on."""
-    return digest({split: [pair.prompt_responses for pair in items] for split, items in pairs.items()})
+    return digest({split: [_learned(pair) for pair in items] for split, items in pairs.items()})
+
+
+def _learned(pair: Pair) -> Any:
+    return pair.prompt_responses if pair.label is None else (*pair.prompt_responses, pair.label)
 
 
 def step_of(
@@ -216,7 +219,7 @@ def pair_logps(
         tails = by_sequence(reference.token_logps(batch, split) * beyond_other(batch), batch)
         of_reference |= _of_pairs(READ["tails"][2:], tails)
     of_both = _of_pairs(("chosen_lengths", "rejected_lengths"), by_sequence(lengths, batch))
-    return PairLogps(**of_policy, **of_reference, **of_both, row_ids=batch.index)
+    return PairLogps(**of_policy, **of_reference, **of_both, row_ids=batch.index, desirable=batch.desirable)
 
 
 def policy_values(

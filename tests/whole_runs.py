@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
+from composing import compose
 from omegaconf import OmegaConf
 
 from dpo import train
@@ -30,9 +30,7 @@ SMALL = [
 
 def frozen(directory: Path, *overrides: str, verb: str = "train") -> Any:
     """The config that a sweep would freeze for these overrides; caches beside the run directory."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = compose(verb, [*overrides, f"cache={directory.parent / 'cache'}", "wandb.mode=disabled"])
-    resolved = resolve(composed)
+    resolved = resolve(compose(verb, *overrides, f"cache={directory.parent / 'cache'}", "wandb.mode=disabled"))
     check(resolved)
     return OmegaConf.create({"id": identity(resolved), **resolved})
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dpo.cache import digest
 from dpo.data.chats import special
-from dpo.data.records import Demonstration, Preference, Text, fault_of, listed, report
+from dpo.data.records import Demonstration, Measures, Preference, Text, fault_of, listed, report
 from dpo.data.tokens import Encoded, decode, encode, encode_alone, vocabulary
+from dpo.data.treatment import flipped
 from dpo.data.truncation import cut_prompts, fitted
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,14 @@ class Pair:
     @property
     def source(self) -> str | None:
         return self.text.source if self.text else None
+
+    @property
+    def label(self) -> bool | None:
+        return self.text.label if self.text else None
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        return self.text.sides if self.text else ("chosen", "rejected")
 
     @property
     def chosen(self) -> Tokens:
@@ -71,6 +81,7 @@ class Batch:
     labels: Tensor  # (N,) int64, that token
     sequence_ids: Tensor  # (N,) int64, its sequence
     sequences: int  # S
+    desirable: Tensor | None = None  # (B,) bool, of pairs with a label
 
     def to(self, device: torch.device | str) -> "Batch":
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -115,6 +126,59 @@ def told_apart(pairs: Sequence[Pair], on_faulty: str, what: str) -> list[Pair]:
     kept = [pair for pair in pairs if on_faulty == "keep" or pair.chosen_ids != pair.rejected_ids]
     report(faults, len(pairs), len(pairs) - len(kept), on_faulty, "tokens", what)
     return kept
+
+
+def mismatched(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int, what: str) -> list[Pair]:
+    """What a loss learns from that reads labels: responses with a label, where a pair is two of them, the chosen one
+    desirable and the rejected one not; and in the place of the rejected one the response of another row to another
+    prompt, cut to max_length.
+
+    Which row is decided by the data alone: rows with the same prompt side by side, prompts in an order by hash, it is
+    as many places on as there are rows with one prompt at most. So each response is beside one other prompt, in any
+    batches, and a reference can score it ahead of training.
+    """
+    rows = [row for pair in pairs for row in ([pair] if pair.label is not None else _by_label(pair))]
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for place, row in enumerate(rows):
+        by_prompt.setdefault(tuple(row.prompt_ids), []).append(place)
+    most = max(map(len, by_prompt.values()))
+    if 2 * most > len(rows):
+        raise ValueError(
+            f"of {what} at most half may have the same prompt, or some have no response to another beside them; found "
+            f"{most} of {len(rows)}. Add responses to other prompts."
+        )
+    order = [place for prompt in sorted(by_prompt, key=digest) for place in by_prompt[prompt]]
+    other = {place: rows[order[(at + most) % len(rows)]] for at, place in enumerate(order)}
+    beside = [_beside(row, other[place], tokenizer, max_length) for place, row in enumerate(rows)]
+    cut = sum(len(row.rejected_ids) < len(other[place].chosen_ids) for place, row in enumerate(beside))
+    desirable = sum(row.label is True for row in rows)
+    said = f", of which {cut} are cut to {max_length} tokens beside another prompt" * bool(cut)
+    logger.info(f"tokens: {what} are {desirable} desirable and {len(rows) - desirable} undesirable responses{said}")
+    return beside
+
+
+def _by_label(pair: Pair) -> tuple[Pair, Pair]:
+    """The chosen response as desirable, and the rejected one as undesirable."""
+    assert pair.text is not None, "pairs of data have a text"
+    undesirable, turned = replace(flipped(pair.text), label=False), {"chosen": "rejected", "rejected": "chosen"}
+    cut = tuple(turned.get(name, name) for name in pair.cut)
+    other = replace(pair, chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids, text=undesirable, cut=cut)
+    return replace(pair, text=replace(pair.text, label=True)), other
+
+
+def _beside(row: Pair, other: Pair, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Pair:
+    """A row with the response of another in the place of the rejected one."""
+    assert row.text is not None, "pairs of data have a text"
+    assert other.text is not None, "pairs of data have a text"
+    ids, text, ended = other.chosen_ids[: max_length - len(row.prompt_ids)], other.text.chosen, other.text.chosen_ended
+    if short := len(ids) < len(other.chosen_ids):
+        text, ended = decode(row.prompt_ids, ids, tokenizer), False
+    own, theirs = row.text.token_ids, other.text.token_ids
+    sampled = None if own is None or theirs is None else replace(own, rejected=ids)
+    unwritten = row.unwritten or other.unwritten or "\ufffd" in text
+    content = replace(row.text, rejected=text, rejected_ended=ended, token_ids=sampled, measures=Measures())
+    cut = tuple(name for name in row.cut if name != "rejected") + ("rejected",) * (short or "chosen" in other.cut)
+    return replace(row, rejected_ids=ids, text=content, cut=cut, unwritten=unwritten)
 
 
 def _as_sampled(
@@ -228,7 +292,9 @@ def collate(tokens: Sequence[Tokens], index: Tensor, valid: Tensor, *, pad_id: i
 
 def collate_pairs(pairs: Sequence[Pair], index: Tensor, valid: Tensor, *, pad_id: int, packed: bool) -> Batch:
     """A batch of two sequences a pair: those of the chosen responses, then those of the rejected ones."""
-    return collate_responses([pair.prompt_responses for pair in pairs], index, valid, pad_id=pad_id, packed=packed)
+    items, labels = [pair.prompt_responses for pair in pairs], [pair.label for pair in pairs]
+    batch = collate_responses(items, index, valid, pad_id=pad_id, packed=packed)
+    return batch if None in labels else replace(batch, desirable=torch.tensor(labels))
 
 
 def collate_responses(

@@ -13,6 +13,7 @@ from dpo.data.records import (
     filter_pairs,
     parse,
     preference,
+    responses_of,
     split_pairs,
 )
 
@@ -94,6 +95,35 @@ def tldr(
     return split_pairs(pairs(path, "train"), held_out, validation_fraction, on_faulty)
 
 
+def unpaired(
+    path: str | None,
+    validation_path: str | None,
+    repository: str,
+    validation_fraction: float,
+    on_faulty: OnFaulty,
+) -> Dataset:
+    """Single responses with a label, desirable or not, as TRL's unpaired preferences; demonstrations are the former.
+
+    path: a JSONL file, .gz or not, with validation_path or validation_fraction as in `dpo.data.records.file`; None: the
+    splits train and test of `repository` on the hub. A row has a `prompt` and a `completion`, text or chat messages,
+    and a `label`, true or false, 1 or 0; `completion_ended` may be false. on_faulty: see
+    `dpo.data.records.filter_pairs`.
+    """
+
+    def rows(file: str | None, split: str) -> list[Preference]:
+        if file is None:
+            return filter_pairs(_from_hub(_labelled, repository, split), on_faulty, f"{repository}, {split} split")
+        return filter_pairs(parse(file, _labelled), on_faulty, file)
+
+    held_out = None if path is not None and validation_path is None else rows(validation_path, "test")
+    data = split_pairs(rows(path, "train"), held_out, validation_fraction, on_faulty)
+    if len(found := {row.label for row in data.preferences["train"]}) < 2:
+        raise ValueError(
+            f"{path or repository} must have training responses of both labels, found {found.pop()} alone; add others"
+        )
+    return data
+
+
 def _from_hub(
     record: Callable[[dict[str, Any]], Preference | str], repository: str, split: str, **options: Any
 ) -> Iterable[tuple[str, Preference | str]]:
@@ -106,6 +136,17 @@ def _from_hub(
         ) from error
     rows = datasets.load_dataset(repository, split=split, **options)
     return ((f"row {index}", record(row)) for index, row in enumerate(rows))
+
+
+def _labelled(row: dict[str, Any]) -> Preference:
+    """The response of a row with its label. Raises: ValueError if it is none."""
+    if missing := [name for name in ("prompt", "completion", "label") if name not in row]:
+        raise ValueError(f"must have prompt, completion and label; found no {' and no '.join(missing)}{_file(row)}")
+    label = row["label"]
+    if type(label) not in (bool, int) or label not in (0, 1):
+        raise ValueError(f"label must be true or false, or 1 or 0, found {label!r}")
+    prompt, [completion], [ended] = responses_of(row, ("completion",))
+    return Preference(prompt, completion, completion, ended, ended, label=bool(label))
 
 
 def _conversations(row: dict[str, Any]) -> Preference | str:

@@ -69,7 +69,11 @@ class Measures:
 
 @dataclass(frozen=True)
 class Preference:
-    """Two responses to one prompt. *_ended: False when the response was cut, so that no EOS is scored."""
+    """Two responses to one prompt. *_ended: False when the response was cut, so that no EOS is scored.
+
+    label: None; or of a single response, which is the chosen one, whether it is desirable. The rejected one is then the
+    same, until `dpo.data.batches.mismatched` puts a response to another prompt there.
+    """
 
     prompt: Text
     chosen: Text
@@ -79,6 +83,12 @@ class Preference:
     source: str | None = field(default=None, compare=False)  # where it came from: "pairs.jsonl, line 12"
     token_ids: TokenIds | None = None  # of responses that a policy sampled: their text may have other ids, too
     measures: Measures = field(default=Measures(), compare=False)
+    label: bool | None = None
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """What a file calls the two responses."""
+        return ("chosen", "rejected") if self.label is None else ("completion", "mismatched")
 
 
 @dataclass(frozen=True)
@@ -291,14 +301,16 @@ def split_pairs(
         if shared:
             logger.warning(f"{shared} of {len(held_out)} validation pairs have a prompt of the training pairs")
     test = distinct(pair.prompt for pair in held_out)
-    first = {_key(pair.prompt): pair.chosen for pair in reversed(held_out)}
-    written = [text if isinstance(text := first[_key(prompt)], str) else text[-1]["content"] for prompt in test]
+    good, shown = ([pair for pair in some if pair.label is not False] for some in (train, held_out))
+    first = {_key(pair.prompt): pair.chosen for pair in reversed(shown)}
+    texts = [first[_key(prompt)] for prompt in test] if len(first) == len(test) else []
+    written = [text if isinstance(text, str) else text[-1]["content"] for text in texts]
     return Dataset(
-        demonstrations=[Demonstration(pair.prompt, pair.chosen, pair.chosen_ended, pair.source) for pair in train],
+        demonstrations=[Demonstration(pair.prompt, pair.chosen, pair.chosen_ended, pair.source) for pair in good],
         preferences={"train": train, "validation": list(held_out)},
         prompts={"train": distinct(pair.prompt for pair in train), "validation": test, "test": test},
         on_faulty=on_faulty,
-        written={"test": written},
+        written={"test": written} if texts else {},
     )
 
 
@@ -347,12 +359,6 @@ def conversations(row: dict[str, Any]) -> bool:
 
 def preference(row: dict[str, Any]) -> Preference:
     """The pair of a line, see `read`. Raises: ValueError if it is none."""
-    unread = [name for name in READ if row.get(name)]
-    if unread:
-        raise ValueError(
-            f"must say all that the policy reads in prompt, found {' and '.join(unread)}, too; write it into the "
-            "prompt, as a message of the system for example, or remove it"
-        )
     if conversations(row):
         before, other = (row[name][:-1] for name in ("chosen", "rejected"))
         if before != other:
@@ -362,10 +368,22 @@ def preference(row: dict[str, Any]) -> Preference:
     if missing:
         hint = _other_data(row)
         raise ValueError(f"must have prompt, chosen and rejected; found no {' and no '.join(missing)}{hint}")
-    prompt, chosen, rejected = (_text(row[name], name) for name in ("prompt", "chosen", "rejected"))
+    prompt, (chosen, rejected), ended = responses_of(row, ("chosen", "rejected"))
+    pair = Preference(prompt, chosen, rejected, ended[0], ended[1])
+    return replace(pair, token_ids=_token_ids(row, chosen, rejected), measures=_measures(row))
+
+
+def responses_of(row: dict[str, Any], names: Sequence[str]) -> tuple[Text, list[Text], list[bool]]:
+    """The prompt of a line, its responses of these names, and whether each ended."""
+    if unread := [name for name in READ if row.get(name)]:
+        raise ValueError(
+            f"must say all that the policy reads in prompt, found {' and '.join(unread)}, too; write it into the "
+            "prompt, as a message of the system for example, or remove it"
+        )
+    prompt, *responses = (_text(row[name], name) for name in ("prompt", *names))
     if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         raise ValueError("prompt must end before the assistant's turn, found a message of the assistant last")
-    for name, response in (("chosen", chosen), ("rejected", rejected)):
+    for name, response in zip(names, responses, strict=True):
         if isinstance(response, str):
             continue
         if isinstance(prompt, str):
@@ -375,11 +393,10 @@ def preference(row: dict[str, Any]) -> Preference:
                 f"{name} must be one message of the assistant, found roles "
                 f"{[message['role'] for message in response]}; what comes before it belongs in prompt"
             )
-    ended = [row.get(f"{name}_ended", True) for name in ("chosen", "rejected")]
+    ended = [row.get(f"{name}_ended", True) for name in names]
     if not all(isinstance(flag, bool) for flag in ended):
-        raise ValueError(f"chosen_ended and rejected_ended must be true or false, found {ended}")
-    pair = replace(Preference(prompt, chosen, rejected, *ended), token_ids=_token_ids(row, chosen, rejected))
-    return replace(pair, measures=_measures(row))
+        raise ValueError(f"{' and '.join(f'{name}_ended' for name in names)} must be true or false, found {ended}")
+    return prompt, responses, ended
 
 
 def _measures(row: dict[str, Any]) -> Measures:
@@ -412,10 +429,7 @@ def _other_data(row: dict[str, Any]) -> str:
     if {"chosen", "rejected"} <= row.keys() and all(TURN in str(row[name]) for name in ("chosen", "rejected")):
         return "; dialogues like those of hh-rlhf are read by data=hh"
     if "label" in row and "completion" in row:
-        return (
-            "; this is data of single responses with a label (KTO), and pairs are needed: put a good and a bad "
-            "response to the same prompt in one line"
-        )
+        return "; single responses with a label are read by data=unpaired"
     if {"messages", "completion", "response", "conversations"} & row.keys() and "rejected" not in row:
         return (
             "; this is data of demonstrations (SFT), and pairs are needed: dpo.sft learns from the chosen responses of "
@@ -464,18 +478,21 @@ def _kind(value: Any) -> str:
 
 def row(pair: Preference) -> dict[str, Any]:
     """A preference as a line of the file; responses that are messages as whole conversations."""
-    texts: dict[str, Any] = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-    if not any(isinstance(text, str) for text in texts.values()):
-        texts |= {name: texts["prompt"] + texts[name] for name in ("chosen", "rejected")}
-    flags = {"chosen_ended": pair.chosen_ended, "rejected_ended": pair.rejected_ended}
+    names, label = pair.sides, {} if pair.label is None else {"label": pair.label}
+    texts: dict[str, Any] = {"prompt": pair.prompt, names[0]: pair.chosen, names[1]: pair.rejected}
+    if not label and not any(isinstance(text, str) for text in texts.values()):
+        texts |= {name: texts["prompt"] + texts[name] for name in names}
+    flags = {f"{names[0]}_ended": pair.chosen_ended, f"{names[1]}_ended": pair.rejected_ended}
     sampled = {} if pair.token_ids is None else {"token_ids": asdict(pair.token_ids)}
     measured = {} if pair.measures == Measures() else asdict(pair.measures)
-    return texts | {name: flag for name, flag in flags.items() if not flag} | sampled | measured
+    return texts | label | {name: flag for name, flag in flags.items() if not flag} | sampled | measured
 
 
 def fault_of(pair: Preference) -> str | None:
     chosen, rejected = (text if isinstance(text, str) else text[-1]["content"] for text in (pair.chosen, pair.rejected))
     empty = [name for name, text in (("chosen", chosen), ("rejected", rejected)) if not text.strip()]
+    if pair.label is not None:
+        return "completion is empty" if empty else None
     if empty:
         return f"{' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} empty"
     if (chosen, pair.chosen_ended) == (rejected, pair.rejected_ended):

@@ -44,6 +44,8 @@ def treat(pairs: Sequence[Preference], treatment: Treatment, seed: int) -> list[
     """
     if treatment == Treatment():
         return list(pairs)
+    if treatment.outliers and any(pair.label is not None for pair in pairs):
+        raise ValueError("pairs.outliers takes pairs, found single responses with a label; leave it out")
     if treatment.gap is not None:
         share = {"low": 0.0, "high": 1.0}[treatment.gap] if isinstance(treatment.gap, str) else treatment.gap
         pairs = of_gap(pairs, share, seed)
@@ -101,7 +103,7 @@ def draw(pair: Preference, what: str, seed: int) -> float:
 
 
 def flipped(pair: Preference) -> Preference:
-    """With the other response chosen."""
+    """With the other response chosen, or the other label."""
     ids, measures = pair.token_ids, pair.measures
     return replace(
         pair,
@@ -117,6 +119,7 @@ def flipped(pair: Preference) -> Preference:
             words=None if measures.words is None else measures.words[::-1],
             flipped=not measures.flipped,
         ),
+        label=None if pair.label is None else not pair.label,
     )
 
 

@@ -1,6 +1,6 @@
 """Preference objectives, functions `(pair, beta, ...) -> Loss` of log-probabilities: what `conf/loss/` names."""
 
-from dpo.losses.coupled import BCO, AlphaDPO, aot, aot_unpaired, dr_dpo, kto_paired
+from dpo.losses.coupled import BCO, AlphaDPO, aot, aot_unpaired, dr_dpo, kto, kto_paired
 from dpo.losses.dynamic_beta import BetaDPO
 from dpo.losses.objectives import (
     apo_down,
@@ -47,6 +47,7 @@ __all__ = [
     "f_dpo",
     "hinge",
     "ipo",
+    "kto",
     "kto_paired",
     "ld_dpo",
     "length_normalized",

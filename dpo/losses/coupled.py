@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from dpo.losses.objectives import dpo, simpo
-from dpo.losses.pairs import Loss, PairLogps, unbound, whole_step, with_rewards
+from dpo.losses.pairs import Loss, PairLogps, reads, unbound, whole_step, with_rewards
 
 
 class RunningMean(nn.Module):
@@ -162,6 +162,28 @@ def kto_paired(pair: PairLogps, beta: float, gradient_of_baseline: bool) -> Loss
     wins, losses = torch.sigmoid(beta * (chosen - of_rejected)), torch.sigmoid(beta * (of_chosen - rejected))
     result = with_rewards(1 - (wins + losses) / 2, pair, beta)
     return replace(result, figures={"baselines/chosen": of_chosen, "baselines/rejected": of_rejected})
+
+
+@whole_step
+@reads("labels")
+def kto(pair: PairLogps, beta: float, desirable_weight: float, undesirable_weight: float) -> Loss:
+    """KTO (2402.01306): weight (1 - s(beta * (a - z))) of a desirable response, weight (1 - s(beta * (z - a))) of an
+    undesirable one, z = max(0, mean b).
+
+    a is the log-ratio of a response, whatever its label, and b that of a response to another prompt in its place. The
+    mean is over the step, and no gradient flows through it.
+
+    desirable_weight, undesirable_weight: above 0. Times the number of responses of their label the former should be 1
+    to 4/3 times the latter (sources differ about the end).
+    """
+    if desirable_weight <= 0 or undesirable_weight <= 0:
+        raise ValueError(f"weights must be above 0, got {desirable_weight} and {undesirable_weight}")
+    [desirable] = pair.asked("labels")
+    mean = pair.rejected_logratios.detach().mean()
+    baseline = mean.clamp(min=0)
+    gains = beta * (pair.chosen_logratios - baseline)  # (N,)
+    losses = torch.where(desirable, desirable_weight * torch.sigmoid(-gains), undesirable_weight * torch.sigmoid(gains))
+    return replace(with_rewards(losses, pair, beta), figures={"kl": baseline, "logratios/mismatched": mean})
 
 
 @whole_step

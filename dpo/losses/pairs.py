@@ -22,6 +22,7 @@ READ = {  # what `reads` marks -> fields of `PairLogps`, those of the policy fir
     ),
     "alignment": ("chosen_alignment", "rejected_alignment"),
     "kl": ("chosen_kl", "rejected_kl"),
+    "labels": ("desirable",),
 }
 OF_REFERENCE = {"tails": "log-probs of single tokens", "kl": "probabilities of all words"}  # that it must give for them
 TRIED = 100.0  # nats between chosen and rejected at which a loss is tried before any run
@@ -60,12 +61,15 @@ class PairLogps:
     rejected_alignment: Tensor | None = None
     chosen_kl: Tensor | None = None
     rejected_kl: Tensor | None = None
+    desirable: Tensor | None = None  # bool
 
     @classmethod
     def zeros(cls, pairs: int, asked: Sequence[str] = ()) -> Self:
         """All log-probs 0, all responses one token. asked: see `reads`."""
         more = {name: torch.zeros(pairs) for what in asked for name in READ[what]}
         more["row_ids"] = torch.arange(pairs)
+        if "labels" in asked:
+            more["desirable"] = more["row_ids"] % 2 == 0
         return cls(*torch.zeros(4, pairs), *torch.ones(2, pairs, dtype=torch.int64), **more)
 
     def at(self, rows: slice | Tensor) -> Self:
@@ -125,6 +129,8 @@ def reads(*asked: str) -> Callable[[Marked], Marked]:
     "tails": log-probs of the tokens of a response beyond the length of the other, under policy and reference.
     "alignment": of each response the mean over tokens of log p(token) - log sum_v p(v)^2 under the policy, no gradient.
     "kl": of each response the sum over tokens of KL(reference || policy) of the next token, over the whole vocabulary.
+    "labels": whether the chosen response is desirable. It has then no response to be compared with: chosen is any
+        response, and rejected the response to another prompt, see `dpo.data.batches.mismatched`.
     """
 
     def mark(loss: Marked) -> Marked:
@@ -199,6 +205,9 @@ def with_rewards(
 
 def metrics(pair: PairLogps, loss: Loss) -> dict[str, Tensor]:
     """What is logged of each pair, (B,) per key; in accuracies a tie counts one half."""
+    figures = {name: value.detach().expand(len(loss.losses)) for name, value in loss.figures.items()}
+    if pair.desirable is not None:
+        return _by_label(pair, loss, pair.desirable) | figures
     gaps = loss.chosen_rewards - loss.rejected_rewards  # (B,)
     ties = (gaps.abs() <= loss.tie_tolerance).float()  # (B,)
     return {
@@ -215,8 +224,24 @@ def metrics(pair: PairLogps, loss: Loss) -> dict[str, Tensor]:
         "logratios/margins": pair.margins,
         "lengths/chosen": pair.chosen_lengths,
         "lengths/rejected": pair.rejected_lengths,
-        **{name: value.detach().expand(len(gaps)) for name, value in loss.figures.items()},
+        **figures,
     }
+
+
+def _by_label(pair: PairLogps, loss: Loss, desirable: Tensor) -> dict[str, Tensor]:
+    """Of a step whose responses have labels the means over desirable ones (chosen) and the others (rejected), as every
+    response has them; where there are none of a label, there is no figure of it.
+    """
+    found: dict[str, Tensor] = {}
+    for side, rows in (("chosen", desirable), ("rejected", ~desirable)):
+        if rows.any():
+            found[f"rewards/{side}"] = loss.chosen_rewards[rows].mean()
+            found[f"logps/{side}"] = pair.policy_chosen_logps[rows].mean()
+            found[f"logratios/{side}"] = pair.chosen_logratios[rows].mean()
+            found[f"lengths/{side}"] = pair.chosen_lengths[rows].double().mean()
+    for what in ("rewards", "logratios") if len(found) == 8 else ():
+        found[f"{what}/margins"] = found[f"{what}/chosen"] - found[f"{what}/rejected"]
+    return {name: value.detach().expand(len(desirable)) for name, value in found.items()}
 
 
 def _ranked(better: Tensor, worse: Tensor) -> Tensor:

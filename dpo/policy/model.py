@@ -1,6 +1,7 @@
 """Load and save a causal language model with its tokenizer, and name its weights."""
 
 import hashlib
+import re
 import shutil
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from dpo.policy import sharded_io
 from dpo.policy.attention import attending
 from dpo.policy.folder import check, check_config, on_hub
 from dpo.training import distributed
+from dpo.world.sizes import MADE
 
 logging.disable_progress_bar()  # of loading and saving: runs show their own
 
@@ -208,6 +210,11 @@ def resolve_path(path: str) -> str:
         raise ValueError(
             f"{path} must be a folder with a model and its tokenizer, found a file; log-probs in files are read by "
             "reference=precomputed"
+        )
+    if re.fullmatch(r"world_\w+", path) and not folder.is_dir():
+        made = " or ".join(MADE)
+        raise ValueError(
+            f"{path} must be world, or as policy.base {made}, or a folder of that name, found none; take one"
         )
     if local and not folder.is_dir():
         raise ValueError(f"{path} must be a folder with a model and its tokenizer, found none; check the path")

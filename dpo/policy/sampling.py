@@ -1,23 +1,27 @@
 """Draw responses from a policy."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from dpo.cache import digest
 from dpo.data.chats import ends
 from dpo.data.tokens import decode
 from dpo.policy.model import vocabulary
-from dpo.training.distributed import device_of, world_size
+from dpo.training.distributed import any_true, device_of
 from dpo.training.log import progress
 
-SAMPLING_VERSION = 3  # part of cache keys: raise it when a change of the code changes what is sampled
+SAMPLING_VERSION = 4  # part of cache keys: raise it when a change of the code changes what is sampled
+LEFT = 0.75  # share of rows that are not ended, from which on the others leave the batch
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Sampling:
     max_new_tokens: int
     temperature: float  # 0 is greedy
     top_p: float  # 1 is off
-    batch_size: int  # responses at once, which decides the random numbers, too
+    batch_size: int  # responses at once, which decides nothing but for rounding
 
 
 @dataclass(frozen=True)
@@ -53,53 +57,140 @@ def sample(
 ) -> list[Sample]:
     """One response per prompt (token ids), in order. name: of the progress bar, "": none.
 
-    The same seed, prompts and batch_size give the same responses, and the caller's random state stays as it was. Of the
-    model's generation config only the ends of turn count: penalties, top_k and such would make it another policy.
-    Ids that are no token's are never drawn: a model may have rows to spare.
+    The random numbers of a prompt are those of the seed and of its place in `prompts`: what else is drawn beside it
+    decides nothing, but for rounding. A prompt that is there several times is read once. Of the model's generation
+    config only the ends of turn count: penalties, top_k and such would make it another policy. Ids that are no token's
+    are never drawn: a model may have rows to spare. A collective of ranks that have as many prompts: of a sharded model
+    none can make a pass alone.
 
-    Raises: RuntimeError if the model gives no finite logits.
+    Raises: RuntimeError if the model gives no finite logits, ValueError if it keeps no keys and values.
     """
     stops = ends(tokenizer, model.generation_config)
-    tokens = vocabulary(tokenizer).tolist()
-    config = GenerationConfig(
-        do_sample=sampling.temperature > 0,
-        temperature=sampling.temperature if sampling.temperature > 0 else None,
-        top_p=sampling.top_p if sampling.temperature > 0 else None,
-        top_k=0 if sampling.temperature > 0 else None,
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=stops,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops),
-        suppress_tokens=sorted(set(range(model.config.get_text_config().vocab_size)).difference(tokens)) or None,
-        use_cache=True,
-    )
-    device = device_of(model)
-    samples = []
-    bar = progress(total=len(prompts), name=name)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _set(model, config), bar:
-        torch.manual_seed(seed)
+    none = torch.ones(model.config.get_text_config().vocab_size, dtype=torch.bool)
+    none[vocabulary(tokenizer)] = False
+    by_length = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))  # little to pad
+    found: dict[int, Sample] = {}
+    with _evaluating(model), progress(total=len(prompts), name=name) as bar:
         for first in range(0, len(prompts), sampling.batch_size):
-            batch = prompts[first : first + sampling.batch_size]
-            input_ids, attention_mask = _left_padded(batch, config.pad_token_id)
-            width = input_ids.shape[1]
-            generate: Any = model.generate
-            generated = generate(
-                input_ids.to(device),
-                attention_mask=attention_mask.to(device),
-                generation_config=config,
-                logits_processor=[_finite],
-                synced_gpus=world_size() > 1,  # of a sharded model no rank can make a pass alone
-            )
-            for prompt_ids, row in zip(batch, generated[:, width:].tolist(), strict=True):
-                samples.append(_cut(prompt_ids, row, stops, tokenizer))
+            places = by_length[first : first + sampling.batch_size]
+            batch = [prompts[place] for place in places]
+            numbers = np.stack([np.random.default_rng([seed, at]).random(sampling.max_new_tokens) for at in places])
+            drawn = _decode(model, batch, torch.from_numpy(numbers), sampling, none, stops)
+            for place, prompt_ids, row in zip(places, batch, drawn.tolist(), strict=True):
+                found[place] = _cut(prompt_ids, row, stops, tokenizer)
             bar.update(len(batch))
-    return samples
+    return [found[place] for place in range(len(prompts))]
+
+
+def _decode(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    numbers: Tensor,  # (B, T) float64, in [0, 1)
+    sampling: Sampling,
+    none: Tensor,  # (V,), True where an id is no token's
+    stops: Sequence[int],
+) -> Tensor:
+    """T tokens after each prompt; what comes after an end means nothing.  # (B, T)"""
+    device = device_of(model)
+    numbers, none, stop = numbers.to(device), none.to(device), torch.tensor(stops, device=device)
+    takes = inspect.signature(model.forward).parameters
+    narrow = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    if "past_key_values" not in takes:
+        kind = type(model).__name__
+        raise ValueError(f"a policy that is sampled from must take past_key_values, found {kind}, which does not")
+    cache = _cache(model, max(map(len, prompts)) + sampling.max_new_tokens)
+    selects = all(hasattr(layer, "batch_select_indices") for layer in cache.layers)  # states of a recurrence do not
+    distinct = list(dict.fromkeys(map(tuple, prompts))) if selects else [*map(tuple, prompts)]
+    input_ids, attended = (part.to(device) for part in _left_padded(distinct, stops[0], sampling.max_new_tokens))
+    width, padded = input_ids.shape[1], not attended.all()
+    positions = (attended.cumsum(-1) - 1).clamp(min=0)
+    rows = torch.arange(len(prompts), device=device)  # the prompts that the rows of the cache belong to
+    drawn = torch.full_like(numbers, stops[0], dtype=torch.long)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for step in range(sampling.max_new_tokens):
+        seen = slice(width + step - input_ids.shape[1], width + step)
+        logits = model(
+            input_ids,
+            attention_mask=attended[:, : width + step] if padded else None,
+            past_key_values=cache,
+            use_cache=True,
+            **({"position_ids": positions[:, seen]} if "position_ids" in takes else {}),
+            **narrow,
+        ).logits[:, -1]
+        if not step and len(distinct) < len(prompts):
+            index = {prompt: row for row, prompt in enumerate(distinct)}
+            owner = torch.tensor([index[tuple(prompt)] for prompt in prompts], device=device)
+            cache.batch_select_indices(owner)
+            logits, attended, positions = logits[owner], attended[owner], positions[owner]
+        drawn[rows, step] = _drawn(logits, numbers[rows, step], none, sampling)
+        ended[rows] |= torch.isin(drawn[rows, step], stop)
+        if step + 1 == sampling.max_new_tokens or not any_true(not ended.all()):
+            break
+        left = (~ended[rows]).nonzero().squeeze(1)
+        if selects and 0 < len(left) <= len(rows) * LEFT:
+            cache.batch_select_indices(left)
+            rows, attended, positions = rows[left], attended[left], positions[left]
+        input_ids = drawn[rows, step, None]
+    return drawn
+
+
+def _drawn(logits: Tensor, numbers: Tensor, none: Tensor, sampling: Sampling) -> Tensor:
+    """The token of each row in whose share of the probability its number falls.  # (B, V), (B,) -> (B,)"""
+    if not logits.amax(-1).isfinite().all():
+        raise RuntimeError(
+            "the logits of a policy must be finite where it is sampled from, found some that are not; its training "
+            "diverged: lower the learning rate, or take another checkpoint (precision=fp32 may help)"
+        )
+    logits = logits.float().masked_fill(none, -torch.inf)
+    if not sampling.temperature:
+        return logits.argmax(-1)
+    p = (logits / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:  # the most likely tokens that together have it
+        likely, order = p.sort(-1, descending=True)
+        p = torch.zeros_like(p).scatter(-1, order, likely.where(likely.cumsum(-1) - likely < sampling.top_p, 0))
+    below = p.double().cumsum(-1)
+    return torch.searchsorted(below, numbers[:, None] * below[:, -1:], right=True).squeeze(-1)
+
+
+class _Room(DynamicLayer):
+    """Keys and values in memory for all that will come. The library's layer copies what it holds at every token."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append those of new tokens; returns all.  # (B, G, t, D) -> (B, G, T, D)"""
+        first = self.get_seq_length()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room = [
+                new.new_empty(*new.shape[:2], self.tokens, new.shape[-1]) for new in (key_states, value_states)
+            ]
+        last = first + key_states.shape[-2]
+        for room, new in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, first:last] = new
+        self.keys, self.values = (room[:, :, :last] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.room = [room[indices] for room in self.room]
+        self.keys, self.values = (room[:, :, : self.get_seq_length()] for room in self.room)
+
+
+def _cache(model: PreTrainedModel, tokens: int) -> DynamicCache:
+    """An empty cache of `tokens`, the model's own kind where a layer does not attend to all that came before."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_Room(tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def inputs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]
-) -> dict[str, str | int | list[int]]:
-    """What decides `sample` besides the weights and its options, for a cache key."""
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], sampling: Sampling
+) -> dict[str, Any]:
+    """What decides `sample` besides the weights and the seed, for a cache key."""
     return {
+        "drawn": {name: getattr(sampling, name) for name in ("max_new_tokens", "temperature", "top_p")},
         "prompt_ids": digest(list(prompts)),
         "tokenizer": digest(_state(tokenizer)),  # makes text of ids
         "ends": ends(tokenizer, model.generation_config),
@@ -116,36 +207,25 @@ def _state(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 @contextmanager
-def _set(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Evaluation mode, and `config` in place of the model's own, from which `generate` takes what is not set."""
-    training, own = model.training, model.generation_config
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode."""
+    training = model.training
     model.eval()
-    model.generation_config = config
     try:
         yield
     finally:
-        model.generation_config = own
         model.train(training)
 
 
-def _finite(_: Tensor, logits: Tensor) -> Tensor:
-    """The logits, if they are finite: greedy sampling would take others without a word."""
-    if not logits.amax(-1).isfinite().all():
-        raise RuntimeError(
-            "the logits of a policy must be finite where it is sampled from, found some that are not; its training "
-            "diverged: lower the learning rate, or take another checkpoint (precision=fp32 may help)"
-        )
-    return logits
-
-
-def _left_padded(prompts: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int, room: int) -> tuple[Tensor, Tensor]:
+    """Ids, and which of them, and of `room` tokens after them, are attended to.  # (B, T), (B, T + room)"""
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.full((len(prompts), width), pad_id)
-    attention_mask = torch.zeros(len(prompts), width, dtype=torch.long)
+    attended = torch.ones(len(prompts), width + room, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, width - len(prompt) :] = 1
-    return input_ids, attention_mask
+        attended[row, : width - len(prompt)] = 0
+    return input_ids, attended
 
 
 def _cut(prompt_ids: list[int], row: list[int], stops: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Sample:

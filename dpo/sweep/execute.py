@@ -27,8 +27,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dpo.sweep.directory import damage, finished
+from dpo.sweep.directory import damage, finished, read_yaml
 from dpo.sweep.schema import check, identity
+from dpo.world import sizes
 
 FAILED, IN_USE, STOPPED = 1, 73, 75
 WITHIN = 2.0  # seconds that a rank has to end by itself when another was killed
@@ -79,6 +80,8 @@ def _guarded(directory: Path) -> int:
         _checked(values, directory / "config.yaml")
         config = OmegaConf.create(values)
         OmegaConf.set_struct(config, True)
+        if base := sizes.missing(config.get("policy"), config.get("cache")):  # made before the processes of a run join
+            importlib.import_module("dpo.world.pretrain").made(base, config.cache, config.device)
         importlib.import_module(f"dpo.{config.command}").run(config, directory)
         return 0
     except BaseException as error:  # those of torch.distributed.checkpoint are no Exception
@@ -109,7 +112,8 @@ def _frozen(file: Path) -> dict[str, Any]:
     Raises: ValueError if it is damaged.
     """
     try:
-        values = OmegaConf.to_container(OmegaConf.load(file))
+        values = read_yaml(file.read_text(encoding="utf-8"))
+        OmegaConf.create(values)  # which refuses what begins like an interpolation, and is none
     except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise ValueError(f"{file} must hold the settings of a run, found otherwise: {error}; {AGAIN}") from error
     if not isinstance(values, dict):

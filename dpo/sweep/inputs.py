@@ -11,6 +11,7 @@ from dpo.data.records import Dataset, contents, jsonl_files
 from dpo.policy.model import resolve_path
 from dpo.sweep.directory import before
 from dpo.sweep.signature import instantiate
+from dpo.world import sizes
 
 CONFIG = "config.json"  # of a model
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # of what is read, no README
@@ -36,7 +37,8 @@ def load(config: Any) -> Dataset:
 def models(config: Any) -> dict[str, str]:
     """Digests of the folders and files that a config names as its policy and reference; none of what is on the hub."""
     policy, reference = config["policy"], config.get("reference") or {}
-    paths = {"policy": policy["path"] or policy["base"], "reference": reference.get("path")}
+    base = sizes.present(policy["base"], config.get("cache"))
+    paths = {"policy": policy["path"] or base, "reference": reference.get("path")}
     paths |= {"against": before(config.get("against"), str(paths["policy"])), "candidates": config.get("candidates")}
     if (baseline := (config.get("evaluation") or {}).get("baseline")) not in (None, "initial", "human"):
         paths["baseline"] = baseline

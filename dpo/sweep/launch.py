@@ -15,19 +15,24 @@ import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo import HOME
@@ -38,6 +43,7 @@ from dpo.sweep.plan import Composed, Refused, Run, key_of, message, plan
 from dpo.sweep.renamed import renamed
 from dpo.sweep.schema import OPEN_GROUPS, non_numeric
 from dpo.sweep.signature import check_signature, instantiate
+from dpo.world import sizes
 
 MOST = 10_000  # runs of a sweep
 
@@ -94,6 +100,41 @@ class Grid(Sweeper):
         return self.launcher.launch([list(combination) for combination in itertools.product(*axes.values())], 0)
 
 
+class Combinations:
+    """Composes combinations of overrides as Hydra's loader does, which reads and merges all files again for each.
+
+    Those that choose the same options of groups are composed once, and get their values in copies of that.
+    """
+
+    def __init__(self, loader: ConfigLoader, config: DictConfig, swept: Collection[str] = ()) -> None:
+        self.loader, self.config, self.swept = loader, config, swept
+        self.parsed = cache(OverridesParser.create(config_loader=loader).parse_override)
+        self.is_group = cache(loader.get_group_options)
+        self.alike: dict[tuple[str, ...], Composed] = {}  # by options
+
+    def compose(self, overrides: Sequence[str]) -> Composed:
+        """Raises: HydraException, OmegaConfBaseException if they fit nothing, or one another."""
+        given = [self.parsed(override) for override in overrides]
+        plain = all(one.type == OverrideType.CHANGE and not one.is_hydra_override() for one in given)
+        if not plain or "${" in str(overrides):
+            return self._by_hydra(overrides)
+        values = [one for one in given if not (one.package or self.is_group(one.key_or_group))]
+        options = tuple(one.input_line or "" for one in given if one.package or self.is_group(one.key_or_group))
+        if options not in self.alike:
+            self.alike[options] = self._by_hydra(options)
+        config = deepcopy(self.alike[options].config)
+        try:
+            for one in values:
+                OmegaConf.update(config, one.key_or_group, one.value(), merge=True)
+        except OmegaConfBaseException:
+            return self._by_hydra(overrides)  # it says more of what is wrong
+        return replace(self.alike[options], config=config, overrides=[*overrides])
+
+    def _by_hydra(self, overrides: Sequence[str]) -> Composed:
+        config = self.loader.load_sweep_config(self.config, list(overrides))
+        return _composed(config, config.hydra, self.swept)
+
+
 Report = Callable[[Path, Collection[str]], None]  # what is said of a folder at the end, see `dpo.results.report`
 
 
@@ -110,12 +151,12 @@ class Sweep(Launcher):
         swept = {*(self.config.hydra.sweeper.get("params") or {})}  # an experiment's, though the command line fixes one
         for alike in zip(*job_overrides, strict=True):
             swept |= {key_of(alike[0])} if len({*alike}) > 1 else set()
+        combinations = Combinations(self.loader, self.config, swept)
         for overrides in job_overrides:
             try:
                 if problem := _null(overrides):
                     raise ConfigCompositionException(problem)
-                config = self.loader.load_sweep_config(self.config, list(overrides))
-                composed.append(_composed(config, config.hydra, swept))
+                composed.append(combinations.compose(overrides))
             except (HydraException, OmegaConfBaseException) as error:
                 refused.append(Refused(overrides, message(error)))
         self.execute(composed, refused)
@@ -131,6 +172,11 @@ class Sweep(Launcher):
         if refused:
             _list(refused)
             sys.exit(1)
+        needed = [(run.config.get("policy"), run.config.get("cache", "")) for run in planned]
+        for base, folder in dict.fromkeys((sizes.missing(policy, where), where) for policy, where in needed):
+            if base:
+                spent = f"about {sizes.MINUTES[base]} minutes on one core"
+                print(f"{base} is not in {folder}/base: the first run that needs it makes it, {spent}", flush=True)
         sys.exit(self.start(planned))
 
     def problems(self, planned: Sequence[Run]) -> list[str]:
@@ -285,6 +331,8 @@ class Execution:
 def _composed(config: DictConfig, settings: Any, swept: Collection[str] = ()) -> Composed:
     chosen = {key_of(group): option for group, option in settings.runtime.choices.items() if option is not None}
     choices = {key: str(option) for key, option in chosen.items() if "/" not in key and not non_numeric(key)}
+    with open_dict(config):
+        config.pop("hydra", None)
     return Composed(config, list(settings.overrides.task), choices, frozenset(swept))
 
 

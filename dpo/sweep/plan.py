@@ -11,12 +11,12 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo import HOME
 from dpo.sweep.directory import config as config_of
-from dpo.sweep.directory import configs, finished, status
+from dpo.sweep.directory import configs, finished, status, to_yaml
 from dpo.sweep.forks import ask, serve
 from dpo.sweep.schema import ALIASES, NAME_BYTES, RECORDED, faults, flatten, identity, identity_keys, non_numeric
 
@@ -66,7 +66,7 @@ class Run:
         unfinished = self.directory / f"config.{os.getpid()}.unfinished"
         unfinished.write_text(
             f"# The settings of this run, all of them. python -m dpo.sweep.execute {self.directory}\n"
-            + OmegaConf.to_yaml(OmegaConf.create(self.config))
+            + to_yaml(self.config)
         )
         try:
             os.link(unfinished, file)  # fails where there is one
@@ -148,7 +148,8 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     Raises: ValueError if a key without a default is not given.
     """
     ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    if missing := sorted(OmegaConf.missing_keys(ours)):
+    written: Any = OmegaConf.to_container(ours)
+    if missing := sorted(key for key, value in flatten(written).items() if value == MISSING):
         raise ValueError("\n".join(f"{key} must be given, it has no default; add {key}=..." for key in missing))
     values: Any = OmegaConf.to_container(ours, resolve=True)
     for home, key in ALIASES.items():

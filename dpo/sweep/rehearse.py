@@ -16,6 +16,7 @@ from dpo.sweep import inputs
 from dpo.sweep.directory import before
 from dpo.sweep.schema import misfits
 from dpo.sweep.signature import instantiate
+from dpo.world import sizes
 
 
 class Rehearsal:
@@ -30,7 +31,7 @@ class Rehearsal:
             return {"problems": problems, "inputs": {}}
         attempts: list[tuple[Any, ...]] = [
             (_data, config["data"]),
-            (_located, config["policy"]["path"], config["policy"]["base"]),
+            (_located, config["policy"]["path"], sizes.present(config["policy"]["base"], config["cache"])),
             (_compared, config["policy"]["path"], config.get("against"), config["evaluation"].get("baseline")),
             (_candidates, config.get("candidates")),
             (read_instructions, config["evaluation"]["instructions"]),
@@ -43,15 +44,16 @@ class Rehearsal:
         tried = [self._once(*attempt) for attempt in attempts]
         if problems := [problem for _, problem in tried if problem is not None]:
             return {"problems": problems, "inputs": {}}
-        content, with_pairs = tried[0][0]
+        content, with_pairs, single = tried[0][0]
         if with_pairs and config.get("pairs", {}).get("off_policy"):
             wrong = "pairs.off_policy=true makes pairs of prompts, found data with pairs; leave it out"
             return {"problems": [wrong], "inputs": {}}
-        if "loss" in config and (problem := self._once(_together, config["loss"], config["reference"])[1]):
+        single = single and config["command"] in ("train", "score")  # others read the prompts alone
+        if "loss" in config and (problem := self._once(_together, config["loss"], config["reference"], single)[1]):
             return {"problems": [problem], "inputs": {}}
         models, problem = self._once(
             inputs.models,
-            {key: config.get(key) for key in ("policy", "reference", "against", "candidates", "evaluation")},
+            {key: config.get(key) for key in ("policy", "cache", "reference", "against", "candidates", "evaluation")},
         )
         if problem is not None:
             return {"problems": [problem], "inputs": {}}
@@ -69,13 +71,14 @@ class Rehearsal:
         return self.tried[key]
 
 
-def _data(node: dict[str, Any]) -> tuple[str, bool]:
-    """A digest of the data, and whether it brings pairs."""
+def _data(node: dict[str, Any]) -> tuple[str, bool, bool]:
+    """A digest of the data, whether it brings pairs, and whether these are single responses with a label."""
     for key, value in node.items():
         if key.endswith("path") and value is not None and not Path(value).is_file():
             raise ValueError(f"data.{key} must be a file of records, found none at {value}; check the path")
     dataset: Dataset = instantiate(node)
-    return contents(dataset), bool(dataset.preferences)
+    single = any(pair.label is not None for pair in dataset.preferences.get("train", ()))
+    return contents(dataset), bool(dataset.preferences), single
 
 
 def _candidates(folder: str | None) -> None:
@@ -98,10 +101,15 @@ def _loss(node: dict[str, Any]) -> None:
     try_out(instantiate(node))
 
 
-def _together(loss: dict[str, Any], reference: dict[str, Any]) -> None:
-    """A loss may ask for more than a reference gives."""
-    gives = getattr(instantiate(reference), "gives", ())
-    for what in asked_by(instantiate(loss)):
+def _together(loss: dict[str, Any], reference: dict[str, Any], single: bool) -> None:
+    """A loss may ask for more than a reference gives, or for pairs where the data are `single` responses."""
+    gives, asked = getattr(instantiate(reference), "gives", ()), asked_by(instantiate(loss))
+    if single and "labels" not in asked:
+        raise ValueError(
+            f"{loss['_target_']} learns from pairs, found data of single responses with a label; take loss=kto, or "
+            "data with chosen and rejected responses"
+        )
+    for what in asked:
         if what in OF_REFERENCE and what not in gives:
             raise ValueError(
                 f"{loss['_target_']} needs {OF_REFERENCE[what]} under the reference, found {reference['_target_']}, "

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, is_dataclass, make_dataclass
 from datetime import date
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -196,7 +197,8 @@ NON_NUMERIC = (
     *("name", "runs", "cache", "wandb", "device", "processes", "threads", "micro_batch_tokens", "packed"),
     *("activation_checkpointing", "sharding", "evaluate_every", "evaluate_prompts", "checkpoint_every"),
     *("checkpoints_kept", "evaluation.log_samples", "evaluation.instructions"),
-    *("policy.micro_batch_tokens", "policy.generation_batch_size"),  # of keys that are listed, or decide themselves
+    *("generation.batch_size", "evaluation.batch_size"),
+    *("policy.micro_batch_tokens", "policy.generation_batch_size"),  # of keys that are listed
     *("figure", "table"),  # an experiment is what its keys say
     *RECORDED,
     "hydra",
@@ -282,6 +284,11 @@ def non_numeric(key: str, config: dict[str, Any] | None = None) -> bool:
     """Whether a key is outside a run's identity: it cannot change a number (of `config`, which may select a step)."""
     if key == "evaluate_every" and config and config.get("keep", "last") != "last":
         return False  # what is evaluated can be selected
+    return _outside(key)
+
+
+@cache
+def _outside(key: str) -> bool:
     return any(key == other or key.startswith(f"{other}.") for other in NON_NUMERIC)
 
 

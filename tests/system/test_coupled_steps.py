@@ -24,11 +24,12 @@ LOSSES = {  # options of a page, in ways that matter to how a step is dealt out
     "alpha_dpo": {},
     "aot": {},
     "aot_unpaired": {},
+    "kto": {"desirable_weight": 1.5},
     "kto_paired": {},
     "bco": {},
 }
 STATEFUL = ("beta_dpo-code", "alpha_dpo", "bco")
-OF_FOUR = ("beta_dpo-code", "aot")
+OF_FOUR = ("beta_dpo-code", "aot", "kto")
 
 
 def loss_of(name):

@@ -322,8 +322,11 @@ def test_what_is_swept_names_the_runs(monkeypatch):
     taken: list[Any] = []
 
     class Loader:
+        def get_group_options(self, key: str) -> list[str]:
+            return ["initial", "uniform"] if key == "reference" else []
+
         def load_sweep_config(self, config: Any, overrides: list[str]) -> Any:
-            if "beta=bad" in overrides:
+            if "+beta=bad" in overrides:
                 raise ConfigCompositionException("no such value")
             return OmegaConf.create({"hydra": {"runtime": {"choices": CHOICES}, "overrides": {"task": overrides}}})
 
@@ -331,13 +334,13 @@ def test_what_is_swept_names_the_runs(monkeypatch):
     sweep.loader = Loader()  # type: ignore[assignment]
     sweep.config = OmegaConf.create({"hydra": {"sweeper": {"params": {"reference": "initial,uniform"}}}})
     monkeypatch.setattr(Sweep, "execute", lambda _, composed, refused: taken.extend((composed, refused)))
-    sweep.launch([[f"+beta={beta}", "lr=1"] for beta in (1, 2)] + [["beta=bad", "lr=1"], ["loss=null", "lr=1"]], 0)
+    sweep.launch([[f"+beta={beta}", "lr=1"] for beta in (1, 2)] + [["+beta=bad", "lr=1"], ["loss=null", "lr=1"]], 0)
     composed, refused = taken
     assert [one.overrides for one in composed] == [["+beta=1", "lr=1"], ["+beta=2", "lr=1"]]
     assert {one.swept for one in composed} == {frozenset({"beta", "reference"})}
     assert [one.choices for one in composed] == [{"loss": "dpo", "reference": "initial"}] * 2
     assert [(one.overrides[0], one.reason.split(";")[0]) for one in refused] == [
-        ("beta=bad", "no such value"),
+        ("+beta=bad", "no such value"),
         ("loss=null", "loss must be one of its options, got null"),
     ]
     taken.clear()

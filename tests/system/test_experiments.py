@@ -360,6 +360,11 @@ GRIDS = {
         "loss.alpha": ["0", "0.6"],
         "seed": SEEDS,
     },
+    "dynamic_beta_sizes": {
+        "policy": ["tiny", "small", "base"],
+        "loss": ["dpo", "beta_dpo"],
+        "seed": SEEDS,
+    },
     "dynamic_beta_variants": {
         "loss": ["beta_dpo", "beta_ipo", "beta_kto"],
         "loss.alpha": ["0", "0.6"],

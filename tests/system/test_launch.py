@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -96,6 +97,14 @@ from dpo.data.records import Dataset
 def world(summaries, demonstrations: int, train: int, validation: int, test: int, seed: int) -> Dataset:
     return Dataset([], {}, {"train": [str(seed)]})
 """
+MADE = """
+from pathlib import Path
+from dpo.world import sizes
+
+def made(base, cache, device):
+    print("makes", base, "for", device, flush=True)
+    Path(sizes.place(base, cache)).mkdir(parents=True)
+"""
 NOUNS = {
     "losses/__init__": LOSSES,
     "losses/pairs": PAIRS,
@@ -103,6 +112,7 @@ NOUNS = {
     "engines": ENGINES,
     "references": "class Initial:\n    check = prepare = None\n    def __init__(self): ...",
     "world/language": WORLD,
+    "world/pretrain": MADE,
     "data/__init__": "",
     "policy/__init__": "",
     "policy/sampling": "class Sample: ...",
@@ -110,7 +120,10 @@ NOUNS = {
     "results/figures": "def draw(frame, path): path.touch()",
     "train": VERB,
 }
-PROJECT = ("__init__.py", "cache.py", "data/records.py", "data/instructions.py", "sweep/*.py", "results/*.py")
+PROJECT = (
+    *("__init__.py", "cache.py", "data/records.py", "data/instructions.py", "world/sizes.py"),
+    *("sweep/*.py", "results/*.py"),
+)
 
 
 @pytest.fixture
@@ -160,6 +173,19 @@ def wait_for(path: Path) -> None:
 
 def states(folder: Path) -> dict[str, str]:
     return {path.parent.name: results.status(path.parent) for path in sorted(folder.glob("*/config.yaml"))}
+
+
+def test_the_first_run_makes_the_base_model_that_is_not_there(tree):
+    sweep = ["-m", "policy=small", "beta=0.01,0.1", "device=cpu"]
+    text = said(tree, *sweep, code=0)
+    assert re.search(
+        "\nworld_small is not in cache/base: the first run that needs it makes it, about \\d+ min", f"\n{text}"
+    )
+    assert text.count("makes world_small for cpu") == text.count("world_small is not in") == 1
+    assert text.index("is not in") < text.index("started") < text.index("makes world") < text.index("finished in")
+    assert "world_small" not in said(tree, *sweep, "seed=1", code=0)
+    assert "world_small" not in said(tree, "policy=small", "policy.path=.", "cache=other", code=0)
+    assert not (tree / "other").exists()
 
 
 def test_sweep(tree):

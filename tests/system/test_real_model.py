@@ -25,7 +25,7 @@ import gguf
 import pytest
 import torch
 import transformers
-from hydra import compose, initialize_config_dir
+from composing import compose
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -111,9 +111,7 @@ def chat(dialogue: str) -> list[dict[str, str]]:
 
 
 def frozen(verb: str, *overrides: str) -> Any:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = compose(verb, list(overrides))
-    resolved = resolve(composed)
+    resolved = resolve(compose(verb, *overrides))
     check(resolved)
     return OmegaConf.create({"id": identity(resolved), **resolved})
 

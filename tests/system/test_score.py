@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from composing import compose
 from conftest import tiny_tokenizer
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from dpo import score
@@ -31,8 +31,7 @@ def given(tmp_path, tiny_model) -> list[str]:
 
 
 def frozen(*overrides: str, reference: str) -> Any:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        resolved = resolve(compose("score", [*overrides, f"reference={reference}"]))
+    resolved = resolve(compose("score", *overrides, f"reference={reference}"))
     check(resolved)
     return OmegaConf.create({"id": identity(resolved), **resolved, "choices": {"reference": reference}})
 

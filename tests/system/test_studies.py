@@ -9,7 +9,7 @@ from typing import Any
 import nbformat
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
+from composing import composed
 from nbclient import NotebookClient
 from omegaconf import OmegaConf
 
@@ -60,9 +60,8 @@ def folder(tmp_path_factory):
         for overrides in [run for grid in grids for run in combinations(grid)]:
             seed = [] if any(one.startswith("seed") for one in overrides) else ["seed=0"]
             small = ["batch_size=8", "evaluate_every=0", "steps=2"] if verb == "train" else []
-            with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-                composed = compose(verb, [*small, *TINY, *overrides, *seed, f"name={sweep}"], return_hydra_config=True)
-            config, groups = resolve(composed), dict(composed.hydra.runtime.choices)
+            one = composed(verb, *small, *TINY, *overrides, *seed, f"name={sweep}")
+            config, groups = resolve(one.config), one.choices
             check(config)
             choices = {group: groups[group] for group in ("loss", "reference", "data") if group in groups}
             id = identity(config)

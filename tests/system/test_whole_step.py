@@ -24,8 +24,9 @@ from whole_runs import own
 from dpo import evaluate
 from dpo import train as dpo_train
 from dpo.data.batches import Batches, Pair, collate_pairs, size
+from dpo.data.records import Preference
 from dpo.losses import Loss, PairLogps, dpo, whole_step
-from dpo.losses.pairs import frozen, sees_whole_step, try_out, unbound
+from dpo.losses.pairs import asked_by, frozen, sees_whole_step, try_out, unbound
 from dpo.policy.logps import sequence_logps
 from dpo.sweep import rehearse
 from dpo.sweep.signature import PLUGINS, check_signature, instantiate
@@ -96,13 +97,15 @@ def llama():
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads, use_cache=False))
 
 
-def pairs(number=33, seed=1):
+def pairs(number=33, seed=1, labels=False):
+    """labels: with one, of which a third are desirable."""
     rng = torch.Generator().manual_seed(seed)
 
     def some(least, most):
         return torch.randint(3, 41, (int(torch.randint(least, most, (), generator=rng)),), generator=rng).tolist()
 
-    return [Pair(some(2, 9), some(1, 12), some(1, 12)) for _ in range(number)]
+    texts = [Preference("", "", "", label=row % 3 == 0) if labels else None for row in range(number)]
+    return [Pair(some(2, 9), some(1, 12), some(1, 12), text) for text in texts]
 
 
 class Table:
@@ -139,7 +142,7 @@ def train(directory, name, micro_batches=4, steps=STEPS, reference=None, loss=No
     with Log(directory) as log:
         fit(
             model,
-            batches(pairs(), WINDOW, LAYOUTS[micro_batches], seed=5),
+            batches(pairs(labels="labels" in asked_by(loss)), WINDOW, LAYOUTS[micro_batches], seed=5),
             disturb(step) if disturb else step,
             optim,
             schedule(optim, "constant", 0, STEPS),
@@ -172,22 +175,28 @@ def brute_force(loss):
     if isinstance(unbound(loss), nn.Module):
         unbound(loss).double()
     optim = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
-    rows, windows = [], batches(pairs(), WINDOW, 10_000, seed=5)
+    rows, windows = [], batches(pairs(labels="labels" in asked_by(loss)), WINDOW, 10_000, seed=5)
     for step in range(STEPS):
         [batch], total = windows.at(step)
         assert total == len(batch.index) == (14, 14, 5)[step % 3]
         (chosen, rejected), lengths = (values.chunk(2) for values in sequence_logps(model, batch))
         pair = PairLogps(chosen, rejected, *reference.table.double()[batch.index].T, *lengths, row_ids=batch.index)
+        pair = replace(pair, desirable=batch.desirable)
         result = loss(pair)
         found = result.losses.mean()
         optim.zero_grad()
         found.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
         optim.step()
-        row = {"loss": found, "grad_norm": norm, "logratios/margins": pair.margins.mean()}
-        row |= {"rewards/chosen": result.chosen_rewards.mean()}
+        row = {"loss": found, "grad_norm": norm}
         row |= {name: figure.double().mean() for name, figure in result.figures.items()}
-        row |= {"lengths/chosen": lengths[0].double().mean(), "logps/rejected": rejected.mean()}
+        if (good := batch.desirable) is None:
+            row |= {"logratios/margins": pair.margins.mean(), "rewards/chosen": result.chosen_rewards.mean()}
+            row |= {"lengths/chosen": lengths[0].double().mean(), "logps/rejected": rejected.mean()}
+        else:  # means over the rows of a label
+            row |= {"rewards/chosen": result.chosen_rewards[good].mean(), "logps/rejected": chosen[~good].mean()}
+            row |= {"lengths/chosen": lengths[0][good].double().mean()}
+            row["logratios/margins"] = pair.chosen_logratios[good].mean() - pair.chosen_logratios[~good].mean()
         rows.append({key: value.item() for key, value in row.items()})
     return rows, model.state_dict(), loss
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
+from composing import compose
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -18,8 +18,7 @@ CONF = Path(__file__).parents[2] / "conf"
 
 
 def config(*overrides: str, command: str = "train") -> dict[str, Any]:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return resolve(compose(command, list(overrides), return_hydra_config=True))
+    return resolve(compose(command, *overrides))
 
 
 def problems(*overrides: str, command: str = "train") -> str:

@@ -22,7 +22,7 @@ from dpo.sweep.signature import check_signature, instantiate
 
 CONF = Path(__file__).parents[2] / "conf" / "loss"
 COUPLED = ("beta_dpo", "beta_ipo", "beta_kto", "beta_simpo", "dr_dpo", "dr_ipo", "alpha_dpo", "aot", "aot_unpaired")
-COUPLED += ("kto_paired", "bco")
+COUPLED += ("kto", "kto_paired", "bco")
 MOMENTUM = 0.9
 
 
@@ -36,11 +36,12 @@ def loss_of(name, **options):
     return instantiate(node(name, **options))
 
 
-def pairs(size=6, seed=0, dtype=torch.float64, first=0):
+def pairs(size=6, seed=0, dtype=torch.float64, first=0, labels=False):
     rng = torch.Generator().manual_seed(seed)
     logps = [-30 * torch.rand(size, generator=rng, dtype=torch.float64).to(dtype) for _ in range(4)]
     lengths = [torch.randint(1, 20, (size,), generator=rng) for _ in range(2)]
-    return PairLogps(*logps, *lengths, row_ids=torch.arange(first, first + size))
+    rows = torch.arange(first, first + size)
+    return PairLogps(*logps, *lengths, row_ids=rows, desirable=rows % 3 == 0 if labels else None)
 
 
 def numbers(pair):
@@ -67,7 +68,8 @@ def gradient(loss, pair):
     names = ("policy_chosen_logps", "policy_rejected_logps")
     policy = {name: getattr(pair, name).clone().requires_grad_() for name in names}
     losses = loss(replace(pair, **policy)).losses
-    return losses.detach(), torch.stack(torch.autograd.grad(losses.sum(), [*policy.values()]))
+    gradients = torch.autograd.grad(losses.sum(), [*policy.values()], materialize_grads=True)
+    return losses.detach(), torch.stack(gradients)
 
 
 def test_a_running_mean_is_a_weighted_mean():
@@ -326,7 +328,7 @@ def test_steps_of_one_pair(name, same):
     """And of a policy that is its reference."""
     loss = loss_of(name)
     for step in range(3):
-        pair = pairs(1, seed=step, dtype=torch.float32)
+        pair = pairs(1, seed=step, dtype=torch.float32, labels=name == "kto")
         if same:
             policy = {
                 f"reference_{side}_logps": getattr(pair, f"policy_{side}_logps") for side in ("chosen", "rejected")
@@ -351,10 +353,10 @@ def test_a_step_of_one_pair_has_no_spread_to_learn_from():
 
 @pytest.mark.parametrize("name", COUPLED)
 def test_evaluation_moves_nothing_and_has_the_beta_of_the_config(name):
-    loss = loss_of(name)
-    loss(pairs(6, seed=1))
+    loss, labels = loss_of(name), name == "kto"
+    loss(pairs(6, seed=1, labels=labels))
     before = copy.deepcopy(unbound(loss).state_dict()) if isinstance(unbound(loss), torch.nn.Module) else {}
-    held_out = pairs(6)
+    held_out = pairs(6, labels=labels)
     found = frozen(loss)(held_out)
     if name in OBJECTIVES:
         assert torch.equal(found.losses, OBJECTIVES[name](held_out).losses)

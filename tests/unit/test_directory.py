@@ -8,13 +8,27 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from test_launch import ROOT, said, tree
 from test_runs import command, run
+from yaml import YAMLError
 
 from dpo import results
 from dpo.results import tables
 from dpo.results.frames import DamagedRun
-from dpo.sweep.directory import MARKERS, SCORES, config, damage, evaluation, finish, finished, folders, manifest
+from dpo.sweep.directory import (
+    MARKERS,
+    SCORES,
+    config,
+    damage,
+    evaluation,
+    finish,
+    finished,
+    folders,
+    manifest,
+    read_yaml,
+    to_yaml,
+)
 
 __all__ = ["tree"]
 TEXTS = {
@@ -229,3 +243,15 @@ def test_names_are_nobody_elses():
     code = "import queue, concurrent.futures, multiprocessing.queues; queue.SimpleQueue"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "dpo")}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_yaml_is_read_and_written_as_omegaconf_does():
+    values = {"a": 1e-3, "b": 5e-324, "c": "1e-3", "d": "yes", "e": True, "f": None, "g": [1, "2", {"h": "${a}"}]}
+    values |= {"i": "2024-07-26", "j": "é: 'x' # y", "k": "", "l": {}, "m": "a\nb", "n": math.inf, "o": [], "1": "0x1"}
+    text = OmegaConf.to_yaml(OmegaConf.create(values))
+    assert to_yaml(values) == text
+    assert read_yaml(text) == values
+    for text in ("a: 1e-3", "a: 2024-07-26", "a: yes", "a: on", "a: 0o17", "a: 1_0", "a: .5e3", "a: ~", "a: 1:30"):
+        assert read_yaml(text) == OmegaConf.to_container(OmegaConf.create(text)), text
+    with pytest.raises(YAMLError, match="found duplicate key a"):
+        read_yaml("a: 1\na: 2")

@@ -91,6 +91,29 @@ def of_pairs(kurtosis, wider, outlier):
     return runs(rows)
 
 
+def of_sizes(gain, low, high):
+    """gain: of each policy, by beta-DPO; low, high: as in `of_gaps`, for the small and the base one."""
+    rows = [
+        {
+            "policy": policy,
+            "loss": loss,
+            GAP: None,
+            "beta": 0.1,
+            "score": 0.5 + (gain[policy] if loss != "dpo" else 0.0),
+        }
+        for policy in gain
+        for loss in ("dpo", "beta_dpo")
+    ]
+    rows += [
+        {"policy": policy, "loss": "dpo", GAP: gap, "beta": beta, "score": 0.6 + slope * np.log10(beta / 0.1)}
+        for policy in ("small", "base")
+        for gap, slope in (("low", low), ("high", high))
+        for beta in BETAS
+    ]
+    frame = runs(rows)
+    return frame.assign(method=dynamic_beta.sized(frame))
+
+
 def world(sign=1.0):
     return {
         "runs": of_gaps(-0.1 * sign, 0.05 * sign),
@@ -219,6 +242,50 @@ def test_tables():
     [drawn] = curves(figures["figure_4"])
     assert drawn[dynamic_beta.PLAIN][:2] == [[0.0, 1.0], pytest.approx([0.7, 0.6], abs=1e-3)]
     assert "population, 0.4, 0.1, True" in [text.get_text() for text in figures["gaps"].axes[0].get_xticklabels()]
+
+
+def test_sizes():
+    """beta-DPO is better with two of three policies; of gaps the larger policies show what the paper claims."""
+    gain = {"tiny": 0.1, "small": 0.2, "base": -0.1}
+    frames = {"runs": of_gaps(-0.1, 0.05), "sizes": of_sizes(gain, -0.1, 0.05)}
+    tables, figures = dynamic_beta.study(frames)
+    table = tables["table_1"]
+    assert (table.index.tolist(), [*table]) == (["tiny", "small", "base"], ["DPO", "beta-DPO"])
+    assert table["DPO"].str[:5].tolist() == ["0.500"] * 3
+    assert table["beta-DPO"].str[:5].tolist() == ["0.600", "0.700", "0.400"]
+    assert tables["table_1_measures"].index.tolist()[:2] == ["tiny, DPO", "tiny, beta-DPO"]
+    table = tables["figure_1b"]
+    assert (table.index.tolist(), [*table][:2]) == (["1", "0.1", "0.01"], ["small, gap low", "small, gap high"])
+    assert table["base, gap high"].str[:5].tolist() == ["0.650", "0.600", "0.550"]
+    [drawn] = curves(figures["figure_1b"])
+    assert drawn["base, gap low"][1] == pytest.approx([0.7, 0.6, 0.5], abs=1e-3)
+    found = tables["claims"].iloc[3:]
+    assert found.index.str[:9].tolist() == [
+        *("7. beta-D", "small: 1a", "small: 1b", "small: 1c", "base: 1a.", "base: 1b.", "base: 1c.")
+    ]
+    assert found["verdict"].tolist()[0] == "refutes"
+    assert found["verdict"].tolist()[3::3] == ["supports"] * 2
+    assert numbers(found["measured"].iloc[0])[::3] == pytest.approx([*gain.values()], abs=3e-3)
+    means = [student(values(frames["sizes"], policy=p, loss="beta_dpo", beta=0.1) - of_dpo(frames, p), 3) for p in gain]
+    assert numbers(found["measured"].iloc[0]) == pytest.approx(np.array(means).ravel(), abs=6e-4)
+    better = dynamic_beta.claims({**frames, "sizes": of_sizes(dict.fromkeys(gain, 0.1), -0.1, 0.05)})
+    assert better["verdict"].iloc[3] == "supports"
+
+
+def of_dpo(frames, policy):
+    frame = frames["sizes"]
+    return values(frame[frame[GAP].isna()], policy=policy, loss="dpo")
+
+
+def test_sizes_without_runs_by_gap():
+    """The figure's runs may be missing, and with them the column that tells them."""
+    frame = of_sizes({"tiny": 0.1}, -0.1, 0.05)
+    frame = frame[frame[GAP].isna()].drop(columns=GAP)
+    tables, figures = dynamic_beta.study({"runs": of_gaps(-0.1, 0.05), "sizes": frame})
+    assert "figure_1b" not in {*tables, *figures}
+    assert tables["table_1"].index.tolist() == ["tiny"]
+    one = dynamic_beta.claims({"runs": of_gaps(-0.1, 0.05), "sizes": frame[frame["loss"] == "dpo"]})
+    assert "not measured" in one["measured"].iloc[3]
 
 
 def test_spread():

@@ -188,10 +188,11 @@ def test_prompts_that_cannot_be_fed_follow_the_rule_for_pairs(tmp_path, capsys):
 
 def test_how_the_tokenizer_was_called_before_is_no_part_of_the_key(llama):
     model, tokenizer = llama
-    before = sampling.inputs(model, tokenizer, [[1, 2]])
+    drawn = sampling.Sampling(8, 1.0, 1.0, 4)
+    before = sampling.inputs(model, tokenizer, [[1, 2]], drawn)
     tokenizer(["a", "a longer text"], truncation=True, max_length=2)
-    assert sampling.inputs(model, tokenizer, [[1, 2]]) == before
-    assert sampling.inputs(model, tokenizer, [[1, 3]]) != before
+    assert sampling.inputs(model, tokenizer, [[1, 2]], drawn) == before
+    assert sampling.inputs(model, tokenizer, [[1, 3]], drawn) != before
 
 
 def test_pairs_are_made_again_when_what_decides_them_changes(tmp_path, llama, monkeypatch):

@@ -19,7 +19,7 @@ DECIDE = {  # settings that make a run of dpo.train another one
     *("policy.chat_template", "policy.date", "policy.trust_remote_code"),
     *("sft.batch_size", "sft.lr", "sft.epochs", "sft.steps", "sft.schedule", "sft.warmup_steps"),
     *("generation.samples_per_prompt", "generation.temperature", "generation.top_p", "generation.pairs_per_prompt"),
-    *("generation.batch_size", "evaluation.prompts", "evaluation.temperature", "evaluation.batch_size", "command"),
+    *("evaluation.prompts", "evaluation.temperature", "command"),
     *("evaluation.judge", "evaluation.baseline", "pairs.off_policy", "pairs.gap", "pairs.label_temperature"),
     *("pairs.flip", "pairs.outliers", "pairs.outlier"),
 }
@@ -29,6 +29,7 @@ DO_NOT = {  # those that do not
     *("name", "runs", "cache", "wandb.mode", "wandb.project", "wandb.entity", "device", "processes", "threads"),
     *("micro_batch_tokens", "packed", "activation_checkpointing", "sharding.group", "sharding.offload"),
     *("evaluate_every", "evaluate_prompts", "checkpoint_every", "checkpoints_kept"),
+    *("generation.batch_size", "evaluation.batch_size"),
     *("evaluation.log_samples", "evaluation.instructions", "policy.micro_batch_tokens", "policy.generation_batch_size"),
 }
 

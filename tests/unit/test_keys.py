@@ -47,11 +47,10 @@ DECIDE = {  # kind -> settings that decide what is made; all others do not
     "sft": SFT
     | {"policy.base", "policy.chat_template", "policy.date", "optimizer", "adam_betas", "weight_decay", "max_grad_norm"}
     | {"max_length", "on_too_long", "precision", "seed"},
-    "candidates": {f"generation.{key}" for key in ("samples_per_prompt", "temperature", "top_p", "batch_size")}
+    "candidates": {f"generation.{key}" for key in ("samples_per_prompt", "temperature", "top_p")}
     | {"max_length", "max_new_tokens", "seed", "engine._target_", "engine._partial_"},
     "pairs": {"judge._target_", "generation.pairs_per_prompt", "seed"},
-    "baseline": {"evaluation.prompts", "evaluation.temperature", "evaluation.batch_size"}
-    | {"max_length", "max_new_tokens", "seed"},
+    "baseline": {"evaluation.prompts", "evaluation.temperature"} | {"max_length", "max_new_tokens", "seed"},
     "reference": {"precision"},
     "other-reference": {"precision", "policy.date"},
 }
@@ -66,6 +65,7 @@ HOW = {
         "evaluate_every",
         "cache",
     ),
+    *("generation.batch_size", "evaluation.batch_size"),
     *("sharding.group", "sharding.offload", "policy.trust_remote_code"),
 }
 OTHER = {  # setting -> another value that is valid, where one more, or one word more, is not

@@ -414,17 +414,24 @@ def test_extra_state_is_saved(run):
     assert fitted(Run(run.directory)) == 10
 
 
-def end_at_a_file(number, pause):
-    """This process is killed when it asks for a file for the `number`-th time from now on, or a moment later."""
-    left = itertools.count(number, -1)
+FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
+
+
+def end_at_a_file(number, pause, after_step):
+    """This process is killed when it asks for a file for the `number`-th time, or a moment later: from now on, or once
+    it has saved a step.
+    """
+    left, saved = itertools.count(number, -1), [not after_step]
 
     def killed():
         time.sleep(pause)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def asked(event, _):
-        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") and next(left) == 0:
+    def asked(event, given):
+        if saved[0] and event in FILE_EVENTS and next(left) == 0:
             threading.Thread(target=killed).start() if pause else killed()
+        elif event == "os.rename" and Path(os.fsdecode(given[1])).name.startswith("step-"):
+            saved[0] = True
 
     sys.addaudithook(asked)
 
@@ -447,7 +454,7 @@ def test_killed_fifty_times(tmp_path):
         if child == 0:
             with contextlib.suppress(BaseException):
                 if kills < 50:
-                    end_at_a_file(number, pause)
+                    end_at_a_file(number, pause, after_step=kills % 2)
                 train(kills)
                 os._exit(0)
             os._exit(1)
@@ -455,7 +462,7 @@ def test_killed_fifty_times(tmp_path):
         newest = checkpoint.latest(cut / "checkpoint")
         reached.append(int(newest.name.removeprefix("step-")) if newest else 0)
         halves += len(list((cut / "checkpoint").glob("*.unfinished")))
-    assert len(set(reached)) > 10
+    assert len(set(reached)) > 25
     assert halves > 5
     assert reached == sorted(reached)
     assert torch.equal(torch.load(tmp_path / "weights.pt"), weights(whole))

@@ -510,10 +510,10 @@ def test_a_row_needs_name_source_and_equation(table):
 def test_a_loss_and_a_reference_must_fit(given, said):
     asked = config(*given)
     if said is None:
-        _together(asked["loss"], asked["reference"])
+        _together(asked["loss"], asked["reference"], single=False)
     else:
         with pytest.raises(ValueError, match=said):
-            _together(asked["loss"], asked["reference"])
+            _together(asked["loss"], asked["reference"], single=False)
 
 
 def test_what_does_not_fit_is_refused_when_planned():

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
+from composing import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from sweeps import SEEDS, numbers, runs_of, student, values
@@ -186,7 +186,7 @@ def test_frontier(final):
     ]
     every = objectives.figure(runs_of(all_of, seeds=1)).axes
     assert [axis.get_title(loc="left") for axis in every] == list(objectives.FAMILIES)
-    assert [len(axis.get_legend().get_texts()) for axis in every] == [9, 9, 6, 6, 9]
+    assert [len(axis.get_legend().get_texts()) for axis in every] == [9, 10, 6, 6, 9]
     strange = objectives.figure(runs_of([*of("dpo", DPO), *of("mine", ABOVE)]))
     assert [axis.get_title(loc="left") for axis in strange.axes] == ["other objectives"]
     assert not objectives.study({"runs": final.drop(columns="kl")})[1]  # nothing to draw
@@ -243,9 +243,8 @@ def test_the_commands_run_every_objective_on_a_comparable_grid():
         assert len(numbers_of) == 5
         assert (np.diff(np.log10(numbers_of)) > 0.45).all()
     configs = []
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for loss, (betas, more) in found.items():
-            given = ["table=objectives", f"loss={loss}", f"beta={betas[0]}", "seed=0", *more]
-            configs.append(resolve(compose("train", given)))
-            assert (configs[-1]["beta"], configs[-1]["name"]) == (float(betas[0]), "objectives")
+    for loss, (betas, more) in found.items():
+        given = ["table=objectives", f"loss={loss}", f"beta={betas[0]}", "seed=0", *more]
+        configs.append(resolve(compose("train", *given)))
+        assert (configs[-1]["beta"], configs[-1]["name"]) == (float(betas[0]), "objectives")
     assert [tried["problems"] for tried in trials(configs)] == [[]] * len(LOSSES)

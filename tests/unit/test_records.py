@@ -135,7 +135,10 @@ USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "cont
         ("[" * 100_000, "nested too deeply"),
         ('{"x":' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
         ({"chosen": DIALOGUE + " a", "rejected": DIALOGUE + " b"}, HINTED + "no prompt; dialogues like those of"),
-        ({"prompt": "p", "completion": "c", "label": True}, HINTED + "no chosen and no rejected; this is data of s"),
+        (
+            {"prompt": "p", "completion": "c", "label": True},
+            HINTED + "no chosen and no rejected; single responses with a",
+        ),
         ({"messages": [USER, ASSISTANT]}, HINTED + "no prompt and no chosen and no rejected; this is data of demonstr"),
         ({"prompt": "p", "chosen": "c", "text": "t"}, HINTED + "no rejected"),
         ({"prompt": "p", "completion": "c"}, HINTED + "no chosen and no rejected; this is data of demonstr"),

@@ -99,9 +99,11 @@ def test_every_option_is_tried(base, monkeypatch, key):
 
 def test_all_that_is_wrong_is_said_at_once(base):
     wrong = with_(with_(base, "reference.alpha", 2.0), "loss.label_smoothing", 0.7)
+    wrong = with_(wrong, "evaluation.baseline", "/nowhere/strong")
     said = Rehearsal().of(with_(wrong, "policy.path", "/nowhere/policy"))["problems"]
-    assert len(said) == 3
-    for part, problem in zip(("/nowhere/policy must be", "reference.alpha must", "label_smoothing"), said, strict=True):
+    parts = ("/nowhere/policy must be", "/nowhere/strong must be", "reference.alpha must", "label_smoothing")
+    assert len(said) == len(parts)
+    for part, problem in zip(parts, said, strict=True):
         assert part in problem
 
 

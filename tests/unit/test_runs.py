@@ -369,7 +369,7 @@ def test_command(tmp_path):
 
 
 def command(cwd: Path, path: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(results.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(results.__file__).parents[2])}
     line = [sys.executable, "-X", "importtime", "-m", "dpo.results", path]
     return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True)
 

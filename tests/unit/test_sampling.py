@@ -1,16 +1,17 @@
 """What is drawn, against the model's own logits of each prompt alone; limits, batches, and the model as it was."""
 
-import itertools
+import inspect
+import random
 from collections import Counter
 
 import pytest
 import torch
 from conftest import CONFIGS, tiny_tokenizer
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from dpo.data.tokens import decode
-from dpo.policy.model import vocabulary
+from dpo.policy.model import load, vocabulary
 from dpo.policy.sampling import Sampling, sample
 
 PROMPTS = [[1, 40], [1, *range(50, 70)], [1, 9, 12, 30]]  # their ids: BOS and text
@@ -90,35 +91,107 @@ def test_every_token_can_be_drawn(llama):
 
 
 def test_every_prompt_has_random_numbers_of_its_own(llama):
-    """In its batch, and those of one batch are not those of the next."""
-    found = [tuple(one.response_ids) for one in draw(llama, PROMPTS[:1] * 40, max_new_tokens=6, batch_size=20)]
+    """Those of its seed and place, however many are drawn at once and whatever stands beside it."""
+    found = [tuple(one.response_ids) for one in draw(llama, PROMPTS[:1] * 40, max_new_tokens=6)]
     assert len(set(found)) > 30
-    assert found[:20] != found[20:]
+    for batch_size in (1, 7, 20):
+        again = draw(llama, PROMPTS[:1] * 40, max_new_tokens=6, batch_size=batch_size)
+        assert [tuple(one.response_ids) for one in again] == found
+    mixed = [prompt if place % 3 else PROMPTS[1] for place, prompt in enumerate(PROMPTS[:1] * 40)]
+    beside = [tuple(one.response_ids) for one in draw(llama, mixed, max_new_tokens=6, batch_size=16)]
+    assert all(beside[place] == found[place] for place in range(40) if place % 3)
+    other = [tuple(one.response_ids) for one in draw(llama, PROMPTS[:1] * 40, max_new_tokens=6, seed=1)]
+    assert sum(one == two for one, two in zip(found, other, strict=True)) < 5
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+def test_greedy_is_what_the_library_generates(tiny_model, kind):
+    """Token for token, for prompts of unequal length, in batches and after rows have left them."""
+    model, tokenizer = load(tiny_model(kind))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for weight in model.parameters():
+            weight.add_(0.2 * torch.randn_like(weight))
+    rng = random.Random(0)
+    prompts = [[rng.randrange(10, 300) for _ in range(rng.randint(1, 24))] for _ in range(12)]
+
+    def generated(ends: list[int]) -> list[list[int]]:
+        """Each prompt by itself."""
+        rows = [torch.tensor([ids]) for ids in prompts]
+        options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": ends, "pad_token_id": 0, "use_cache": True}
+        spare = sorted(set(range(model.config.vocab_size)).difference(vocabulary(tokenizer).tolist()))
+        return [model.generate(row, suppress_tokens=spare, **options)[0, row.shape[1] :].tolist() for row in rows]
+
+    free = generated([model.config.vocab_size - 1])
+    model.generation_config.eos_token_id = ends = [tokenizer.eos_token_id, *(row[at] for at, row in enumerate(free))]
+    expected = generated(ends)
+    assert len({len(row) for row in expected}) > 1
+    found = draw((model, tokenizer), prompts, max_new_tokens=16, temperature=0, batch_size=8)
+    assert [one.response_ids for one in found] == expected
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "recurrent"])
+def test_a_model_with_recurrent_layers(kind):
+    """Their states cannot be chosen by row: no row leaves. One that keeps no keys and values at all is refused."""
+    tokenizer = tiny_tokenizer("llama")
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+    small = {"hidden_size": 32, "num_hidden_layers": 2, **ids}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        if kind == "recurrent":
+            with pytest.raises(ValueError, match="must take past_key_values, found MambaForCausalLM"):
+                draw((MambaForCausalLM(MambaConfig(**small)), tokenizer), PROMPTS)
+            return
+        model = Lfm2ForCausalLM(Lfm2Config(intermediate_size=48, **heads, **small)).eval()
+        for weight in model.parameters():
+            weight.add_(0.2 * torch.randn_like(weight))
+    prompts = [*PROMPTS, PROMPTS[0]]
+    expected = [
+        model.generate(torch.tensor([row]), max_new_tokens=8, do_sample=False, pad_token_id=0)[0, len(row) :].tolist()
+        for row in prompts
+    ]
+    assert len({len(row) for row in expected}) > 1
+    found = draw((model, tokenizer), prompts, max_new_tokens=8, temperature=0)
+    assert [one.response_ids for one in found] == expected
 
 
 def test_batches_and_limits(llama, monkeypatch):
-    """Each prompt is sampled once, in order, in batches of the size that is asked for."""
+    """Each prompt is sampled once, at most batch_size at a time; one is read once, and what has ended no more."""
     model, tokenizer = llama
-    asked, generate = [], model.generate
+    asked, forward = [], model.forward
 
     def watched(input_ids, **named):
-        asked.append((tuple(input_ids.shape), named["generation_config"]))
-        return generate(input_ids, **named)
+        asked.append(tuple(input_ids.shape))
+        return forward(input_ids, **named)
 
-    monkeypatch.setattr(model, "generate", watched)
+    watched.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(model, "forward", watched)
     monkeypatch.setattr(model.generation_config, "eos_token_id", [tokenizer.eos_token_id, 77])
-    prompts = list(itertools.islice(itertools.cycle(PROMPTS), 8))
+    prompts = [*PROMPTS, *PROMPTS, *PROMPTS[:2]]
     found = draw(llama, prompts, max_new_tokens=5, batch_size=3)
     assert [one.prompt_ids for one in found] == prompts
-    assert [shape for shape, _ in asked] == [(3, 21), (3, 21), (2, 21)]
+    read = [shape for shape in asked if shape[1] > 1]
+    assert read == [(1, 21), (2, 4), (1, 2)]  # three times the longest; twice the next, and then the shortest
+    assert max(rows for rows, width in asked if width == 1) == 3
     assert {len(one.response_ids) for one in found if not one.ended} == {5}
-    assert {tuple(config.eos_token_id) for _, config in asked} == {(tokenizer.eos_token_id, 77)}
+    assert all(one.response_ids[-1] in (tokenizer.eos_token_id, 77) for one in found if one.ended)
+
+    asked.clear()
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [tokenizer.eos_token_id, *range(30, 330)])
+    ended = [len(one.response_ids) for one in draw(llama, PROMPTS[:1] * 64, max_new_tokens=8)]
+    rows = [shape[0] for shape in asked[1:]]
+    left = [sum(length > step for length in ended) for step in range(1, 8)]
+    assert rows == sorted(rows, reverse=True)
+    assert rows[-1] < 32
+    assert all(few <= many <= max(few / 0.75, 1) for few, many in zip(left, rows, strict=False))
 
 
 def test_the_text_of_a_response_is_that_before_its_end(llama, monkeypatch):
     """Also where the end is a token that has text."""
     model, tokenizer = llama
-    [(often, _)] = Counter(one.response_ids[1] for one in draw(llama, PROMPTS * 100)).most_common(1)
+    drawn = draw(llama, PROMPTS * 100, max_new_tokens=6)
+    [(often, _)] = Counter(one.response_ids[-2] for one in drawn if len(one.response_ids) > 1).most_common(1)
     monkeypatch.setattr(model.generation_config, "eos_token_id", [tokenizer.eos_token_id, often])
     found = draw(llama, PROMPTS * 400, max_new_tokens=6)
     ended = [one for one in found if one.ended and one.response_ids[-1] == often]
