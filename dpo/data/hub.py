@@ -35,14 +35,8 @@ def hh(
     their last turn are no pair.
     """
 
-    def pairs(file: str | None, split: str) -> list[Preference]:
-        if file is None:
-            rows = _from_hub(_pair, "Anthropic/hh-rlhf", split, data_dir=subset)
-            return filter_pairs(rows, on_faulty, f"hh-rlhf, {split} split")
-        return filter_pairs(parse(file, _pair), on_faulty, file)
-
-    held_out = None if path is not None and validation_path is None else pairs(validation_path, "test")
-    return split_pairs(pairs(path, "train"), held_out, validation_fraction, on_faulty)
+    files = path, validation_path, validation_fraction, on_faulty
+    return _read(_pair, *files, "Anthropic/hh-rlhf", "hh-rlhf", data_dir=subset)
 
 
 def ultrafeedback(
@@ -59,13 +53,8 @@ def ultrafeedback(
     `dpo.data.records.filter_pairs`.
     """
 
-    def pairs(file: str | None, split: str) -> list[Preference]:
-        if file is None:
-            return filter_pairs(_from_hub(_conversations, repository, split), on_faulty, f"{repository}, {split} split")
-        return filter_pairs(parse(file, _conversations), on_faulty, file)
-
-    held_out = None if path is not None and validation_path is None else pairs(validation_path, "test_prefs")
-    return split_pairs(pairs(path, "train_prefs"), held_out, validation_fraction, on_faulty)
+    files = path, validation_path, validation_fraction, on_faulty
+    return _read(_conversations, *files, repository, repository, ("train_prefs", "test_prefs"))
 
 
 def tldr(
@@ -84,15 +73,10 @@ def tldr(
     are no pair.
     """
 
-    def pairs(file: str | None, split: str) -> list[Preference]:
-        if file is None:
-            parquet = {"name": "comparisons", "revision": "refs/convert/parquet"}  # its own form is a script
-            rows = _from_hub(_comparison, "openai/summarize_from_feedback", split, **parquet)
-            return filter_pairs(rows, on_faulty, f"summarize_from_feedback, {split} split")
-        return filter_pairs(parse(file, _comparison), on_faulty, file)
-
-    held_out = None if path is not None and validation_path is None else pairs(validation_path, "validation")
-    return split_pairs(pairs(path, "train"), held_out, validation_fraction, on_faulty)
+    files = path, validation_path, validation_fraction, on_faulty
+    repository, splits = "openai/summarize_from_feedback", ("train", "validation")
+    parquet: dict[str, Any] = {"name": "comparisons", "revision": "refs/convert/parquet"}  # its own form is a script
+    return _read(_comparison, *files, repository, "summarize_from_feedback", splits, **parquet)
 
 
 def unpaired(
@@ -110,18 +94,39 @@ def unpaired(
     `dpo.data.records.filter_pairs`.
     """
 
-    def rows(file: str | None, split: str) -> list[Preference]:
-        if file is None:
-            return filter_pairs(_from_hub(_labelled, repository, split), on_faulty, f"{repository}, {split} split")
-        return filter_pairs(parse(file, _labelled), on_faulty, file)
-
-    held_out = None if path is not None and validation_path is None else rows(validation_path, "test")
-    data = split_pairs(rows(path, "train"), held_out, validation_fraction, on_faulty)
+    data = _read(_labelled, path, validation_path, validation_fraction, on_faulty, repository, repository)
     if len(found := {row.label for row in data.preferences["train"]}) < 2:
         raise ValueError(
             f"{path or repository} must have training responses of both labels, found {found.pop()} alone; add others"
         )
     return data
+
+
+def _read(
+    record: Callable[[dict[str, Any]], Preference | str],
+    path: str | None,
+    validation_path: str | None,
+    validation_fraction: float,
+    on_faulty: OnFaulty,
+    repository: str,
+    called: str,
+    splits: tuple[str, str] = ("train", "test"),
+    **options: Any,
+) -> Dataset:
+    """What `record` makes of the lines of files, see `dpo.data.records.file`; without a file, of the rows of a data set
+    on the hub.
+
+    called: that data set in messages. splits: those to train on and to hold out. options: for `load_dataset`.
+    """
+
+    def rows(file: str | None, split: str) -> list[Preference]:
+        if file is None:
+            found = _from_hub(record, repository, split, **options)
+            return filter_pairs(found, on_faulty, f"{called}, {split} split")
+        return filter_pairs(parse(file, record), on_faulty, file)
+
+    held_out = None if path is not None and validation_path is None else rows(validation_path, splits[1])
+    return split_pairs(rows(path, splits[0]), held_out, validation_fraction, on_faulty)
 
 
 def _from_hub(
