@@ -1,5 +1,6 @@
 """Sweeps of a stand-in verb, in processes as users start them: plan, refuse, run, skip, fail, stop, resume."""
 
+import compileall
 import copy
 import json
 import os
@@ -14,16 +15,15 @@ from typing import Any
 
 import pytest
 import yaml
+from composing import composed
 from filelock import FileLock
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 import dpo
 from dpo import results
 from dpo.sweep import execute as executing
 from dpo.sweep import launch
-from dpo.sweep.plan import Composed, Folder, Run, _given, name, plan, resolve
+from dpo.sweep.plan import Folder, Run, _given, name, plan, resolve
 from dpo.sweep.schema import identity
 
 ROOT = Path(dpo.__file__).parents[1]
@@ -126,20 +126,27 @@ PROJECT = (
 )
 
 
-@pytest.fixture
-def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the project whose nouns and verb are stand-ins without torch."""
-    shutil.copytree(ROOT / "conf", tmp_path / "conf")
-    shutil.copytree(ROOT / "hydra_plugins", tmp_path / "hydra_plugins")
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A copy of the project whose nouns and verb are stand-ins without torch, compiled."""
+    folder = tmp_path_factory.mktemp("tree")
+    for part in ("conf", "hydra_plugins"):
+        shutil.copytree(ROOT / part, folder / part)
     texts = {file.relative_to(ROOT / "dpo"): file.read_text() for one in PROJECT for file in (ROOT / "dpo").glob(one)}
     for path, text in {**texts, **{Path(f"{module}.py"): text for module, text in NOUNS.items()}}.items():
-        file = tmp_path / "dpo" / path
+        file = folder / "dpo" / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-    # What many processes import is compiled once.
-    for variable in (*launch.THREADS, "CUDA_VISIBLE_DEVICES", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE"):
+    compileall.compile_dir(folder, quiet=1)
+    return folder
+
+
+@pytest.fixture
+def tree(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `built` for one test."""
+    for variable in (*launch.THREADS, "CUDA_VISIBLE_DEVICES", "PYTHONPATH"):
         monkeypatch.delenv(variable, raising=False)
-    return tmp_path
+    return shutil.copytree(built, tmp_path, dirs_exist_ok=True)
 
 
 def start(tree: Path, *arguments: str, verb: str = "train") -> subprocess.Popen[str]:
@@ -175,6 +182,7 @@ def states(folder: Path) -> dict[str, str]:
     return {path.parent.name: results.status(path.parent) for path in sorted(folder.glob("*/config.yaml"))}
 
 
+@pytest.mark.long
 def test_the_first_run_makes_the_base_model_that_is_not_there(tree):
     sweep = ["-m", "policy=small", "beta=0.01,0.1", "device=cpu"]
     text = said(tree, *sweep, code=0)
@@ -389,7 +397,7 @@ RUN = "import runpy; sys.argv = {argv}; runpy.run_module(sys.argv[0], run_name='
     [
         ["dpo.train", "--help"],
         ["dpo.train", "--cfg", "job"],
-        ["dpo.sft", "-m", "seed=0,1", "hydra.launcher.jobs=0"],  # planned whole, and then refused
+        pytest.param(["dpo.sft", "-m", "seed=0,1", "hydra.launcher.jobs=0"], marks=pytest.mark.long),  # planned whole
         [],  # any application of Hydra
         ["dpo.results", "conf"],
     ],
@@ -419,15 +427,8 @@ def test_help(tree):
 # Plans, in this process and with the real configuration.
 
 
-def composed(*overrides: str, command: str = "train") -> Composed:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose(command, list(overrides), return_hydra_config=True)
-        HydraConfig.instance().set_config(config)
-        return launch._composed(config, config.hydra)
-
-
 def named(*overrides: str) -> str:
-    one = composed(*overrides)
+    one = composed("train", *overrides)
     frozen = {**resolve(one.config), "choices": one.choices}
     return name(_given(one.overrides, frozen), "0123")
 
@@ -468,7 +469,7 @@ class Sweeps:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.base = {**resolve(composed().config), "name": folder.name, "runs": str(folder.parent)}
+        self.base = {**resolve(composed("train").config), "name": folder.name, "runs": str(folder.parent)}
 
     def __call__(self, sweep: str, swept: str = "", **defaults: Any) -> list[str]:
         """sweep: combinations of overrides, apart by |."""
@@ -518,12 +519,13 @@ def test_a_name_that_another_run_has_gets_longer(tmp_path):
 
 def test_the_same_settings_are_one_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    planned, refused = plan([composed("beta=0.1"), composed(), composed("loss.beta=0.1"), composed("beta=0.2")])
+    given = (["beta=0.1"], [], ["loss.beta=0.1"], ["beta=0.2"])
+    planned, refused = plan([composed("train", *overrides) for overrides in given])
     assert not refused
     assert [str(run.directory) for run in planned] == ["runs/dev/beta=0.1", "runs/dev/beta=0.2"]
     assert list(tmp_path.iterdir()) == []
     planned[0].freeze()
-    planned, _ = plan([composed()])  # found under the name that it has on disk
+    planned, _ = plan([composed("train")])  # found under the name that it has on disk
     assert [(str(run.directory), run.asked) for run in planned] == [("runs/dev/beta=0.1", "default")]
     record = OmegaConf.load("runs/dev/beta=0.1/config.yaml")
     assert record.choices.loss == "dpo"
@@ -533,7 +535,7 @@ def test_the_same_settings_are_one_run(tmp_path, monkeypatch):
 
 def test_a_directory_of_other_settings_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    planned, _ = plan([composed("seed=1")])
+    planned, _ = plan([composed("train", "seed=1")])
     planned[0].freeze()
     file = tmp_path / "runs/dev/seed=1/config.yaml"
     old = OmegaConf.load(file)
@@ -541,7 +543,7 @@ def test_a_directory_of_other_settings_is_refused(tmp_path, monkeypatch):
     old.loss.gamma = 2
     OmegaConf.save(old, file)
     before = file.read_bytes()
-    planned, refused = plan([composed("seed=1"), composed("seed=2")])
+    planned, refused = plan([composed("train", "seed=1"), composed("train", "seed=2")])
     assert [run.asked for run in planned] == ["seed=2"]
     reason = refused[0].reason
     assert "runs/dev/seed=1 holds a run of other settings" in reason
@@ -572,7 +574,7 @@ REFUSED = {  # overrides -> why, each by the function that is asked
 
 
 def test_the_options_own_refusals_come_first(capsys):
-    planned, refused = plan([composed(*overrides.split()) for overrides in REFUSED])
+    planned, refused = plan([composed("train", *overrides.split()) for overrides in REFUSED])
     assert not planned
     reasons = {" ".join(one.overrides): one.reason for one in refused}
     assert {overrides: said for overrides, said in REFUSED.items() if said not in reasons[overrides]} == {}
@@ -581,7 +583,7 @@ def test_the_options_own_refusals_come_first(capsys):
 
 
 def test_sft_has_runs_of_its_own():
-    planned, refused = plan([composed("sft.lr=0.01", command="sft")])
+    planned, refused = plan([composed("sft", "sft.lr=0.01")])
     assert not refused
     assert str(planned[0].directory) == "runs/sft/sft.lr=0.01"
 

@@ -7,8 +7,8 @@ import re
 
 import pandas as pd
 import pytest
+from composing import compose, composed
 from conftest import tiny_tokenizer
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from whole_runs import ROOT, losses, run
 
@@ -137,10 +137,9 @@ def made_by(command: str) -> list[str]:
     overrides = [part for part in overrides if part != "-m"]
     folders = []
     for combination in itertools.product(*(spread(part) for part in overrides)):
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            composed = compose(verb, list(combination), return_hydra_config=True)
-        config, choices = resolve(composed), dict(composed.hydra.runtime.choices)
-        given = _given(combination, {**config, "choices": choices})
+        one = composed(verb, *combination)
+        config = resolve(one.config)
+        given = _given(combination, {**config, "choices": one.choices})
         varying = {key: value for key, value in given.items() if any("," in one for one in overrides if key in one)}
         folders.append(f"{config['runs']}/{config['name']}/{name(varying or given, identity(config))}/policy")
     return folders
@@ -165,8 +164,7 @@ def test_scores_of_the_large_reference_are_where_their_command_puts_them():
     page = OmegaConf.load(ROOT / "conf/reference/llama3_70b_instruct.yaml")
     verb, *overrides = command.removeprefix("python -m dpo.").replace(" -m ", " ").split()
     assert not any(part.startswith("policy=") for part in overrides)  # so the table's own: a folder for each inside
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = resolve(compose(verb, overrides))
+    config = resolve(compose(verb, *overrides))
     assert page.path == f"{config['runs']}/{config['name']}"
 
 

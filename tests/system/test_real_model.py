@@ -39,6 +39,7 @@ from dpo.policy.logps import token_logps
 from dpo.sweep.plan import resolve
 from dpo.sweep.schema import check, identity
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
 HH = ROOT.parent / "shared" / "data" / "hh-harmless-base-1500.jsonl.gz"
 LAYERS, TRAIN, STEPS, BETAS, LR = 2, 4, 3, (0.1, 0.5), 1e-5
@@ -159,7 +160,6 @@ def test_the_sweep(sweep):
         assert evaluation["kl"] >= 0
 
 
-@pytest.mark.long
 def test_a_stopped_run_resumes_bit_for_bit(sweep, given, tmp_path, monkeypatch, capfd):
     """In another directory, interrupted in its second step: the weights are those of the sweep's run."""
     config = frozen("train", *given, f"beta={BETAS[0]}")
@@ -200,7 +200,6 @@ class InOurTokens(DPOTrainer):
         return dataset
 
 
-@pytest.mark.long
 def test_trl_takes_the_same_steps(sweep, given, tmp_path):
     """From the same policy: losses, gradient norms, log-probs and rewards; its tokens but for the template's tail."""
     path = sft_policy(given)

@@ -11,11 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
+from composing import composed
 
 from dpo.sweep import execute as executing
-from dpo.sweep import launch
 from dpo.sweep.plan import plan
 from dpo.sweep.schema import identity
 
@@ -24,10 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 def planned(directory, *overrides):
     """The values of a frozen config, and a function that writes them."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("train", [*overrides, f"runs={directory}", "wandb.mode=disabled"], return_hydra_config=True)
-        HydraConfig.instance().set_config(config)
-        [run], refused = plan([launch._composed(config, config.hydra)])
+    [run], refused = plan([composed("train", *overrides, f"runs={directory}", "wandb.mode=disabled")])
     assert not refused
     run.freeze()
     return run.directory
@@ -191,7 +186,8 @@ sys.exit(executing.execute(Path(sys.argv[1])))
 """
 
 
-@pytest.mark.parametrize("other", ["in a collective", pytest.param("deaf", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("other", ["in a collective", "deaf"])
 def test_a_killed_process_ends_the_run_and_is_named(tmp_path, other):
     (tmp_path / "config.yaml").write_text("beta: 0.1\n")
     (tmp_path / ".rank-0").write_text("")  # left by a former attempt

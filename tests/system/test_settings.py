@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composing import compose
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -45,9 +45,7 @@ INSTRUCTIONS = [{"instruction": "Say a.", "output": ""}, {"instruction": "Say b.
 def frozen(directory: Path, *overrides: str, command: str = "train") -> Any:
     """What a sweep would freeze, and what is asked of the mirror without it."""
     directory.mkdir(parents=True)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = compose(command, [*overrides, f"cache={directory.parent / 'cache'}", "wandb.mode=disabled"])
-    resolved = resolve(composed)
+    resolved = resolve(compose(command, *overrides, f"cache={directory.parent / 'cache'}", "wandb.mode=disabled"))
     check(resolved)
     return OmegaConf.create({"id": identity(resolved), **resolved})
 

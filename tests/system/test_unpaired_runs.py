@@ -39,7 +39,7 @@ def own(path, model, data="unpaired"):
     ]
 
 
-@pytest.mark.parametrize("reference", ["initial", "ema"])
+@pytest.mark.parametrize("reference", ["initial", pytest.param("ema", marks=pytest.mark.long)])
 def test_any_micro_batches_and_any_stop_are_one_run(tmp_path, tiny_model, monkeypatch, reference):
     """From half the weight of each label on; z is there as soon as the policy moves, of training and of validation."""
     given = [*own(tmp_path, tiny_model("llama")), f"reference={reference}", "evaluate_every=1", "beta=1"]

@@ -261,10 +261,10 @@ def expected():
     return {name: brute_force(loss_of(name)) for name in LOSSES}
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.long)])
+def two(tmp_path_factory, request):
     directory = tmp_path_factory.mktemp("two")
-    together(two_processes, directory, processes=2)
+    together(two_processes, directory, processes=request.param)
     return directory, [json.loads((directory / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -355,7 +355,7 @@ def test_pairs_come_in_the_order_of_their_rows(tmp_path):
         assert all(not torch.equal(torch.tensor(found), torch.tensor(others)) for others in seen[:step])
 
 
-def test_stopped_and_resumed_is_the_whole_run(one, two, tmp_path):
+def test_stopped_and_resumed_is_the_whole_run(one, tmp_path):
     whole, model, loss, _ = one["running", 4]
     train(tmp_path / "run", "running", 4, steps=3)
     again, resumed, _ = train(tmp_path / "run", "running", 4)
@@ -363,6 +363,9 @@ def test_stopped_and_resumed_is_the_whole_run(one, two, tmp_path):
     assert all(torch.equal(value, weights(model)[name]) for name, value in weights(again).items())
     assert unbound(resumed).state_dict() == unbound(loss).state_dict()
     assert unbound(loss).mean != 0
+
+
+def test_two_processes_resume_alike(two):
     directory, told = two
     assert rows_of(directory / "two-resumed") == rows_of(directory / "two-running-4")
     assert [one["resumed"] for one in told] == [STEPS] * 2

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from composing import composed
 from filelock import FileLock
 from omegaconf import OmegaConf
-from test_launch import ROOT, composed
+from test_launch import ROOT
 
 from dpo.sweep import launch
 from dpo.sweep import plan as planning
@@ -33,7 +34,7 @@ def found(tmp_path, monkeypatch) -> dict[float, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def base() -> Composed:
-    return composed()
+    return composed("train")
 
 
 def given(base: Composed, *overrides: str, swept: tuple[str, ...] = ()) -> Composed:

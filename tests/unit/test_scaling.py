@@ -75,7 +75,7 @@ def test_the_tables(name):
         assert row(start)[place] == figure, start
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", ["7B", pytest.param("70B", marks=pytest.mark.long)])
 def test_flops(name):
     """As the counter sees them: it takes attention to be of all tokens to all."""
     model, sizes, tokens = llama(name), SIZES[name], 1024

@@ -167,6 +167,7 @@ def _apart(directory: Path, *, processes: int, lost_at: int | None = None) -> li
     return [one.exitcode for one in several]
 
 
+@pytest.mark.long
 def test_processes_make_it_once(tmp_path):
     assert _apart(tmp_path, processes=2) == [0, 0]
     assert _lessons(tmp_path) == [0, 1, 2, 3, 4]
