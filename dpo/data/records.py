@@ -417,7 +417,7 @@ def _token_ids(row: dict[str, Any], chosen: Text, rejected: Text) -> TokenIds | 
         raise ValueError(f"token_ids must be an object of {', '.join(sorted(names))}, as they were sampled")
     for name in sorted(names - {"tokenizer"}):
         ids = token_ids[name]
-        if not isinstance(ids, list) or not ids or not all(type(id) is int and id >= 0 for id in ids):
+        if not isinstance(ids, list) or not ids or {*map(type, ids)} != {int} or min(ids) < 0:
             raise ValueError(f"token_ids.{name} must be a list of token ids, at least one")
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         raise ValueError("token_ids belong to responses in plain text, found chat messages")

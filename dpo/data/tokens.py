@@ -304,18 +304,19 @@ def encodings(texts: Sequence[str], literal: Literal, special: bool) -> Iterator
     for first in range(0, len(texts), 1000):
         chunk = list(texts[first : first + 1000])
         try:
-            plain = [text for text in chunk if BREAK not in text]
+            distinct = dict.fromkeys(chunk)  # pairs share prompts, and responses
+            plain = [text for text in distinct if BREAK not in text]
             encoded = iter(literal.tokenizer(plain, add_special_tokens=special).encodings if plain else ())
-            encodings = [
-                literal.encoder.encode(text, add_special_tokens=special) if BREAK in text else next(encoded)
-                for text in chunk
-            ]
+            encodings = {
+                text: literal.encoder.encode(text, add_special_tokens=special) if BREAK in text else next(encoded)
+                for text in distinct
+            }
         except Exception as error:  # the tokenizers library raises nothing more specific
             raise ValueError(
                 f"the tokenizer must know every word, found one it cannot encode ({error}); a policy "
                 "trained from another base may know it"
             ) from error
-        for encoding in encodings:
+        for encoding in map(encodings.__getitem__, chunk):
             ids = encoding.ids
             while ids and ids[-1] == literal.eos and encoding.token_to_chars(len(ids) - 1) is None:
                 ids = ids[:-1]
