@@ -206,6 +206,13 @@ TLDR = {  # 2406.02900
 }
 WORLD = {"threads": 1, "evaluate_every": 0}
 FROZEN = {"reference._target_": "dpo.references.Frozen"}
+GAPS = {
+    "steps": 100,
+    "data.validation": 20,
+    "generation.samples_per_prompt": 8,
+    "generation.pairs_per_prompt": 28,
+    "evaluation.prompts": 500,
+}
 RECIPES = {
     "table=paper_kl_strength policy=mistral_7b": PAPER | MISTRAL,
     "table=paper_kl_strength policy=tulu_2_7b": PAPER | TULU,
@@ -235,7 +242,13 @@ RECIPES = {
     | {"loss._target_": "dpo.losses.ipo", "loss.average": "sequence", "loss.label_smoothing": "missing"},
     "figure=kl_strength": WORLD | {"evaluate_every": 25, "evaluate_prompts": 250},
     "table=necessity reference=unconditional": WORLD | PRIOR,
-    "table=objectives loss=dpo": WORLD,
+    "table=objectives loss=dpo": {**WORLD, "evaluation.prompts": 500},
+    "table=label_noise": {**WORLD, "evaluation.prompts": 500},
+    "figure=dynamic_beta": {**WORLD, **GAPS},
+    "table=dynamic_beta_mixtures loss=dpo": {**WORLD, **GAPS, "loss.keep": 1},
+    "table=dynamic_beta_filters loss=dpo": {**WORLD, "loss.filter_by": "gradient", "evaluation.prompts": 500},
+    "table=dynamic_beta_variants loss=dpo": {**WORLD, "loss.keep": 1, "evaluation.prompts": 500},
+    "table=dynamic_beta_sizes": {**WORLD, "evaluation.prompts": 500},
     "table=compatibility reference=world_clean seed=3": {
         **WORLD,
         **FROZEN,
