@@ -11,6 +11,7 @@ import sys
 
 SWEEPS = {  # take key=value
     "train": "train a policy on preference pairs, or with -m a sweep of them",
+    "rounds": "sample, judge and train again from what came of it: rounds of train, or with -m chains of them",
     "sft": "make a policy from demonstrations",
     "generate": "sample candidate responses from a policy",
     "judge": "judge candidate responses, and pair the better with the worse",

@@ -318,6 +318,14 @@ def compared_with(
     return None if initial is None else baseline(*initial[:2], prompts, settings, initial[2])
 
 
+def reads_alike(which: models.ModelSpec, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a baseline is a policy with this tokenizer, so that KL can be measured to it."""
+    if which.path in ("initial", "human"):
+        return False
+    other = models.load_tokenizer(which)
+    return other.get_vocab() == tokenizer.get_vocab() and other.eos_token_id == tokenizer.eos_token_id
+
+
 def baseline(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

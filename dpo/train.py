@@ -79,6 +79,7 @@ def run(config: DictConfig, directory: Path) -> None:
         remember_initial(directory, start)
     against, initial = policy_spec(config, config.evaluation.baseline), (policy, tokenizer, weights)
     others = evaluate.compared_with(against, initial, dataset, test, measuring, device) if judge else None
+    baseline = {"kl_baseline": str(against.path)} if others and evaluate.reads_alike(against, tokenizer) else {}
     reference = pending.prepare(policy_spec(config, start), policy, pairs, scoring)
     logger.info(f"reference: {reference.held}")
     packed = config.packed and packable(policy, [pair.prompt_responses for pair in pairs["train"]])
@@ -120,7 +121,7 @@ def run(config: DictConfig, directory: Path) -> None:
 
     def measure(model: PreTrainedModel, prompts: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """Against `evaluation.baseline`, on the first test prompts; loads what KL is measured to."""
-        paths = {"kl": start} | ({"kl_reference": reference.kl_target} if reference.kl_target else {})
+        paths = {"kl": start} | ({"kl_reference": reference.kl_target} if reference.kl_target else {}) | baseline
         kl_targets = {name: models.load(policy_spec(config, path), device)[0] for name, path in paths.items()}
         first = None if others is None else others[:prompts]
         return evaluate.measure(model, kl_targets, tokenizer, test[:prompts], first, judge, measuring)

@@ -33,7 +33,7 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
     axes = drawing.subplots(1, 3)
     for axis, (title, across, up) in zip(axes, panels, strict=True):
         tidy(axis, title, labels[across], labels[up])
-        _scale(axis, "x", frame.get(across), log=across == x)
+        _scale(axis, "x", frame.get(across), log=across == x != "round")
         _scale(axis, "y", frame.get(up), log=False)
         if up == "win_rate":
             axis.axhline(0.5, color="0.5", lw=1, ls="--", zorder=0)
@@ -79,7 +79,7 @@ def tidy(axis: Any, title: str, across: str, up: str) -> None:
 
 
 def _axis(frame: pd.DataFrame) -> str:
-    """beta, or if it is the same everywhere another number that is swept, and that every run has."""
+    """The round, or beta, or if it is the same everywhere another number that is swept, and that every run has."""
     types = pd.api.types
     numeric = [
         key
@@ -87,6 +87,8 @@ def _axis(frame: pd.DataFrame) -> str:
         if key != "seed" and types.is_numeric_dtype(frame[key]) and not types.is_bool_dtype(frame[key])
     ]
     whole = [key for key in numeric if frame[key].notna().all()]
+    if "round" in numeric:
+        return "round"
     return "beta" if "beta" in numeric or not whole else whole[0]
 
 

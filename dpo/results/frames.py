@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from dpo.results.rounds import as_rounds, to_original
 from dpo.sweep import directory
 from dpo.sweep.directory import configs, folders
 from dpo.sweep.schema import ALIASES, identity_keys
@@ -60,8 +61,8 @@ def degenerate(frame: pd.DataFrame) -> pd.Series:
 def final(path: str | Path, always: Sequence[str] = ("beta",)) -> pd.DataFrame:
     """One row per finished run: the config keys that vary and those of `always`, and `evaluation.json`.
 
-    With them whom the win rate is over, where that is not the initial policy of each. A damaged run is left out, with a
-    warning.
+    With them whom the win rate is over, where that is not the initial policy of each. Of rounds (`dpo.results.rounds`)
+    win rate and KL are to the policy before the first. A damaged run is left out, with a warning.
     """
     path = Path(path)
     frozen = _sound(path)
@@ -70,7 +71,8 @@ def final(path: str | Path, always: Sequence[str] = ("beta",)) -> pd.DataFrame:
     evaluations = {run: directory.evaluation(path / run) for run in frozen}
     keys, settings = _settings({run: config for run, config in frozen.items() if evaluations[run]}, always)
     rows = [{"run": run, **values, **_apart(evaluations[run], values)} for run, values in settings.items()]
-    return _frame(rows, keys)
+    frame = _frame(rows, keys)
+    return frame.assign(degenerate=degenerate(frame).astype(float)) if "round" in keys else frame
 
 
 def swept(frame: pd.DataFrame) -> list[str]:
@@ -98,7 +100,7 @@ def _sound(path: Path) -> dict[str, dict[str, Any]]:
     wrong = damaged(path)
     for run, why in wrong.items():
         warnings.warn(f"{run} is damaged and left out: {why}", DamagedRun, stacklevel=3)
-    return {run: config for run, config in configs(path).items() if run not in wrong}
+    return as_rounds(path, {run: config for run, config in configs(path).items() if run not in wrong})
 
 
 def _settings(frozen: dict[str, dict[str, Any]], always: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
@@ -150,6 +152,7 @@ def _order(value: Any) -> tuple[bool, float, str]:
 
 
 def _apart(metrics: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    metrics = to_original(metrics) if settings.get("round", 1) > 1 else metrics
     return {f"logged/{key}" if key in settings else key: value for key, value in metrics.items()}
 
 

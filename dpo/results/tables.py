@@ -18,6 +18,7 @@ MEASURED = (  # columns of the tables, without those that carry an interval: tit
     ("wrong", "wrong", ".2f"),
     ("valid", "valid", ".3f"),
 )
+OF_ROUNDS = ("degenerate", "degenerate", ".2f")  # where there are rounds: the share that `degenerate` says it of
 
 
 def table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -28,6 +29,8 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
         frame = frame.assign(**{"kl/low": frame["kl"] - half, "kl/high": frame["kl"] + half})
     columns = {key: frame[key].map(short) for key in dict.fromkeys([*always, *swept(frame)])}
 
+    of_rounds = [OF_ROUNDS] if "round" in columns else []
+
     def text(name: str, pattern: str, *keys: str) -> None:
         rows = zip(*(frame.get(key, pd.Series(None, frame.index)) for key in keys), strict=True)
         cells = [DASH if any(pd.isna(value) for value in row) else pattern.format(*row) for row in rows]
@@ -36,7 +39,7 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     text("n", "{:.0f}", "n")
     text("win rate [95 %]", "{:.3f} [{:.3f}, {:.3f}]", "win_rate", "win_rate/low", "win_rate/high")
     text("KL [95 %]", "{:.2f} [{:.2f}, {:.2f}]", *(f"kl{end}" for end in ("", "/low", "/high")))
-    for title, name, form in MEASURED:
+    for title, name, form in (*MEASURED, *of_rounds):
         text(title, f"{{:{form}}}", name)
     return pd.DataFrame(columns)
 
@@ -44,10 +47,10 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
 def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
     """As `table`, with a row per setting of the other keys: mean ± standard deviation over its seeds."""
     keys = [key for key in dict.fromkeys(["beta", *swept(frame)]) if key in frame and key != "seed"]
-    rows = []
+    rows, of_rounds = [], [OF_ROUNDS] if "round" in keys else []
     for values, group in frame.groupby(keys, dropna=False, sort=False):
         row = dict(zip(keys, map(short, values), strict=True)) | {"seeds": str(len(group))}
-        for title, name, form in (("win rate", "win_rate", ".3f"), ("KL", "kl", ".2f"), *MEASURED):
+        for title, name, form in (("win rate", "win_rate", ".3f"), ("KL", "kl", ".2f"), *MEASURED, *of_rounds):
             measured = group.get(name, pd.Series(dtype=float)).dropna()
             spread = f" ± {measured.std():{form}}" if len(measured) > 1 else ""
             row[title] = f"{measured.mean():{form}}{spread}" if len(measured) else DASH

@@ -83,6 +83,12 @@ def remember_initial(directory: Path, policy: str) -> None:
     (directory / "initial.json").write_text(json.dumps({"policy": place}) + "\n")
 
 
+def initial(directory: Path) -> str | None:
+    """That policy; None of a run that does not say."""
+    file = directory / "initial.json"
+    return str(json.loads(file.read_text())["policy"]) if file.is_file() else None
+
+
 def before(against: str | None, policy: str) -> str | None:
     """Where the model is that a policy is measured against; "initial": what the run that made the policy started from.
 
@@ -90,14 +96,13 @@ def before(against: str | None, policy: str) -> str | None:
     """
     if against != "initial":
         return against
-    file = Path(policy).resolve().parent / "initial.json"
-    found = json.loads(file.read_text())["policy"] if file.is_file() else None
+    found = initial(run := Path(policy).resolve().parent)
     if found is None or (Path(found).is_absolute() and not Path(found).is_dir()):
-        lacks = f"no {file}" if found is None else f"none at {found}"
+        lacks = f"no {run / 'initial.json'}" if found is None else f"none at {found}"
         raise ValueError(
             f"against=initial is the policy that a run of dpo.train started from, found {lacks}; give its folder"
         )
-    return str(found)
+    return found
 
 
 def status(directory: str | Path, queued: Collection[Path] = ()) -> str:

@@ -38,6 +38,7 @@ class Composed:
     overrides: Sequence[str]
     choices: dict[str, str]  # group -> option
     swept: frozenset[str] = frozenset()  # keys that were given as a list, here or in an experiment's file
+    name: str | None = None  # of its directory, in place of one by its overrides
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def plan(composed: Sequence[Composed]) -> tuple[list[Run], list[Refused]]:
         record = {**provenance, "inputs": tried["inputs"], "overrides": list(one.overrides)}
         frozen = {"id": id, **config, "choices": one.choices, "provenance": record}
         try:
-            name, asked = folder.place(frozen, one.swept)
+            name, asked = folder.place(frozen, one.swept, one.name)
         except ValueError as error:
             refused.append(Refused(one.overrides, str(error)))
             continue
@@ -180,13 +181,15 @@ class Folder:
         self.values: dict[str, set[str]] = {}  # what a key is in the runs on disk
         self.by_words = {_words(config) if _recorded(config) else name: name for name, config in self.on_disk.items()}
 
-    def place(self, frozen: dict[str, Any], swept: Collection[str]) -> tuple[str, str]:
+    def place(self, frozen: dict[str, Any], swept: Collection[str], wanted: str | None = None) -> tuple[str, str]:
         """The name of a run, which is the one on disk if it is there, and the name that its overrides ask for.
+
+        wanted: another name than theirs.
 
         Raises: ValueError if the same overrides have made a run of other settings.
         """
         given = _given(frozen["provenance"]["overrides"], frozen)
-        names = self._names(frozen, given, swept)
+        names = [wanted, f"{wanted}-{frozen['id']}"] if wanted else self._names(frozen, given, swept)
         if there := self.names.get(frozen["id"]):
             return there, names[0]
         if same := self.by_words.get(_words(frozen)) or self.by_words.get(names[1]):

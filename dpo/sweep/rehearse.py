@@ -44,9 +44,17 @@ class Rehearsal:
         tried = [self._once(*attempt) for attempt in attempts]
         if problems := [problem for _, problem in tried if problem is not None]:
             return {"problems": problems, "inputs": {}}
-        content, with_pairs, single = tried[0][0]
+        content, with_pairs, single, demonstrations = tried[0][0]
+        if not demonstrations and config["policy"]["path"] is None:
+            wrong = "policy.path must be given where the data have no demonstrations to make a policy from, found none"
+            return {"problems": [f"{wrong}; add policy.path=..."], "inputs": {}}
         if with_pairs and config.get("pairs", {}).get("off_policy"):
             wrong = "pairs.off_policy=true makes pairs of prompts, found data with pairs; leave it out"
+            return {"problems": [wrong], "inputs": {}}
+        if with_pairs and config["command"] == "rounds":
+            wrong = (
+                "rounds sample pairs of their own, found data with pairs; take its prompts: data=prompts data.path=..."
+            )
             return {"problems": [wrong], "inputs": {}}
         single = single and config["command"] in ("train", "score")  # others read the prompts alone
         if "loss" in config and (problem := self._once(_together, config["loss"], config["reference"], single)[1]):
@@ -71,14 +79,16 @@ class Rehearsal:
         return self.tried[key]
 
 
-def _data(node: dict[str, Any]) -> tuple[str, bool, bool]:
-    """A digest of the data, whether it brings pairs, and whether these are single responses with a label."""
+def _data(node: dict[str, Any]) -> tuple[str, bool, bool, bool]:
+    """A digest of the data, whether it brings pairs, whether these are single responses with a label, and whether it
+    brings demonstrations.
+    """
     for key, value in node.items():
         if key.endswith("path") and value is not None and not Path(value).is_file():
             raise ValueError(f"data.{key} must be a file of records, found none at {value}; check the path")
     dataset: Dataset = instantiate(node)
     single = any(pair.label is not None for pair in dataset.preferences.get("train", ()))
-    return contents(dataset), bool(dataset.preferences), single
+    return contents(dataset), bool(dataset.preferences), single, bool(dataset.demonstrations)
 
 
 def _candidates(folder: str | None) -> None:

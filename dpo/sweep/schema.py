@@ -160,6 +160,15 @@ class Evaluate(Train):
     against: str | None
 
 
+@dataclass
+class Rounds(Train):
+    """`python -m dpo.rounds`."""
+
+    rounds: int
+    held_to: str
+    prompts: str
+
+
 NOT_OF_SFT = (
     *("beta", "lr", "loss", "reference", "batch_size", "epochs", "steps", "schedule", "warmup_steps"),
     *("evaluate_prompts", "keep", "engine", "generation", "pairs"),
@@ -179,10 +188,11 @@ SCHEMAS = {
     "evaluate": Evaluate,
     "generate": Generate,
     "judge": Judge,
+    "rounds": Rounds,
     "score": Score,
     "sft": Sft,
     "train": Train,
-}  # by command, the verb that executes the run
+}  # by command, the verb that executes the run; those of rounds are of train
 for verb, schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{verb}_schema", node=schema)
 OPEN_GROUPS = ("data", "engine", "judge", "loss", "reference")  # typed by the signature of the function that they name
@@ -210,14 +220,16 @@ _CHOICES = {
     "sft.schedule": ("constant", "linear", "cosine"),
     "on_too_long": ("error", "drop", "truncate"),
     "precision": ("fp32", "bf16"),
+    "prompts": ("fresh", "same"),
     "device": ("auto", "cpu", "cuda"),
+    "held_to": ("previous", "original"),
     "keep": ("last", "best"),
     "wandb.mode": ("auto", "online", "offline", "disabled"),
     "pairs.outlier": ("another", "shuffled"),
 }
 _ABOVE_ZERO = (
     *("beta", "lr", "sft.lr", "batch_size", "sft.batch_size", "micro_batch_tokens", "max_length", "max_grad_norm"),
-    *("epochs", "sft.epochs", "sft.steps", "processes", "threads"),
+    *("epochs", "sft.epochs", "sft.steps", "processes", "threads", "rounds"),
     *("generation.samples_per_prompt", "generation.temperature", "generation.top_p", "max_new_tokens"),
     *("generation.pairs_per_prompt", "generation.batch_size"),
     *("evaluation.prompts", "evaluation.batch_size", "checkpoints_kept"),

@@ -92,10 +92,10 @@ def dpo(pair, beta: float, label_smoothing: float) -> Loss: ...
 def hinge(pair, beta: float) -> Loss: ...
 """
 WORLD = """
-from dpo.data.records import Dataset
+from dpo.data.records import Dataset, Demonstration
 
 def world(summaries, demonstrations: int, train: int, validation: int, test: int, seed: int) -> Dataset:
-    return Dataset([], {}, {"train": [str(seed)]})
+    return Dataset([Demonstration("an article", "a summary")], {}, {"train": [str(seed)]})
 """
 MADE = """
 from pathlib import Path

@@ -86,6 +86,7 @@ TRAIN = {
     "evaluation": {**SHARED["evaluation"], "judge": None, "baseline": "initial"},
 }
 SFT = {**SHARED, "name": "sft", "command": "sft"}
+ROUNDS = {**TRAIN, "name": "rounds", "command": "rounds", "rounds": 3, "held_to": "previous", "prompts": "fresh"}
 SCORE = {**TRAIN, "name": "scores", "command": "score", "per_token": False}
 
 PRETRAINED = {
@@ -142,6 +143,15 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
         "subset": None,
         "validation_fraction": 0.05,
         "on_faulty": "drop",
+    },
+    "data/prompts": {
+        "_target_": "dpo.data.prompts.prompts",
+        "path": "???",
+        "train": None,
+        "part": 0,
+        "validation": 200,
+        "test": 1000,
+        "on_faulty": "error",
     },
     "data/tldr": {
         "_target_": "dpo.data.hub.tldr",
@@ -305,7 +315,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
 TEMPLATES = ("policy/mistral_7b", "policy/qwen2_1_5b", "policy/tulu_2_7b")  # what they render is tested elsewhere
 
 
-@pytest.mark.parametrize("command,expected", [("train", TRAIN), ("sft", SFT), ("score", SCORE)])
+@pytest.mark.parametrize("command,expected", [("train", TRAIN), ("sft", SFT), ("score", SCORE), ("rounds", ROUNDS)])
 def test_defaults_of_a_command(command, expected):
     assert config(command=command) == expected
 

@@ -14,9 +14,12 @@ LAYERS = [  # imports go to a lower layer or stay in theirs, and never in a circ
     {"sweep"},
     {"results"},
     {"settings", "evaluate", "generate", "judge", "sft", "world.pretrain"},
-    {"score", "train"},
+    {"score", "train", "rounds"},
 ]
-PRINTING = {"dpo.__main__", "dpo.results.tables", "dpo.sweep.execute", "dpo.sweep.launch", "dpo.sweep.slurm"}
+PRINTING = {
+    *("dpo.__main__", "dpo.results.tables"),
+    *(f"dpo.sweep.{module}" for module in ("execute", "launch", "rounds", "slurm")),
+}
 FILES = sorted((ROOT / "dpo").rglob("*.py"))
 
 
