@@ -328,6 +328,7 @@ GRIDS = {
         "beta": ["0.01", "0.1", "0.3", "1", "10", "100"],
         "seed": SEEDS,
     },
+    "rounds": {"seed": [str(seed) for seed in range(10)]},
     "compatibility": {
         "data.summaries": ["human", "alien"],
         "reference": ["initial", "world_clean", "world_alien", "world_other_tokenizer"],

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,8 @@ def test_a_chain_that_was_killed_ends_as_one_that_was_not(made):
     second = folder / "runs" / "rounds" / runs_of(made)[1].name
     process = start(folder, *given(folder), "rounds=2", verb="rounds")
     wait_for(second / "metrics.jsonl")
+    while '"train"' not in (second / "metrics.jsonl").read_text():
+        time.sleep(0.02)
     for pid in (process.pid, executing(second)):
         os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=60)

@@ -11,12 +11,15 @@ from omegaconf import OmegaConf
 from sweeps import saved  # noqa: F401
 from test_defaults import TRAIN
 
-from dpo import results
+from dpo import evaluate, results
 from dpo.data.prompts import prompts
 from dpo.data.records import write_rows
-from dpo.sweep.plan import Run, resolve
+from dpo.policy import model as models
+from dpo.sweep import rounds as module
+from dpo.sweep.plan import Refused, Run, resolve
 from dpo.sweep.rounds import Chain, unfold
 from dpo.sweep.signature import instantiate
+from dpo.world import language
 
 START = "models/start=1,2"
 
@@ -214,9 +217,6 @@ def test_what_is_no_round_stays_as_it_is(rounds):
 
 def test_a_round_that_cannot_be_planned_stops_its_chain_alone(monkeypatch, tmp_path, capsys):
     """Of two chains the second round of one is refused: the other is started."""
-    from dpo.sweep import rounds as module
-    from dpo.sweep.plan import Refused
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "rehearse", lambda configs: [{"problems": []}] * len(configs))
     finished: list[Path] = []
@@ -248,3 +248,10 @@ def test_a_round_that_cannot_be_planned_stops_its_chain_alone(monkeypatch, tmp_p
     assert "stops its chain: there is another" in capsys.readouterr().err
     assert unfold(launcher, given[:1], []) == 0
     assert started[2:] == [["beta=0.1,round=2"]]  # finished, and shown once more
+
+
+def test_kl_is_to_a_baseline_that_reads_the_same_tokens(tiny_model):
+    tokenizer = models.load_tokenizer(models.ModelSpec(tiny_model("llama")))
+    paths = ("initial", "human", tiny_model("llama"))
+    assert [evaluate.reads_alike(models.ModelSpec(path), tokenizer) for path in paths] == [False, False, True]
+    assert not evaluate.reads_alike(models.ModelSpec(tiny_model("llama")), language.tokenizer())
