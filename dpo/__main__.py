@@ -11,12 +11,12 @@ import sys
 
 SWEEPS = {  # take key=value
     "train": "train a policy on preference pairs, or with -m a sweep of them",
-    "rounds": "sample, judge and train again from what came of it: rounds of train, or with -m chains of them",
     "sft": "make a policy from demonstrations",
     "generate": "sample candidate responses from a policy",
     "judge": "judge candidate responses, and pair the better with the worse",
     "score": "score pairs under a reference ahead of time",
     "evaluate": "measure a policy: win rate, KL, shape of its responses",
+    "rounds": "train in rounds, each on responses of the policy of the one before, or with -m chains of them",
 }
 VERBS = SWEEPS | {
     "results": "where a sweep stands: states, table, figure",

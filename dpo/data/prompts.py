@@ -20,8 +20,8 @@ def prompts(path: str, train: int | None, part: int, validation: int, test: int,
     if size < 1 or part < 0 or first + size > len(found):
         raise ValueError(
             f"{path} must have {test} prompts for test, {validation} for validation, and part {part}, counted from 0, "
-            f"of {'all others' if train is None else train} for training, found {len(found)}; lower data.train, "
-            "data.validation or data.test, or take fewer parts"
+            f"of {'all others' if train is None else train} for training, found {len(found)}; give a number as "
+            "data.train, lower it, data.validation or data.test, or take fewer parts"
         )
     splits = {"test": found[:test], "validation": found[test:held_out], "train": found[first : first + size]}
     return Dataset([], {}, splits, on_faulty)

@@ -119,18 +119,20 @@ def _ahead(going: Sequence[Chain]) -> tuple[list[tuple[Chain, Run]], list[Refuse
         rounds = [chain.next() for chain in going]
         runs, more = plan(rounds)
         refused += more
-        planned, further = {run.config["id"]: run for run in runs}, []
+        planned, further = {_key(run.config): run for run in runs}, []
         for chain, one in zip(going, rounds, strict=True):
-            try:
-                run = planned.get(identity(resolve(one.config)))
-            except (OmegaConfBaseException, ValueError):
-                run = None
+            run = planned.get(_key(resolve(one.config)))
             if run and chain.number < chain.rounds and status(run.directory) == "finished":
                 further.append(Chain(chain.composed, (*chain.done, run)))
             elif run:
                 found.append((chain, run))
         going = further
     return found, refused
+
+
+def _key(config: dict[str, Any]) -> tuple[str, str, str]:
+    """What tells a run from others of a plan."""
+    return config["runs"], config["name"], identity(config)
 
 
 def _unfit(composed: Sequence[Composed]) -> list[Refused]:

@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from test_launch import VERB, built, said, start, states, tree, wait_for  # noqa: F401
+from test_launch import NOUNS, VERB, built, said, start, states, tree, wait_for  # noqa: F401
 from whole_runs import SMALL, frozen
 
 from dpo import evaluate, results, train
@@ -28,6 +28,8 @@ FAILS = """    if config.seed == 13 and "runs/" in config.policy.path and not os
 def chains(tree: Path) -> Path:  # noqa: F811
     """The stand-in project of test_launch; its second round fails at seed 13 until a file `mended` appears."""
     (tree / "dpo" / "train.py").write_text(VERB.replace("    if config.beta == 0.67", FAILS))
+    frozen = NOUNS["references"] + "\nclass Frozen(Initial):\n    def __init__(self, path: str): ..."
+    (tree / "dpo" / "references.py").write_text(frozen)
     (tree / "dpo" / "rounds.py").write_text(VERB.replace('command("train")', 'command("rounds")'))
     return tree
 
@@ -52,6 +54,18 @@ def test_a_failed_round_stops_its_chain_and_no_other(chains):
     assert set(states(folder).values()) == {"finished"}
     assert len(states(folder)) == 6
     assert " started" not in run(3, code=0)
+
+
+def test_chains_share_the_rounds_that_are_the_same(chains):
+    text = said(chains, "-m", "held_to=previous,original", "name=a,b", "rounds=2", *STARTS, verb="rounds", code=0)
+    assert text.count(" started") == 6
+    for folder in (chains / "runs" / "a", chains / "runs" / "b"):
+        first = "policy.path=models"
+        second = [f"{first},held_to={policy},round=2" for policy in ("original", "previous")]
+        assert states(folder) == dict.fromkeys([first, *second], "finished")
+        held = [OmegaConf.load(folder / name / "config.yaml") for name in second]
+        assert [config.reference.get("path") for config in held] == ["models", None]
+        assert {config.policy.path for config in held} == {f"runs/{folder.name}/{first}/policy"}
 
 
 def test_a_refused_chain_starts_nothing(chains):
