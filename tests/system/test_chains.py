@@ -34,6 +34,7 @@ def chains(tree: Path) -> Path:  # noqa: F811
     return tree
 
 
+@pytest.mark.long
 def test_a_failed_round_stops_its_chain_and_no_other(chains):
     folder = chains / "runs" / "rounds"
 
@@ -76,6 +77,7 @@ def test_a_refused_chain_starts_nothing(chains):
     assert not (chains / "runs").exists()
 
 
+@pytest.mark.long
 def test_a_queue_gets_one_round_at_a_time(chains):
     slurm = ["hydra/launcher=slurm", "hydra.launcher.cpus=1", "hydra.launcher.submit=false", "rounds=2", *STARTS]
     folder = chains / "runs" / "rounds"
@@ -93,7 +95,7 @@ def given(folder: Path) -> list[str]:
     return [*SMALL, "steps=4", "seed=3", "checkpoint_every=1", "wandb.mode=disabled", "device=cpu", cache]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param(None, marks=pytest.mark.long)])
 def made(tmp_path_factory) -> Path:
     """Where a chain of two rounds was made, and then a third: its runs are in `runs/rounds`."""
     folder = tmp_path_factory.mktemp("rounds") / "here"
