@@ -17,7 +17,7 @@ import cluster
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
-from test_launch import ROOT, said, states, tree
+from test_launch import ROOT, built, said, states, tree  # noqa: F401
 
 from dpo import results, train
 from dpo.sweep import launch

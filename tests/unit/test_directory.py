@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from test_launch import ROOT, said, tree
+from test_launch import ROOT, built, said, tree  # noqa: F401
 from test_runs import command, run
 from yaml import YAMLError
 
