@@ -37,7 +37,7 @@ def to_original(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def _former(path: Path, config: dict[str, Any], frozen: dict[str, dict[str, Any]]) -> str | None:
     """The run of the folder from whose policy this one starts, if both are measured against the same policy."""
-    *_, folder, run, policy = ("", "", *Path(str(config.get("policy", {}).get("path"))).parts)
+    *_, folder, run, policy = ("", "", "", *Path(str(config.get("policy", {}).get("path"))).parts)
     if (folder, policy) != (path.resolve().name, "policy") or run not in frozen:
         return None
     mine, its = (one.get("evaluation", {}).get("baseline", "initial") for one in (config, frozen[run]))

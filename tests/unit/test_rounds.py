@@ -15,6 +15,7 @@ from dpo import evaluate, results
 from dpo.data.prompts import prompts
 from dpo.data.records import write_rows
 from dpo.policy import model as models
+from dpo.results.rounds import as_rounds
 from dpo.sweep import rounds as module
 from dpo.sweep.plan import Refused, Run, resolve
 from dpo.sweep.rounds import Chain, unfold
@@ -212,6 +213,12 @@ def test_what_is_no_round_stays_as_it_is(rounds):
     # from the policy of another folder
     made(Path("runs/apart"), "first", 0, "seed=0", {"win_rate": 0.6, "kl": 2.0})
     assert "round" not in results.final("runs/apart")
+
+
+@pytest.mark.parametrize("path", [None, ".", "/", "m", "policy", "runs/policy", "someone/model"])
+def test_wherever_a_policy_lies_a_run_is_shown(tmp_path, path):
+    frozen = {"run": {"policy": {"path": path}, "evaluation": {"baseline": "initial"}}}
+    assert as_rounds(tmp_path / "runs", frozen) == frozen
 
 
 def test_a_round_that_cannot_be_planned_stops_its_chain_alone(monkeypatch, tmp_path, capsys):
