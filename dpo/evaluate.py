@@ -322,8 +322,7 @@ def reads_alike(which: models.ModelSpec, tokenizer: PreTrainedTokenizerBase) -> 
     """Whether a baseline is a policy with this tokenizer, so that KL can be measured to it."""
     if which.path in ("initial", "human"):
         return False
-    other = models.load_tokenizer(which)
-    return other.get_vocab() == tokenizer.get_vocab() and other.eos_token_id == tokenizer.eos_token_id
+    return models.same_tokenizer(models.load_tokenizer(which), tokenizer)
 
 
 def baseline(

@@ -294,12 +294,17 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.tensor(sorted(set(tokenizer.get_vocab().values())))
 
 
+def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether token ids mean the same to both."""
+    return one.get_vocab() == other.get_vocab() and one.eos_token_id == other.eos_token_id
+
+
 def check_same_tokenizer(
     path: str, tokenizer: PreTrainedTokenizerBase, policy_path: str, policy_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Raise a ValueError unless the model at `path` reads the policy's token ids as the policy does."""
-    different = len(tokenizer.get_vocab().items() ^ policy_tokenizer.get_vocab().items())
-    if different or tokenizer.eos_token_id != policy_tokenizer.eos_token_id:
+    if not same_tokenizer(tokenizer, policy_tokenizer):
+        different = len(tokenizer.get_vocab().items() ^ policy_tokenizer.get_vocab().items())
         raise ValueError(
             f"{path} must have the tokenizer of the policy {policy_path}, found {different} other vocabulary "
             f"entries and EOS {tokenizer.eos_token} for {policy_tokenizer.eos_token}; take a model of the same "
