@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -105,16 +105,15 @@ def remember_each(
     kind: str,
     key: dict[str, Any],
     questions: Sequence[Any],
-    answer: Callable[[list[Any]], Sequence[Any]],
-    at_once: int,
+    answer: Callable[[list[Any]], Iterable[tuple[int, Any]]],
 ) -> list[Any]:
     """The answer to each question, asked for where no process has had it under this key; all of them JSON values.
 
-    answer: those to at most `at_once` questions; None where it failed. Each call's are added to the key's file, a line
-    each: a process that ends early loses what it was asking for, no more. Many processes may ask at once: one of them
-    does under a lock, and the others wait.
+    answer: gives the place of a question in its list and the answer, in any order, as they come. Each is added to the
+    key's file at once, a line each: a process that ends early loses no answer that it had. Many processes may ask at
+    once: one of them does under a lock, and the others wait.
 
-    Raises: RuntimeError if an answer failed; the others to the same call are kept. ValueError if the file is damaged.
+    Raises: RuntimeError if one has no answer; the others are kept. ValueError if the file is damaged.
     """
     file = Path(root) / kind / f"{digest(key)[:20]}.jsonl"
     names = {digest(question): question for question in questions}
@@ -128,18 +127,15 @@ def remember_each(
         with open(file, "a") as kept:
             if not file.stat().st_size:
                 kept.write(json.dumps(key, sort_keys=True) + "\n")
-            for start in range(0, len(missing), at_once):
-                part = missing[start : start + at_once]
-                said = dict(zip(part, answer([names[name] for name in part]), strict=True))
-                found = {name: one for name, one in said.items() if one is not None}
-                kept.write("".join(json.dumps({"question": name, "answer": one}) + "\n" for name, one in found.items()))
+            for place, said in answer([names[name] for name in missing]):
+                kept.write(json.dumps({"question": missing[place], "answer": said}) + "\n")
                 kept.flush()
-                known |= found
-                if failed := len(part) - len(found):
-                    raise RuntimeError(
-                        f"all questions must be answered, got no answer to {failed} of {len(part)}; run it again: "
-                        f"answers are kept ({file})"
-                    )
+                known[missing[place]] = said
+        if failed := len(names.keys() - known.keys()):
+            raise RuntimeError(
+                f"all questions must be answered, got no answer to {failed} of {len(missing)}; run it again: answers "
+                f"are kept ({file})"
+            )
     return [known[digest(question)] for question in questions]
 
 

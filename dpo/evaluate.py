@@ -40,7 +40,7 @@ from dpo.data.instructions import read_instructions, write_outputs
 from dpo.data.records import Dataset, Text, listed, write_rows
 from dpo.data.tokens import encode_alone, usable
 from dpo.data.truncation import Limits, cut_prompts
-from dpo.judges import Judge, compare
+from dpo.judges import Judge, Rule, compare
 from dpo.policy import model as models
 from dpo.policy.logps import forward_tokens, packable, sequence_kl
 from dpo.policy.sampling import Sample, inputs, sample
@@ -106,7 +106,7 @@ def measure(
     are of responses that are cut at `max_new_tokens`: what would come after it is in neither.
     """
     samples = respond(policy, tokenizer, prompts, settings, "policy")
-    rows, result = describe(prompts, samples, judge, baseline)
+    rows, result = describe(prompts, samples, judge, baseline, settings.rule)
     at_one = (
         samples
         if settings.sampling.temperature == 1
@@ -127,12 +127,15 @@ def describe(
     samples: Sequence[Sample],
     judge: Judge | None,
     baseline: Sequence[str] | None = None,
+    rule: Rule | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """A row per prompt with its response; their number `n`, and means: `length` in tokens without the end, `ended`,
     `repetition`, `broken` (see `is_broken`) and the judge's measures.
 
     Against `baseline` responses to the same prompts also `win_rate` (ties one half) and its 95 % interval; by a judge
-    of pairs `inconsistent`, the share of comparisons that it decides otherwise when the responses change places.
+    of pairs `inconsistent`, the share of comparisons that it decides otherwise when the responses change places. `win`
+    goes by the rule, see `compare`. What a judge cannot judge is in none of its means: then `judged` and `compared` are
+    the numbers of responses that it did, and of those with a `win`.
     """
     others: Sequence[str | None] = [None] * len(prompts) if baseline is None else baseline
     rows: list[dict[str, Any]] = []
@@ -143,7 +146,7 @@ def describe(
     elif judge and baseline is not None:
         both = [*(one.text for one in samples), *baseline]
         pairs = [(row, len(prompts) + row) for row in range(len(prompts))]
-        judgements, outcomes = compare(judge, [*prompts, *prompts], both, pairs)
+        judgements, outcomes = compare(judge, [*prompts, *prompts], both, pairs, rule)
     measured = zip(prompts, samples, others, judgements[: len(prompts)], outcomes, strict=True)
     for prompt, one, against, judgement, outcome in measured:
         length = len(one.response_ids) - one.ended
@@ -154,11 +157,18 @@ def describe(
         if outcome:
             row.update({"baseline": against, **outcome})
         rows.append(row)
-    result = {name: _mean([row[name] for row in rows]) for name in rows[0] if name not in TEXTS}
+    names = {name: None for row in rows for name in row if name not in TEXTS}
+    result = {name: _mean([row[name] for row in rows if name in row]) for name in names}
+    counts = {"n": len(rows)}
     if "win" in result:
-        low, high = wilson(rate := result.pop("win"), len(rows))
+        compared = sum("win" in row for row in rows)
+        low, high = wilson(rate := result.pop("win"), compared)
         result |= {"win_rate": rate, "win_rate/low": low, "win_rate/high": high}
-    return rows, {"n": len(rows), **result}
+        counts |= {"compared": compared} if compared < len(rows) else {}
+    judged = sum(map(bool, judgements[: len(rows)]))
+    if 0 < judged < len(rows):
+        counts |= {"judged": judged}
+    return rows, {**counts, **result}
 
 
 def is_broken(one: Sample, against: str | None = None) -> bool:

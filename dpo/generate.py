@@ -89,7 +89,7 @@ def candidates(
     key = {
         "weights": weights,
         "prompts": digest([prompts[split] for split in SPLITS]),
-        "engine": settings.engine,
+        "engine": settings.decides,
         "samples_per_prompt": n,
         "seed": settings.seed,
         **inputs(model, tokenizer, [ids for split in SPLITS for _, ids in fed[split]], sampling),

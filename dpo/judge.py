@@ -10,6 +10,7 @@ if __name__ == "__main__":
 
     launch.command("judge")  # ends here: a run is `python -m dpo.sweep.execute`, and what it imports is slow
 
+import logging
 import random
 import time
 from collections.abc import Sequence
@@ -29,7 +30,11 @@ from dpo.judges import JUDGES_VERSION, Judge, compare, is_pairwise
 from dpo.settings import Pairing, judge_of, pairing_of, treatment_of
 from dpo.sweep.directory import finish
 from dpo.sweep.inputs import load
+from dpo.sweep.signature import instantiate
 from dpo.training import distributed
+
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: DictConfig, directory: Path) -> None:
@@ -67,6 +72,7 @@ def cached_preferences(
         "measures": 1,  # beside each pair
         "pairs_per_prompt": settings.pairs_per_prompt,
         "seed": settings.seed,
+        **({"rule": settings.rule} if settings.rule else {}),
     }
 
     def build(folder: Path) -> None:
@@ -89,8 +95,10 @@ def preferences(
         comparisons = _comparisons(some)
         asked = [pair for same in comparisons for pair in same]
         texts = [one.response.text for one in some]
-        judgements, outcomes = compare(judge, [one.prompt for one in some], texts, asked)
-        wins = {pair: outcome["win"] for pair, outcome in zip(asked, outcomes, strict=True)}
+        judgements, outcomes = compare(judge, [one.prompt for one in some], texts, asked, instantiate(settings.rule))
+        if judgements and not is_pairwise(judge) and (lost := sum(not judgement for judgement in judgements)):
+            logger.warning(f"{lost} of {len(some)} {split} candidates could not be judged: they are in no pair")
+        wins = {pair: outcome.get("win", 0.5) for pair, outcome in zip(asked, outcomes, strict=True)}
         seed = seed_of(settings.seed, split)
         pairs[split] = _pairs(some, comparisons, wins, judgements, settings.pairs_per_prompt, seed)
         if not pairs[split]:

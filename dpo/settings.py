@@ -7,12 +7,13 @@ from omegaconf import OmegaConf
 
 from dpo.data.treatment import Treatment
 from dpo.data.truncation import Limits
-from dpo.judges import remembering
+from dpo.judges import Rule, remembering
 from dpo.policy.model import ModelSpec
 from dpo.policy.sampling import Sampling
 from dpo.policy.scoring import Scoring
+from dpo.sweep.inputs import folder_of, sketch
 from dpo.sweep.signature import instantiate
-from dpo.training.distributed import ParallelLayout
+from dpo.training.distributed import ParallelLayout, is_main
 from dpo.training.optim import Recipe
 from dpo.world import sizes
 
@@ -23,6 +24,7 @@ class Evaluation:
 
     prompts: int  # test prompts, one response to each
     log_samples: int  # responses to look at while training
+    rule: Rule | None  # which of two judged responses is preferred; None: that of the higher score
     sampling: Sampling  # of the win-rate samples
     seed: int
     limits: Limits
@@ -35,7 +37,8 @@ class Evaluation:
 class Generation:
     """How candidate responses are made."""
 
-    engine: dict[str, Any]  # as the config names it
+    engine: Any  # the node of the config
+    decides: dict[str, Any]  # what of it decides the responses
     samples_per_prompt: int
     sampling: Sampling
     seed: int
@@ -49,7 +52,8 @@ class Pairing:
 
     pairs_per_prompt: int  # at most
     seed: int
-    judge: dict[str, Any]  # as the config names it
+    judge: dict[str, Any]  # what decides its answers
+    rule: dict[str, Any] | None  # as the config names it
     cache: str  # folder of the pairs
 
 
@@ -102,7 +106,22 @@ def evaluation_judge(config: Any) -> Any:
 
 
 def _judge(node: Any, cache: str) -> Any:
-    return None if node is None else remembering(instantiate(node), OmegaConf.to_container(node), cache)
+    """The judge that a node names, if it is there: one behind a server is asked a question first, on rank 0."""
+    if node is None:
+        return None
+    judge = instantiate(node)
+    if (handshake := getattr(getattr(judge, "func", judge), "handshake", None)) and is_main():
+        handshake()
+    return remembering(judge, deciding(node), cache)
+
+
+def deciding(node: Any) -> dict[str, Any]:
+    """What decides the answers of a judge or engine: its options without those that say where it is and how it is
+    asked; of a model in a folder what is in that.
+    """
+    options: Any = OmegaConf.to_container(node, resolve=True)
+    options = {key: value for key, value in options.items() if key not in ("server", "cache")}
+    return options | ({"weights": sketch(folder)} if (folder := folder_of(options)) is not None else {})
 
 
 def limits_of(config: Any) -> Limits:
@@ -113,19 +132,28 @@ def evaluation_of(config: Any) -> Evaluation:
     asked = config.evaluation
     sampling = Sampling(config.max_new_tokens, asked.temperature, 1.0, asked.batch_size)
     read = config.packed, config.micro_batch_tokens
-    return Evaluation(asked.prompts, asked.log_samples, sampling, config.seed, limits_of(config), *read, config.cache)
+    rule = instantiate(config.get("rule") if asked.get("rule") is None else asked.rule)
+    which = asked.prompts, asked.log_samples, rule
+    return Evaluation(*which, sampling, config.seed, limits_of(config), *read, config.cache)
 
 
 def generation_of(config: Any) -> Generation:
     asked = config.generation
     sampling = Sampling(config.max_new_tokens, asked.temperature, asked.top_p, asked.batch_size)
-    engine: Any = OmegaConf.to_container(config.engine)
-    return Generation(engine, asked.samples_per_prompt, sampling, config.seed, limits_of(config), config.cache)
+    return Generation(
+        config.engine,
+        deciding(config.engine),
+        asked.samples_per_prompt,
+        sampling,
+        config.seed,
+        limits_of(config),
+        config.cache,
+    )
 
 
 def pairing_of(config: Any) -> Pairing:
-    judge: Any = OmegaConf.to_container(config.judge)
-    return Pairing(config.generation.pairs_per_prompt, config.seed, judge, config.cache)
+    rule: Any = OmegaConf.to_container(config.rule) if config.rule is not None else None
+    return Pairing(config.generation.pairs_per_prompt, config.seed, deciding(config.judge), rule, config.cache)
 
 
 def scoring_of(config: Any) -> Scoring:

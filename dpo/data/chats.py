@@ -135,6 +135,15 @@ def rendered(messages: list[Any], tokenizer: PreTrainedTokenizerBase, **options:
         raise ValueError(f"the chat template does not render it: {error}") from error
 
 
+def as_text(prompt: Text) -> str:
+    """A prompt for who reads text: that of a single turn as it is, of several with who said it."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
 def lost(messages: Text, text: str) -> str | None:
     """What a rendering lacks: each message must be in it after the one before, but for white space around it.
 

@@ -1,14 +1,21 @@
 """Judges compare responses to a prompt: the functions that `conf/judge/` names, and `compare`, which asks them."""
 
-from dpo.judges.comparing import JUDGES_VERSION, Judge, Verdict, compare, costly, is_pairwise, remembering
+from dpo.judges.comparing import JUDGES_VERSION, Judge, Rule, Verdict, compare, is_pairwise, remembering
+from dpo.judges.llm import Pairwise, Questions
+from dpo.judges.preference import accurate_then_short
+from dpo.judges.reward_model import RewardModel
 from dpo.judges.rules import gold, hasty, shorter
 
 __all__ = [
     "JUDGES_VERSION",
     "Judge",
+    "Pairwise",
+    "Questions",
+    "RewardModel",
+    "Rule",
     "Verdict",
+    "accurate_then_short",
     "compare",
-    "costly",
     "gold",
     "hasty",
     "is_pairwise",

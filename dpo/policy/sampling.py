@@ -77,7 +77,7 @@ def sample(
             numbers = np.stack([np.random.default_rng([seed, at]).random(sampling.max_new_tokens) for at in places])
             drawn = _decode(model, batch, torch.from_numpy(numbers), sampling, none, stops)
             for place, prompt_ids, row in zip(places, batch, drawn.tolist(), strict=True):
-                found[place] = _cut(prompt_ids, row, stops, tokenizer)
+                found[place] = cut(prompt_ids, row, stops, tokenizer)
             bar.update(len(batch))
     return [found[place] for place in range(len(prompts))]
 
@@ -228,7 +228,8 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int, room: int) -> tu
     return input_ids, attended
 
 
-def _cut(prompt_ids: list[int], row: list[int], stops: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Sample:
+def cut(prompt_ids: list[int], row: list[int], stops: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Sample:
+    """The response in a row of tokens, which ends at the first of `stops`, if there is one."""
     end = next((position for position, token in enumerate(row) if token in stops), None)
     response_ids = row if end is None else row[: end + 1]
     return Sample(prompt_ids, response_ids, decode(prompt_ids, row[:end], tokenizer), ended=end is not None)

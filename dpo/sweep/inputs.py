@@ -43,7 +43,15 @@ def models(config: Any) -> dict[str, str]:
     if (baseline := (config.get("evaluation") or {}).get("baseline")) not in (None, "initial", "human"):
         paths["baseline"] = baseline
     local = {key: _place(path) for key, path in paths.items() if path is not None}
+    judges = {"judge": config.get("judge"), "evaluation.judge": (config.get("evaluation") or {}).get("judge")}
+    local |= {key: folder for key, node in judges.items() if (folder := folder_of(node)) is not None}
     return {key: sketch(path) for key, path in local.items() if path.exists()}
+
+
+def folder_of(options: dict[str, Any] | None) -> Path | None:
+    """Where the model of a judge lies that names one by `path`; None if it names none, or one on the hub."""
+    path = (options or {}).get("path")
+    return place if path and (place := Path(path).expanduser()).is_dir() else None
 
 
 def _place(path: str) -> Path:

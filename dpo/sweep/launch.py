@@ -57,7 +57,7 @@ def command(verb: str) -> NoReturn:
     if problem := _null(sys.argv[1:]):
         sys.exit(problem)
     # Hydra's word for the option of a group at a key
-    sys.argv[1:] = [re.sub(r"^evaluation\.judge=", "judge@evaluation.judge=", argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [re.sub(r"^evaluation\.(judge|rule)=", r"\1@evaluation.\1=", argument) for argument in sys.argv[1:]]
     hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name=verb)(single)()
     sys.exit()
 

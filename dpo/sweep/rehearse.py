@@ -37,8 +37,8 @@ class Rehearsal:
             (read_instructions, config["evaluation"]["instructions"]),
             (instantiate, config["judge"]),
         ]
-        if (other := config["evaluation"].get("judge")) is not None:
-            attempts.append((instantiate, other))
+        nodes = config["evaluation"].get("judge"), config["evaluation"].get("rule"), config.get("rule")
+        attempts += [(instantiate, node) for node in nodes if node is not None]
         if "loss" in config:
             attempts += [(instantiate, config[group]) for group in ("engine", "reference")] + [(_loss, config["loss"])]
         tried = [self._once(*attempt) for attempt in attempts]
@@ -61,7 +61,10 @@ class Rehearsal:
             return {"problems": [problem], "inputs": {}}
         models, problem = self._once(
             inputs.models,
-            {key: config.get(key) for key in ("policy", "cache", "reference", "against", "candidates", "evaluation")},
+            {
+                key: config.get(key)
+                for key in ("policy", "cache", "reference", "against", "candidates", "evaluation", "judge")
+            },
         )
         if problem is not None:
             return {"problems": [problem], "inputs": {}}

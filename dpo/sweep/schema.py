@@ -75,6 +75,7 @@ class Evaluation:
 @dataclass
 class Comparison(Evaluation):
     judge: Any
+    rule: Any
     baseline: str
 
 
@@ -98,6 +99,7 @@ class Train:
     data: Any
     policy: Policy
     judge: Any
+    rule: Any
     batch_size: int
     micro_batch_tokens: int
     packed: bool
@@ -171,7 +173,7 @@ class Rounds(Train):
 
 NOT_OF_SFT = (
     *("beta", "lr", "loss", "reference", "batch_size", "epochs", "steps", "schedule", "warmup_steps"),
-    *("evaluate_prompts", "keep", "engine", "generation", "pairs"),
+    *("evaluate_prompts", "keep", "engine", "generation", "pairs", "rule"),
 )
 # `python -m dpo.sft`: the same keys, but for these
 Sft = make_dataclass(
@@ -195,7 +197,14 @@ SCHEMAS = {
 }  # by command, the verb that executes the run; those of rounds are of train
 for verb, schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{verb}_schema", node=schema)
-OPEN_GROUPS = ("data", "engine", "judge", "loss", "reference")  # typed by the signature of the function that they name
+OPEN_GROUPS = (
+    "data",
+    "engine",
+    "judge",
+    "rule",
+    "loss",
+    "reference",
+)  # typed by the signature of the function that they name
 
 # The home of a default -> the key that decides. A frozen config shows the value in force at both.
 ALIASES = {"loss.beta": "beta"} | {f"policy.{key}": key for key in ("lr", "max_length", "max_new_tokens")}
@@ -208,11 +217,22 @@ NON_NUMERIC = (
     *("activation_checkpointing", "sharding", "evaluate_every", "evaluate_prompts", "checkpoint_every"),
     *("checkpoints_kept", "evaluation.log_samples", "evaluation.instructions"),
     *("generation.batch_size", "evaluation.batch_size"),
+    *(
+        "judge.server",
+        "judge.cache",
+        "evaluation.judge.server",
+        "evaluation.judge.cache",
+        "engine.server",
+        "engine.cache",
+    ),
     *("policy.micro_batch_tokens", "policy.generation_batch_size"),  # of keys that are listed
     *("figure", "table"),  # an experiment is what its keys say
     *RECORDED,
     "hydra",
 )
+
+# Keys that came later, and do nothing where they are null: runs from before have the identity that they had.
+YOUNGER = ("rule", "evaluation.rule")
 
 _CHOICES = {
     "optimizer": ("adamw", "rmsprop"),
@@ -258,8 +278,9 @@ def misfits(config: dict[str, Any]) -> list[str]:
     """What keeps the options of the open groups from their functions, which are imported for it."""
     nodes = [(group, config.get(group)) for group in OPEN_GROUPS]
     found = [problem for group, node in nodes if node is not None for problem in check_signature(group, node)]
-    if (other := config["evaluation"].get("judge")) is not None:
-        found += [f"evaluation.{problem}" for problem in check_signature("judge", other)]
+    for group in ("judge", "rule"):
+        if (other := config["evaluation"].get(group)) is not None:
+            found += [f"evaluation.{problem}" for problem in check_signature(group, other)]
     return found
 
 
@@ -289,7 +310,11 @@ def identity(config: dict[str, Any]) -> str:
 def identity_keys(config: dict[str, Any]) -> dict[str, Any]:
     """The keys of a resolved config that make its identity, flat: "sft.lr" -> 1e-3."""
     flat = flatten(config)
-    return {key: value for key, value in flat.items() if not non_numeric(key, flat)}
+    return {
+        key: value
+        for key, value in flat.items()
+        if not non_numeric(key, flat) and not (value is None and key in YOUNGER)
+    }
 
 
 def non_numeric(key: str, config: dict[str, Any] | None = None) -> bool:
@@ -341,7 +366,7 @@ def _keys(node: Any, schema: type, prefix: str = "") -> list[str]:
             problems += _keys(node[key], expected, f"{prefix}{key}.")
         elif not fits(node[key], expected):
             problems.append(f"{prefix}{key} must be {kind(expected)}, got {node[key]!r}")
-        elif key in OPEN_GROUPS and node[key] is None and key != "judge":
+        elif key in OPEN_GROUPS and node[key] is None and key not in ("judge", "rule"):
             problems.append(f"{key} must be an option, got null; choose one: {key}=..., --help lists them")
     return problems
 

@@ -13,24 +13,35 @@ from whole_runs import SMALL, frozen
 
 from dpo import judge, sft, train
 from dpo.data.records import read
-from dpo.judges import Verdict, costly
+from dpo.judges import Verdict
 from dpo.sweep.rehearse import Rehearsal
 from dpo.sweep.signature import PLUGINS
 from dpo.world import language
 
 MARGIN = 2
-MINE = ["judge._target_=test_pairwise_judge.words", f"+judge.margin={MARGIN}"]
+MINE = ["judge._target_=test_pairwise_judge.Words", f"+judge.margin={MARGIN}"]
 SPLITS = ("train", "validation")
 
 
-@costly
-def words(prompts, firsts, seconds, margin: int, log: str) -> list[Verdict]:
-    """Prefers the response with more words; where they differ by no more than the margin, the one that comes first."""
-    with open(log, "a") as file:
-        for question in zip(prompts, firsts, seconds, strict=True):
-            file.write(json.dumps(question) + "\n")
-    gaps = [len(first.split()) - len(second.split()) for first, second in zip(firsts, seconds, strict=True)]
-    return ["win" if gap >= -margin else "lose" for gap in gaps]
+class Words:
+    """Prefers the response with more words; where they differ by no more than the margin, the one that comes first.
+
+    What it is asked costs something: it keeps a log of it.
+    """
+
+    def __init__(self, margin: int, log: str) -> None:
+        self.margin, self.log = margin, log
+
+    def forward(self, prompts, firsts, seconds) -> list[Verdict]:
+        return [verdict for _, verdict in self.each(prompts, firsts, seconds)]
+
+    __call__ = forward
+
+    def each(self, prompts, firsts, seconds):
+        for place, (prompt, first, second) in enumerate(zip(prompts, firsts, seconds, strict=True)):
+            with open(self.log, "a") as file:
+                file.write(json.dumps([prompt, first, second]) + "\n")
+            yield place, "win" if len(first.split()) - len(second.split()) >= -self.margin else "lose"
 
 
 def decided(first: str, second: str) -> tuple[float, float]:

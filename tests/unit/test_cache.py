@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -235,12 +236,13 @@ def _answered(root: str) -> int:
     """How many of five questions this process had to answer, slowly."""
     asked: list[int] = []
 
-    def answer(questions: list[int]) -> list[int]:
-        time.sleep(0.1)
-        asked.extend(questions)
-        return [2 * question for question in questions]
+    def answer(questions: list[int]) -> Iterator[tuple[int, int]]:
+        for place, question in enumerate(questions):
+            time.sleep(0.05)
+            asked.append(question)
+            yield place, 2 * question
 
-    assert remember_each(root, "kind", {"a": 1}, [1, 2, 3, 4, 5], answer, at_once=2) == [2, 4, 6, 8, 10]
+    assert remember_each(root, "kind", {"a": 1}, [1, 2, 3, 4, 5], answer) == [2, 4, 6, 8, 10]
     return len(asked)
 
 
@@ -249,14 +251,44 @@ def test_concurrent_processes_ask_each_question_once(tmp_path):
         assert sorted(pool.map(_answered, [str(tmp_path)] * 4, chunksize=1)) == [0, 0, 0, 5]
 
 
-def test_so_many_questions_are_asked_at_once(tmp_path):
+def test_answers_come_in_any_order(tmp_path):
     asked: list[list[int]] = []
-    questions = [3, 1, 3, 2, 5, 4]
-    answers = remember_each(tmp_path, "kind", {}, questions, lambda some: asked.append(some) or some, at_once=2)
-    assert answers == questions
-    assert asked == [[3, 1], [2, 5], [4]]
-    assert remember_each(tmp_path, "kind", {"a": 1}, [3], lambda _: ["other"], at_once=2) == ["other"]
-    assert remember_each(tmp_path, "kind", {}, [3], lambda _: ["other"], at_once=2) == [3]
+
+    def answer(some: list[int]) -> Iterator[tuple[int, int]]:
+        asked.append(some)
+        return ((place, 10 * some[place]) for place in reversed(range(len(some))))
+
+    assert remember_each(tmp_path, "kind", {}, [3, 1, 3, 2], answer) == [30, 10, 30, 20]
+    assert remember_each(tmp_path, "kind", {}, [2, 5], answer) == [20, 50]
+    assert asked == [[3, 1, 2], [5]]
+    assert remember_each(tmp_path, "kind", {"a": 1}, [3], lambda _: [(0, "other")]) == ["other"]
+    assert remember_each(tmp_path, "kind", {}, [3], lambda _: [(0, "other")]) == [30]
+
+
+def test_an_answer_is_kept_when_it_comes(tmp_path):
+    """By another process than the one that asked, while that waits for the next."""
+    (tmp_path / "kind").mkdir()
+
+    def answer(some: list[int]) -> Iterator[tuple[int, int]]:
+        for nth, place in enumerate((1, 0), 1):
+            yield place, some[place]
+            (file,) = (tmp_path / "kind").glob("*.jsonl")
+            assert len(file.read_text().splitlines()) == 1 + nth
+
+    assert remember_each(tmp_path, "kind", {}, [1, 2], answer) == [1, 2]
+
+
+def test_a_question_without_an_answer_is_asked_again(tmp_path):
+    with pytest.raises(RuntimeError, match="must be answered, got no answer to 2 of 3; run it again"):
+        remember_each(tmp_path, "kind", {}, [1, 2, 3], lambda some: [(1, some[1])])
+    asked: list[int] = []
+    assert remember_each(tmp_path, "kind", {}, [1, 2, 3], lambda some: same(some, asked)) == [1, 2, 3]
+    assert asked == [1, 3]
+
+
+def same(some: list[int], asked: list[int]) -> list[tuple[int, int]]:
+    asked.extend(some)
+    return [*enumerate(some)]
 
 
 def test_answers_outlive_a_process_that_is_killed(tmp_path):
@@ -264,38 +296,36 @@ def test_answers_outlive_a_process_that_is_killed(tmp_path):
 import os, signal, sys
 from dpo.cache import remember_each
 def answer(questions):
-    return questions if 1 in questions else os.kill(os.getpid(), signal.SIGKILL)
-remember_each(sys.argv[1], "kind", {}, [1, 2, 3, 4, 5], answer, at_once=2)
+    yield 0, questions[0]
+    yield 3, questions[3]
+    os.kill(os.getpid(), signal.SIGKILL)
+remember_each(sys.argv[1], "kind", {}, [1, 2, 3, 4, 5], answer)
 """
     assert subprocess.run([sys.executable, "-c", script, str(tmp_path)]).returncode != 0
     asked: list[int] = []
-    remember_each(tmp_path, "kind", {}, [1, 2, 3, 4, 5], lambda some: asked.extend(some) or some, at_once=9)
-    assert asked == [3, 4, 5]
+    remember_each(tmp_path, "kind", {}, [1, 2, 3, 4, 5], lambda some: same(some, asked))
+    assert asked == [2, 3, 5]
 
 
 @pytest.mark.parametrize("lost", [1, 2, 30])
 def test_a_line_that_a_killed_process_was_writing_is_asked_for_again(tmp_path, lost):
     """Whatever of its end is missing; what stands before it is kept."""
-    remember_each(tmp_path, "kind", {"a": 1}, [1, 2, 3], lambda some: some, at_once=3)
+    remember_each(tmp_path, "kind", {"a": 1}, [1, 2, 3], enumerate)
     (file,) = (tmp_path / "kind").glob("*.jsonl")
     whole = file.read_bytes()
     file.write_bytes(whole[:-lost])
     asked: list[int] = []
     for _ in range(2):
-        assert remember_each(tmp_path, "kind", {"a": 1}, [1, 2, 3], lambda s: asked.extend(s) or s, at_once=3) == [
-            1,
-            2,
-            3,
-        ]
+        assert remember_each(tmp_path, "kind", {"a": 1}, [1, 2, 3], lambda some: same(some, asked)) == [1, 2, 3]
     assert asked == [3]
     assert file.read_bytes() == whole
     file.write_bytes(whole[:5])  # of the first line, which says what the file is of
-    remember_each(tmp_path, "kind", {"a": 1}, [1, 2, 3], lambda some: some, at_once=3)
+    remember_each(tmp_path, "kind", {"a": 1}, [1, 2, 3], enumerate)
     assert file.read_bytes() == whole
 
 
 def test_a_damaged_answer_is_an_error_that_says_where(tmp_path):
-    remember_each(tmp_path, "kind", {}, [1, 2], lambda some: some, at_once=2)
+    remember_each(tmp_path, "kind", {}, [1, 2], enumerate)
     (file,) = (tmp_path / "kind").glob("*.jsonl")
     lines = file.read_text().splitlines()
     for bad in ("", "{", "1", "{}", lines[1].replace("answer", "said")):
@@ -303,11 +333,11 @@ def test_a_damaged_answer_is_an_error_that_says_where(tmp_path):
         with pytest.raises(
             ValueError, match=f"{file} must hold an answer in each line, found none in line 2; delete that"
         ):
-            remember_each(tmp_path, "kind", {}, [1, 2], lambda some: some, at_once=2)
+            remember_each(tmp_path, "kind", {}, [1, 2], enumerate)
 
 
 def test_answers_are_listed(tmp_path, capsys, monkeypatch):
-    remember_each(tmp_path, "kind", {}, [1, 2], lambda some: some, at_once=2)
+    remember_each(tmp_path, "kind", {}, [1, 2], enumerate)
     (file,) = (tmp_path / "kind").glob("*.jsonl")
     monkeypatch.setattr("sys.argv", ["cache", str(tmp_path)])
     with pytest.raises(SystemExit):

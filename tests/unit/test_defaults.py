@@ -60,6 +60,7 @@ SHARED = {  # of all commands
 }
 TRAIN = {
     **SHARED,
+    "rule": None,
     "name": "dev",
     "command": "train",
     "beta": 0.1,
@@ -83,7 +84,7 @@ TRAIN = {
         "outliers": 0.0,
         "outlier": "another",
     },
-    "evaluation": {**SHARED["evaluation"], "judge": None, "baseline": "initial"},
+    "evaluation": {**SHARED["evaluation"], "judge": None, "rule": None, "baseline": "initial"},
 }
 SFT = {**SHARED, "name": "sft", "command": "sft"}
 ROUNDS = {**TRAIN, "name": "rounds", "command": "rounds", "rounds": 3, "held_to": "previous", "prompts": "fresh"}
@@ -111,6 +112,7 @@ LARGE = {
 CALLED = {"_partial_": True}
 DPO_INSIDE = {"_target_": "dpo.losses.dpo", **CALLED, "label_smoothing": 0.0}
 IPO_INSIDE = {"_target_": "dpo.losses.ipo", **CALLED, "average": "sequence"}
+ASKED = {"model": None, "temperature": 0.0, "attempts": 3}
 DYNAMIC = {
     "_target_": "dpo.losses.BetaDPO",
     **CALLED,
@@ -177,10 +179,32 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
         "on_faulty": "error",
     },
     "data/world": {**SHARED["data"], "seed": "${seed}"},
+    "engine/endpoint": {
+        "_target_": "dpo.engines.Endpoint",
+        **CALLED,
+        "served": None,
+        "tolerance": 0.1,
+        "cache": "${cache}",
+    },
     "engine/transformers": {"_target_": "dpo.engines.transformers", **CALLED},
     "judge/gold": SHARED["judge"],
     "judge/hasty": {"_target_": "dpo.judges.hasty", **CALLED},
     "judge/none": {"judge": None},
+    "judge/pairwise": {
+        "_target_": "dpo.judges.Pairwise",
+        **CALLED,
+        **ASKED,
+        "criterion": "how well it does what was asked, truthfully and without padding",
+        "max_tokens": 512,
+    },
+    "judge/questions": {
+        "_target_": "dpo.judges.Questions",
+        **CALLED,
+        **ASKED,
+        "max_tokens": 1024,
+        "cache": "${cache}",
+    },
+    "judge/reward_model": {"_target_": "dpo.judges.RewardModel", **CALLED, "path": None, "max_length": 2048},
     "judge/shorter": {"_target_": "dpo.judges.shorter", **CALLED},
     "loss/alpha_dpo": {
         "_target_": "dpo.losses.AlphaDPO",
@@ -288,6 +312,22 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
         "_target_": "dpo.references.OtherTokenizer",
         "path": "runs/references_phrases/seed=${seed}/policy",
         "max_length": None,
+    },
+    "rule/accurate_then_short": {
+        "_target_": "dpo.judges.accurate_then_short",
+        **CALLED,
+        "threshold": 3,
+        "min_length_diff": 3,
+        "tie_below_threshold": "tie",
+    },
+    "server/local": {
+        "url": "http://localhost:8000/v1",
+        "key": None,
+        "concurrency": 8,
+        "timeout": 120.0,
+        "retries": 5,
+        "requests_per_minute": None,
+        "prices": None,
     },
     "reference/world_tuned": {"_target_": "dpo.references.Frozen", "path": "runs/tuned/seed=${seed}/policy"},
     "hydra/launcher/local": {"_target_": "hydra_plugins.dpo_launchers.Local", "jobs": 1},

@@ -104,7 +104,15 @@ def test_the_interval_covers_the_true_rate(wins, ties):
 
 def feeding(room: int, on_too_long: str = "error", **changed: Any) -> Evaluation:
     sampling = changed.get("sampling", Sampling(4, 1.0, 1.0, 4))
-    given = {"prompts": 4, "log_samples": 1, "seed": 0, "packed": False, "micro_batch_tokens": 100, "cache": ""}
+    given = {
+        "prompts": 4,
+        "log_samples": 1,
+        "seed": 0,
+        "packed": False,
+        "micro_batch_tokens": 100,
+        "cache": "",
+        "rule": None,
+    }
     limits = Limits(room + sampling.max_new_tokens, sampling.max_new_tokens, on_too_long)
     return Evaluation(**{"sampling": sampling, "limits": limits, **given, **changed})
 

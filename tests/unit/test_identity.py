@@ -23,6 +23,7 @@ DECIDE = {  # settings that make a run of dpo.train another one
     *("evaluation.judge", "evaluation.baseline", "pairs.off_policy", "pairs.gap", "pairs.label_temperature"),
     *("pairs.flip", "pairs.outliers", "pairs.outlier"),
 }
+YOUNGER = {"rule", "evaluation.rule"}  # no part of it where they are null: they came later
 NOT_OF_SFT = {"beta", "lr", "batch_size", "epochs", "steps", "schedule", "warmup_steps", "keep"}
 NOT_OF_SFT |= {"evaluation.judge", "evaluation.baseline"}
 DO_NOT = {  # those that do not
@@ -37,15 +38,30 @@ DO_NOT = {  # those that do not
 def test_the_settings_that_make_a_run_another_one():
     train, sft, score = (config(command=command) for command in ("train", "sft", "score"))
     assert set(identity_keys(train)) == DECIDE
-    assert set(flatten(train)) - DECIDE == DO_NOT
+    assert set(flatten(train)) - DECIDE - YOUNGER == DO_NOT
     groups = ("loss.", "reference.", "engine.", "generation.", "pairs.")
     assert set(identity_keys(sft)) == {key for key in DECIDE - NOT_OF_SFT if not key.startswith(groups)}
     assert set(identity_keys(score)) == DECIDE | {"per_token"}
     for key, value in flatten(train).items():
         other = changed(train, key, 7 if value is None else f"{value}?")
-        assert (identity(other) != identity(train)) == (key in DECIDE), key
+        assert (identity(other) != identity(train)) == (key in DECIDE | YOUNGER), key
+    for group in ("judge", "evaluation.judge", "engine"):  # where a server is, and what is kept beside it
+        one, other = (config(*servers(group, url)) for url in ("http://a", "http://b"))
+        assert identity(one) == identity(other)
+        model = "served" if group == "engine" else "model"
+        assert identity(changed(one, f"{group}.{model}", "m")) != identity(one)
     recorded = {"id": "0", "choices": {"loss": "ipo"}, "provenance": {"commit": "0", "inputs": {"data": "0"}}}
     assert identity(train | recorded | {"figure": None, "table": None, "hydra": {"a": 1}}) == identity(train)
+
+
+def servers(group, url):
+    if group == "engine":
+        return ["engine=endpoint", f"engine.server.url={url}", f"cache={url[-1]}"]
+    return [
+        f"judge{'' if group == 'judge' else '@' + group}=questions",
+        f"{group}.server.url={url}",
+        f"cache={url[-1]}",
+    ]
 
 
 def test_identities_do_not_move():
@@ -75,8 +91,8 @@ UNUSED = {"policy.micro_batch_tokens", "policy.generation_batch_size"}  # defaul
 
 
 def changed(base: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    *group, last = key.split(".")
-    return {**base, group[0]: {**base[group[0]], last: value}} if group else {**base, last: value}
+    first, _, rest = key.partition(".")
+    return {**base, first: changed(base[first], rest, value) if rest else value}
 
 
 def test_the_least_value_of_every_number(base):

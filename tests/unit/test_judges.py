@@ -45,25 +45,35 @@ class Reader(nn.Module):
 
 
 class Asked:
-    """A costly judge of either form, and all that it was asked."""
+    """A judge whose answers cost something, of either form, and all that it was asked: of the last question first.
 
-    def __init__(self, judge, pairwise: bool, most: int = 10**6) -> None:
-        self.questions, self.calls, self.most = [], 0, most
+    most: answers until it is stopped. lost: places of questions that it fails to answer.
+    """
 
-        def pointwise_judge(prompts, responses):
-            return self.note(judge, prompts, responses)
+    def __init__(self, judge, pairwise: bool, most: int = 10**6, lost=()) -> None:
+        self.questions = []
 
-        def pairwise_judge(prompts, firsts, seconds):
-            return self.note(judge, prompts, firsts, seconds)
+        def each(columns):
+            for place, question in reversed([*enumerate(zip(*columns, strict=True))]):
+                if len(self.questions) == most:
+                    raise KeyboardInterrupt
+                if place not in lost:
+                    self.questions.append(question)
+                    yield place, judge(*([one] for one in question))[0]
 
-        self.judge = judges.costly(pairwise_judge if pairwise else pointwise_judge)
+        class Pointwise:
+            def each(self, prompts, responses):
+                return each([prompts, responses])
 
-    def note(self, judge, *columns):
-        if self.calls == self.most:
-            raise KeyboardInterrupt
-        self.calls += 1
-        self.questions += zip(*columns, strict=True)
-        return judge(*columns)
+            def forward(self, prompts, responses): ...
+
+        class Pairwise:
+            def each(self, prompts, firsts, seconds):
+                return each([prompts, firsts, seconds])
+
+            def forward(self, prompts, firsts, seconds): ...
+
+        self.judge = Pairwise() if pairwise else Pointwise()
 
 
 def test_a_pointwise_judge_is_asked_once_and_of_all():
@@ -155,15 +165,15 @@ def test_a_judge_must_answer_each_question(number):
         )
 
 
-@pytest.mark.parametrize("answer", [None, {}, {"words": 1.0}, {"score": float("nan")}, "win"])
+@pytest.mark.parametrize("answer", [None, {"words": 1.0}, {"score": float("nan")}, "win"])
 def test_a_judgement_has_a_score(answer):
-    with pytest.raises(RuntimeError, match=r"by a dictionary with a score, got .* \(1 of 3\)"):
+    with pytest.raises(RuntimeError, match=r"by a dictionary with a score, or an empty one where it cannot, got "):
         judges.compare(lambda prompts, responses: [{"score": 1.0}, answer, {"score": 0.0}], PROMPTS, RESPONSES, [])
 
 
 @pytest.mark.parametrize("answer", [None, "won", 1.0, {"score": 1.0}])
 def test_a_verdict_is_one_of_three(answer):
-    with pytest.raises(RuntimeError, match=r"by one of win, tie, lose, got .* \(1 of 2\)"):
+    with pytest.raises(RuntimeError, match="by one of win, tie, lose, got "):
         judges.compare(lambda prompts, firsts, seconds: ["win", answer], ["p"] * 2, ["x", "y"], [(0, 1)])
 
 
@@ -219,7 +229,7 @@ def test_a_costly_judge_is_asked_for_each_answer_once(form, tmp_path):
     for again in range(2):
         kept = judges.remembering(asked.judge, {"_target_": "mine"}, tmp_path)  # another run
         assert ask(kept, [questions[1], *questions, questions[1]]) == [answers[1], *answers, answers[1]], again
-    assert asked.questions == [questions[1], questions[0], questions[2]]
+    assert asked.questions == [questions[2], questions[0], questions[1]]
     assert ask(kept, [("new", *questions[0][1:])]) == answers[:1]
     assert asked.questions[3:] == [("new", *questions[0][1:])]
 
@@ -229,9 +239,9 @@ def test_what_decides_an_answer_is_in_its_key(form, tmp_path, monkeypatch):
     asked = Asked(judge, pairwise)
 
     def new(node, question) -> bool:
-        before = asked.calls
+        before = len(asked.questions)
         ask(judges.remembering(asked.judge, node, tmp_path), [question])
-        return asked.calls > before
+        return len(asked.questions) > before
 
     node = {"_target_": "mine", "margin": 0}
     assert new(node, questions[0])
@@ -255,48 +265,58 @@ def test_a_judge_that_costs_nothing_keeps_nothing(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_run_that_is_stopped_keeps_what_was_answered(form, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_keeps_what_was_answered(form, tmp_path):
     judge, questions, answers, pairwise = form
-    monkeypatch.setattr(comparing, "AT_ONCE", 1)
-    stopped = Asked(judge, pairwise, most=2)
     with pytest.raises(KeyboardInterrupt):
-        ask(judges.remembering(stopped.judge, {}, tmp_path), questions)
+        ask(judges.remembering(Asked(judge, pairwise, most=2).judge, {}, tmp_path), questions)
     asked = Asked(judge, pairwise)
     assert ask(judges.remembering(asked.judge, {}, tmp_path), questions) == answers
-    assert asked.questions == questions[2:]
+    assert asked.questions == questions[:1]
 
 
 def test_an_answer_that_failed_is_not_kept(form, tmp_path):
     judge, questions, answers, pairwise = form
-
-    def failing(*columns):
-        return [None if nth == 1 else one for nth, one in enumerate(judge(*columns))]
-
     with pytest.raises(RuntimeError, match="got no answer to 1 of 3; run it again"):
-        ask(judges.remembering(Asked(failing, pairwise).judge, {}, tmp_path), questions)
+        ask(judges.remembering(Asked(judge, pairwise, lost=[1]).judge, {}, tmp_path), questions)
+    with pytest.raises(RuntimeError, match="must answer each question by"):
+        ask(judges.remembering(Asked(lambda *_: ["no"], pairwise).judge, {}, tmp_path), questions)
     asked = Asked(judge, pairwise)
     assert ask(judges.remembering(asked.judge, {}, tmp_path), questions) == answers
     assert asked.questions == questions[1:2]
 
 
-def test_a_list_of_answers_that_is_too_short_is_not_kept(form, tmp_path):
-    judge, questions, _, pairwise = form
-    with pytest.raises(RuntimeError, match="must answer each of 3 questions, got 2"):
-        ask(judges.remembering(Asked(lambda *columns: judge(*columns)[1:], pairwise).judge, {}, tmp_path), questions)
-    asked = Asked(judge, pairwise)
-    ask(judges.remembering(asked.judge, {}, tmp_path), questions)
-    assert asked.questions == questions
+def test_what_cannot_be_judged_decides_nothing():
+    """Nothing comes of a pair with it; a judge that can judge nothing is an error."""
+
+    def judge(prompts, responses):
+        return [{} if text == "?" else {"score": float(len(text))} for text in responses]
+
+    judgements, outcomes = judges.compare(judge, ["p"] * 3, ["a", "?", "bb"], [(0, 1), (1, 2), (2, 0), (1, 1)])
+    assert judgements == [{"score": 1.0}, {}, {"score": 2.0}]
+    assert outcomes == [{}, {}, {"win": 1.0}, {}]
+    with pytest.raises(RuntimeError, match="found that it could judge none of 2"):
+        judges.compare(judge, ["p"] * 2, ["?", "?"], [(0, 1)])
+    assert judges.compare(judge, [], [], []) == ([], [])
+
+
+def test_a_rule_decides_in_place_of_the_score():
+    """It is given what the judge says of either, and how many words it has."""
+    seen = []
+
+    def rule(first, second):
+        seen.append((first, second))
+        return 0.25
+
+    assert judges.compare(words, ["p"] * 2, ["a", "b c"], [(1, 0)], rule)[1] == [{"win": 0.25}]
+    assert seen == [({"score": 2.0, "letters": 3.0, "words": 2.0}, {"score": 1.0, "letters": 1.0, "words": 1.0})]
 
 
 def test_kept_answers_are_read_as_they_were_given(tmp_path):
     odd = {"score": 0.1 + 0.2, "tiny": 5e-324, "many": 1e300, "first": -0.0}
 
-    @judges.costly
-    def judge(prompts, responses):
-        return [odd for _ in responses]
-
+    asked = Asked(lambda prompts, responses: [odd for _ in responses], False)
     for _ in range(2):
-        [said] = judges.remembering(judge, {"a": 1}, tmp_path)(["p"], ["x"])
+        [said] = judges.remembering(asked.judge, {"a": 1}, tmp_path)(["p"], ["x"])
         assert [*said.items()] == [*odd.items()]
         assert str(said["first"]) == "-0.0"
     (file,) = (tmp_path / "answers").glob("*.jsonl")

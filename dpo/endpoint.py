@@ -1,0 +1,221 @@
+"""A server that speaks OpenAI's protocol: asked by many threads, its answers checked, its bill counted.
+
+The `openai` package (the extra `endpoint`) waits and tries again where the server is busy, slow or broken. It takes any
+body for an answer, so bodies are checked here.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from typing_extensions import TypedDict
+
+from dpo.training.log import progress
+
+Question = TypeVar("Question")
+Answer = TypeVar("Answer")
+
+
+class ServerOptions(TypedDict):
+    """Where a server is and how it is asked, which decides no answer: `conf/server/local.yaml` says what each means."""
+
+    url: str
+    key: str | None
+    concurrency: int
+    timeout: float
+    retries: int
+    requests_per_minute: float | None
+    prices: list[float] | None
+
+
+class Refused(RuntimeError):
+    """The server does not take this one request, and says why: it is too long, say. Others may do."""
+
+
+@dataclass
+class Bill:
+    """What was asked of a server, in requests that it answered, and tokens as it counts them."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+
+    def said(self, prices: Sequence[float] | None) -> str:
+        money = ""
+        if prices is not None:
+            money = f", {(self.prompt_tokens * prices[0] + self.tokens * prices[1]) / 1e6:.4f} at the given prices"
+        return f"{self.requests} requests, {self.prompt_tokens} tokens in, {self.tokens} out{money}"
+
+
+class Server:
+    """A model behind an OpenAI-compatible server.
+
+    Raises: ValueError if the options are none that could work. No request is made before the first question.
+    """
+
+    def __init__(self, model: str | None, options: ServerOptions, group: str, key: str = "model") -> None:
+        self.model, self.options, self.bill = model, options, Bill()
+        self._lock, self._next = threading.Lock(), 0.0
+        if find_spec("openai") is None:
+            raise ValueError(f"{group} needs the package openai, found none; pip install 'dpo[endpoint]'")
+        if not model:
+            raise ValueError(f"{group}.{key} must name a model that {options['url']} serves, got {model!r}")
+        if not options["url"].startswith(("http://", "https://")):
+            raise ValueError(f"{group}.server.url must begin with http:// or https://, got {options['url']}")
+        if (name := options["key"]) is not None and not name.replace("_", "").isalnum():
+            raise ValueError(f"{group}.server.key must name an environment variable, and not be the key itself")
+        if name is not None and not os.environ.get(name):
+            raise ValueError(
+                f"{group}.server.key names the environment variable that holds the key, {name}, found none; export it, "
+                f"or {group}.server.key=null for a server that wants none"
+            )
+        for key in ("concurrency", "timeout", "requests_per_minute"):
+            if (value := options[key]) is not None and value <= 0:  # type: ignore[literal-required]
+                raise ValueError(f"{group}.server.{key} must be above 0, got {value}")
+        if options["retries"] < 0:
+            raise ValueError(f"{group}.server.retries must be at least 0, got {options['retries']}")
+        if (prices := options["prices"]) is not None and (len(prices) != 2 or min(prices) < 0):
+            raise ValueError(f"{group}.server.prices must be two, of a million tokens in and out, got {prices}")
+
+    @cached_property
+    def client(self) -> Any:
+        import openai
+
+        asked = self.options
+        key = os.environ[asked["key"]] if asked["key"] else "none"
+        return openai.OpenAI(base_url=asked["url"], api_key=key, timeout=asked["timeout"], max_retries=asked["retries"])
+
+    def chat(self, text: str, max_tokens: int, seed: int, temperature: float) -> str:
+        """What the model answers to a user's turn.
+
+        Raises: Refused, or RuntimeError where no request could do: no server, a wrong key, another model.
+        """
+
+        def read(body: Any) -> str:
+            said = body.choices[0].message.content
+            if not isinstance(said, str):
+                raise TypeError(f"found the content {said!r}")
+            return said
+
+        return self.asked(
+            "chat completion",
+            read,
+            self.client.chat.completions.create,
+            messages=[{"role": "user", "content": text}],
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
+
+    def asked(self, what: str, read: Callable[[Any], Answer], create: Callable[..., Any], **request: Any) -> Answer:
+        """What `read` finds in the body that the server answers with; asked again where it is none, as `chat` says."""
+        import openai
+
+        for attempt in range(self.options["retries"] + 1):
+            self._wait_for_turn()
+            try:
+                body = create(model=self.model, **request)
+            except openai.BadRequestError as error:
+                raise Refused(f"{self._here} refused a request: {error}") from None
+            except openai.AuthenticationError as error:
+                raise RuntimeError(f"{self._here} must take the key in {self.options['key']}: {error}") from None
+            except openai.NotFoundError as error:
+                raise RuntimeError(
+                    f"{self._here} must serve {self.model}: {error}; it serves {self._served()}"
+                ) from None
+            except openai.OpenAIError as error:
+                why = f"{type(error).__name__}: {error}" + (f" ({error.__cause__})" if error.__cause__ else "")
+                raise RuntimeError(
+                    f"{self._here} must answer, found {why}, {self.options['retries']} retries; what was answered is "
+                    "kept: start it and run again"
+                ) from None
+            except ValueError as error:  # a body that is no JSON
+                fault = f"{error}"
+            else:
+                try:
+                    found = read(body)
+                except (AttributeError, LookupError, TypeError) as error:
+                    fault = f"{error}; the body begins {str(body)[:200]!r}"
+                else:
+                    self._same_model(body.model)
+                    self._count(body)
+                    return found
+            time.sleep(min(8.0, 0.5 * 2**attempt))
+        raise RuntimeError(
+            f"{self._here} must answer with a {what}, found none in {self.options['retries'] + 1} answers: {fault}"
+        )
+
+    def each(
+        self, answer: Callable[[Question], Answer], questions: Sequence[Question], title: str
+    ) -> Iterator[tuple[int, Answer]]:
+        """The place of each question and what `answer` says to it (not None), `concurrency` at once, as they come; a
+        progress bar shows the bill. An error is raised when what is under way has come.
+        """
+        came: SimpleQueue[tuple[int, Answer | None, BaseException | None]] = SimpleQueue()
+        stopped = threading.Event()
+        failed: BaseException | None = None
+
+        def work(place: int) -> None:
+            try:
+                came.put((place, None if stopped.is_set() else answer(questions[place]), None))
+            except BaseException as error:
+                stopped.set()
+                came.put((place, None, error))
+
+        pool = ThreadPoolExecutor(self.options["concurrency"])
+        try:
+            for place in range(len(questions)):
+                pool.submit(work, place)
+            with progress(total=len(questions), name=title) as bar:
+                for _ in questions:
+                    place, said, error = came.get()
+                    failed = failed or error
+                    if said is not None:
+                        bar.set_postfix_str(self.bill.said(self.options["prices"]), refresh=False)
+                        bar.update()
+                        yield place, said
+            if failed is not None:
+                raise failed
+        finally:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def _here(self) -> str:
+        return f"the server at {self.options['url']}"
+
+    def _served(self) -> str:
+        import openai
+
+        try:
+            return ", ".join(sorted(one.id for one in self.client.models.list())) or "none"
+        except (openai.OpenAIError, AttributeError, TypeError):
+            return "nobody knows what"
+
+    def _same_model(self, found: Any) -> None:
+        """A name may be that of a family, of which the server answers with a dated one."""
+        if not str(found).startswith(str(self.model)):
+            raise RuntimeError(f"{self._here} must answer with {self.model}, found {found}; it serves {self._served()}")
+
+    def _count(self, body: Any) -> None:
+        with self._lock:
+            self.bill.requests += 1
+            if (usage := getattr(body, "usage", None)) is not None:
+                self.bill.prompt_tokens += usage.prompt_tokens or 0
+                self.bill.tokens += usage.completion_tokens or 0
+
+    def _wait_for_turn(self) -> None:
+        if (rate := self.options["requests_per_minute"]) is None:
+            return
+        with self._lock:
+            now = time.monotonic()
+            self._next = max(self._next, now) + 60 / rate
+            wait = self._next - 60 / rate - now
+        time.sleep(wait)

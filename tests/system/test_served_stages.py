@@ -1,0 +1,162 @@
+"""Whole runs whose judge and engine stand behind a server: what comes of its answers, and what a kill costs."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from serving import Served, serving
+from whole_runs import ROOT, SMALL, frozen
+
+from dpo import evaluate, generate, judge, train
+from dpo.data.records import read
+from dpo.sweep.rehearse import Rehearsal
+
+
+def lines(file: Path) -> list:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def reader(text, body):
+    """Asks for five words of the article, of all that it names, and finds them in a summary."""
+    if "[Article]" in text:
+        words = sorted({*re.findall(r"\w{4,}", text.split("[Article]\n")[1])})[:5]
+        blocks = []
+        for nth, word in enumerate(words, 1):
+            choices = [word, *(f"none{nth}{letter}" for letter in "bcde")]
+            said = "\n".join(f"{letter}) {choice}" for letter, choice in zip("ABCDE", choices, strict=True))
+            blocks.append(f"Q{nth}) Which?\n{said}\nAnswer: A")
+        return "\n\n".join(blocks)
+    summary, asked = re.search(r"\[Text\]\n(.*)\n\n\[Questions\]\n(.*)", text, re.DOTALL).groups()
+    said = []
+    for block in re.split(r"\n(?=Q)", asked):
+        found = [letter for letter, choice in re.findall(r"([A-E])\) (\S+)", block) if choice in summary.split()]
+        said.append(f"{block.split(')')[0]}) {found[0] if found else 'Unsure'}")
+    return "\n".join(said)
+
+
+def right(article: str, summary: str) -> int:
+    words = sorted({*re.findall(r"\w{4,}", article)})[:5]
+    return sum(word in summary.split() for word in words)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Candidates, pairs by answered questions and the rule, a policy trained on them, and its evaluation."""
+    folder, served = tmp_path_factory.mktemp("served"), Served("m", reader)
+    with serving(served) as url:
+        asked = ["judge=questions", "judge.model=m", f"judge.server.url={url}", "rule=accurate_then_short"]
+        asked += ["rule.threshold=1", "judge.server.retries=0"]
+        for verb, command, given in (
+            ("generate", generate, []),
+            ("judge", judge, asked),
+            ("train", train, [*asked, "rule@evaluation.rule=accurate_then_short", "evaluation.rule.min_length_diff=1"]),
+        ):
+            (folder / verb).mkdir()
+            config = frozen(folder / verb, *SMALL, "seed=3", *given, verb=verb)
+            command.run(config, folder / verb)
+        policy = f"policy.path={folder / 'train' / 'policy'}"
+        for name, changed in (("again", []), ("by another rule", ["rule.tie_below_threshold=shorter"])):
+            (folder / name).mkdir()
+            paid = len(served.spent)
+            given = [policy, "against=initial", "candidates=null"][:2]
+            config = frozen(folder / name, *SMALL, "seed=3", *given, *asked, *changed, verb="evaluate")
+            evaluate.run(config, folder / name)
+            (folder / name / "paid").write_text(str(len(served.spent) - paid))
+        from omegaconf import OmegaConf
+
+        assert Rehearsal().of(OmegaConf.to_container(config))["problems"] == []
+    return folder
+
+
+def test_pairs_are_those_of_the_answers_and_the_rule(made):
+    for split in ("train", "validation"):
+        rows = lines(made / "judge" / f"{split}.judged.jsonl")
+        for row in rows:
+            assert row["correct"] == row["score"] == right(row["prompt"], row["response"])
+        pairs = read(made / "judge" / f"{split}.jsonl")
+        assert pairs
+        for pair in pairs:
+            one, other = right(pair.prompt, pair.chosen), right(pair.prompt, pair.rejected)
+            fewer = len(pair.rejected.split()) - len(pair.chosen.split())
+            assert (fewer >= 3) if min(one, other) >= 1 else one > other
+
+
+def test_an_evaluation_goes_by_its_own_rule(made):
+    rows, found = (
+        lines(made / "train" / "responses.jsonl"),
+        json.loads((made / "train" / "evaluation.json").read_text()),
+    )
+    for row in rows:
+        one, other = (right(row["prompt"], row[side]) for side in ("response", "baseline"))
+        fewer = len(row["baseline"].split()) - len(row["response"].split())
+        expected = (fewer > 0) - (fewer < 0) if min(one, other) >= 3 else (one > other) - (one < other)
+        assert row["win"] == 0.5 + expected / 2
+    assert found["win_rate"] == pytest.approx(sum(row["win"] for row in rows) / len(rows))
+    assert found["correct"] == pytest.approx(sum(row["correct"] for row in rows) / len(rows))
+
+
+def test_another_rule_asks_nothing_again(made):
+    """The articles of the tests have their questions, and what was judged once is known: but for a handshake."""
+    assert (made / "by another rule" / "paid").read_text() == "1"
+    wins = [[row["win"] for row in lines(made / name / "responses.jsonl")] for name in ("again", "by another rule")]
+    assert len(wins[0]) == len(wins[1]) == 10
+
+
+def larger(text, body):
+    first, second = re.search(r"\[Answer A\]\n(.*)\n\n\[Answer B\]\n(.*)\n\nDo not", text, re.DOTALL).groups()
+    return "Verdict: A" if first > second else "Verdict: B"
+
+
+@pytest.mark.parametrize("verb", ["generate", "judge"])
+def test_a_stage_that_is_killed_pays_for_no_answer_twice(tmp_path, tiny_model, verb):
+    """Killed by a signal that it cannot see, while the server answers; the same command goes on from there."""
+    process, answered, most = [], [], 20
+
+    class Deadly(Served):
+        def reply(self, path, body, authorization):
+            said = super().reply(path, body, authorization)
+            answered.append(json.dumps(body, sort_keys=True))
+            if len(answered) == most:
+                os.killpg(process[0].pid, signal.SIGKILL)
+            return said
+
+    pairs = tmp_path / "prompts.jsonl"
+    pairs.write_text("".join(json.dumps({"prompt": f"What is {n} and {n}?"}) + "\n" for n in range(8)))
+    model = tiny_model("llama")
+    served = Deadly("m", larger if verb == "judge" else None, folder=model)
+    with serving(served) as url:
+        command = [sys.executable, "-m", f"dpo.{verb}", "data=prompts", f"data.path={pairs}", f"policy.path={model}"]
+        command += ["max_length=60", "max_new_tokens=6", "wandb.mode=disabled", "device=cpu", "threads=1"]
+        command += ["data.validation=2", "data.test=1", "generation.samples_per_prompt=4"]
+        if verb == "judge":
+            command += ["judge=pairwise", "judge.model=m", f"judge.server.url={url}", "judge.server.concurrency=2"]
+        else:
+            command += ["engine=endpoint", "engine.served=m", f"engine.server.url={url}", "engine.server.concurrency=2"]
+        runs = []
+        for _ in range(2):
+            process[:] = [
+                subprocess.Popen(
+                    command,
+                    cwd=tmp_path,
+                    env={**os.environ, "PYTHONPATH": str(ROOT)},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    start_new_session=True,
+                )
+            ]
+            runs.append((process[0].communicate()[0], process[0].returncode))
+    assert runs[0][1] == -signal.SIGKILL, runs[0][0]
+    assert runs[1][1] == 0, runs[1][0]
+    asked = Counter(answered)
+    shaking = 5 if verb == "generate" else 1
+    twice = [text for text, count in asked.items() if count > 1]
+    assert sum(asked[text] - 1 for text in twice) <= 2 * shaking + 2  # the handshakes, and what was under way
+    [folder] = (tmp_path / "runs").glob("*/*/manifest.json")
+    assert json.loads(folder.read_text())["train candidates"] > 0
