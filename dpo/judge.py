@@ -33,7 +33,6 @@ from dpo.sweep.inputs import load
 from dpo.sweep.signature import instantiate
 from dpo.training import distributed
 
-
 logger = logging.getLogger(__name__)
 
 

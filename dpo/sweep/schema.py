@@ -197,14 +197,7 @@ SCHEMAS = {
 }  # by command, the verb that executes the run; those of rounds are of train
 for verb, schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{verb}_schema", node=schema)
-OPEN_GROUPS = (
-    "data",
-    "engine",
-    "judge",
-    "rule",
-    "loss",
-    "reference",
-)  # typed by the signature of the function that they name
+OPEN_GROUPS = ("data", "engine", "judge", "rule", "loss", "reference")  # typed by the signature of what they name
 
 # The home of a default -> the key that decides. A frozen config shows the value in force at both.
 ALIASES = {"loss.beta": "beta"} | {f"policy.{key}": key for key in ("lr", "max_length", "max_new_tokens")}
@@ -217,14 +210,7 @@ NON_NUMERIC = (
     *("activation_checkpointing", "sharding", "evaluate_every", "evaluate_prompts", "checkpoint_every"),
     *("checkpoints_kept", "evaluation.log_samples", "evaluation.instructions"),
     *("generation.batch_size", "evaluation.batch_size"),
-    *(
-        "judge.server",
-        "judge.cache",
-        "evaluation.judge.server",
-        "evaluation.judge.cache",
-        "engine.server",
-        "engine.cache",
-    ),
+    *(f"{group}.{key}" for group in ("judge", "evaluation.judge", "engine") for key in ("server", "cache")),
     *("policy.micro_batch_tokens", "policy.generation_batch_size"),  # of keys that are listed
     *("figure", "table"),  # an experiment is what its keys say
     *RECORDED,
