@@ -122,7 +122,7 @@ class Server:
             self._wait_for_turn()
             try:
                 body = create(model=self.model, **request)
-            except openai.BadRequestError as error:
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 raise Refused(f"{self._here} refused a request: {error}") from None
             except openai.AuthenticationError as error:
                 raise RuntimeError(f"{self._here} must take the key in {self.options['key']}: {error}") from None

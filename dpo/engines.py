@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo.cache import digest, remember_each
 from dpo.data.batches import collate_responses
 from dpo.data.chats import ends
-from dpo.endpoint import Server, ServerOptions
+from dpo.endpoint import Refused, Server, ServerOptions
 from dpo.policy import model as models
 from dpo.policy.logps import token_logps
 from dpo.policy.sampling import Sample, Sampling, cut, sample
@@ -89,8 +89,11 @@ class Endpoint:
     def _tried(self, prompt: Tokens, stops: Sequence[int]) -> tuple[Tokens, Logps]:
         """A response to a prompt, and its log-probs, from a server that samples as it is asked to."""
         asked = {"max_tokens": TRIED, "temperature": 1.0, "top_p": 1.0}
-        first, *others = [self._complete(prompt, seed, asked, stops) for seed in (0, 0, 1, 2, 3)]
         here = f"the server at {self.server.options['url']}"
+        try:
+            first, *others = [self._complete(prompt, seed, asked, stops) for seed in (0, 0, 1, 2, 3)]
+        except Refused as error:
+            raise RuntimeError(f"{here} must complete token ids (vllm serve does): {error}") from None
         if others[0][0] != first[0]:
             raise RuntimeError(f"{here} must give the same tokens for the same seed, found others; take one that does")
         if all(other[0] == first[0] for other in others[1:]):
