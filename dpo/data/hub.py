@@ -1,7 +1,7 @@
 """Public data sets, one reader each; what a reader returns is described in `dpo.data.records.Dataset`."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from dpo.data.records import (
     HUMAN,
@@ -16,6 +16,8 @@ from dpo.data.records import (
     responses_of,
     split_pairs,
 )
+
+Made = TypeVar("Made")
 
 
 def hh(
@@ -121,7 +123,7 @@ def _read(
 
     def rows(file: str | None, split: str) -> list[Preference]:
         if file is None:
-            found = _from_hub(record, repository, split, **options)
+            found = from_hub(record, repository, split, **options)
             return filter_pairs(found, on_faulty, f"{called}, {split} split")
         return filter_pairs(parse(file, record), on_faulty, file)
 
@@ -129,9 +131,13 @@ def _read(
     return split_pairs(rows(path, splits[0]), held_out, validation_fraction, on_faulty)
 
 
-def _from_hub(
-    record: Callable[[dict[str, Any]], Preference | str], repository: str, split: str, **options: Any
-) -> Iterable[tuple[str, Preference | str]]:
+def from_hub(
+    record: Callable[[dict[str, Any]], Made], repository: str, split: str, **options: Any
+) -> Iterable[tuple[str, Made]]:
+    """What `record` makes of each row of a data set on the hub, and where that is.
+
+    Raises: ValueError if the package that reads it is missing.
+    """
     try:
         import datasets
     except ImportError as error:

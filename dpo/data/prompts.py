@@ -3,6 +3,7 @@
 from typing import Any
 
 from dpo.cache import digest
+from dpo.data.hub import from_hub
 from dpo.data.records import Dataset, OnFaulty, Text, distinct, parse, responses_of
 
 
@@ -14,20 +15,61 @@ def prompts(path: str, train: int | None, part: int, validation: int, test: int,
 
     Raises: ValueError if there are too few.
     """
-    found = sorted(distinct(one for _, one in parse(path, _prompt)), key=digest)
+    splits = _parted(path, [one for _, one in parse(path, _prompt)], train, part, validation, test)
+    return Dataset([], {}, splits, on_faulty)
+
+
+def cnn_dailymail(
+    path: str | None,
+    instruction: str,
+    train: int | None,
+    part: int,
+    validation: int,
+    test: int,
+    on_faulty: OnFaulty,
+) -> Dataset:
+    """News articles to summarize (CNN/DailyMail 3.0.0, train split): a user's turn each, `instruction` and the article.
+
+    What people wrote, its highlights, is what evaluation.baseline=human and pairs.off_policy compare with.
+    path: a JSONL file with `article` and `highlights`, .gz or not; None: abisee/cnn_dailymail on the hub. Others are
+    those of `prompts`.
+    Raises: ValueError as `prompts` does.
+    """
+    called = path or "abisee/cnn_dailymail"
+    rows = from_hub(_article, called, "train", name="3.0.0") if path is None else parse(path, _article)
+    asked: dict[str, tuple[Text, str]] = {}
+    for _, (article, highlights) in rows:
+        asked.setdefault(article, ([{"role": "user", "content": f"{instruction}\n\n{article}"}], highlights))
+    human = {digest(prompt): highlights for prompt, highlights in asked.values()}
+    splits = _parted(called, [prompt for prompt, _ in asked.values()], train, part, validation, test)
+    written = {split: [human[digest(prompt)] for prompt in some] for split, some in splits.items()}
+    return Dataset([], {}, splits, on_faulty, written)
+
+
+def _parted(
+    called: str, found: list[Text], train: int | None, part: int, validation: int, test: int
+) -> dict[str, list[Text]]:
+    """The splits that `prompts` describes."""
+    found = sorted(distinct(found), key=digest)
     held_out, size = test + validation, len(found) - test - validation if train is None else train
     first = held_out + part * size
     if size < 1 or part < 0 or first + size > len(found):
         raise ValueError(
-            f"{path} must have {test} prompts for test, {validation} for validation, and part {part}, counted from 0, "
-            f"of {'all others' if train is None else train} for training, found {len(found)}; give a number as "
+            f"{called} must have {test} prompts for test, {validation} for validation, and part {part}, counted from "
+            f"0, of {'all others' if train is None else train} for training, found {len(found)}; give a number as "
             "data.train, lower it, data.validation or data.test, or take fewer parts"
         )
-    splits = {"test": found[:test], "validation": found[test:held_out], "train": found[first : first + size]}
-    return Dataset([], {}, splits, on_faulty)
+    return {"test": found[:test], "validation": found[test:held_out], "train": found[first : first + size]}
 
 
 def _prompt(row: dict[str, Any]) -> Text:
     if "prompt" not in row:
         raise ValueError("must have a prompt, found none")
     return responses_of(row, ())[0]
+
+
+def _article(row: dict[str, Any]) -> tuple[str, str]:
+    texts = row.get("article"), row.get("highlights")
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"must have an article and its highlights, found {', '.join(row) or 'nothing'}")
+    return str(texts[0]).strip(), str(texts[1]).strip()

@@ -1,6 +1,8 @@
 """Whole runs whose judge and engine stand behind a server: what comes of its answers, and what a kill costs."""
 
+import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -106,6 +108,44 @@ def test_another_rule_asks_nothing_again(made):
     assert (made / "by another rule" / "paid").read_text() == "1"
     wins = [[row["win"] for row in lines(made / name / "responses.jsonl")] for name in ("again", "by another rule")]
     assert len(wins[0]) == len(wins[1]) == 10
+
+
+def test_the_case_study_at_three_articles(tmp_path, tiny_model):
+    """Its recipe end to end, with a tiny policy, articles in the form in which they are published, and this judge."""
+    towns = ("Oslo", "Rome", "Bonn", "Kiel", "Cork", "Lyon")
+    articles = [
+        {"article": f"({town}) The mayor of {town} said on Monday that {3 * n} bridges had closed.", "id": str(n)}
+        for n, town in enumerate(towns)
+    ]
+    rows = [json.dumps({**one, "highlights": f"{one['article'].split()[0]} closes bridges ."}) for one in articles]
+    (tmp_path / "articles.jsonl").write_text("\n".join(rows))
+    given = ["table=paper_summarization", "beta=0.03", f"data.path={tmp_path / 'articles.jsonl'}", "data.train=3"]
+    given += ["data.validation=1", "data.test=2", f"policy.path={tiny_model('qwen2')}", "max_length=400", "epochs=1"]
+    given += ["max_new_tokens=12", "processes=1", "threads=1", "batch_size=4", "evaluation.log_samples=1"]
+    served = Served("meta-llama/Llama-3.1-70B-Instruct", chance)
+    with serving(served) as url:
+        directory = tmp_path / "run"
+        directory.mkdir()
+        train.run(frozen(directory, *given, f"judge.server.url={url}"), directory)
+    found = json.loads((directory / "evaluation.json").read_text())
+    assert found["n"] == 2
+    assert 0 <= found["correct"] <= 5
+    assert math.isfinite(found["kl"])
+    asked = [one["messages"][0]["content"] for one in served.asked]
+    assert sum("[Article]" in text for text in asked) == 6
+    assert all("Sum up this article" in text for text in asked if "[Article]" in text)
+    losses = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    first = next(row for row in losses if row["split"] == "train")
+    assert first["loss"] == pytest.approx(math.log(2), abs=2e-3)  # bf16
+
+
+def chance(text, body):
+    """Five questions to every article, and answers that a digest of the summary decides."""
+    if "[Article]" in text:
+        return reader(text + " alpha bravo charlie delta ether", body)
+    summary = re.search(r"\[Text\]\n(.*)\n\n\[Questions\]", text, re.DOTALL)[1]
+    digest = hashlib.sha256(summary.encode()).digest()
+    return "\n".join(f"Q{nth}) {'ABCDE'[digest[nth] % 5]}" for nth in range(1, 6))
 
 
 def larger(text, body):

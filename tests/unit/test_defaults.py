@@ -178,6 +178,16 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
         "validation_fraction": 0.05,
         "on_faulty": "error",
     },
+    "data/cnn_dailymail": {
+        "_target_": "dpo.data.prompts.cnn_dailymail",
+        "path": None,
+        "instruction": "Sum up this article in two sentences at most, as briefly as you can.",
+        "train": None,
+        "part": 0,
+        "validation": 200,
+        "test": 1000,
+        "on_faulty": "drop",
+    },
     "data/world": {**SHARED["data"], "seed": "${seed}"},
     "engine/endpoint": {
         "_target_": "dpo.engines.Endpoint",

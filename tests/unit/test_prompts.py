@@ -1,0 +1,59 @@
+"""Articles to summarize, in the form in which CNN/DailyMail is published."""
+
+import gzip
+import json
+
+import pytest
+
+from dpo.data import prompts
+from dpo.data.prompts import cnn_dailymail
+
+ROWS = [{"article": f" (CNN) Story {n} . ", "highlights": f"Story {n} .\nShort .", "id": f"{n:040x}"} for n in range(9)]
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "articles.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(json.dumps(row) for row in [*ROWS, ROWS[3]]).encode()))
+    return str(path)
+
+
+def test_an_article_is_asked_for_in_one_turn(file):
+    data = cnn_dailymail(file, "Be brief.", None, 0, 2, 3, "drop")
+    assert {split: len(some) for split, some in data.prompts.items()} == {"test": 3, "validation": 2, "train": 4}
+    every = [prompt for some in data.prompts.values() for prompt in some]
+    assert sorted(prompt[0]["content"] for prompt in every) == [f"Be brief.\n\n(CNN) Story {n} ." for n in range(9)]
+    assert all([turn["role"] for turn in prompt] == ["user"] for prompt in every)
+    for split, some in data.prompts.items():
+        for prompt, written in zip(some, data.written_to(some, split), strict=True):
+            assert (
+                written == prompt[0]["content"].removeprefix("Be brief.\n\n(CNN) ").removesuffix(" .") + " .\nShort ."
+            )
+
+
+def test_parts_share_no_article(file):
+    parts = [cnn_dailymail(file, "Be brief.", 2, part, 2, 3, "drop") for part in range(2)]
+    assert parts[0].prompts["test"] == parts[1].prompts["test"]
+    one, other = ({json.dumps(prompt) for prompt in part.prompts["train"]} for part in parts)
+    assert len(one | other) == 4
+    with pytest.raises(ValueError, match=r"must have 3 prompts for test, 2 for validation, and part 2, .* found 9"):
+        cnn_dailymail(file, "Be brief.", 2, 2, 2, 3, "drop")
+
+
+def test_rows_come_from_the_hub_where_there_is_no_file(monkeypatch):
+    asked = []
+
+    def rows(record, *given, **options):
+        asked.append((given, options))
+        return [(f"row {n}", record(row)) for n, row in enumerate(ROWS)]
+
+    monkeypatch.setattr(prompts, "from_hub", rows)
+    assert len(cnn_dailymail(None, "Be brief.", None, 0, 2, 3, "drop").prompts["train"]) == 4
+    assert asked == [(("abisee/cnn_dailymail", "train"), {"name": "3.0.0"})]
+
+
+@pytest.mark.parametrize("row", [{"text": "x"}, {"article": "x"}, {"article": " ", "highlights": "x"}, {"article": 3}])
+def test_what_is_no_article_is_named(tmp_path, row):
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"line 2.*must have an article and its highlights, found"):
+        cnn_dailymail(str(tmp_path / "a.jsonl"), "Be brief.", None, 0, 0, 0, "drop")
