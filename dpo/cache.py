@@ -117,20 +117,16 @@ def remember_each(
     """
     file = Path(root) / kind / f"{digest(key)[:20]}.jsonl"
     names = {digest(question): question for question in questions}
-    known = _answers(file)
+    known = answers_in(file)
     if names.keys() <= known.keys():
         return [known[digest(question)] for question in questions]
     file.parent.mkdir(parents=True, exist_ok=True)
     with _locked(file):
-        known = _answers(file, mend=True)
+        known = answers_in(file, mend=True)
         missing = [name for name in names if name not in known]
-        with open(file, "a") as kept:
-            if not file.stat().st_size:
-                kept.write(json.dumps(key, sort_keys=True) + "\n")
-            for place, said in answer([names[name] for name in missing]):
-                kept.write(json.dumps({"question": missing[place], "answer": said}) + "\n")
-                kept.flush()
-                known[missing[place]] = said
+        for place, said in answer([names[name] for name in missing]):
+            add_answers(file, key, {missing[place]: said})
+            known[missing[place]] = said
         if failed := len(names.keys() - known.keys()):
             raise RuntimeError(
                 f"all questions must be answered, got no answer to {failed} of {len(missing)}; run it again: answers "
@@ -139,8 +135,16 @@ def remember_each(
     return [known[digest(question)] for question in questions]
 
 
-def _answers(file: Path, mend: bool = False) -> dict[str, Any]:
-    """What a file of `remember_each` holds. A writer that was killed may have cut its last line. mend: take that away.
+def add_answers(file: Path, key: dict[str, Any], answers: dict[Any, Any]) -> None:
+    """Add answers by their questions to a file, a line each; its first line is the key."""
+    lines = [{"question": question, "answer": said} for question, said in answers.items()]
+    with open(file, "a") as kept:
+        begun = [] if kept.tell() else [json.dumps(key, sort_keys=True)]
+        kept.write("".join(f"{line}\n" for line in [*begun, *map(json.dumps, lines)]))
+
+
+def answers_in(file: Path, mend: bool = False) -> dict[Any, Any]:
+    """What a file of `add_answers` holds. A writer that was killed may have cut its last line. mend: take that away.
 
     Raises: ValueError if another line is no answer.
     """
@@ -271,7 +275,7 @@ def main() -> None:
             damaged += 1
             print(f"    DAMAGED: {damage}; delete the folder, and the next run makes it again")
     for file in sorted(options.root.glob("*/*.jsonl")):  # of `remember_each`
-        print(f"{file.relative_to(options.root)}  {file.stat().st_size / 1e6:.1f} MB  {len(_answers(file))} answers")
+        print(f"{file.relative_to(options.root)}  {file.stat().st_size / 1e6:.1f} MB  {len(answers_in(file))} answers")
     unfinished = len(list(options.root.glob("*/*.unfinished")))
     print(f"{unfinished} unfinished{f', {damaged} damaged' if options.verify else ''}")
     sys.exit(bool(damaged))

@@ -1,8 +1,9 @@
 """Where candidate responses come from.
 
-An engine is a function `(model, tokenizer, prompts, sampling, seed, title) -> responses`, which all processes of a run
-call: prompts are token ids, and a response keeps its own. The same arguments give the same responses. One that samples
-in another program does so on rank 0 alone (`dpo.training.distributed.on_main`).
+An engine is a function `(model, tokenizer, prompts, places, sampling, seed, title) -> responses`, which all processes
+of a run call: prompts are token ids, and a response keeps its own. What is drawn for a prompt goes by the seed and its
+place, not by what else is asked for. One that samples in another program does so on rank 0 alone
+(`dpo.training.distributed.on_main`). title: of a progress bar.
 """
 
 import math
@@ -31,12 +32,13 @@ def transformers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
+    places: Sequence[int],
     sampling: Sampling,
     seed: int,
     title: str,
 ) -> list[Sample]:
     """The model as it is loaded, in this process."""
-    return sample(model, tokenizer, prompts, sampling, seed, title)
+    return sample(model, tokenizer, prompts, sampling, seed, title, places)
 
 
 class Endpoint:
@@ -61,6 +63,7 @@ class Endpoint:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[list[int]],
+        places: Sequence[int],
         sampling: Sampling,
         seed: int,
         title: str,
@@ -73,10 +76,10 @@ class Endpoint:
 
         def answer(questions: list[Any]) -> Iterator[tuple[int, Tokens]]:
             one = partial(self._respond, asked=asked, stops=stops)
-            return self.server.each(one, [(ids, seed_of(seed, *place)) for ids, *place in questions], title)
+            return self.server.each(one, [(ids, seed_of(seed, place)) for ids, place in questions], title)
 
         key = {"weights": weights, "seed": seed, **asked, "stops": stops}
-        questions = [[ids, place] for place, ids in enumerate(prompts)]
+        questions = [[ids, place] for ids, place in zip(prompts, places, strict=True)]
         found = on_main(lambda: remember_each(self.cache, "responses", key, questions, answer))
         return [cut(ids, row, stops, tokenizer) for ids, row in zip(prompts, found, strict=True)]
 
@@ -138,5 +141,5 @@ class Endpoint:
 
 
 def seed_of(seed: int, place: int) -> int:
-    """The random numbers of a response: those of a run's seed and of its place among the prompts."""
+    """Which random numbers a response is drawn with: those of a run's seed and of its place among the prompts."""
     return int(digest([seed, place])[:7], 16)

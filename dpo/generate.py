@@ -11,7 +11,9 @@ if __name__ == "__main__":
     launch.command("generate")  # ends here: a run is `python -m dpo.sweep.execute`, and what it imports is slow
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,19 +22,21 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import evaluate, sft
-from dpo.cache import digest, remember
+from dpo.cache import add_answers, answers_in, digest, remember
 from dpo.data.batches import fed_prompts
 from dpo.data.records import Dataset, Text, parse, write_rows
 from dpo.data.tokens import decode, vocabulary
 from dpo.policy import model as models
-from dpo.policy.sampling import Sample, inputs
+from dpo.policy.sampling import Sample, inputs, longest_first
 from dpo.settings import Generation, generation_of, policy_spec
 from dpo.sweep.directory import finish
 from dpo.sweep.inputs import load
 from dpo.sweep.signature import instantiate
 from dpo.training import distributed
+from dpo.training.log import progress
 
 SPLITS = ("train", "validation")
+AT_ONCE = 8  # batches of responses, which are lost if a run is killed before they have come
 
 
 @dataclass(frozen=True)
@@ -98,13 +102,12 @@ def candidates(
     def build(folder: Path) -> None:
         engine, own = instantiate(settings.engine), vocabulary(tokenizer)
         for split in SPLITS:
-            samples = engine(
-                model,
-                tokenizer,
+            samples = _sampled(
+                partial(engine, model, tokenizer, sampling=sampling, seed=seed_of(settings.seed, split)),
                 [ids for _, ids in fed[split] for _ in range(n)],
-                sampling,
-                seed_of(settings.seed, split),
+                AT_ONCE * sampling.batch_size,
                 f"sampling {split} pairs",
+                folder / f"{split}.unfinished",  # which `remember` takes away
             )
             asked = [
                 (prompt, start) for prompt, (start, _) in zip(prompts[split], fed[split], strict=True) for _ in range(n)
@@ -117,6 +120,28 @@ def candidates(
 
     folder, _ = remember(settings.cache, "candidates", key, build, distributed.any_true)
     return read(folder)
+
+
+def _sampled(
+    engine: Callable[..., list[Sample]], prompts: Sequence[list[int]], at_once: int, title: str, kept: Path
+) -> list[Sample]:
+    """A response to each prompt. Those to `at_once` prompts are added to the file `kept` when they have come, so a run
+    that was killed goes on there. In the order in which they would be sampled at once, so as they would be.
+    """
+    known: dict[int, list[Any]] = distributed.on_main(lambda: answers_in(kept, mend=True))
+    order = longest_first(prompts)
+    with progress(total=len(prompts), name=title, first=len(known)) as bar:
+        for first in range(0, len(prompts), at_once):
+            places = order[first : first + at_once]
+            if all(place in known for place in places):
+                continue
+            few = engine([prompts[place] for place in places], places, title="")
+            new = {place: [one.response_ids, one.text, one.ended] for place, one in zip(places, few, strict=True)}
+            if distributed.is_main():
+                add_answers(kept, {}, new)
+            bar.update(len(new.keys() - known.keys()))
+            known |= new
+    return [Sample(ids, *known[place]) for place, ids in enumerate(prompts)]
 
 
 def beside_humans(found: dict[str, list[Candidate]], dataset: Dataset) -> dict[str, list[Candidate]]:

@@ -54,32 +54,40 @@ def sample(
     sampling: Sampling,
     seed: int,
     name: str = "sampling",
+    places: Sequence[int] | None = None,
 ) -> list[Sample]:
     """One response per prompt (token ids), in order. name: of the progress bar, "": none.
 
-    The random numbers of a prompt are those of the seed and of its place in `prompts`: what else is drawn beside it
-    decides nothing, but for rounding. A prompt that is there several times is read once. Of the model's generation
-    config only the ends of turn count: penalties, top_k and such would make it another policy. Ids that are no token's
-    are never drawn: a model may have rows to spare. A collective of ranks that have as many prompts: of a sharded model
-    none can make a pass alone.
+    The random numbers of a prompt are those of the seed and of its place, in `places` or else in `prompts`: what else
+    is drawn beside it decides nothing, but for rounding. A prompt that is there several times is read once. Of the
+    model's generation config only the ends of turn count: penalties, top_k and such would make it another policy. Ids
+    that are no token's are never drawn: a model may have rows to spare. A collective of ranks that have as many
+    prompts: of a sharded model none can make a pass alone.
 
     Raises: RuntimeError if the model gives no finite logits, ValueError if it keeps no keys and values.
     """
     stops = ends(tokenizer, model.generation_config)
     none = torch.ones(model.config.get_text_config().vocab_size, dtype=torch.bool)
     none[vocabulary(tokenizer)] = False
-    by_length = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))  # little to pad
+    streams = range(len(prompts)) if places is None else places
+    by_length = longest_first(prompts)
     found: dict[int, Sample] = {}
     with _evaluating(model), progress(total=len(prompts), name=name) as bar:
         for first in range(0, len(prompts), sampling.batch_size):
-            places = by_length[first : first + sampling.batch_size]
-            batch = [prompts[place] for place in places]
-            numbers = np.stack([np.random.default_rng([seed, at]).random(sampling.max_new_tokens) for at in places])
+            rows = by_length[first : first + sampling.batch_size]
+            batch = [prompts[row] for row in rows]
+            generators = [np.random.default_rng([seed, streams[row]]) for row in rows]
+            numbers = np.stack([one.random(sampling.max_new_tokens) for one in generators])
             drawn = _decode(model, batch, torch.from_numpy(numbers), sampling, none, stops)
-            for place, prompt_ids, row in zip(places, batch, drawn.tolist(), strict=True):
-                found[place] = cut(prompt_ids, row, stops, tokenizer)
+            for row, prompt_ids, tokens in zip(rows, batch, drawn.tolist(), strict=True):
+                found[row] = cut(prompt_ids, tokens, stops, tokenizer)
             bar.update(len(batch))
-    return [found[place] for place in range(len(prompts))]
+    return [found[row] for row in range(len(prompts))]
+
+
+def longest_first(prompts: Sequence[list[int]]) -> list[int]:
+    """The order in which prompts are sampled from: those of one length beside each other leave little to pad."""
+    return sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
 
 
 def _decode(

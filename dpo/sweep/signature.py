@@ -24,7 +24,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], dict[tuple[str, ...], str | tuple[str, 
     "data": (("dpo.data", "dpo.world"), {(): "dpo.data.records.Dataset"}),
     "engine": (
         ("dpo.engines",),
-        {("model", "tokenizer", "prompts", "sampling", "seed", "title"): "list[dpo.policy.sampling.Sample]"},
+        {("model", "tokenizer", "prompts", "places", "sampling", "seed", "title"): "list[dpo.policy.sampling.Sample]"},
     ),
     "judge": (
         ("dpo.judges",),

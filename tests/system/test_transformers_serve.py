@@ -52,4 +52,4 @@ def test_it_is_refused_as_an_engine(server, tmp_path):
     model, tokenizer = models.load(folder)
     engine = Endpoint(folder, 0.1, str(tmp_path), {**OPTIONS, "url": url})
     with pytest.raises(RuntimeError, match="must complete token ids"):
-        engine(model, tokenizer, [tokenizer("hello there")["input_ids"]], Sampling(4, 1.0, 1.0, 8), 0, "")
+        engine(model, tokenizer, [tokenizer("hello there")["input_ids"]], [0], Sampling(4, 1.0, 1.0, 8), 0, "")

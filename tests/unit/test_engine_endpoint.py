@@ -39,17 +39,19 @@ def engine(url, tmp_path, **changed):
 
 def test_greedy_responses_are_those_of_this_process(policy, served, prompts, tmp_path):
     with serving(served) as url:
-        found = engine(url, tmp_path)(*policy, prompts, GREEDY, 0, "sampling")
+        found = engine(url, tmp_path)(*policy, prompts, range(4), GREEDY, 0, "sampling")
     assert found == sample(*policy, prompts, GREEDY, 0, "")
 
 
 def test_a_response_is_that_of_its_seed_and_place(policy, served, prompts, tmp_path):
     """However many are asked for at once, and whatever else; another seed draws others, and each of equal prompts."""
     with serving(served) as url:
-        found = engine(url, tmp_path / "a")(*policy, prompts, WARM, 0, "")
-        alone = engine(url, tmp_path / "b", concurrency=1)(*policy, prompts[:2], WARM, 0, "")
-        other = engine(url, tmp_path / "c")(*policy, prompts, WARM, 1, "")
+        found = engine(url, tmp_path / "a")(*policy, prompts, range(4), WARM, 0, "")
+        alone = engine(url, tmp_path / "b", concurrency=1)(*policy, prompts[:2], range(2), WARM, 0, "")
+        other = engine(url, tmp_path / "c")(*policy, prompts, range(4), WARM, 1, "")
+        last = engine(url, tmp_path / "d")(*policy, prompts[2:], [2, 3], WARM, 0, "")
     assert alone == found[:2]
+    assert last == found[2:]
     assert [one.response_ids for one in other] != [one.response_ids for one in found]
     assert found[0].response_ids != found[2].response_ids
     seeds = {seed_of(seed, place) for seed in range(30) for place in range(30)}
@@ -64,17 +66,17 @@ def test_what_was_sampled_is_kept_as_it_comes(policy, served, prompts, tmp_path)
     with serving(served) as url:
         served.faults += ["good"] * 7 + [500] * 9  # five of the handshake and two responses
         with pytest.raises(RuntimeError, match="must answer, found InternalServerError"):
-            engine(url, tmp_path, concurrency=1)(*policy, prompts, WARM, 0, "")
+            engine(url, tmp_path, concurrency=1)(*policy, prompts, range(4), WARM, 0, "")
         served.faults.clear()
         paid = len(served.spent)
         assert paid == 7
-        found = engine(url, tmp_path)(*policy, prompts, WARM, 0, "")
+        found = engine(url, tmp_path)(*policy, prompts, range(4), WARM, 0, "")
         assert len(served.spent) == paid + 5 + 2
-        assert engine(url, tmp_path)(*policy, prompts, WARM, 0, "") == found
+        assert engine(url, tmp_path)(*policy, prompts, range(4), WARM, 0, "") == found
         assert len(served.spent) == paid + 5 + 2 + 5
         for changed in (replace(WARM, temperature=0.5), replace(WARM, top_p=1.0), replace(WARM, max_new_tokens=3)):
             paid = len(served.spent)
-            engine(url, tmp_path)(*policy, prompts, changed, 0, "")
+            engine(url, tmp_path)(*policy, prompts, range(4), changed, 0, "")
             assert len(served.spent) == paid + 5 + 4
 
 
@@ -86,8 +88,8 @@ def test_other_weights_are_refused(policy, prompts, tmp_path, tiny_model):
     policy[1].save_pretrained(tmp_path / "other")
     with serving(Served("policy", folder=tmp_path / "other")) as url:
         with pytest.raises(RuntimeError, match=r"must hold the weights of .*, found log-probs that differ from"):
-            engine(url, tmp_path)(*policy, prompts, WARM, 0, "")
-        assert len(engine(url, tmp_path, tolerance=9.0)(*policy, prompts, WARM, 0, "")) == 4
+            engine(url, tmp_path)(*policy, prompts, range(4), WARM, 0, "")
+        assert len(engine(url, tmp_path, tolerance=9.0)(*policy, prompts, range(4), WARM, 0, "")) == 4
 
 
 def lose(key):
@@ -105,7 +107,7 @@ def test_a_server_without_token_ids_or_log_probs_is_refused(policy, served, prom
         serving(served) as url,
         pytest.raises(RuntimeError, match="must answer with a completion with token_ids and logprobs, found none in 2"),
     ):
-        engine(url, tmp_path)(*policy, prompts, WARM, 0, "")
+        engine(url, tmp_path)(*policy, prompts, range(4), WARM, 0, "")
 
 
 class Deaf(Served):
@@ -131,7 +133,7 @@ def test_a_server_that_ignores_a_setting_is_refused(policy, prompts, tmp_path, t
     deaf = Deaf("policy", folder=tiny_model("llama"), setting=setting, value=value)
     deaf.tokenizer.eos_token = None  # sixteen tokens, whatever they are
     with serving(deaf) as url, pytest.raises(RuntimeError, match=said):
-        engine(url, tmp_path)(*policy, prompts, WARM, 0, "")
+        engine(url, tmp_path)(*policy, prompts, range(4), WARM, 0, "")
 
 
 def test_an_end_must_be_among_the_tokens(policy, served, prompts, tmp_path):
@@ -141,12 +143,12 @@ def test_an_end_must_be_among_the_tokens(policy, served, prompts, tmp_path):
 
     served.faults += ["good"] * 5 + [strip] * 99
     with serving(served) as url, pytest.raises(RuntimeError, match="ended without the token that ends it"):
-        engine(url, tmp_path, concurrency=1)(*policy, [prompts[0]], Sampling(1, 0.0, 1.0, 8), 0, "")
+        engine(url, tmp_path, concurrency=1)(*policy, [prompts[0]], [0], Sampling(1, 0.0, 1.0, 8), 0, "")
 
 
 def test_a_prompt_longer_than_the_context_is_an_error(policy, served, prompts, tmp_path):
     with serving(served) as url, pytest.raises(RuntimeError, match=r"refused a request: .*longer than 400 tokens"):
-        engine(url, tmp_path)(*policy, [*prompts, prompts[0] * 200], WARM, 0, "")
+        engine(url, tmp_path)(*policy, [*prompts, prompts[0] * 200], range(5), WARM, 0, "")
     [kept] = tmp_path.rglob("*.jsonl")
     assert len(kept.read_text().splitlines()) >= 1
     assert all("answer" in json.loads(line) for line in kept.read_text().splitlines()[1:])

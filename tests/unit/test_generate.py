@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def config(tmp_path: Path, **changed) -> OmegaConf:
     }
     values = {"generation": settings, "max_length": 64, "max_new_tokens": 8, "seed": 0, "cache": str(tmp_path)}
     values |= {"on_too_long": "error", "engine": {"_target_": "dpo.engines.transformers", "_partial_": True}}
-    return OmegaConf.create({**values, "judge": {"_target_": "here"}, "data": {"_target_": "there"}})
+    return OmegaConf.create({**values, "judge": {"_target_": "here"}, "rule": None, "data": {"_target_": "there"}})
 
 
 def lengths(prompt: str, responses: list[str]) -> list[dict[str, float]]:
@@ -169,6 +170,33 @@ def test_the_second_run_of_a_sweep_samples_nothing(tmp_path, llama, monkeypatch)
     first = preferences(*llama, prompts, lengths, config(tmp_path), "w")
     monkeypatch.setattr(engines, "sample", lambda *_, **__: pytest.fail("sampled again"))
     assert preferences(*llama, prompts, lengths, config(tmp_path), "w") == first
+
+
+def test_sampling_that_was_stopped_goes_on_where_it_was(tmp_path, llama, monkeypatch):
+    """What was drawn is not drawn again, the rest as it would have been; of a line that was being written nothing."""
+    prompts = {"train": [*PROMPTS, *(f"{prompt} And why? {prompt}" for prompt in PROMPTS)], "validation": PROMPTS[:2]}
+    monkeypatch.setattr(generate, "AT_ONCE", 1)
+    whole = generate.candidates(*llama, prompts, generation_of(config(tmp_path / "whole")), "w")
+    drawn: list[int] = []
+
+    def stopping(*given, most=3, **more):
+        if len(drawn) >= 8 * most:
+            raise KeyboardInterrupt
+        drawn.extend(given[-1])
+        return sample(*given, **more)
+
+    monkeypatch.setattr(engines, "sample", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        generate.candidates(*llama, prompts, generation_of(config(tmp_path / "stopped")), "w")
+    [kept] = tmp_path.glob("stopped/candidates/*/train.unfinished")
+    assert len(kept.read_text().splitlines()) == 1 + 24
+    kept.write_bytes(kept.read_bytes()[:-3])
+    monkeypatch.setattr(engines, "sample", partial(stopping, most=99))
+    first = drawn[:]
+    assert generate.candidates(*llama, prompts, generation_of(config(tmp_path / "stopped")), "w") == whole
+    assert drawn[24:32] == first[16:24]  # the batch of that line
+    assert not {*drawn[32 : -4 * 2]} & {*first}
+    assert not [*tmp_path.glob("stopped/candidates/*/*.unfinished")]
 
 
 def test_prompts_that_cannot_be_fed_follow_the_rule_for_pairs(tmp_path, capsys):
@@ -301,12 +329,12 @@ def test_a_response_cut_inside_a_character_ends_before_it():
     tokenizer = tiny_tokenizer("gpt2")
     prompt, ids = tokenizer("Is it")["input_ids"], tokenizer(" Rome ☃")["input_ids"]
     for bytes_ in (1, 2):
-        one = sampling._cut(prompt, ids[:-bytes_], {tokenizer.eos_token_id}, tokenizer)
+        one = sampling.cut(prompt, ids[:-bytes_], {tokenizer.eos_token_id}, tokenizer)
         assert one.text.endswith("\ufffd")
         whole = generate._whole_characters(one, tokenizer)
         assert tokenizer.decode(whole.response_ids) == whole.text == " Rome "
         assert whole.response_ids == ids[: len(whole.response_ids)]
-    one = sampling._cut(prompt, [*ids[-2:], *ids], {tokenizer.eos_token_id}, tokenizer)
+    one = sampling.cut(prompt, [*ids[-2:], *ids], {tokenizer.eos_token_id}, tokenizer)
     assert generate._whole_characters(one, tokenizer) == one  # broken within: what follows stays
 
 
@@ -352,10 +380,11 @@ WORDS = (2, 4, 4, 1, 3)  # of the responses to each prompt: two are as good as e
 def test_sampled_pairs_follow_the_settings(tmp_path, tiny_model, data, monkeypatch):  # noqa: F811
     llama, asked, judged = tiny_model("llama"), [], []
 
-    def drawn(model, tokenizer, prompts, sampling, seed, name) -> list[Sample]:
-        asked.append({"prompts": prompts, "seed": seed, **vars(sampling)})
+    def drawn(model, tokenizer, prompts, sampling, seed, name, places) -> list[Sample]:
+        asked.append({"prompts": [ids for _, ids in sorted(zip(places, prompts, strict=True))], "seed": seed})
+        asked[-1] |= vars(sampling)
         samples = []
-        for place, ids in enumerate(prompts):
+        for place, ids in zip(places, prompts, strict=True):
             row, nth = divmod(place, len(WORDS))
             text = " ".join([f"{row}/{nth}"] * WORDS[nth])
             samples.append(Sample(ids, [100 + row, 200 + nth, 2], text, ended=nth % 2 == 0))

@@ -6,7 +6,7 @@ that cannot change a number. The table is by hand: it is not asked of the code t
 
 import copy
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -308,10 +308,14 @@ def test_what_is_given_beside_the_settings_decides_too(ask, settings, world, mon
     assert missed("reference")
 
 
+def _into(folder: Path, build: Any) -> None:
+    build(folder)
+
+
 def test_the_splits_of_pairs_have_random_numbers_of_their_own(ask, settings, tmp_path, monkeypatch):
     seeds = {"candidates": [], "pairs": []}
 
-    def sample(model: Any, tokenizer: Any, prompts: Any, sampling: Any, seed: int, name: str) -> list[Any]:
+    def sample(model: Any, tokenizer: Any, prompts: Any, sampling: Any, seed: int, *_: Any) -> list[Any]:
         seeds["candidates"].append(seed)
         return [Sample(ids, [1], "a", ended=True) for ids in prompts]
 
@@ -322,8 +326,9 @@ def test_the_splits_of_pairs_have_random_numbers_of_their_own(ask, settings, tmp
     for number in (0, 1):
         config = copy.deepcopy(settings)
         config.seed = number
+        (folder := tmp_path / str(number)).mkdir()
         for kind in seeds:
-            ask(kind, config, lambda build: build(tmp_path))
+            ask(kind, config, partial(_into, folder))
     assert len(set(seeds["candidates"])) == len(seeds["candidates"]) == 4
     assert seeds["candidates"] == seeds["pairs"]
 
