@@ -10,6 +10,7 @@ from typing import Any
 
 from dpo.data.instructions import read_instructions
 from dpo.data.records import Dataset, contents
+from dpo.judges import is_pairwise
 from dpo.losses.pairs import OF_REFERENCE, asked_by, try_out
 from dpo.policy.model import resolve_path
 from dpo.sweep import inputs
@@ -39,10 +40,11 @@ class Rehearsal:
         ]
         nodes = config["evaluation"].get("judge"), config["evaluation"].get("rule"), config.get("rule")
         attempts += [(instantiate, node) for node in nodes if node is not None]
+        attempts += [(_ruled, config["judge"], config.get("rule")), (_ruled, *_of_evaluation(config))]
         if "loss" in config:
             attempts += [(instantiate, config[group]) for group in ("engine", "reference")] + [(_loss, config["loss"])]
         tried = [self._once(*attempt) for attempt in attempts]
-        if problems := [problem for _, problem in tried if problem is not None]:
+        if problems := [*dict.fromkeys(problem for _, problem in tried if problem is not None)]:
             return {"problems": problems, "inputs": {}}
         content, with_pairs, single, demonstrations = tried[0][0]
         if not demonstrations and config["policy"]["path"] is None:
@@ -108,6 +110,20 @@ def _located(*paths: str | None) -> None:
 
 def _compared(policy: str | None, against: str | None, baseline: str | None) -> None:
     _located(before(against, str(policy)), None if baseline in ("initial", "human") else baseline)
+
+
+def _of_evaluation(config: dict[str, Any]) -> tuple[Any, Any]:
+    """Judge and rule of evaluations: those of the pairs, unless others are given."""
+    own = config["evaluation"]
+    return own.get("judge") or config["judge"], own.get("rule") or config.get("rule")
+
+
+def _ruled(judge: dict[str, Any] | None, rule: dict[str, Any] | None) -> None:
+    if rule is not None and judge is not None and is_pairwise(instantiate(judge)):
+        raise ValueError(
+            f"rule must be null where the judge compares pairs, as {judge['_target_']} does, found {rule['_target_']}; "
+            "leave it out, or take a judge that judges each response: judge=questions, judge=gold"
+        )
 
 
 def _loss(node: dict[str, Any]) -> None:

@@ -11,9 +11,10 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib import import_module
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
+from typing_extensions import is_typeddict
 
 PLUGINS = "DPO_PLUGINS"  # environment variable: packages of the user's own, parted by commas
 WORDS = ("_target_", "_partial_", "_convert_")  # of a node, that are no options
@@ -104,9 +105,19 @@ def check_signature(group: str, node: Any, at: str | None = None, also: tuple[st
                 problems.append(f"{at}.{name} must be given for {node['_target_']}; add {at}.{name}=...")
         elif get_origin(parameter.annotation) is Callable:
             problems += check_signature(group, options[name], f"{at}.{name}", ("beta",))
-        elif not fits(options[name], parameter.annotation):
-            problems.append(f"{at}.{name} must be {kind(parameter.annotation)}, got {options[name]!r}")
+        else:
+            problems += _misfits(f"{at}.{name}", options[name], parameter.annotation)
     return problems
+
+
+def _misfits(at: str, value: Any, annotation: Any) -> list[str]:
+    """What keeps a value from being of a type; of a dictionary with typed keys, which of these."""
+    if is_typeddict(annotation) and isinstance(value, dict):
+        types = get_type_hints(annotation)
+        if value.keys() == types.keys():
+            return [problem for key, one in types.items() for problem in _misfits(f"{at}.{key}", value[key], one)]
+        return [f"{at} must have the keys {', '.join(types)}, got {', '.join(map(str, value))}"]
+    return [] if fits(value, annotation) else [f"{at} must be {kind(annotation)}, got {value!r}"]
 
 
 def _located(path: str, homes: Sequence[str]) -> Callable[..., Any]:

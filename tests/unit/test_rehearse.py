@@ -4,11 +4,13 @@ import copy
 from pathlib import Path
 
 import pytest
+from composing import compose
 from omegaconf import OmegaConf
 from whole_runs import frozen, own_pairs
 
 from dpo.data.records import contents
 from dpo.sweep import inputs, rehearse
+from dpo.sweep.plan import resolve
 from dpo.sweep.rehearse import Rehearsal
 from dpo.sweep.signature import instantiate
 
@@ -136,3 +138,28 @@ def test_data_of_many_configs_are_parsed_once(base, monkeypatch):
     assert len(seen) == 1
     assert [bool(one["problems"]) for one in found] == [False, False, True]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    "given, refused",
+    [
+        (["judge=pairwise", "judge.model=m", "rule=accurate_then_short"], True),
+        (["judge=pairwise", "judge.model=m", "rule@evaluation.rule=accurate_then_short"], True),
+        (["judge@evaluation.judge=pairwise", "evaluation.judge.model=m", "rule=accurate_then_short"], True),
+        (["judge=pairwise", "judge.model=m", "judge@evaluation.judge=gold"], False),
+        (["judge=gold", "rule=accurate_then_short"], False),
+    ],
+)
+def test_a_rule_needs_judgements_of_each_response(given, refused):
+    found = Rehearsal().of(resolve(compose("train", *given)))["problems"]
+    said = "rule must be null where the judge compares pairs, as dpo.judges.Pairwise does, found dpo.judges.accurate"
+    assert [problem.startswith(said) for problem in found] == [True] * refused
+
+
+def test_an_option_of_a_server_is_named():
+    [problem] = Rehearsal().of(resolve(compose("train", "judge=pairwise", "judge.server.concurrency=x")))["problems"]
+    assert problem == "judge.server.concurrency must be int, got 'x'"
+    found = Rehearsal().of(resolve(compose("train", "judge=pairwise", "+judge.server.port=3")))["problems"]
+    assert found[0].startswith("judge.server must have the keys url, key, concurrency")
+    twice = ["judge=pairwise", "rule=accurate_then_short"]
+    assert len(Rehearsal().of(resolve(compose("train", *twice)))["problems"]) == 1
