@@ -17,6 +17,7 @@ from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader
 
 SCORES = "alpaca_eval_scores.json"  # what `dpo.results.alpaca_eval` adds to a run
 MARKERS = ("evaluation.json", "manifest.json")  # of a run that measures a policy, or one that makes files; written last
+MOST = 10_000  # runs of a sweep; a cache of fewer would have a command read each of them several times
 FILES = ("config.yaml", "evaluation.json", SCORES, "manifest.json", "metrics.jsonl", "error.json")
 
 
@@ -146,7 +147,7 @@ def _version(file: Path) -> tuple[int, ...]:
     return about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=MOST)
 def _damage(directory: Path, *_: tuple[int, ...]) -> str | None:
     """A command asks several times, and reading all that runs have logged takes longer than all else that it does."""
     try:
@@ -189,7 +190,7 @@ def config(directory: Path) -> dict[str, Any]:
     return deepcopy(content)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=MOST)
 def _parsed(text: str) -> Any:
     """A sweep asks for each config several times."""
     return read_yaml(text)

@@ -36,7 +36,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo import HOME
-from dpo.sweep.directory import reason, status
+from dpo.sweep.directory import MOST, reason, status
 from dpo.sweep.execute import IN_USE, THREADS
 from dpo.sweep.forks import Fork
 from dpo.sweep.plan import Composed, Refused, Run, key_of, message, plan
@@ -45,8 +45,6 @@ from dpo.sweep.rounds import unfold
 from dpo.sweep.schema import OPEN_GROUPS, non_numeric
 from dpo.sweep.signature import check_signature, instantiate
 from dpo.world import sizes
-
-MOST = 10_000  # runs of a sweep
 
 
 def command(verb: str) -> NoReturn:

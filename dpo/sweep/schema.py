@@ -195,6 +195,8 @@ SCHEMAS = {
     "sft": Sft,
     "train": Train,
 }  # by command, the verb that executes the run; those of rounds are of train
+# Hydra copies its store for each group of options that it lists: most of what --help took. Nothing in it changes.
+ConfigStore.__deepcopy__ = lambda store, _: store  # type: ignore[attr-defined]
 for verb, schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{verb}_schema", node=schema)
 OPEN_GROUPS = ("data", "engine", "judge", "rule", "loss", "reference")  # typed by the signature of what they name

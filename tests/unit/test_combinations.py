@@ -1,10 +1,12 @@
 """Combinations of overrides that share a composition, against Hydra, which composes each by itself."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
 from hydra import initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -61,6 +63,15 @@ def test_each_is_as_hydra_composes_it(loader, master):
         assert (found.overrides, found.choices) == (expected.overrides, expected.choices)
         assert found.swept == frozenset(["beta"])
         assert OmegaConf.is_struct(found.config)
+
+
+def test_the_store_of_schemas_is_shared_and_stays_as_it_is(loader, master):
+    assert copy.deepcopy(ConfigStore.instance()) is ConfigStore.instance()
+    schema = OmegaConf.to_container(ConfigStore.instance().load("train_schema.yaml").node)
+    first = alone(loader, master, ["beta=0.2"]).config
+    first.policy.max_length, first.adam_betas, first.wandb.mode = 3, [0.1, 0.2], "offline"
+    assert OmegaConf.to_container(ConfigStore.instance().load("train_schema.yaml").node) == schema
+    assert alone(loader, master, []).config.wandb.mode == "auto"
 
 
 @pytest.mark.parametrize(

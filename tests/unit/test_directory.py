@@ -16,6 +16,7 @@ from yaml import YAMLError
 from dpo import results
 from dpo.results import tables
 from dpo.results.frames import DamagedRun
+from dpo.sweep import directory
 from dpo.sweep.directory import (
     MARKERS,
     SCORES,
@@ -191,6 +192,11 @@ def test_listing(tmp_path):
     assert done.stdout.count("dev/beta=0.2,reference=initial/evaluation.json must hold") == 1
     assert done.stdout.count("dev/beta=0.5,reference=initial/config.yaml must hold") == 1
     assert "1 finished in dev" in done.stdout
+
+
+def test_each_run_of_the_largest_sweep_is_read_once():
+    for remembered in (directory._damage, directory._parsed):
+        assert remembered.cache_parameters()["maxsize"] >= 10_000
 
 
 @pytest.mark.long
