@@ -126,7 +126,10 @@ def tiny_model(tmp_path_factory) -> Callable[[str], str]:
     return make
 
 
-SLOWEST = ("slurm", "studies", "layouts", "launch", "real_model", "readme", "train", "directory", "experiments")
+SLOWEST = (
+    *("slurm", "layouts", "train", "launch", "studies", "chains", "coupled_steps", "real_model"),
+    *("whole_step", "readme", "step_benchmark", "reports", "stages", "experiments", "sharding", "directory"),
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from ranks import together
 from safetensors.torch import load_file, save_file
 from whole_runs import SMALL, frozen, losses, other_model, own, run
 
@@ -277,19 +278,31 @@ def test_a_wrong_cache_is_noticed(tmp_path, tiny_model, monkeypatch):
         run(tmp_path / "c", *given, "beta=0.3")
 
 
+def in_a_group(directory, given):
+    train.run(frozen(directory, *given), directory)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("reference,kind", [("initial", "qwen2"), ("ema", "llama")])
 def test_two_processes_are_one(tmp_path, tiny_model, reference, kind):
-    """Uneven last window, two micro-batches, a cached and a live sharded reference, embeddings tied and not."""
+    """Uneven last window, two micro-batches, a cached and a live sharded reference, embeddings tied and not.
+
+    The first as a user starts it, under torchrun; the other forked, since fresh imports take longer than the run.
+    """
     given = [*own(tmp_path, tiny_model(kind)), f"reference={reference}", "batch_size=10", "micro_batch_tokens=150"]
     given += ["evaluate_prompts=2", "evaluate_every=3"]  # KL of the sharded policy, too
     given += ["epochs=2", "steps=null", *(["reference.every=2"] if reference == "ema" else [])]
     given += ["evaluate_every=2", "keep=best"]  # gathers the policy while it trains
     alone, one = run(tmp_path / "alone", *given)
-    command = [sys.executable, "-m", "dpo.train", *given, "processes=2", "activation_checkpointing=true", "threads=1"]
-    command += ["name=two", f"runs={tmp_path}", f"cache={tmp_path / 'cache2'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
+    given += ["processes=2", "activation_checkpointing=true", "threads=1"]
+    if reference == "ema":
+        (tmp_path / "two" / "run").mkdir(parents=True)  # with a cache of its own
+        together(in_a_group, tmp_path / "two" / "run", given, processes=2)
+    else:
+        places = ["name=two", f"runs={tmp_path}", f"cache={tmp_path / 'cache2'}"]
+        command = [sys.executable, "-m", "dpo.train", *given, *places]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout + done.stderr
     (directory,) = (path.parent for path in (tmp_path / "two").glob("*/evaluation.json"))
     both = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert losses(both) == pytest.approx(losses(alone), rel=1e-5)
