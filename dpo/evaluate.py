@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from dpo.judges import Judge, Rule, compare
 from dpo.policy import model as models
 from dpo.policy.logps import forward_tokens, packable, sequence_kl
 from dpo.policy.sampling import Sample, inputs, sample
+from dpo.responses import counted, figures, is_broken, is_invalid, repetition
 from dpo.settings import Evaluation, evaluation_judge, evaluation_of, policy_spec
 from dpo.sweep.directory import before, finish
 from dpo.sweep.inputs import load
@@ -51,6 +53,7 @@ from dpo.training import distributed
 from dpo.training.distributed import all_sum, any_true, device_of, is_main
 from dpo.training.log import progress
 from dpo.training.loop import AnyStep, passes, refuse
+from dpo.win_rates import length_controlled, wilson
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +61,6 @@ DIVERGED = "Training diverged, if it was finite before: lower the learning rate.
 TEXTS = ("prompt", "response", "baseline")  # columns of a row that have no mean
 AT_ONE = "policy at temperature 1", "answers of the policy at temperature 1"  # stream and title
 TO_INSTRUCTIONS = "policy to instructions", "answers of the policy to instructions"
-EMPTY = 0.1  # share of the baseline's words below which a response counts as broken
 
 
 def run(config: DictConfig, directory: Path) -> None:
@@ -130,12 +132,14 @@ def describe(
     rule: Rule | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """A row per prompt with its response; their number `n`, and means: `length` in tokens without the end, `ended`,
-    `repetition`, `broken` (see `is_broken`) and the judge's measures.
+    `repetition`, `broken` (see `is_broken`), what `responses.figures` says of the text, the median of `compression`,
+    the judge's measures and `responses.counted`.
 
-    Against `baseline` responses to the same prompts also `win_rate` (ties one half) and its 95 % interval; by a judge
-    of pairs `inconsistent`, the share of comparisons that it decides otherwise when the responses change places. `win`
-    goes by the rule, see `compare`. What a judge cannot judge is in none of its means: then `judged` and `compared` are
-    the numbers of responses that it did, and of those with a `win`.
+    Against `baseline` responses to the same prompts also `win_rate` (ties one half), `win_rate_lc` at equal lengths,
+    both with their 95 % intervals, and `words` and `invalid` of the baseline; by a judge of pairs `inconsistent`, the
+    share of comparisons that it decides otherwise when the responses change places. `win` goes by the rule, see
+    `compare`. What a judge cannot judge is in none of its means: then `judged` and `compared` are the numbers of
+    responses that it did, and of those with a `win`.
     """
     others: Sequence[str | None] = [None] * len(prompts) if baseline is None else baseline
     rows: list[dict[str, Any]] = []
@@ -153,43 +157,29 @@ def describe(
         row: dict[str, Any] = {"prompt": prompt, "response": one.text, "ended": one.ended, "length": length}
         row["repetition"] = repetition(one.response_ids)
         row["broken"] = is_broken(one, against)
-        row.update(judgement)
+        row.update({**figures(prompt, one.text), **judgement, **counted(judgement)})
         if outcome:
             row.update({"baseline": against, **outcome})
         rows.append(row)
     names = {name: None for row in rows for name in row if name not in TEXTS}
     result = {name: _mean([row[name] for row in rows if name in row]) for name in names}
+    result["compression/median"] = median(row["compression"] for row in rows)
+    if baseline is not None:
+        result["baseline/words"] = _mean([len(text.split()) for text in baseline])
+        result["baseline/invalid"] = _mean([is_invalid(text) for text in baseline])
     counts = {"n": len(rows)}
     if "win" in result:
         compared = sum("win" in row for row in rows)
         low, high = wilson(rate := result.pop("win"), compared)
         result |= {"win_rate": rate, "win_rate/low": low, "win_rate/high": high}
         counts |= {"compared": compared} if compared < len(rows) else {}
+        wins = [(row["win"], len(row["response"]) - len(row["baseline"])) for row in rows if "win" in row]
+        rate, low, high = length_controlled(*zip(*wins, strict=True))
+        result |= {"win_rate_lc": rate, "win_rate_lc/low": low, "win_rate_lc/high": high}
     judged = sum(map(bool, judgements[: len(rows)]))
     if 0 < judged < len(rows):
         counts |= {"judged": judged}
     return rows, {**counts, **result}
-
-
-def is_broken(one: Sample, against: str | None = None) -> bool:
-    """Whether a response did not end, is mostly repetition, or hardly says a word: none, or less than a tenth of those
-    of the baseline's response. A terse one that says what it is asked for is not broken.
-    """
-    words = len(one.text.split())
-    silent = words == 0 or (against is not None and words < EMPTY * len(against.split()))
-    return not one.ended or repetition(one.response_ids) > 0.5 or silent
-
-
-def wilson(rate: float, n: int) -> tuple[float, float]:
-    """95 % score interval (Wilson 1927) of a win rate over n responses.
-
-    With wins and losses alone it is that of a binomial share; ties, as halves, only lessen the variance, so with them
-    it is wider than it need be. Unlike the mean plus or minus two errors it says something of 20 wins in 20.
-    """
-    z2 = 1.959964**2
-    middle = (rate + z2 / (2 * n)) / (1 + z2 / n)
-    half = math.sqrt(z2 * (rate * (1 - rate) / n + z2 / (4 * n**2))) / (1 + z2 / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def test_prompts(dataset: Dataset, settings: Evaluation, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
@@ -238,12 +228,6 @@ def _with_room(
         raise ValueError(f"{said}:{listed(names)}\nRaise max_length, or lower max_new_tokens{advice}.")
     logger.warning(f"tokens: {said}: dropped:{listed(names)}")
     return [prompt for row, prompt in enumerate(found) if row not in out]
-
-
-def repetition(tokens: Sequence[int]) -> float:
-    """Share of 4-grams that were there before in the response (seq-rep-4 of Welleck et al., 1908.04319)."""
-    grams = [tuple(tokens[first : first + 4]) for first in range(len(tokens) - 3)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def respond(

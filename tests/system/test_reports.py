@@ -230,6 +230,7 @@ def test_training_and_validation(tmp_path, tiny_model, monkeypatch, kind):
 
 
 ROUND = {"rel": 1e-3, "abs": 2e-4}
+ENDS = ("", "/low", "/high")
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +297,11 @@ def test_responses_are_counted_and_judged(measured):
         found = language.verdict(row["prompt"], row["response"])
         assert (row["correct"], row["wrong"], row["valid"]) == (found.correct, found.wrong, found.valid)
         assert (row["enough"], row["any_wrong"]) == (found.correct > 2, found.wrong != 0)
+        assert row["four_correct"] == (found.correct > 3)
+        assert row["words"] == len(said)
+        assert row["compression"] == len(said) / len(row["prompt"].split())
+        assert row["too_long"] is (len(row["response"]) >= len(row["prompt"]))
+        assert row["invalid"] is False
         score, against = (
             one.correct if one.correct < 3 else 4 - one.words / 48
             for one in (found, language.verdict(row["prompt"], row["baseline"]))
@@ -305,6 +311,7 @@ def test_responses_are_counted_and_judged(measured):
     assert {row["win"] for row in rows} == {0.0, 0.5, 1.0}
     assert {row["ended"] for row in rows} == {False, True}
     averaged = ("length", "ended", "repetition", "broken", "score", "correct", "enough", "wrong", "any_wrong", "valid")
+    averaged += ("words", "compression", "too_long", "invalid", "four_correct")
     assert {name: result[name] for name in averaged} == pytest.approx(
         {name: np.mean([row[name] for row in rows]) for name in averaged}
     )
@@ -315,7 +322,11 @@ def test_responses_are_counted_and_judged(measured):
     ends = sorted(np.roots([1 + z, -2 * rate - z, rate**2]))
     assert (result["win_rate/low"], result["win_rate/high"]) == pytest.approx(ends, abs=1e-6)
     kls = {f"{name}{kind}" for name in ("kl", "kl_reference") for kind in ("", "/se", "_plain", "_plain/se")}
-    told = {"n", "steps", "selected_step", "seconds", "win_rate", "win_rate/low", "win_rate/high"}
+    told = {"n", "steps", "selected_step", "seconds", *(f"win_rate{x}{end}" for x in ("", "_lc") for end in ENDS)}
+    told |= {"compression/median", "baseline/words", "baseline/invalid"}
+    assert result["compression/median"] == np.median([row["compression"] for row in rows])
+    assert result["baseline/words"] == pytest.approx(np.mean([len(row["baseline"].split()) for row in rows]))
+    assert result["win_rate_lc/low"] < result["win_rate_lc"] < result["win_rate_lc/high"]
     assert result.keys() == {*NAMES, *averaged, *kls, *told}
     assert (result["n"], result["steps"], result["selected_step"]) == (14, 3, 3)
     assert result["seconds"] > 0

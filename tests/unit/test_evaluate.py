@@ -162,10 +162,12 @@ def test_an_instruction_that_cannot_be_asked_is_refused_by_what_it_is():
 
 
 def test_without_a_judge_only_the_shape_is_reported():
+    text = {"words": 2.0, "compression": 2.0, "compression/median": 2.0, "too_long": 1.0, "invalid": 0.0}
+    others = {"baseline/words": 1.0, "baseline/invalid": 0.0}
     _, found = evaluate.describe(["p"], [answer("a b")], None, ["a"])
-    assert found == {"n": 1, "ended": 1.0, "length": 2.0, "repetition": 0.0, "broken": 0.0}
-    _, found = evaluate.describe(["p"], [Sample([0], [1, 2, 3], "one", False)], None)
-    assert found == {"n": 1, "ended": 0.0, "length": 3.0, "repetition": 0.0, "broken": 1.0}  # in tokens
+    assert found == {"n": 1, "ended": 1.0, "length": 2.0, "repetition": 0.0, "broken": 0.0, **text, **others}
+    _, found = evaluate.describe(["p"], [Sample([0], [1, 2, 3], "one two", False)], None)
+    assert found == {"n": 1, "ended": 0.0, "length": 3.0, "repetition": 0.0, "broken": 1.0, **text}  # in tokens
 
 
 def test_means_over_pairs_weigh_every_pair_once():
