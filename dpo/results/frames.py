@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from dpo.results.failures import BASELINE, INITIAL, degenerate
 from dpo.results.rounds import as_rounds, to_original
 from dpo.sweep import directory
 from dpo.sweep.directory import configs, folders
@@ -34,28 +35,6 @@ def load(path: str | Path, always: Sequence[str] = ("beta",)) -> pd.DataFrame:
         if evaluation:
             rows.append({"run": run, **values, **last, **_apart(evaluation, values)})
     return _frame(rows, keys)
-
-
-MOST_BROKEN = 0.5  # share of broken responses above which a policy counts as degenerate: see dpo.evaluate.is_broken
-LEAST_VALID = 0.5  # share of clauses that follow the world's grammar, below which it does
-LEAST_WINS = 0.1  # win rate over the policy that training began with, below which it does
-BASELINE, INITIAL = "evaluation.baseline", "initial"  # whom win rates are over, and that policy
-
-
-def degenerate(frame: pd.DataFrame) -> pd.Series:
-    """Whether each run of `final` is degenerate: a state of its own, since a win rate of such a policy means little.
-
-    It is where most responses are broken or most of the text is no language, or where it loses nine times in ten
-    against what it was before training, as one does that ends at once; against people or a strong policy a sound one
-    may. What was not measured says nothing.
-    """
-
-    def measured(name: str) -> pd.Series:
-        return pd.to_numeric(frame.get(name, pd.Series(None, frame.index)), errors="coerce")
-
-    broken, gibberish = measured("broken") > MOST_BROKEN, measured("valid") < LEAST_VALID
-    against_itself = frame.get(BASELINE, pd.Series(INITIAL, frame.index)).fillna(INITIAL) == INITIAL
-    return broken | gibberish | ((measured("win_rate") < LEAST_WINS) & against_itself)
 
 
 def final(path: str | Path, always: Sequence[str] = ("beta",)) -> pd.DataFrame:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from dpo.results.failures import failures
 from dpo.results.frames import DASH, DamagedRun, damaged, final, short, swept
 
-MEASURED = (  # columns of the tables, without those that carry an interval: title, metric, format
+Measure = tuple[str, str, str]  # title, metric, format
+MEASURED: tuple[Measure, ...] = (  # columns of the tables, without those that carry an interval
     ("accuracy", "rewards/accuracies", ".3f"),
     ("margin", "rewards/margins", ".3g"),
     ("length", "length", ".1f"),
@@ -18,6 +20,15 @@ MEASURED = (  # columns of the tables, without those that carry an interval: tit
     ("wrong", "wrong", ".2f"),
     ("valid", "valid", ".3f"),
 )
+CONTROLLED = ("LC", "win_rate_lc", ".3f")  # where it was measured: the win rate at equal lengths
+DETECTORS = (  # of failures that most runs do not have: shown where a run of the table has more than `A_FEW`
+    ("broken", "broken", ".3f"),
+    ("repetition", "repetition", ".3f"),
+    ("invalid", "invalid", ".3f"),
+    ("too long", "too_long", ".3f"),
+)
+A_FEW = 0.05
+LISTED = 5  # runs that an alarm names
 OF_ROUNDS = ("degenerate", "degenerate", ".2f")  # where there are rounds: the share that `degenerate` says it of
 
 
@@ -29,8 +40,6 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
         frame = frame.assign(**{"kl/low": frame["kl"] - half, "kl/high": frame["kl"] + half})
     columns = {key: frame[key].map(short) for key in dict.fromkeys([*always, *swept(frame)])}
 
-    of_rounds = [OF_ROUNDS] if "round" in columns else []
-
     def text(name: str, pattern: str, *keys: str) -> None:
         rows = zip(*(frame.get(key, pd.Series(None, frame.index)) for key in keys), strict=True)
         cells = [DASH if any(pd.isna(value) for value in row) else pattern.format(*row) for row in rows]
@@ -38,8 +47,10 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
 
     text("n", "{:.0f}", "n")
     text("win rate [95 %]", "{:.3f} [{:.3f}, {:.3f}]", "win_rate", "win_rate/low", "win_rate/high")
+    for title, name, form in _controlled(frame):
+        text(title, f"{{:{form}}}", name)
     text("KL [95 %]", "{:.2f} [{:.2f}, {:.2f}]", *(f"kl{end}" for end in ("", "/low", "/high")))
-    for title, name, form in (*MEASURED, *of_rounds):
+    for title, name, form in _measured(frame, "round" in columns):
         text(title, f"{{:{form}}}", name)
     return pd.DataFrame(columns)
 
@@ -47,15 +58,41 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
 def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
     """As `table`, with a row per setting of the other keys: mean ± standard deviation over its seeds."""
     keys = [key for key in dict.fromkeys(["beta", *swept(frame)]) if key in frame and key != "seed"]
-    rows, of_rounds = [], [OF_ROUNDS] if "round" in keys else []
+    rows = []
+    measures = (("win rate", "win_rate", ".3f"), *_controlled(frame), ("KL", "kl", ".2f"))
+    measures += _measured(frame, "round" in keys)
     for values, group in frame.groupby(keys, dropna=False, sort=False):
         row = dict(zip(keys, map(short, values), strict=True)) | {"seeds": str(len(group))}
-        for title, name, form in (("win rate", "win_rate", ".3f"), ("KL", "kl", ".2f"), *MEASURED, *of_rounds):
+        for title, name, form in measures:
             measured = group.get(name, pd.Series(dtype=float)).dropna()
             spread = f" ± {measured.std():{form}}" if len(measured) > 1 else ""
             row[title] = f"{measured.mean():{form}}{spread}" if len(measured) else DASH
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _controlled(frame: pd.DataFrame) -> tuple[Measure, ...]:
+    return (CONTROLLED,) if "win_rate_lc" in frame else ()
+
+
+def _measured(frame: pd.DataFrame, has_rounds: bool) -> tuple[Measure, ...]:
+    """The columns that every table has, and those that have something to say in this one."""
+    shown = (one for one in DETECTORS if one[1] in frame and (pd.to_numeric(frame[one[1]]) > A_FEW).any())
+    return (*MEASURED, *shown, *([OF_ROUNDS] if has_rounds else []))
+
+
+def alarm(frame: pd.DataFrame) -> str | None:
+    """A line that says which runs of `final` look broken, and how; None if none does: see `dpo.results.failures`."""
+    keys, found = swept(frame), []
+    for run in frame.to_dict("records"):
+        if how := failures(run):
+            name = ", ".join(f"{key}={short(run[key])}" for key in keys) or str(run["run"])
+            found.append(f"{name} ({', '.join(how)})")
+    if not found:
+        return None
+    more = [f"and {len(found) - LISTED} more"] if len(found) > LISTED else []
+    runs, look = ("run", "looks") if len(frame) == 1 else ("runs", "looks" if len(found) == 1 else "look")
+    return f"alarm: {len(found)} of {len(frame)} {runs} {look} broken: {'; '.join([*found[:LISTED], *more])}"
 
 
 def figure(frame: pd.DataFrame, path: str | Path) -> None:
@@ -66,7 +103,8 @@ def figure(frame: pd.DataFrame, path: str | Path) -> None:
 
 
 def report(path: str | Path, named: Collection[str] = ()) -> None:
-    """Print the table over the finished runs of `path`; write `table.csv` and `figure.png` there.
+    """Print the table over the finished runs of `path`, and which of them look broken; write `table.csv` and
+    `figure.png` there.
 
     named: damaged runs that the reader is told of elsewhere; the others are listed.
     """
@@ -89,3 +127,5 @@ def report(path: str | Path, named: Collection[str] = ()) -> None:
         written.append(path / "figure.png")
         figure(frame, written[-1])
     print(f"{len(frame)} finished in {path}: {', '.join(map(str, written))}", flush=True)
+    if (said := alarm(frame)) is not None:
+        print(said, flush=True)
