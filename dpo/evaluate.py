@@ -16,7 +16,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,14 +41,24 @@ from dpo.data.instructions import read_instructions, write_outputs
 from dpo.data.records import Dataset, Text, listed, write_rows
 from dpo.data.tokens import encode_alone, usable
 from dpo.data.truncation import Limits, cut_prompts
-from dpo.judges import Judge, Rule, compare
+from dpo.judges import JUDGES_VERSION, Judge, Rule, compare
+from dpo.judges.best import best_of, kl_bound
 from dpo.policy import model as models
 from dpo.policy.logps import forward_tokens, packable, sequence_kl
 from dpo.policy.sampling import Sample, inputs, sample
 from dpo.responses import counted, figures, is_broken, is_invalid, repetition
-from dpo.settings import Evaluation, evaluation_judge, evaluation_of, policy_spec
+from dpo.settings import (
+    BestOf,
+    Evaluation,
+    baseline_best_of,
+    evaluation_judge,
+    evaluation_of,
+    policy_best_of,
+    policy_spec,
+)
 from dpo.sweep.directory import before, finish
 from dpo.sweep.inputs import load
+from dpo.sweep.schema import number_of_samples
 from dpo.training import distributed
 from dpo.training.distributed import all_sum, any_true, device_of, is_main
 from dpo.training.log import progress
@@ -69,6 +79,7 @@ def run(config: DictConfig, directory: Path) -> None:
     dataset, judge = load(config), evaluation_judge(config)
     instructions = read_instructions(config.evaluation.instructions)
     spec, settings = policy_spec(config), evaluation_of(config)
+    best, beaten = policy_best_of(config), baseline_best_of(config)
     models.check_length(spec, "max_length", config.max_length)
     tokenizer = models.load_tokenizer(spec)
     test = test_prompts(dataset, settings, tokenizer)
@@ -81,9 +92,15 @@ def run(config: DictConfig, directory: Path) -> None:
         models.check_same_tokenizer(path, its_tokenizer, spec.path, tokenizer)
         kl_targets, initial = {"kl": other}, (other, tokenizer, models.fingerprint(other))
     against = replace(spec, path=config.evaluation.baseline)
-    others = compared_with(against, initial, dataset, test, settings, device) if judge else None
+    others = compared_with(against, initial, dataset, test, settings, device, beaten) if judge else None
     answers = answer(policy, tokenizer, instructions, settings) if instructions else []
-    responses, measured = measure(policy, kl_targets, tokenizer, test, others, judge, settings)
+    if best is None:
+        responses, measured = measure(policy, kl_targets, tokenizer, test, others, judge, settings)
+    else:  # its probabilities are not known, so neither is its KL
+        chosen = best_of_n(policy, tokenizer, test, settings, models.fingerprint(policy), best, "policy")
+        responses, measured = describe(test, chosen, judge, others, settings.rule)
+        measured["kl_bound"] = kl_bound(best.n)
+    measured |= bound(beaten) if others else {}
     if is_main():
         if instructions:
             write_outputs(directory, instructions, answers)
@@ -297,24 +314,29 @@ def compared_with(
     prompts: Sequence[Text],
     settings: Evaluation,
     device: torch.device,
+    best: BestOf | None,
 ) -> list[str] | None:
     """The responses to test prompts that the policy's are compared with.
 
     which: a policy, or at the path "human" or "initial" what evaluation.baseline means by it. initial: the policy
-    before training, its tokenizer and fingerprint; None: nobody knows it.
+    before training, its tokenizer and fingerprint; None: nobody knows it. best: where it is best of n of that one.
     Raises: ValueError if the data do not have what humans wrote.
     """
     if which.path == "human":
         return dataset.written_to(prompts, "test")
-    if which.path != "initial":
+    if best is None and which.path != "initial":
         model, tokenizer = models.load(which, device)
         initial = model, tokenizer, models.fingerprint(model)
-    return None if initial is None else baseline(*initial[:2], prompts, settings, initial[2])
+    if initial is None:
+        return None
+    if best is not None:
+        return [one.text for one in best_of_n(*initial[:2], prompts, settings, initial[2], best, "initial policy")]
+    return baseline(*initial[:2], prompts, settings, initial[2])
 
 
 def reads_alike(which: models.ModelSpec, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a baseline is a policy with this tokenizer, so that KL can be measured to it."""
-    if which.path in ("initial", "human"):
+    if which.path in ("initial", "human") or number_of_samples(which.path) is not None:
         return False
     return models.same_tokenizer(models.load_tokenizer(which), tokenizer)
 
@@ -328,11 +350,7 @@ def baseline(
 ) -> list[str]:
     """The responses of the initial policy, or of another, to the test prompts, sampled once and shared by a sweep."""
     encoded = _encoded(prompts, tokenizer, settings)
-    key = {
-        "weights": weights,
-        "seed": settings.seed,
-        **inputs(model, tokenizer, encoded, settings.sampling),
-    }
+    key = _key(model, tokenizer, encoded, settings, weights)
 
     def build(folder: Path) -> None:
         samples = _drawn(model, tokenizer, encoded, settings, "initial policy", "answers of the initial policy")
@@ -340,6 +358,60 @@ def baseline(
 
     folder, _ = remember(settings.cache, "baseline", key, build, any_true)
     return json.loads((folder / "responses.json").read_text())
+
+
+def best_of_n(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Text],
+    settings: Evaluation,
+    weights: str,
+    best: BestOf,
+    stream: str,
+) -> list[Sample]:
+    """Of `best.n` samples to each test prompt the one that the judge of pairs likes best, see `judges.best`.
+
+    Sampled at the evaluation's temperature and judged once, shared by a sweep; what is sampled for n is among what is
+    sampled for more. weights: the model's fingerprint. stream: which of a seed's random numbers.
+    """
+    encoded = _encoded(prompts, tokenizer, settings)
+    key = {
+        "stream": stream,
+        "n": best.n,
+        **best.decides,
+        "judges": JUDGES_VERSION,
+        "prompts": digest(list(prompts)),  # as the judge reads them
+        **_key(model, tokenizer, encoded, settings, weights),
+    }
+
+    def build(folder: Path) -> None:
+        title = f"{best.n} answers of the {stream}"
+        samples = _drawn(model, tokenizer, encoded * best.n, settings, f"best of n of the {stream}", title)
+        kept = best_of(best.judge, prompts, [one.text for one in samples], best.rule)
+        (folder / "responses.json").write_text(json.dumps([asdict(samples[place]) for place in kept]))
+
+    folder, _ = remember(settings.cache, "best_of_n", key, build, any_true)
+    return [Sample(**row) for row in json.loads((folder / "responses.json").read_text())]
+
+
+def _key(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: list[list[int]],
+    settings: Evaluation,
+    weights: str,
+) -> dict[str, Any]:
+    """All that decides what is sampled of a model for an evaluation."""
+    return {
+        "weights": weights,
+        "seed": settings.seed,
+        **inputs(model, tokenizer, encoded, settings.sampling),
+    }
+
+
+def bound(best: BestOf | None) -> dict[str, float]:
+    """How far a baseline that is best of n can be from the policy that is sampled."""
+    return {} if best is None else {"baseline/kl_bound": kl_bound(best.n)}
 
 
 def kl(

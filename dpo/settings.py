@@ -8,10 +8,12 @@ from omegaconf import OmegaConf
 from dpo.data.treatment import Treatment
 from dpo.data.truncation import Limits
 from dpo.judges import Rule, remembering
+from dpo.judges.best import check_scores
 from dpo.policy.model import ModelSpec
 from dpo.policy.sampling import Sampling
 from dpo.policy.scoring import Scoring
 from dpo.sweep.inputs import folder_of, sketch
+from dpo.sweep.schema import number_of_samples
 from dpo.sweep.signature import instantiate
 from dpo.training.distributed import ParallelLayout, is_main
 from dpo.training.optim import Recipe
@@ -31,6 +33,16 @@ class Evaluation:
     packed: bool  # see `Scoring`; of the passes that measure KL
     micro_batch_tokens: int
     cache: str  # folder of the baseline's responses
+
+
+@dataclass(frozen=True)
+class BestOf:
+    """Of several samples to a prompt the best, by the judge and the rule that pairs are made with."""
+
+    n: int
+    judge: Any
+    rule: Rule | None
+    decides: dict[str, Any]  # what of the two decides which is best
 
 
 @dataclass(frozen=True)
@@ -135,6 +147,24 @@ def evaluation_of(config: Any) -> Evaluation:
     rule = instantiate(config.get("rule") if asked.get("rule") is None else asked.rule)
     which = asked.prompts, asked.log_samples, rule
     return Evaluation(*which, sampling, config.seed, limits_of(config), *read, config.cache)
+
+
+def policy_best_of(config: Any) -> BestOf | None:
+    """Whether it is best of n that `dpo.evaluate` measures. Raises: ValueError if the judge of pairs does not score."""
+    return _best_of(config, config.best_of)
+
+
+def baseline_best_of(config: Any) -> BestOf | None:
+    """The same of what is compared with."""
+    return _best_of(config, number_of_samples(config.evaluation.baseline) or 1)
+
+
+def _best_of(config: Any, n: int) -> BestOf | None:
+    if n == 1:
+        return None
+    check_scores(judge := judge_of(config))
+    pairing = pairing_of(config)
+    return BestOf(n, judge, instantiate(config.rule), {"judge": pairing.judge, "rule": pairing.rule})
 
 
 def generation_of(config: Any) -> Generation:

@@ -45,7 +45,7 @@ from dpo.policy.logps import (
 )
 from dpo.references import Pending, Reference, Table
 from dpo.score import encode, prepare
-from dpo.settings import evaluation_judge, evaluation_of, judge_of, policy_spec, scoring_of
+from dpo.settings import baseline_best_of, evaluation_judge, evaluation_of, judge_of, policy_spec, scoring_of
 from dpo.sweep.directory import finish, remember_initial
 from dpo.sweep.inputs import load
 from dpo.sweep.signature import instantiate
@@ -67,6 +67,7 @@ def run(config: DictConfig, directory: Path) -> None:
     dataset = load(config)  # bad records stop here, before any model is loaded
     instructions = read_instructions(config.evaluation.instructions)
     judge, loss = evaluation_judge(config), instantiate(config.loss)
+    best = baseline_best_of(config)
     pending: Pending = instantiate(config.reference)
     scoring, measuring = replace(scoring_of(config), per_token="tails" in asked_by(loss)), evaluation_of(config)
     pending.check(policy_spec(config), scoring)
@@ -78,7 +79,7 @@ def run(config: DictConfig, directory: Path) -> None:
     if distributed.is_main():
         remember_initial(directory, start)
     against, initial = policy_spec(config, config.evaluation.baseline), (policy, tokenizer, weights)
-    others = evaluate.compared_with(against, initial, dataset, test, measuring, device) if judge else None
+    others = evaluate.compared_with(against, initial, dataset, test, measuring, device, best) if judge else None
     baseline = {"kl_baseline": str(against.path)} if others and evaluate.reads_alike(against, tokenizer) else {}
     reference = pending.prepare(policy_spec(config, start), policy, pairs, scoring)
     logger.info(f"reference: {reference.held}")
@@ -124,7 +125,8 @@ def run(config: DictConfig, directory: Path) -> None:
         paths = {"kl": start} | ({"kl_reference": reference.kl_target} if reference.kl_target else {}) | baseline
         kl_targets = {name: models.load(policy_spec(config, path), device)[0] for name, path in paths.items()}
         first = None if others is None else others[:prompts]
-        return evaluate.measure(model, kl_targets, tokenizer, test[:prompts], first, judge, measuring)
+        rows, found = evaluate.measure(model, kl_targets, tokenizer, test[:prompts], first, judge, measuring)
+        return rows, {**found, **(evaluate.bound(best) if others else {})}
 
     parts = {"reference": reference, "loss": unbound(loss)}
     state = nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, nn.Module)})

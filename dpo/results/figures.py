@@ -18,7 +18,12 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
 
     Seeds are averaged: dots are single runs, bars one standard deviation between seeds. Without seeds, bars
     are the 95 % interval of the measurement. Without a judge, held-out accuracy replaces the win rate.
+
+    Best of n has its bound of KL where others have their KL. Beside runs of `dpo.train` it is on the frontier alone.
     """
+    if "kl_bound" in frame:
+        frame = frame.assign(kl=frame.get("kl", frame["kl_bound"]).fillna(frame["kl_bound"]))
+    frame, best = _trained(frame)
     swept = frame.attrs["swept"]
     x, y = _axis(frame), "win_rate" if "win_rate" in frame else "rewards/accuracies"
     frame = frame.assign(**{x: pd.to_numeric(frame[x], errors="coerce")})  # what is no number has no place on an axis
@@ -32,8 +37,9 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
     drawing = Figure(figsize=(13, 4.2), layout="constrained", dpi=150)
     axes = drawing.subplots(1, 3)
     for axis, (title, across, up) in zip(axes, panels, strict=True):
+        shown = frame if best is None or across == x else pd.concat([frame, best])
         tidy(axis, title, labels[across], labels[up])
-        _scale(axis, "x", frame.get(across), log=across == x != "round")
+        _scale(axis, "x", shown.get(across), log=across == x != "round")
         _scale(axis, "y", frame.get(up), log=False)
         if up == "win_rate":
             axis.axhline(0.5, color="0.5", lw=1, ls="--", zorder=0)
@@ -52,11 +58,15 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
             if name in rows and len(rows) > len(points):
                 axis.plot(rows[x], rows[name], "o", color=style["color"], alpha=0.3, ms=3.5, mec="none")
         _curve(axes[2], distance["mean"], quality, across=distance, **style)
-        for value, *where in zip(quality.index, distance["mean"], quality["mean"], strict=True):
-            if not any(map(math.isnan, where)):
-                near = {"xytext": (4, 5), "textcoords": "offset points"}
-                axes[2].annotate(f"{value:g}", where, color=style["color"], fontsize=7, **near)
+        _named(axes[2], distance, quality, style["color"])
 
+    if best is not None and y == "win_rate":
+        quality, distance = _points(best, "best_of", "win_rate"), _points(best, "best_of", "kl")
+        _curve(
+            axes[2], distance["mean"], quality, color="0.3", marker="*", ls=":", label="best of n, at its bound of KL"
+        )
+        _named(axes[2], distance, quality, "0.3")
+        axes[2].legend(loc="best", frameon=False, fontsize=8)
     _ticks(axes[:2], frame[x])
     if others:
         handles = axes[0].get_legend_handles_labels()
@@ -67,6 +77,24 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
     unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
     drawing.savefig(unfinished, format="png")
     unfinished.replace(path)
+
+
+def _trained(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    """Runs of `dpo.train`, and best of n beside them; where none of the folder trained, all of them and none."""
+    number = pd.to_numeric(frame.get("best_of", pd.Series(None, frame.index)), errors="coerce")
+    if number.isna().all() or number.notna().all():
+        return frame, None
+    trained = frame[number.isna()].dropna(axis="columns", how="all")
+    trained.attrs["swept"] = [key for key in frame.attrs["swept"] if key in trained]
+    return trained, frame[number > 1].assign(best_of=number)
+
+
+def _named(axis: Any, across: pd.DataFrame, up: pd.DataFrame, color: str) -> None:
+    """Each point by its number."""
+    for value, *where in zip(up.index, across["mean"], up["mean"], strict=True):
+        if not any(map(math.isnan, where)):
+            near = {"xytext": (4, 5), "textcoords": "offset points"}
+            axis.annotate(f"{value:g}", where, color=color, fontsize=7, **near)
 
 
 def tidy(axis: Any, title: str, across: str, up: str) -> None:

@@ -83,7 +83,26 @@ def _sound(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _settings(frozen: dict[str, dict[str, Any]], always: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """The keys that vary, and their values in each run; runs in the order of their values."""
+    """The keys that vary, and their values in each run; runs in the order of their values.
+
+    Where `dpo.evaluate` has put runs beside those of `dpo.train`, as of best of n, a key that varies among the ones
+    says nothing of the others, and `best_of` tells these apart.
+    """
+    trained = {run: config for run, config in frozen.items() if config.get("command") != "evaluate"}
+    measured = {run: config for run, config in frozen.items() if run not in trained}
+    if not (trained and measured):
+        return _of_one_command(frozen, always)
+    keys, settings = _of_one_command(trained, always)
+    more, others = _of_one_command(measured, ["best_of", *(key for key in always if key == BASELINE)])
+    keys += [key for key in dict.fromkeys(["best_of", *more]) if key not in keys]
+    keys.sort(key=lambda key: key == "seed")
+    shown = dict.fromkeys(key for values in (*settings.values(), *others.values()) for key in values)
+    return keys, {run: {key: values.get(key) for key in shown} for run, values in (settings | others).items()}
+
+
+def _of_one_command(
+    frozen: dict[str, dict[str, Any]], always: Sequence[str]
+) -> tuple[list[str], dict[str, dict[str, Any]]]:
     flat, choices = {}, {}
     for run, config in frozen.items():
         choices[run] = config.get("choices", {})

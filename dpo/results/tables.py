@@ -50,6 +50,10 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     for title, name, form in _controlled(frame):
         text(title, f"{{:{form}}}", name)
     text("KL [95 %]", "{:.2f} [{:.2f}, {:.2f}]", *(f"kl{end}" for end in ("", "/low", "/high")))
+    if "kl_bound" in frame:  # of best of n
+        kl = columns["KL [95 %]"]
+        columns["KL [95 %]"] = kl.where(kl != DASH, frame["kl_bound"].map("at most {:.2f}".format, na_action="ignore"))
+        columns["KL [95 %]"] = columns["KL [95 %]"].fillna(DASH)
     for title, name, form in _measured(frame, "round" in columns):
         text(title, f"{{:{form}}}", name)
     return pd.DataFrame(columns)
@@ -86,7 +90,8 @@ def alarm(frame: pd.DataFrame) -> str | None:
     keys, found = swept(frame), []
     for run in frame.to_dict("records"):
         if how := failures(run):
-            name = ", ".join(f"{key}={short(run[key])}" for key in keys) or str(run["run"])
+            own = {key: told for key in keys if (told := short(run[key])) != DASH}
+            name = ", ".join(f"{key}={told}" for key, told in own.items()) or str(run["run"])
             found.append(f"{name} ({', '.join(how)})")
     if not found:
         return None

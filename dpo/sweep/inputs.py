@@ -10,6 +10,7 @@ from typing import Any
 from dpo.data.records import Dataset, contents, jsonl_files
 from dpo.policy.model import resolve_path
 from dpo.sweep.directory import before
+from dpo.sweep.schema import number_of_samples
 from dpo.sweep.signature import instantiate
 from dpo.world import sizes
 
@@ -40,7 +41,8 @@ def models(config: Any) -> dict[str, str]:
     base = sizes.present(policy["base"], config.get("cache"))
     paths = {"policy": policy["path"] or base, "reference": reference.get("path")}
     paths |= {"against": before(config.get("against"), str(paths["policy"])), "candidates": config.get("candidates")}
-    if (baseline := (config.get("evaluation") or {}).get("baseline")) not in (None, "initial", "human"):
+    baseline = (config.get("evaluation") or {}).get("baseline")
+    if baseline not in (None, "initial", "human") and number_of_samples(baseline) is None:
         paths["baseline"] = baseline
     local = {key: _place(path) for key, path in paths.items() if path is not None}
     judges = {"judge": config.get("judge"), "evaluation.judge": (config.get("evaluation") or {}).get("judge")}

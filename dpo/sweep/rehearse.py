@@ -11,11 +11,12 @@ from typing import Any
 from dpo.data.instructions import read_instructions
 from dpo.data.records import Dataset, contents
 from dpo.judges import is_pairwise
+from dpo.judges.best import check_scores
 from dpo.losses.pairs import OF_REFERENCE, asked_by, try_out
 from dpo.policy.model import resolve_path
 from dpo.sweep import inputs
 from dpo.sweep.directory import before
-from dpo.sweep.schema import misfits
+from dpo.sweep.schema import misfits, number_of_samples
 from dpo.sweep.signature import instantiate
 from dpo.world import sizes
 
@@ -41,6 +42,8 @@ class Rehearsal:
         nodes = config["evaluation"].get("judge"), config["evaluation"].get("rule"), config.get("rule")
         attempts += [(instantiate, node) for node in nodes if node is not None]
         attempts += [(_ruled, config["judge"], config.get("rule")), (_ruled, *_of_evaluation(config))]
+        if number_of_samples(config["evaluation"].get("baseline")) or config.get("best_of", 1) > 1:
+            attempts.append((_chosen_by, config["judge"]))
         if "loss" in config:
             attempts += [(instantiate, config[group]) for group in ("engine", "reference")] + [(_loss, config["loss"])]
         tried = [self._once(*attempt) for attempt in attempts]
@@ -109,7 +112,12 @@ def _located(*paths: str | None) -> None:
 
 
 def _compared(policy: str | None, against: str | None, baseline: str | None) -> None:
-    _located(before(against, str(policy)), None if baseline in ("initial", "human") else baseline)
+    named = baseline in ("initial", "human") or number_of_samples(baseline) is not None
+    _located(before(against, str(policy)), None if named else baseline)
+
+
+def _chosen_by(judge: dict[str, Any] | None) -> None:
+    check_scores(instantiate(judge))
 
 
 def _of_evaluation(config: dict[str, Any]) -> tuple[Any, Any]:

@@ -1,6 +1,7 @@
 """The type of every config key, checks across keys, and the identity of a config. Values live in `conf/`."""
 
 import math
+import re
 from dataclasses import dataclass, is_dataclass, make_dataclass
 from datetime import date
 from difflib import get_close_matches
@@ -160,6 +161,7 @@ class Evaluate(Train):
     """`python -m dpo.evaluate`."""
 
     against: str | None
+    best_of: int
 
 
 @dataclass
@@ -237,7 +239,7 @@ _CHOICES = {
 }
 _ABOVE_ZERO = (
     *("beta", "lr", "sft.lr", "batch_size", "sft.batch_size", "micro_batch_tokens", "max_length", "max_grad_norm"),
-    *("epochs", "sft.epochs", "sft.steps", "processes", "threads", "rounds"),
+    *("epochs", "sft.epochs", "sft.steps", "processes", "threads", "rounds", "best_of"),
     *("generation.samples_per_prompt", "generation.temperature", "generation.top_p", "max_new_tokens"),
     *("generation.pairs_per_prompt", "generation.batch_size"),
     *("evaluation.prompts", "evaluation.batch_size", "checkpoints_kept"),
@@ -280,7 +282,7 @@ def faults(config: dict[str, Any]) -> list[str]:
         return [f"{key} must be a value, got an interpolation, ${{...}}" for key in found]
     if problems := _keys(config, SCHEMAS[config["command"]]):
         return problems
-    problems = [*_numbers(config), *_batches(config), *_sharding(config), *_places(config)]
+    problems = [*_numbers(config), *_batches(config), *_sharding(config), *_places(config), *_best_of(config)]
     if config["policy"]["base"] is None and (config["policy"]["path"] is None or config["command"] == "sft"):
         sft = "policy.base, a model to make a policy from, must be given; add policy.base="
         train = "policy.path, an SFT policy, or policy.base, a model to make one from, must be given; add policy.path="
@@ -315,6 +317,12 @@ def non_numeric(key: str, config: dict[str, Any] | None = None) -> bool:
 @cache
 def _outside(key: str) -> bool:
     return any(key == other or key.startswith(f"{other}.") for other in NON_NUMERIC)
+
+
+def number_of_samples(baseline: str | None) -> int | None:
+    """The n of an evaluation.baseline such as "best_of_16"; None of any other."""
+    found = re.fullmatch(r"best_of_(\d+)", str(baseline))
+    return int(found[1]) if found else None
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -425,6 +433,18 @@ def _places(config: dict[str, Any]) -> list[str]:
     for depth in range(1, len(parts)):
         if (above := Path(config["runs"], *parts[:depth]) / "config.yaml").exists():
             problems.append(f"name must not lie inside of a run, got {name!r}, and {above} is one; take another")
+    return problems
+
+
+def _best_of(config: dict[str, Any]) -> list[str]:
+    baseline, problems = config["evaluation"].get("baseline"), []
+    if str(baseline).startswith("best_of_") and (number_of_samples(baseline) or 0) < 2:
+        problems.append(f"evaluation.baseline=best_of_N must have a number of samples from 2, got {baseline}")
+    if config.get("best_of", 1) > 1 and config["evaluation"]["instructions"] is not None:
+        problems.append(
+            f"best_of must be 1 where evaluation.instructions are answered, which no judge here scores, got "
+            f"{config['best_of']}; leave out one of the two"
+        )
     return problems
 
 

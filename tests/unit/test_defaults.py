@@ -88,6 +88,7 @@ TRAIN = {
 }
 SFT = {**SHARED, "name": "sft", "command": "sft"}
 ROUNDS = {**TRAIN, "name": "rounds", "command": "rounds", "rounds": 3, "held_to": "previous", "prompts": "fresh"}
+EVALUATE = {**TRAIN, "name": "evaluations", "command": "evaluate", "against": None, "best_of": 1}
 SCORE = {**TRAIN, "name": "scores", "command": "score", "per_token": False}
 
 PRETRAINED = {
@@ -365,7 +366,10 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
 TEMPLATES = ("policy/mistral_7b", "policy/qwen2_1_5b", "policy/tulu_2_7b")  # what they render is tested elsewhere
 
 
-@pytest.mark.parametrize("command,expected", [("train", TRAIN), ("sft", SFT), ("score", SCORE), ("rounds", ROUNDS)])
+@pytest.mark.parametrize(
+    "command,expected",
+    [("train", TRAIN), ("sft", SFT), ("score", SCORE), ("rounds", ROUNDS), ("evaluate", EVALUATE)],
+)
 def test_defaults_of_a_command(command, expected):
     assert config(command=command) == expected
 

@@ -27,6 +27,7 @@ from dpo.policy.sampling import Sample, Sampling
 from dpo.policy.scoring import Scoring
 from dpo.references import Initial, OtherTokenizer
 from dpo.settings import (
+    BestOf,
     Evaluation,
     Generation,
     Pairing,
@@ -51,6 +52,8 @@ DECIDE = {  # kind -> settings that decide what is made; all others do not
     | {"max_length", "max_new_tokens", "seed", "engine._target_", "engine._partial_"},
     "pairs": {"judge._target_", "rule", "generation.pairs_per_prompt", "seed"},
     "baseline": {"evaluation.prompts", "evaluation.temperature"} | {"max_length", "max_new_tokens", "seed"},
+    "best_of_n": {"evaluation.prompts", "evaluation.temperature", "judge._target_", "rule"}
+    | {"max_length", "max_new_tokens", "seed"},
     "reference": {"precision"},
     "other-reference": {"precision", "policy.date"},
 }
@@ -150,6 +153,13 @@ def ask(world, tmp_path, monkeypatch):
                     Dataset([], {}, {"test": given["prompts"]}), evaluation_of(config), tokenizer
                 )
                 evaluate.baseline(model, tokenizer, test, evaluation_of(config), given["weights"])
+            if kind == "best_of_n":
+                test = evaluate.test_prompts(
+                    Dataset([], {}, {"test": given["prompts"]}), evaluation_of(config), tokenizer
+                )
+                made = pairing_of(config)
+                best = BestOf(given.get("n", 3), length, None, {"judge": made.judge, "rule": made.rule})
+                evaluate.best_of_n(model, tokenizer, test, evaluation_of(config), given["weights"], best, "policy")
             if kind == "reference":
                 Initial().prepare(
                     policy_spec(config, world["one"]),
@@ -225,7 +235,7 @@ def reads(monkeypatch):
         yield found
 
 
-@pytest.mark.parametrize("kind", ["sft", "candidates", "pairs", "baseline", "reference"])
+@pytest.mark.parametrize("kind", ["sft", "candidates", "pairs", "baseline", "best_of_n", "reference"])
 def test_what_the_making_reads_is_in_the_key_or_changes_no_number(ask, settings, tmp_path, monkeypatch, kind):
     read: set[str] = set()
 
@@ -238,7 +248,7 @@ def test_what_the_making_reads_is_in_the_key_or_changes_no_number(ask, settings,
     decides, how = ({key.rpartition(".")[2] for key in keys} for keys in (DECIDE[kind], HOW))
     assert read & decides
     read -= {"engine", "recipe", "sampling", "limits", "generation"}  # which hold the others
-    assert read - decides - how == ({"top_p"} if kind == "baseline" else set())  # it is always 1
+    assert read - decides - how == ({"top_p"} if kind in ("baseline", "best_of_n") else set())  # it is always 1
 
 
 def test_what_is_given_beside_the_settings_decides_too(ask, settings, world, monkeypatch):
@@ -264,6 +274,8 @@ def test_what_is_given_beside_the_settings_decides_too(ask, settings, world, mon
     assert asked[0][2:] == (60, "truncate", "drop")
     assert missed("candidates", weights="v")
     assert missed("baseline", weights="v")
+    assert missed("best_of_n", weights="v")
+    assert missed("best_of_n", n=4)
     assert missed("other-reference", path="other")
     for prompts in (CHATS[:2], [*CHATS[:2], [{"role": "user", "content": "?"}]]):
         assert missed("candidates", prompts=prompts)
@@ -271,6 +283,9 @@ def test_what_is_given_beside_the_settings_decides_too(ask, settings, world, mon
     assert missed("baseline", prompts=[CHATS[0], CHATS[2]])
     assert missed("candidates", held_out=CHATS[1:2])
     cut = [[[{"role": "user", "content": f"{word} 15 even, {'or odd, ' * 15}please?"}]] for word in ("Is", "Was")]
+    one, other = (ask("best_of_n", settings, prompts=prompts).key for prompts in cut)
+    assert one["prompt_ids"] == other["prompt_ids"]
+    assert one != other
     for split in ("prompts", "held_out"):  # fed the same, and judged by all of their text
         one, other = (ask("candidates", settings, **{split: prompts}).key for prompts in cut)
         assert one["prompt_ids"] == other["prompt_ids"]
@@ -279,21 +294,23 @@ def test_what_is_given_beside_the_settings_decides_too(ask, settings, world, mon
     assert one != other
     plain = copy.deepcopy(models.load_tokenizer(models.ModelSpec(world["one"], date="2024-07-26")))
     plain.add_special_tokens({"pad_token": "<pad>"})
-    for kind in ("candidates", "baseline"):
+    for kind in ("candidates", "baseline", "best_of_n"):
         assert missed(kind, tokenizer=plain)
     longer = copy.deepcopy(settings)
     longer.max_length, longer.max_new_tokens = 61, 5  # so that prompts are cut to as much as before
-    assert {kind for kind in DECIDE if missed(kind, longer)} == {"sft", "candidates", "baseline"}
+    assert {kind for kind in DECIDE if missed(kind, longer)} == {"sft", "candidates", "baseline", "best_of_n"}
     graded = copy.deepcopy(settings)
     OmegaConf.set_struct(graded, False)
     graded.judge.strict = True
     assert missed("pairs", graded)
+    assert missed("best_of_n", graded)
     assert not missed("baseline", graded)
     for other in (SAMPLED["train"][:3], SAMPLED["train"][::-1]):
         assert missed("pairs", sampled=SAMPLED | {"validation": other})
     for module, version, kinds in (
         (judging, "JUDGES_VERSION", {"pairs"}),
-        (sampling, "SAMPLING_VERSION", {"candidates", "baseline"}),
+        (evaluate, "JUDGES_VERSION", {"best_of_n"}),
+        (sampling, "SAMPLING_VERSION", {"candidates", "baseline", "best_of_n"}),
         (scoring, "SCORING_VERSION", {"reference", "other-reference"}),
     ):
         with monkeypatch.context() as patch:
@@ -302,7 +319,7 @@ def test_what_is_given_beside_the_settings_decides_too(ask, settings, world, mon
     model, _ = models.load(models.ModelSpec(world["one"], date="2024-07-26"), torch.device("cpu"))
     with monkeypatch.context() as patch:
         patch.setattr(model.generation_config, "eos_token_id", [model.generation_config.eos_token_id, 9])
-        assert {kind for kind in DECIDE if missed(kind)} == {"candidates", "baseline"}
+        assert {kind for kind in DECIDE if missed(kind)} == {"candidates", "baseline", "best_of_n"}
     with torch.no_grad():
         next(model.parameters())[-1, -1] += 1e-6  # the policy's own weights
     assert missed("reference")
