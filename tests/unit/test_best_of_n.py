@@ -165,7 +165,7 @@ def test_what_a_config_calls_best_of_n():
         assert number_of_samples(other) is None
 
 
-def test_what_cannot_be_is_refused_when_planned(tmp_path, tiny_model):
+def test_what_cannot_be_is_refused_when_planned(tmp_path, tiny_model, monkeypatch):
     """By a judge that compares pairs, or none; without a number, or with one sample."""
     given = [*own(tmp_path, tiny_model("llama")), "judge=shorter"]
     baseline, policy = (
@@ -195,6 +195,9 @@ def test_what_cannot_be_is_refused_when_planned(tmp_path, tiny_model):
     assert problem == "best_of must be above 0, got 0"
     [problem] = faults({**policy, "evaluation": {**policy["evaluation"], "instructions": "alpaca_eval.json"}})
     assert problem.startswith("best_of must be 1 where evaluation.instructions are answered")
+    (tmp_path / "best_of_4").mkdir()
+    (tmp_path / "best_of_4" / "config.json").write_text("{}")  # of somebody's
+    monkeypatch.chdir(tmp_path)
     assert "baseline" not in inputs.models(baseline)
 
 
