@@ -134,7 +134,9 @@ def test_judge_and_rule_of_pairs_choose(tmp_path, tiny_model):
 
 
 def test_samples_of_few_are_among_those_of_more(drawn):
-    scores = [[float(one.text) for one in drawn(n, prompts=50)] for n in (2, 4, 8)]
+    found = [drawn(n, prompts=50) for n in (2, 4, 8)]
+    assert all(len({tuple(one.prompt_ids) for one in some}) == 50 for some in found)  # each to its own prompt
+    scores = [[float(one.text) for one in some] for some in found]
     assert all(a <= b <= c for a, b, c in zip(*scores, strict=True))
     assert any(a == b for a, b in zip(*scores[:2], strict=True))
 
