@@ -88,10 +88,10 @@ def run(config: DictConfig, directory: Path) -> None:
     policy, _ = models.load(spec, device)
     kl_targets, initial = {}, None
     if (path := before(config.against, spec.path)) is not None:
-        other, its_tokenizer = models.load(replace(spec, path=path), device)
+        other, its_tokenizer = models.load(replace(spec, path=path, adapter=None), device)
         models.check_same_tokenizer(path, its_tokenizer, spec.path, tokenizer)
         kl_targets, initial = {"kl": other}, (other, tokenizer, models.fingerprint(other))
-    against = replace(spec, path=config.evaluation.baseline)
+    against = replace(spec, path=config.evaluation.baseline, adapter=None)
     others = compared_with(against, initial, dataset, test, settings, device, beaten) if judge else None
     answers = answer(policy, tokenizer, instructions, settings) if instructions else []
     if best is None:

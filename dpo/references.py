@@ -24,8 +24,9 @@ from dpo.data.batches import Batch, Pair, Tokens, encode_prompts, tokenize
 from dpo.data.records import Preference, jsonl_files, listed, parse, preference, report
 from dpo.data.tokens import encode_alone, encoded, vocabulary
 from dpo.losses.pairs import tie_tolerance
+from dpo.policy import lora, sharded_io
 from dpo.policy import model as models
-from dpo.policy.logps import sequence_logps, token_logps
+from dpo.policy.logps import by_sequence, token_logps
 from dpo.policy.model import ModelSpec, spec_of
 from dpo.policy.scoring import LIVE, Scoring, check_against_live, score
 from dpo.training import distributed
@@ -137,7 +138,7 @@ class Frozen(Precomputed):
     def spec(self, initial: ModelSpec | str) -> ModelSpec:
         """The model that is scored; it has a template of its own."""
         own = spec_of(initial)
-        return own if self.path is None else replace(own, path=self.path, chat_template=None)
+        return own if self.path is None else replace(own, path=self.path, chat_template=None, adapter=None)
 
     def check(self, initial: ModelSpec | str, settings: Scoring) -> None:
         if settings.per_token and not self.same_tokens:
@@ -392,25 +393,25 @@ class Live:
     def prepare(
         self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Scoring
     ) -> Reference:
-        model, _ = models.load(self.scored.spec(initial), distributed.device_of(policy))
-        weights = models.fingerprint(model)
-        held = f"{self.scored.name()} beside the policy, weights {weights[:12]}"
-        is_initial = weights == models.fingerprint(policy)
-        return Beside(held, model.requires_grad_(False).eval(), weights, self.scored.path, is_initial)
+        alone = self.scored.path is not None or not lora.layers(policy)
+        model = models.load(self.scored.spec(initial), distributed.device_of(policy))[0] if alone else policy
+        weights, where = models.fingerprint(model), "beside the policy" if alone else "without its adapters"
+        held, same = f"{self.scored.name()} {where}, weights {weights[:12]}", weights == models.fingerprint(policy)
+        return Beside(held, model, weights, self.scored.path, same)
 
 
 class AskedEachStep:
-    """A reference that is a model beside the policy."""
+    """A reference that is a model beside the policy, or the policy without its adapters."""
 
     model: PreTrainedModel
 
-    @torch.no_grad()
     def logps(self, batch: Batch, split: str) -> Tensor:
-        return sequence_logps(self.model, batch)[0]
+        return by_sequence(self.token_logps(batch, split), batch)
 
     @torch.no_grad()
     def token_logps(self, batch: Batch, split: str) -> Tensor:
-        return token_logps(self.model, batch)
+        with lora.without(self.model):
+            return token_logps(self.model, batch)
 
 
 @dataclass
@@ -464,10 +465,8 @@ class MovingAverage(AskedEachStep, nn.Module):
     def __init__(self, model: PreTrainedModel, weights: str, alpha: float, every: int) -> None:
         super().__init__()
         self.model, self.alpha, self.every = model, alpha, every
-        self.held = (
-            f"EMA: starts at the initial policy, weights {weights[:12]}; every {every} steps {alpha} of the policy and "
-            f"{1 - alpha:g} of itself"
-        )
+        shares = f"{alpha} of the policy and {1 - alpha:g} of itself"
+        self.held = f"EMA: starts at the initial policy, weights {weights[:12]}; every {every} steps {shares}"
         self.steps: Tensor  # optimizer steps so far
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
@@ -475,8 +474,10 @@ class MovingAverage(AskedEachStep, nn.Module):
     def after_step(self, policy: PreTrainedModel) -> None:
         self.steps += 1
         if self.steps % self.every == 0:
-            for mine, theirs in zip(self.model.parameters(), policy.parameters(), strict=True):
-                mine.lerp_(theirs, self.alpha)
+            mine = dict(self.model.named_parameters())
+            for names, theirs in sharded_io.merged(policy):
+                if names[0] in mine:
+                    mine[names[0]].lerp_(theirs, self.alpha)
 
 
 def _scored(row: dict[str, Any]) -> tuple[Preference, list[float]]:

@@ -31,7 +31,7 @@ from dpo.judges import Judge
 from dpo.losses.pairs import asked_by
 from dpo.policy import model as models
 from dpo.references import Precomputed
-from dpo.settings import generation_of, judge_of, limits_of, pairing_of, policy_spec, scoring_of, treatment_of
+from dpo.settings import generation_of, judge_of, limits_of, lora_of, pairing_of, policy_spec, scoring_of, treatment_of
 from dpo.sweep.directory import finish
 from dpo.sweep.inputs import load
 from dpo.sweep.signature import instantiate
@@ -150,7 +150,7 @@ def prepare(
     device = distributed.join(config.device)
     start = sft.initial_policy(config, dataset, device)
     rule = dataset.on_faulty
-    policy, _ = models.load(policy_spec(config, start), device)
+    policy, _ = models.load(policy_spec(config, start), device, lora_of(config))
     if not pairs:
         if judge is None:
             raise ValueError(f"data={config.data._target_} has prompts but no pairs, so judge must not be none")

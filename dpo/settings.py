@@ -9,6 +9,7 @@ from dpo.data.treatment import Treatment
 from dpo.data.truncation import Limits
 from dpo.judges import Rule, remembering
 from dpo.judges.best import check_scores
+from dpo.policy.lora import Lora
 from dpo.policy.model import ModelSpec
 from dpo.policy.sampling import Sampling
 from dpo.policy.scoring import Scoring
@@ -93,7 +94,17 @@ def policy_spec(config: Any, path: str | None = None) -> ModelSpec:
     policy = config.policy
     where = path or policy.path or policy.base
     where = sizes.place(where, config.cache)
-    return ModelSpec(where, policy.trust_remote_code, policy.chat_template, policy.date, layout(config))
+    adapter = None if path else policy.adapter
+    return ModelSpec(where, policy.trust_remote_code, policy.chat_template, policy.date, layout(config), adapter)
+
+
+def lora_of(config: Any) -> Lora | None:
+    """The adapters that `dpo.train` or `dpo.sft` trains; None: all weights, or nothing."""
+    asked = config.policy.lora
+    if asked.rank is None or config.command not in ("sft", "train"):
+        return None
+    targets = asked.targets if isinstance(asked.targets, str) else tuple(asked.targets)
+    return Lora(asked.rank, asked.alpha, targets, config.seed)
 
 
 def layout(config: Any) -> ParallelLayout:

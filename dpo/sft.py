@@ -29,9 +29,10 @@ from dpo.cache import digest, remember
 from dpo.data.batches import Batch, Batches, Tokens, collate, size, tokenize_demonstrations
 from dpo.data.instructions import read_instructions, write_outputs
 from dpo.data.records import Dataset, Demonstration, write_rows
+from dpo.data.tokens import vocabulary
 from dpo.policy import model as models
 from dpo.policy.logps import packable, sequence_logps
-from dpo.settings import Sft, evaluation_of, judge_of, policy_spec, sft_of
+from dpo.settings import Sft, evaluation_of, judge_of, lora_of, policy_spec, sft_of
 from dpo.sweep.directory import finish
 from dpo.sweep.inputs import load
 from dpo.training import distributed
@@ -54,6 +55,8 @@ def run(config: DictConfig, directory: Path) -> None:
     judge = judge_of(config)
     base = policy_spec(config)
     models.check_length(base, "max_length", config.max_length)
+    if adapters := lora_of(config):
+        models.check_lora(base, adapters)
     tokenizer = models.load_tokenizer(base)
     rules = config.max_length, config.on_too_long, dataset.on_faulty
     items = tokenize_demonstrations(dataset.demonstrations, tokenizer, *rules)
@@ -61,7 +64,7 @@ def run(config: DictConfig, directory: Path) -> None:
     test = evaluate.test_prompts(dataset, measuring, tokenizer)
     evaluate.questions(instructions, tokenizer, measuring.limits)  # what cannot be asked stops here, not after training
     device = distributed.join(config.device)
-    model, _ = models.load(base, device)
+    model, _ = models.load(base, device, adapters)
     recorded: Any = OmegaConf.to_container(config, resolve=True)
     with Log(directory, config.wandb, run_id=f"{config.name}-{config.id}", group=config.name, config=recorded) as log:
 
@@ -75,6 +78,7 @@ def run(config: DictConfig, directory: Path) -> None:
         responses, measured = evaluate.describe(test, answers, judge)
         log.write(steps(settings.recipe, len(items)), "test", measured)
     if distributed.is_main():
+        models.beside(directory / "policy")
         if instructions:
             write_outputs(directory, instructions, outputs)
         write_rows(directory / "responses.jsonl", responses)
@@ -85,6 +89,10 @@ def run(config: DictConfig, directory: Path) -> None:
 
 def initial_policy(config: DictConfig, dataset: Dataset, device: torch.device) -> str:
     """Folder or hub name of the policy that training starts from: `policy.path`, or the cached SFT of `policy.base`."""
+    if config.policy.adapter is not None:
+        path = merged_policy(policy_spec(config), config.cache, device)
+        logger.info(f"policy: {config.policy.path} with the adapter {config.policy.adapter} merged into it ({path})")
+        return path
     if config.policy.path is not None:
         logger.info(f"policy: {config.policy.path}")
         return str(config.policy.path)
@@ -94,6 +102,19 @@ def initial_policy(config: DictConfig, dataset: Dataset, device: torch.device) -
         f"{'from the cache' if cached else 'trained now'} ({path})"
     )
     return path
+
+
+def merged_policy(spec: models.ModelSpec, cache: str, device: torch.device) -> str:
+    """Folder of a model with its adapter merged, which what is trained on from there starts from and is held to."""
+    model, tokenizer = models.load(spec, device)
+    key = {"weights": models.fingerprint(model), "chat_template": tokenizer.chat_template}
+    key["tokenizer"] = vocabulary(tokenizer)
+
+    def build(folder: Path) -> None:
+        models.save(model, tokenizer, distributed.gathered([folder])[0] / "policy")
+
+    folder, _ = remember(cache, "merged", key, build, distributed.any_true)
+    return str(folder / "policy")
 
 
 def cached_policy(

@@ -45,7 +45,7 @@ from dpo.policy.logps import (
 )
 from dpo.references import Pending, Reference, Table
 from dpo.score import encode, prepare
-from dpo.settings import baseline_best_of, evaluation_judge, evaluation_of, judge_of, policy_spec, scoring_of
+from dpo.settings import baseline_best_of, evaluation_judge, evaluation_of, judge_of, lora_of, policy_spec, scoring_of
 from dpo.sweep.directory import finish, remember_initial
 from dpo.sweep.inputs import load
 from dpo.sweep.signature import instantiate
@@ -71,6 +71,8 @@ def run(config: DictConfig, directory: Path) -> None:
     pending: Pending = instantiate(config.reference)
     scoring, measuring = replace(scoring_of(config), per_token="tails" in asked_by(loss)), evaluation_of(config)
     pending.check(policy_spec(config), scoring)
+    if adapters := lora_of(config):
+        models.check_lora(policy_spec(config), adapters)
     tokenizer, pairs = encode(config, dataset)
     test = evaluate.test_prompts(dataset, measuring, tokenizer)
     evaluate.questions(instructions, tokenizer, measuring.limits)  # what cannot be asked stops here, not after training

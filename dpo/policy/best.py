@@ -50,4 +50,6 @@ class BestCheckpoint:
         if distributed.is_main() and selected.is_dir():
             shutil.rmtree(target, ignore_errors=True)
             selected.rename(target)
+        if distributed.is_main():
+            models.beside(target)
         distributed.any_true(False)  # a barrier: now it is there for all

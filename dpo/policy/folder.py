@@ -12,8 +12,13 @@ from typing import Any, NoReturn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 JSON = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+MORE = (  # options of LoRA in peft beside plain products of two matrices
+    *("use_dora", "bias", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication"),
+    *("target_parameters", "trainable_token_indices"),
+)
 FLOATS = ("F64", "F32", "F16", "BF16")
 OTHERS = {"*.bin": "pickled weights", "*.pt*": "pickled weights", "*.gguf": "GGUF weights"}
 
@@ -34,10 +39,11 @@ def check(folder: Path) -> None:
 @cache  # a sweep asks for each of its runs
 def _check(folder: Path, state: frozenset[Any]) -> None:
     names = {name for name, _ in state}
-    if "adapter_config.json" in names:
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if ADAPTER_CONFIG in names:
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         raise ValueError(
-            f"{folder} must hold a whole model, found adapter_config.json, an adapter of {base}; merge them with peft: "
+            f"{folder} must hold a whole model, found {ADAPTER_CONFIG}, an adapter of {base}; to start from it, "
+            f"policy.path={base} policy.adapter={folder}; else take policy/ of its run, or merge them with peft: "
             "AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload().save_pretrained(folder), and save "
             "the tokenizer there, too"
         )
@@ -60,6 +66,20 @@ def _check(folder: Path, state: frozenset[Any]) -> None:
             f"{folder} must hold its weights in {WEIGHTS}, or in several such files with a {INDEX}, found {other}; "
             "copy all of the folder, or load the model with transformers where you trust it, and save it again"
         )
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise a ValueError if a folder holds no LoRA adapter as peft writes it, or one that changes more than weights."""
+    if not folder.is_dir():
+        raise ValueError(f"policy.adapter must be a folder of a LoRA adapter, found none at {folder}; check the path")
+    config = read_json(folder / ADAPTER_CONFIG)
+    kind, odd = config.get("peft_type"), [key for key in MORE if config.get(key) not in (None, False, "none", [], {})]
+    if kind != "LORA" or odd:
+        raise ValueError(
+            f"{folder} must be a plain LoRA adapter, found {', '.join(odd) or kind}; merge it with peft, and give the "
+            "whole model as policy.path"
+        )
+    _check_weights(folder / ADAPTER)
 
 
 def check_config(path: str, config: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from dpo.data.batches import Batch, PromptResponses, collate_responses, size
 from dpo.losses.pairs import tie_tolerance
 from dpo.policy.attention import NAME, SharedPrefixMask, Unsupported, attending
+from dpo.policy.lora import without
 from dpo.training.distributed import blocks, device_of
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def repeats(_: slice, words: Tensor) -> Tensor:
 
 def kl_from(reference: PreTrainedModel, batch: Batch) -> OfWords:
     """KL(reference || model) of the next token; gradients flow into the model's log-probs."""
-    with torch.no_grad():
+    with torch.no_grad(), without(reference):
         theirs = _logps_by_tile(reference, batch)
 
     def kl(rows: slice, words: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Load and save a causal language model with its tokenizer, and name its weights."""
 
 import hashlib
+import logging
 import re
 import shutil
 import uuid
@@ -14,7 +15,6 @@ from typing import Any, cast
 import huggingface_hub.constants
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -24,17 +24,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 from dpo.data.chats import dated, ends
-from dpo.policy import sharded_io
+from dpo.policy import lora, sharded_io
 from dpo.policy.attention import attending
-from dpo.policy.folder import check, check_config, on_hub
+from dpo.policy.folder import check, check_adapter, check_config, on_hub
 from dpo.training import distributed
 from dpo.world.sizes import MADE
 
-logging.disable_progress_bar()  # of loading and saving: runs show their own
+disable_progress_bar()  # of loading and saving: runs show their own
 
+logger = logging.getLogger(__name__)
 MODEL = "a causal language model in safetensors"
 RANDOM = ("dropout", "pdrop", "layerdrop", "jitter")  # in the names of a config's shares
 WORLD_BASE = Path(__file__).parents[1] / "world" / "base"
@@ -49,6 +50,7 @@ class ModelSpec:
     chat_template: str | None = None  # in place of the tokenizer's own
     date: str | None = None  # what its chat template prints as today's
     layout: distributed.ParallelLayout | None = None  # of several processes; None: whole in each
+    adapter: str | None = None  # folder of a LoRA adapter that is merged into the weights
 
 
 def spec_of(model: "ModelSpec | str") -> ModelSpec:
@@ -56,12 +58,16 @@ def spec_of(model: "ModelSpec | str") -> ModelSpec:
     return ModelSpec(model) if isinstance(model, str) else model
 
 
-def load(which: ModelSpec | str, device: torch.device | str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    which: ModelSpec | str, device: torch.device | str = "cpu", adapters: lora.Lora | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer.
 
     Weights are read from safetensors only, and are float32. The model is in evaluation mode; it has no dropout, so
     training mode computes the same. With a layout each of several processes reads its part of every weight, and none
     ever holds the model whole: a collective.
+
+    adapters: LoRA's, to be trained in place of the weights; at first the model computes what it does without.
     """
     spec = spec_of(which)
     tokenizer = load_tokenizer(spec)
@@ -72,7 +78,7 @@ def load(which: ModelSpec | str, device: torch.device | str = "cpu") -> tuple[Pr
     _silence(config)
     try:
         read: Any = partial(sharded_io.read, parted, torch.device(device)) if parted else _read_whole
-        model, faults = read(source, config, trust_remote_code)
+        model, faults = read(source, config, trust_remote_code, adapters)
     except RuntimeError:  # out of memory, say
         raise
     except Exception as error:  # whatever a config can make of a model's code
@@ -83,6 +89,9 @@ def load(which: ModelSpec | str, device: torch.device | str = "cpu") -> tuple[Pr
                 f"{path} must hold every weight of a {config.model_type}, and no other, found {len(names)} {what}, "
                 f"such as {names[0]}; save the model again, or take another"
             )
+    if spec.adapter:
+        check_adapter(folder := Path(spec.adapter))
+        lora.merge(model, folder, fingerprint(model))
     if names := broken(model):
         raise ValueError(
             f"the weights of {path} must be finite, found {len(names)} that are not, such as {names[0]}; take another "
@@ -101,11 +110,14 @@ def load(which: ModelSpec | str, device: torch.device | str = "cpu") -> tuple[Pr
     model.eval()
     if not parted:
         nn.Module.to(model, device)
+    if adapters:
+        trained, every = (sum(p.numel() for p in model.parameters() if p.requires_grad >= flag) for flag in (1, 0))
+        logger.info(f"LoRA of rank {adapters.rank}: {trained:,} weights are trained beside {every - trained:,}")
     return model, tokenizer
 
 
 def _read_whole(
-    source: str, config: PreTrainedConfig, trust_remote_code: bool
+    source: str, config: PreTrainedConfig, trust_remote_code: bool, adapters: lora.Lora | None
 ) -> tuple[PreTrainedModel, dict[str, list[str]]]:
     """The model, and the names of weights that do not fit it, by what is the matter."""
     name, revision = on_hub(source)
@@ -119,6 +131,9 @@ def _read_whole(
         ignore_mismatched_sizes=True,  # to be told of them
         output_loading_info=True,
     )
+    if adapters:
+        lora.add(loaded[0], adapters)
+        lora.initialize(loaded[0], adapters)
     report = loaded[1]
     return loaded[0], {
         "missing": sorted(report["missing_keys"]),
@@ -163,8 +178,8 @@ def save(
 ) -> None:
     """Write a Hugging Face folder, whole or not at all; it replaces the one that was there.
 
-    Its generation config lists all ends of a response, so that other programs stop where sampling does. For a
-    sharded model a collective.
+    Its generation config lists all ends of a response, so that other programs stop where sampling does. Adapters are
+    merged in it, and alone in `adapter/` inside: see `beside`. For a sharded model a collective.
     """
     target = Path(directory)
     name = uuid.uuid4().hex[:8]
@@ -180,7 +195,9 @@ def save(
         if distributed.is_sharded(model):
             sharded_io.write(model, unfinished)
         else:
-            model.save_pretrained(unfinished)
+            (_plain(model) if lora.layers(model) else model).save_pretrained(unfinished)
+        if lora.layers(model):
+            lora.save(model, unfinished / "adapter", fingerprint(model))
         if not distributed.is_main():
             return
         tokenizer.save_pretrained(unfinished)
@@ -195,6 +212,33 @@ def save(
                 replaced.rename(target)
             elif target.exists():
                 shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the merged weights."""
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    state = {name: tensor for names, tensor in sharded_io.merged(model) for name in names}
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def beside(policy: Path) -> None:
+    """Move the adapter that `save` wrote into a policy's folder out of it, to stand beside."""
+    if (policy / "adapter").is_dir():
+        shutil.rmtree(policy.with_name("adapter"), ignore_errors=True)
+        (policy / "adapter").rename(policy.with_name("adapter"))
+
+
+def check_lora(which: ModelSpec | str, adapters: lora.Lora) -> None:
+    """Raise a ValueError if adapters cannot be added to a model. Reads the model's config alone."""
+    spec = spec_of(which)
+    config = _config(spec.path, spec.trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+    lora.targets(model, adapters)
 
 
 def resolve_path(path: str) -> str:
@@ -257,7 +301,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256, in hex, of a model's weights: names, shapes, dtypes and bytes; tied weights count once.
+    """SHA-256, in hex, of a model's weights: names, shapes, dtypes and bytes; tied weights count once, adapters do not.
 
     For a sharded model a collective, in which each rank hashes some of the weights.
     """
@@ -265,7 +309,7 @@ def fingerprint(model: nn.Module) -> str:
     if distributed.is_sharded(model):
         lines = []
         for index, (name, tensor) in enumerate(named):
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            whole = distributed.whole(tensor)
             if index % distributed.world_size() == distributed.rank():
                 lines.append(f"{name} {tuple(whole.shape)} {whole.dtype} {_digest(whole)}\n")
         return hashlib.sha256("".join(sorted(distributed.gathered(lines))).encode()).hexdigest()
@@ -280,7 +324,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def broken(model: nn.Module) -> list[str]:
     """Names of weights with values that are not finite; for a sharded model a collective."""
-    local = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
+    local = {name: distributed.local(p) for name, p in model.named_parameters()}
     return [name for name, weight in local.items() if distributed.any_true(not weight.isfinite().all())]
 
 

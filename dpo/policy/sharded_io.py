@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from dpo.policy import lora
 from dpo.policy.folder import check, on_hub
 from dpo.training import distributed
 
@@ -27,6 +27,7 @@ def read(
     source: str,
     config: PreTrainedConfig,
     trust_remote_code: bool,
+    adapters: lora.Lora | None,
 ) -> tuple[PreTrainedModel, dict[str, list[str]]]:
     """A float32 model of a folder or hub name, and the names of weights that do not fit it, by what is the matter.
 
@@ -38,6 +39,8 @@ def read(
         check(Path(source))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        if adapters:
+            lora.add(model, adapters)
     mapping = get_model_conversion_mapping(model)
     renamed = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
     joined = [rule for rule in mapping if isinstance(rule, WeightConverter)]
@@ -50,14 +53,16 @@ def read(
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
-    reader, ours = HuggingFaceStorageReader(source), model.state_dict()
+    if adapters:
+        lora.initialize(model, adapters)
+    reader, ours = HuggingFaceStorageReader(source), {name: one for names, one in distinct(model) for name in names}
     stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
     in_files: dict[str, list[tuple[str, str | None]]] = {}  # our name -> those in the files, and the part that each is
     for name in sorted(stored, key=dot_natural_key):
         our, part = rename_source_key(name, renamed, joined, model.base_model_prefix, ours)
         in_files.setdefault(our, []).append((name, part))
     wanted: dict[str, Tensor] = {}
-    faults = {"missing": [], "of another shape": [], "that it has no place for": _unknown(model, in_files)}
+    faults = {"missing": [], "of another shape": [], "that it has no place for": _unknown(model, ours, in_files)}
     for names, tensor in distinct(model):
         parts = next((in_files[name] for name in names if name in in_files), [])
         if not parts:
@@ -66,7 +71,7 @@ def read(
             converter = next(rule for rule in joined if parts[0][1] in rule.source_patterns)
             whole = _joined(source, names[0], parts, converter, stored)
             if whole.shape == tensor.shape:
-                _fill(tensor, whole)
+                distributed.local(tensor).copy_(distributed.part(whole, tensor))
             else:
                 faults["of another shape"].append(names[0])
         elif stored[parts[0][0]].size != tensor.shape:
@@ -80,10 +85,10 @@ def read(
     return model, faults
 
 
-def _unknown(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+def _unknown(model: PreTrainedModel, ours: dict[str, Tensor], names: Iterable[str]) -> list[str]:
     """Those of no weight or buffer of the model, and not of what the library passes over, too."""
     passed = "|".join([*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"])
-    return sorted(name for name in {*names} - model.state_dict().keys() if not re.search(passed, name))
+    return sorted(name for name in {*names} - ours.keys() if not re.search(passed, name))
 
 
 def _joined(
@@ -98,19 +103,9 @@ def _joined(
     return whole[0] if isinstance(whole, list) else whole
 
 
-@torch.no_grad()
-def _fill(tensor: Tensor, whole: Tensor) -> None:
-    """Put this rank's part of `whole` in place."""
-    if isinstance(tensor, DTensor):
-        part = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
-        tensor.to_local().copy_(part.to_local())
-    else:
-        tensor.copy_(whole)
-
-
 def write(model: PreTrainedModel, folder: Path) -> None:
     """Weights, config and generation config: each rank its own parts first, which rank 0 then joins on disk."""
-    state = {names[0]: tensor for names, tensor in distinct(model)}
+    state = {names[0]: tensor for names, tensor in merged(model)}
     files = distributed.in_files(state)
     writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True, enable_consolidation=True)
     dcp.save(state, storage_writer=writer)
@@ -122,8 +117,23 @@ def write(model: PreTrainedModel, folder: Path) -> None:
 
 
 def distinct(model: nn.Module) -> list[tuple[list[str], Tensor]]:
-    """Each tensor of the state once, by its first name; tied ones have several."""
+    """Each tensor of the state once, by its first name; tied ones have several. As if there were no adapters."""
     by_id: dict[int, tuple[list[str], Tensor]] = {}
+    adapted = lora.layers(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
+        layer, its_own, _ = name.partition(".lora_")
+        if its_own and layer in adapted:
+            continue
+        name = name.replace(".base_layer.", ".") if adapted else name
         by_id.setdefault(id(tensor), ([], tensor.detach()))[0].append(name)
     return sorted(by_id.values(), key=lambda item: item[0][0])
+
+
+def merged(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
+    """The same, with what adapters add, in memory of its own: W + alpha / rank * B A. A collective."""
+    adapted = lora.layers(model)
+    for names, tensor in distinct(model):
+        if layer := adapted.get(names[0].removesuffix(".weight")):
+            tensor = tensor.clone()
+            distributed.local(tensor).add_(distributed.part(lora.change(layer), tensor))
+        yield names, tensor

@@ -11,7 +11,7 @@ from dpo.results.failures import BASELINE, INITIAL, degenerate
 from dpo.results.rounds import as_rounds, to_original
 from dpo.sweep import directory
 from dpo.sweep.directory import configs, folders
-from dpo.sweep.schema import ALIASES, identity_keys
+from dpo.sweep.schema import ALIASES, SWITCHES, identity_keys
 
 DASH = "-"
 
@@ -118,7 +118,8 @@ def _of_one_command(
         by_choice: dict[Any, set[Any]] = {}
         for run, values in flat.items():
             choice = choices[run].get(group) if "." in key else None
-            by_choice.setdefault(choice, set()).add(values.get(key))
+            if key in values or key in SWITCHES.values() or not key.startswith((*SWITCHES,)):  # of what is on
+                by_choice.setdefault(choice, set()).add(values.get(key))
         varies = any(len(values) > 1 for values in by_choice.values())
         if varies and not _follows(key, keys, flat) and not _replicates(key, flat, choices):
             keys.append(key)

@@ -18,11 +18,22 @@ from dpo import HOME
 from dpo.sweep.directory import config as config_of
 from dpo.sweep.directory import configs, finished, status, to_yaml
 from dpo.sweep.forks import ask, serve
-from dpo.sweep.schema import ALIASES, NAME_BYTES, RECORDED, faults, flatten, identity, identity_keys, non_numeric
+from dpo.sweep.schema import (
+    ALIASES,
+    NAME_BYTES,
+    RECORDED,
+    SWITCHES,
+    faults,
+    flatten,
+    identity,
+    identity_keys,
+    non_numeric,
+)
 
 INPUTS = {  # what a run is made from beside its settings: see dpo.sweep.inputs
     "data": "the data",
     "policy": "the model at policy.path or policy.base",
+    "adapter": "the adapter at policy.adapter",
     "reference": "what is at reference.path",
     "against": "the model at against",
     "baseline": "the model at evaluation.baseline",
@@ -232,7 +243,8 @@ def name(values: dict[str, str], id: str, cut: bool = False) -> str:
 def _given(overrides: Sequence[str], frozen: dict[str, Any]) -> dict[str, str]:
     """The overrides that decide a number, with the values that the config has: beta=0.10 and beta=1e-1 are beta=0.1."""
     flat = flatten(frozen)
-    return {key: _shown(frozen, key) for key in _keys(overrides) if not non_numeric(key, flat)}
+    named = [key for key in _keys(overrides) if key in SWITCHES.values() or not non_numeric(key, flat)]
+    return {key: _shown(frozen, key) for key in named}  # a switch that is off, too
 
 
 def _words(frozen: dict[str, Any]) -> frozenset[tuple[str, str]]:
@@ -307,7 +319,7 @@ def _shown(frozen: dict[str, Any], key: str) -> str:
 
 def _provenance() -> dict[str, Any]:
     """What the run was made with; a record, no part of its identity."""
-    packages = ("torch", "transformers", "tokenizers", "numpy", "hydra-core", "omegaconf")
+    packages = ("torch", "transformers", "tokenizers", "numpy", "hydra-core", "omegaconf", "peft")
     versions = {"python": python_version()}
     for package in packages:
         try:

@@ -13,7 +13,9 @@ from dpo.data.records import Dataset, contents
 from dpo.judges import is_pairwise
 from dpo.judges.best import check_scores
 from dpo.losses.pairs import OF_REFERENCE, asked_by, try_out
-from dpo.policy.model import resolve_path
+from dpo.policy.folder import check_adapter
+from dpo.policy.lora import Lora
+from dpo.policy.model import ModelSpec, check_lora, resolve_path
 from dpo.sweep import inputs
 from dpo.sweep.directory import before
 from dpo.sweep.schema import misfits, number_of_samples
@@ -36,6 +38,7 @@ class Rehearsal:
             (_located, config["policy"]["path"], sizes.present(config["policy"]["base"], config["cache"])),
             (_compared, config["policy"]["path"], config.get("against"), config["evaluation"].get("baseline")),
             (_candidates, config.get("candidates")),
+            (_adapters, config["policy"], config["cache"]),
             (read_instructions, config["evaluation"]["instructions"]),
             (instantiate, config["judge"]),
         ]
@@ -109,6 +112,15 @@ def _located(*paths: str | None) -> None:
     for path in paths:
         if path is not None:
             resolve_path(path)
+
+
+def _adapters(policy: dict[str, Any], cache: str) -> None:
+    """What the hub alone could tell of a model is left to the run."""
+    if policy["adapter"] is not None:
+        check_adapter(Path(policy["adapter"]))
+    where, asked = policy["path"] or sizes.present(policy["base"], cache), policy["lora"]
+    if asked["rank"] is not None and where is not None and Path(resolve_path(where)).is_dir():
+        check_lora(ModelSpec(where, policy["trust_remote_code"]), Lora(**asked, seed=0))
 
 
 def _compared(policy: str | None, against: str | None, baseline: str | None) -> None:

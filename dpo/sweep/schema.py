@@ -16,6 +16,13 @@ from dpo.sweep.signature import check_signature, fits, kind
 
 
 @dataclass
+class Lora:
+    rank: int | None
+    alpha: float
+    targets: Any
+
+
+@dataclass
 class Policy:
     path: str | None
     base: str | None
@@ -27,6 +34,8 @@ class Policy:
     chat_template: str | None
     date: str | None
     trust_remote_code: bool
+    adapter: str | None
+    lora: Lora
 
 
 @dataclass
@@ -206,6 +215,10 @@ OPEN_GROUPS = ("data", "engine", "judge", "rule", "loss", "reference")  # typed 
 # The home of a default -> the key that decides. A frozen config shows the value in force at both.
 ALIASES = {"loss.beta": "beta"} | {f"policy.{key}": key for key in ("lr", "max_length", "max_new_tokens")}
 
+# Groups of keys that are no part of a run's identity where the key that switches them on is null.
+SWITCHES = {"policy.lora.": "policy.lora.rank"}
+SWITCHES |= {key: key for key in ("policy.adapter", "rule", "evaluation.rule")}
+
 RECORDED = ("id", "choices", "provenance")  # added when the config is frozen, and by nobody else
 
 # What cannot change a number: these keys are no part of a run's identity or name.
@@ -220,9 +233,6 @@ NON_NUMERIC = (
     *RECORDED,
     "hydra",
 )
-
-# Keys that came later, and do nothing where they are null: runs from before have the identity that they had.
-YOUNGER = ("rule", "evaluation.rule")
 
 _CHOICES = {
     "optimizer": ("adamw", "rmsprop"),
@@ -240,6 +250,7 @@ _CHOICES = {
 _ABOVE_ZERO = (
     *("beta", "lr", "sft.lr", "batch_size", "sft.batch_size", "micro_batch_tokens", "max_length", "max_grad_norm"),
     *("epochs", "sft.epochs", "sft.steps", "processes", "threads", "rounds", "best_of"),
+    *("policy.lora.rank", "policy.lora.alpha"),
     *("generation.samples_per_prompt", "generation.temperature", "generation.top_p", "max_new_tokens"),
     *("generation.pairs_per_prompt", "generation.batch_size"),
     *("evaluation.prompts", "evaluation.batch_size", "checkpoints_kept"),
@@ -283,6 +294,7 @@ def faults(config: dict[str, Any]) -> list[str]:
     if problems := _keys(config, SCHEMAS[config["command"]]):
         return problems
     problems = [*_numbers(config), *_batches(config), *_sharding(config), *_places(config), *_best_of(config)]
+    problems += _lora(config)
     if config["policy"]["base"] is None and (config["policy"]["path"] is None or config["command"] == "sft"):
         sft = "policy.base, a model to make a policy from, must be given; add policy.base="
         train = "policy.path, an SFT policy, or policy.base, a model to make one from, must be given; add policy.path="
@@ -300,17 +312,15 @@ def identity(config: dict[str, Any]) -> str:
 def identity_keys(config: dict[str, Any]) -> dict[str, Any]:
     """The keys of a resolved config that make its identity, flat: "sft.lr" -> 1e-3."""
     flat = flatten(config)
-    return {
-        key: value
-        for key, value in flat.items()
-        if not non_numeric(key, flat) and not (value is None and key in YOUNGER)
-    }
+    return {key: value for key, value in flat.items() if not non_numeric(key, flat)}
 
 
 def non_numeric(key: str, config: dict[str, Any] | None = None) -> bool:
     """Whether a key is outside a run's identity: it cannot change a number (of `config`, which may select a step)."""
     if key == "evaluate_every" and config and config.get("keep", "last") != "last":
         return False  # what is evaluated can be selected
+    if config and (switch := next((one for group, one in SWITCHES.items() if key.startswith(group)), None)):
+        return switch in config and config[switch] is None
     return _outside(key)
 
 
@@ -463,4 +473,18 @@ def _sharding(config: dict[str, Any]) -> list[str]:
         problems.append(f"sharding.group must divide the {processes} processes, got {group}; null is all of them")
     if config["sharding"]["offload"] and processes == 1:
         problems.append("sharding.offload needs several processes, got 1; use processes=2 or more")
+    return problems
+
+
+def _lora(config: dict[str, Any]) -> list[str]:
+    policy, problems = config["policy"], []
+    targets = policy["lora"]["targets"]
+    named = isinstance(targets, list) and targets and all(isinstance(one, str) and one for one in targets)
+    if targets != "all-linear" and not named:
+        problems.append(f"policy.lora.targets must be all-linear or names of layers: [q_proj,v_proj], got {targets}")
+    if policy["adapter"] is not None and (policy["path"] is None or config["command"] in ("sft", "rounds")):
+        problems.append(
+            "policy.adapter needs the model that it is of, policy.path, and a command other than sft and rounds, got "
+            f"path {policy['path']} of {config['command']}; merge it with peft, and take the whole model"
+        )
     return problems

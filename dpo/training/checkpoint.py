@@ -159,7 +159,9 @@ class Checkpoints:
     def _tensors(self, model: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Tensor]:
         """All that is trained and its optimizer's, where it lies in memory."""
         # After the optimizer's, which PyTorch makes, if it is empty, by a step at learning rate 0, hooks included.
-        tensors = {f"model.{name}": model[name] for name in _distinct(self.model) if name in model}
+        frozen = {name for name, weight in self.model.named_parameters() if not weight.requires_grad}
+        names = [name for name in _distinct(self.model) if name in model and name not in frozen]
+        tensors = {f"model.{name}": model[name] for name in names}
         for name, values in optimizer["state"].items():
             tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in values.items()}
         if self.extra is not None:

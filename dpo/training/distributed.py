@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 Model = TypeVar("Model", bound=nn.Module)
 Made = TypeVar("Made")
@@ -101,6 +101,23 @@ def shard(model: Model, layout: ParallelLayout, device: torch.device) -> Model:
 
 def is_sharded(model: nn.Module) -> bool:
     return isinstance(next(model.parameters(), None), DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it. A collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part(whole: Tensor, like: Tensor) -> Tensor:
+    """What this process has of a whole tensor that lies as another one."""
+    if isinstance(like, DTensor):
+        whole = local(distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None))
+    return whole.to(local(like).device)
 
 
 def device_of(model: nn.Module) -> torch.device:

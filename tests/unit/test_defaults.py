@@ -10,6 +10,7 @@ from test_config import config
 
 CONF = Path(__file__).parents[2] / "conf"
 
+ADAPTERS = {"adapter": None, "lora": {"rank": None, "alpha": 32, "targets": "all-linear"}}
 SHARED = {  # of all commands
     "seed": 0,
     "data": {
@@ -32,6 +33,7 @@ SHARED = {  # of all commands
         "chat_template": None,
         "date": None,
         "trust_remote_code": False,
+        **ADAPTERS,
     },
     "judge": {"_target_": "dpo.judges.gold", "_partial_": True},
     "sft": {"batch_size": 32, "lr": 1e-3, "epochs": 1, "steps": None, "schedule": "cosine", "warmup_steps": 10},
@@ -102,6 +104,7 @@ PRETRAINED = {
     "chat_template": None,
     "date": None,
     "trust_remote_code": False,
+    **ADAPTERS,
 }
 LARGE = {
     **PRETRAINED,

@@ -23,7 +23,6 @@ DECIDE = {  # settings that make a run of dpo.train another one
     *("evaluation.judge", "evaluation.baseline", "pairs.off_policy", "pairs.gap", "pairs.label_temperature"),
     *("pairs.flip", "pairs.outliers", "pairs.outlier"),
 }
-YOUNGER = {"rule", "evaluation.rule"}  # no part of it where they are null: they came later
 NOT_OF_SFT = {"beta", "lr", "batch_size", "epochs", "steps", "schedule", "warmup_steps", "keep"}
 NOT_OF_SFT |= {"evaluation.judge", "evaluation.baseline"}
 DO_NOT = {  # those that do not
@@ -33,18 +32,35 @@ DO_NOT = {  # those that do not
     *("generation.batch_size", "evaluation.batch_size"),
     *("evaluation.log_samples", "evaluation.instructions", "policy.micro_batch_tokens", "policy.generation_batch_size"),
 }
+SWITCHED = {  # those that do where the first is given
+    "policy.lora.rank": ("policy.lora.rank", "policy.lora.alpha", "policy.lora.targets"),
+    "policy.adapter": ("policy.adapter",),
+    "rule": ("rule",),
+    "evaluation.rule": ("evaluation.rule",),
+}
 
 
 def test_the_settings_that_make_a_run_another_one():
     train, sft, score = (config(command=command) for command in ("train", "sft", "score"))
     assert set(identity_keys(train)) == DECIDE
-    assert set(flatten(train)) - DECIDE - YOUNGER == DO_NOT
+    off = {key for keys in SWITCHED.values() for key in keys}
+    assert set(flatten(train)) - DECIDE - off == DO_NOT
+    for switch, keys in SWITCHED.items():
+        on = flatten(train) | {switch: 4}
+        assert set(identity_keys(on)) == DECIDE | {*keys}
+        assert {identity(on), identity(train)} == {identity(on | {"name": "x"}), identity(flatten(train))}
+        for key in keys:
+            assert identity(on | {key: 7}) != identity(on), key
+        for key in keys[1:]:
+            assert identity(flatten(train) | {key: 7}) == identity(train), key
     groups = ("loss.", "reference.", "engine.", "generation.", "pairs.")
     assert set(identity_keys(sft)) == {key for key in DECIDE - NOT_OF_SFT if not key.startswith(groups)}
     assert set(identity_keys(score)) == DECIDE | {"per_token"}
     for key, value in flatten(train).items():
+        if key in off:
+            continue
         other = changed(train, key, 7 if value is None else f"{value}?")
-        assert (identity(other) != identity(train)) == (key in DECIDE | YOUNGER), key
+        assert (identity(other) != identity(train)) == (key in DECIDE), key
     for group in ("judge", "evaluation.judge", "engine"):  # where a server is, and what is kept beside it
         one, other = (config(*servers(group, url)) for url in ("http://a", "http://b"))
         assert identity(one) == identity(other)
@@ -64,6 +80,20 @@ def servers(group, url):
     ]
 
 
+@pytest.mark.parametrize(
+    "command,overrides,known",
+    [
+        ("train", (), "689c4f9609d62caa"),
+        ("sft", (), "2d35fdf4d4835f8b"),
+        ("score", (), "604473886885dd0d"),
+        ("train", ("beta=0.3", "policy=pretrained", "policy.path=x"), "557be3022332b8f6"),
+        ("train", ("policy.lora.rank=null", "policy.lora.alpha=8", "policy.lora.targets=[x]"), "689c4f9609d62caa"),
+    ],
+)
+def test_runs_without_adapters_are_those_of_before(command, overrides, known):
+    assert identity(config(*overrides, command=command)) == known
+
+
 def test_identities_do_not_move():
     """Runs that are on disk are found again: of every setting the name, its value, and nothing else."""
     told = {"beta": 0.1, "steps": None, "lr": 1.0, "betas": [0.9, 1.0], "sft": {"lr": 1e-3}, "name": "x", "clip": 1e999}
@@ -77,7 +107,7 @@ ABOVE_ZERO = {  # 0 is refused
     *("beta", "lr", "sft.lr", "batch_size", "sft.batch_size", "micro_batch_tokens", "max_length", "max_grad_norm"),
     *("epochs", "sft.epochs", "sft.steps", "processes", "threads", "checkpoints_kept", "max_new_tokens"),
     *("generation.samples_per_prompt", "generation.temperature", "generation.top_p", "generation.pairs_per_prompt"),
-    *("generation.batch_size", "evaluation.prompts", "evaluation.batch_size"),
+    *("generation.batch_size", "evaluation.prompts", "evaluation.batch_size", "policy.lora.rank", "policy.lora.alpha"),
     *("data.demonstrations", "data.train", "data.validation", "data.test"),
 }
 FROM_ZERO = {  # 0 is taken, and nothing below
@@ -112,7 +142,7 @@ def test_the_least_value_of_every_number(base):
 
 @pytest.fixture(scope="module")
 def base() -> dict[str, Any]:
-    return config("processes=4", "sft.steps=3", "steps=3", "threads=1", "sharding.group=1")
+    return config("processes=4", "sft.steps=3", "steps=3", "threads=1", "sharding.group=1", "policy.lora.rank=4")
 
 
 @pytest.mark.parametrize(
@@ -130,6 +160,8 @@ def base() -> dict[str, Any]:
         ("policy.base", ["world"], [None]),
         ("policy.path", ["somewhere", None], []),
         ("pairs.gap", [None, "low", "high", 0, 0.4, 1], ["both", -0.1, 1.1, True]),
+        ("policy.lora.targets", ["all-linear", ["q_proj"]], ["q_proj", [], [""], None, [3]]),
+        ("policy.adapter", [None], ["somewhere"]),
         ("pairs.flip", [0, 0.4, 1], [-0.1, 1.1]),
         ("pairs.outliers", [0, 0.4, 1], [-0.1, 1.1]),
         ("name", ["a", "a/b", "é" * 100, "a b"], ["", " ", ".", "..", "a/", "/a", "a/../b", "é" * 101, "a\x7f"]),

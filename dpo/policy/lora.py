@@ -1,0 +1,168 @@
+"""LoRA (2106.09685): weights W stay as they are, W + alpha / rank * B A computes, and the small B and A are trained.
+
+peft's layers take the places of the model's, so that its class and its ways to a log-prob stay. They are there before a
+model is sharded: FSDP2 would not sum the gradients of those that come later.
+"""
+
+import json
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dpo.cache import digest
+from dpo.policy.folder import ADAPTER, ADAPTER_CONFIG, read_json
+from dpo.training import distributed
+
+ALL, NAME = "all-linear", "default"  # as peft calls all targets, and an adapter
+BASE = "base.json"  # beside an adapter: whose it is
+PREFIX = "base_model.model."  # of the names in peft's files
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The adapters that a training adds."""
+
+    rank: int
+    alpha: float  # they add alpha / rank * B A
+    targets: str | Sequence[str]  # ALL, or ends of the names of linear layers
+    seed: int  # of the first A; the first B is 0
+
+
+def targets(model: PreTrainedModel, lora: Lora) -> list[str]:
+    """The names of the layers that get an adapter, in a model of which no weight is looked at.
+
+    They are given to peft one by one: by itself it would take a router and fused experts for linear layers, too.
+
+    Raises: ValueError if there are none, or others are asked for.
+    """
+    if find_spec("peft") is None:
+        raise ValueError("policy.lora needs peft, found none; pip install -e '.[lora]' -c constraints.txt")
+    head, modules = model.get_output_embeddings(), dict(model.named_modules())
+    linear = [name for name, one in modules.items() if isinstance(one, nn.Linear | Conv1D) and one is not head]
+    known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear)) or "which there are none"
+    found = linear if lora.targets == ALL else []
+    for target in () if lora.targets == ALL else lora.targets:
+        named = [name for name in modules if f".{name}".endswith(f".{target}")]
+        if any(modules[name] is head or isinstance(modules[name], nn.Embedding) for name in named):
+            raise ValueError(
+                f"policy.lora.targets must be linear layers between embeddings and head, got {target}: the head's "
+                f"weight is read as it is; take of {known}"
+            )
+        if not named or not {*named} <= {*linear}:
+            wrong = f"a {type(modules[named[0]]).__name__}" if named else "no layer of that name"
+            raise ValueError(f"policy.lora.targets must name linear layers, of {known}; found {wrong}: {target}")
+        found += named
+    if not found:
+        raise ValueError(f"policy.lora needs linear layers beside the head, found none in {type(model).__name__}")
+    return sorted({*found})
+
+
+def add(model: PreTrainedModel, lora: Lora) -> None:
+    """Put adapters into a model, which may have no memory yet; they alone require gradients. Then `initialize`."""
+    names = targets(model, lora)
+    from peft import LoraConfig
+
+    options: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.filterwarnings("ignore", "fan_in_fan_out")  # of GPT-2's layers, which it finds out by itself
+        model.add_adapter(LoraConfig(target_modules=names, **options))
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, lora: Lora) -> None:
+    """As the paper and peft: A uniform with variance 1 / (3 inputs), B 0. The same whatever the layout of processes."""
+    for name, layer in layers(model).items():
+        a, b = _adapters(layer)
+        rng = torch.Generator().manual_seed(int(digest([lora.seed, name])[:8], 16))
+        distributed.local(a).copy_(distributed.part(torch.empty(a.shape).uniform_(-1, 1, generator=rng), a))
+        distributed.local(a).div_(math.sqrt(a.shape[1]))
+        distributed.local(b).zero_()
+
+
+def layers(model: nn.Module) -> dict[str, Any]:
+    """The layers that have an adapter, by the name that each has without."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def change(layer: Any) -> Tensor:
+    """alpha / rank * B A: what an adapter adds to the weight of its layer, whole. A collective."""
+    a, b = (distributed.whole(weight.detach()) for weight in _adapters(layer))
+    return _turned(layer.scaling[NAME] * (b @ a), layer.get_base_layer())
+
+
+@contextmanager
+def without(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a model computes what it does without its adapters, if it has any. For no gradients."""
+    adapted = bool(layers(model))
+    if adapted:
+        model.disable_adapters()
+    try:
+        yield
+    finally:
+        if adapted:
+            model.enable_adapters()
+
+
+def save(model: PreTrainedModel, folder: Path, weights: str) -> None:
+    """Write the adapters in peft's format, and BASE: where the model is from and its fingerprint. A collective."""
+    tensors = {}
+    for name, layer in layers(model).items():
+        for side, weight in zip("AB", _adapters(layer), strict=True):
+            tensors[f"{PREFIX}{name}.lora_{side}.weight"] = distributed.whole(weight.detach()).cpu().contiguous()
+    if distributed.is_main():
+        path, config = Path(str(model.name_or_path)), model.peft_config[NAME]
+        config.base_model_name_or_path = str(path.resolve()) if path.exists() else str(path)
+        config.save_pretrained(folder)
+        save_file(tensors, folder / ADAPTER, {"format": "pt"})
+        told = {"path": config.base_model_name_or_path, "weights": weights}
+        (folder / BASE).write_text(json.dumps(told, indent=1) + "\n")
+
+
+@torch.no_grad()
+def merge(model: PreTrainedModel, folder: Path, weights: str) -> None:
+    """Add an adapter of a folder to the weights of a model, each process to its part. weights: their fingerprint.
+
+    Raises: ValueError if it is an adapter of others.
+    """
+    config, stored, modules = (
+        read_json(folder / ADAPTER_CONFIG),
+        load_file(folder / ADAPTER),
+        dict(model.named_modules()),
+    )
+    theirs = read_json(folder / BASE)["weights"] if (folder / BASE).exists() else weights
+    if theirs != weights:
+        raise ValueError(
+            f"{folder} is an adapter of weights {theirs[:12]}, found {weights[:12]} at policy.path; take the model "
+            f"that its {BASE} names"
+        )
+    for name in sorted({name.rpartition(".lora_")[0] for name in stored}):
+        a, b = (stored.pop(f"{name}.lora_{side}.weight", None) for side in "AB")
+        weight: Any = getattr(module := modules.get(name.removeprefix(PREFIX)), "weight", None)
+        if a is None or b is None or weight is None or _turned(b @ a, module).shape != weight.shape:
+            raise ValueError(
+                f"{folder} must be an adapter of {model.name_or_path}, found one of other layers: {name or min(stored)}"
+            )
+        scale = config["lora_alpha"] / (math.sqrt(len(a)) if config.get("use_rslora") else len(a))
+        distributed.local(weight).add_(distributed.part(_turned(scale * (b.float() @ a.float()), module), weight))
+    if stored:
+        raise ValueError(f"{folder} must hold an A and a B for each layer, found {min(stored)}; merge it with peft")
+
+
+def _adapters(layer: Any) -> tuple[Tensor, Tensor]:
+    return layer.lora_A[NAME].weight, layer.lora_B[NAME].weight  # (rank, inputs), (outputs, rank)
+
+
+def _turned(delta: Tensor, module: Any) -> Tensor:
+    """As the module holds its weight: a Conv1D's is (inputs, outputs)."""
+    return delta.T if isinstance(module, Conv1D) else delta
