@@ -117,7 +117,7 @@ def load(
 
 
 def _read_whole(
-    source: str, config: PreTrainedConfig, trust_remote_code: bool, adapters: lora.Lora | None
+    source: str, config: PreTrainedConfig, trust_remote_code: bool, adapters: lora.Lora | None = None
 ) -> tuple[PreTrainedModel, dict[str, list[str]]]:
     """The model, and the names of weights that do not fit it, by what is the matter."""
     name, revision = on_hub(source)

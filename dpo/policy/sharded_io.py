@@ -27,7 +27,7 @@ def read(
     source: str,
     config: PreTrainedConfig,
     trust_remote_code: bool,
-    adapters: lora.Lora | None,
+    adapters: lora.Lora | None = None,
 ) -> tuple[PreTrainedModel, dict[str, list[str]]]:
     """A float32 model of a folder or hub name, and the names of weights that do not fit it, by what is the matter.
 

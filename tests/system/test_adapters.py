@@ -20,6 +20,7 @@ from whole_runs import frozen, losses, own, run
 from dpo import evaluate, sft, train
 from dpo.policy import lora
 from dpo.policy import model as models
+from dpo.settings import lora_of
 from dpo.sweep.plan import rehearse
 from dpo.training import distributed
 from dpo.training.checkpoint import latest
@@ -159,6 +160,18 @@ def test_training_goes_on_from_an_adapter(directory):
     assert "merged" in told[0]["policy"]
     assert losses(rows(directory / "from adapter")) == losses(rows(directory / "from policy"))
     assert len({models.fingerprint(models.load(one["policy"])[0]) for one in told}) == 1
+
+
+def test_seeds_have_other_adapters(directory):
+    began = [frozen(directory / "seeds", *given(directory, f"seed={seed}")) for seed in (0, 1)]
+    a = [load_first(directory, lora_of(config)) for config in began]
+    assert not torch.equal(*a)
+    assert torch.equal(a[0], load_first(directory, lora_of(began[0])))
+
+
+def load_first(directory: Path, adapters: Any) -> torch.Tensor:
+    model = models.load(str(directory / "base"), adapters=adapters)[0]
+    return next(iter(lora.layers(model).values())).lora_A["default"].weight.detach()
 
 
 def test_sft_of_adapters(directory):

@@ -190,6 +190,24 @@ def test_transformers_generates_with_the_policy(sweep):
     assert answer["generated_text"][-1]["content"]
 
 
+def test_two_steps_of_adapters(given, tmp_path, capfd):
+    """From the policy that the sweep started from, packed, to a folder that transformers loads."""
+    config = frozen("train", *given, "policy.lora.rank=8", "lr=1e-3", "steps=2")
+    train.run(config, tmp_path)
+    said = capfd.readouterr().out
+    assert said.count("policy equal to reference") == 1
+    assert said.count("padded rows") == 0
+    rows = metrics(tmp_path)
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert rows[1]["rewards/margins"] > 0
+    base, merged = (load_file(Path(path) / "model.safetensors") for path in (sft_policy(given), tmp_path / "policy"))
+    assert base.keys() == merged.keys()
+    assert {name for name in base if not torch.equal(base[name], merged[name])} == {n for n in base if "proj" in n}
+    assert 10 * (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 4 * sum(
+        weight.numel() for weight in base.values()
+    )
+
+
 class InOurTokens(DPOTrainer):
     """TRL on tokens that are given; it can make its own, too, in `theirs`."""
 

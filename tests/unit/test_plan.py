@@ -60,7 +60,7 @@ def test_what_is_frozen(base, found, monkeypatch):
     )
     frozen = config_of(run.directory)
     record = frozen.pop("provenance")
-    versions = ("python", "torch", "transformers", "tokenizers", "numpy", "hydra-core", "omegaconf")
+    versions = ("python", "torch", "transformers", "tokenizers", "numpy", "hydra-core", "omegaconf", "peft")
     assert set(record) == {"inputs", "overrides", "commit", "uncommitted_changes", *versions}
     assert record["inputs"] == INPUTS
     assert record["overrides"] == ["beta=0.2", "name=own/mine", "runs=there"]
