@@ -21,10 +21,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 HH = Path(__file__).parents[2] / "shared" / "data" / "hh-harmless-base-1500.jsonl.gz"
 RANKS = ("null", "8", "64")
-PAIRS, SHORT = 20, 1200  # pairs, characters of a dialogue
+PAIRS, SHORT = 12, 600  # pairs, characters of a dialogue
 WATCHED = """
-import resource, subprocess, sys
+import ctypes, os, resource, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1)  # runs are forked from a process that outlives the command: they are counted here
 ended = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode
+while True:
+    try:
+        os.wait()
+    except ChildProcessError:
+        break
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 sys.exit(ended)
 """
@@ -73,7 +79,7 @@ def main() -> None:
             rows = [row for row in map(json.loads, lines) if max(map(len, row.values())) < SHORT][:PAIRS]
         (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         for rank in RANKS:
-            lr = "1e-6" if rank == "null" else "1e-4"
+            lr = "1e-5" if rank == "null" else "1e-3"
             print(measured(rank, folder / "smollm2", folder / "pairs.jsonl", folder, lr), flush=True)
 
 

@@ -18,17 +18,7 @@ from dpo import HOME
 from dpo.sweep.directory import config as config_of
 from dpo.sweep.directory import configs, finished, status, to_yaml
 from dpo.sweep.forks import ask, serve
-from dpo.sweep.schema import (
-    ALIASES,
-    NAME_BYTES,
-    RECORDED,
-    SWITCHES,
-    faults,
-    flatten,
-    identity,
-    identity_keys,
-    non_numeric,
-)
+from dpo.sweep.schema import ALIASES, NAME_BYTES, RECORDED, faults, flatten, identity, identity_keys, in_name
 
 INPUTS = {  # what a run is made from beside its settings: see dpo.sweep.inputs
     "data": "the data",
@@ -243,8 +233,7 @@ def name(values: dict[str, str], id: str, cut: bool = False) -> str:
 def _given(overrides: Sequence[str], frozen: dict[str, Any]) -> dict[str, str]:
     """The overrides that decide a number, with the values that the config has: beta=0.10 and beta=1e-1 are beta=0.1."""
     flat = flatten(frozen)
-    named = [key for key in _keys(overrides) if key in SWITCHES.values() or not non_numeric(key, flat)]
-    return {key: _shown(frozen, key) for key in named}  # a switch that is off, too
+    return {key: _shown(frozen, key) for key in _keys(overrides) if in_name(key, flat)}
 
 
 def _words(frozen: dict[str, Any]) -> frozenset[tuple[str, str]]:

@@ -324,6 +324,11 @@ def non_numeric(key: str, config: dict[str, Any] | None = None) -> bool:
     return _outside(key)
 
 
+def in_name(key: str, config: dict[str, Any]) -> bool:
+    """Whether a run's directory may be named by a key: one that makes its identity, or switches such keys off."""
+    return key in SWITCHES.values() or not non_numeric(key, config)
+
+
 @cache
 def _outside(key: str) -> bool:
     return any(key == other or key.startswith(f"{other}.") for other in NON_NUMERIC)

@@ -231,3 +231,12 @@ def test_identity_allows_infinity():
 def test_open_groups_take_whole_numbers_for_floats():
     check(config("loss.label_smoothing=0"))
     assert identity(config("loss.label_smoothing=0")) == identity(config("loss.label_smoothing=0.0"))
+
+
+@pytest.mark.parametrize("command,given", [("sft", "y"), ("rounds", "y"), ("train", "null"), ("score", "null")])
+def test_an_adapter_needs_its_base(command, given):
+    said = problems("policy.adapter=x", f"policy.path={given}", command=command)
+    path = None if given == "null" else given
+    assert said.startswith("policy.adapter needs the model that it is of, policy.path, and a command other than sft")
+    assert f"got path {path} of {command}; merge it with peft" in said
+    check(config("policy.adapter=x", "policy.path=y", command="train" if command in ("sft", "rounds") else command))
