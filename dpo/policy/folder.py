@@ -68,8 +68,12 @@ def _check(folder: Path, state: frozenset[Any]) -> None:
         )
 
 
-def check_adapter(folder: Path) -> None:
-    """Raise a ValueError if a folder holds no LoRA adapter as peft writes it, or one that changes more than weights."""
+def check_adapter(path: str) -> Path:
+    """The folder of a LoRA adapter, as peft writes it.
+
+    Raises: ValueError if there is none, or one that changes more than weights.
+    """
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ValueError(f"policy.adapter must be a folder of a LoRA adapter, found none at {folder}; check the path")
     config = read_json(folder / ADAPTER_CONFIG)
@@ -80,6 +84,7 @@ def check_adapter(folder: Path) -> None:
             "whole model as policy.path"
         )
     _check_weights(folder / ADAPTER)
+    return folder
 
 
 def check_config(path: str, config: dict[str, Any]) -> None:

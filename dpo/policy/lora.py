@@ -135,11 +135,8 @@ def merge(model: PreTrainedModel, folder: Path, weights: str) -> None:
 
     Raises: ValueError if it is an adapter of others.
     """
-    config, stored, modules = (
-        read_json(folder / ADAPTER_CONFIG),
-        load_file(folder / ADAPTER),
-        dict(model.named_modules()),
-    )
+    config, stored = read_json(folder / ADAPTER_CONFIG), load_file(folder / ADAPTER)
+    modules = dict(model.named_modules())
     theirs = read_json(folder / BASE)["weights"] if (folder / BASE).exists() else weights
     if theirs != weights:
         raise ValueError(

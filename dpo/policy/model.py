@@ -90,8 +90,7 @@ def load(
                 f"such as {names[0]}; save the model again, or take another"
             )
     if spec.adapter:
-        check_adapter(folder := Path(spec.adapter))
-        lora.merge(model, folder, fingerprint(model))
+        lora.merge(model, check_adapter(spec.adapter), fingerprint(model))
     if names := broken(model):
         raise ValueError(
             f"the weights of {path} must be finite, found {len(names)} that are not, such as {names[0]}; take another "

@@ -47,7 +47,7 @@ def models(config: Any) -> dict[str, str]:
     local = {key: _place(path) for key, path in paths.items() if path is not None}
     judges = {"judge": config.get("judge"), "evaluation.judge": (config.get("evaluation") or {}).get("judge")}
     local |= {key: folder for key, node in judges.items() if (folder := folder_of(node)) is not None}
-    local |= {"adapter": Path(policy["adapter"])} if policy.get("adapter") else {}
+    local |= {"adapter": Path(policy["adapter"]).expanduser()} if policy.get("adapter") else {}
     return {key: sketch(path) for key, path in local.items() if path.exists()}
 
 

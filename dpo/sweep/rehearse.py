@@ -117,7 +117,7 @@ def _located(*paths: str | None) -> None:
 def _adapters(policy: dict[str, Any], cache: str) -> None:
     """What the hub alone could tell of a model is left to the run."""
     if policy["adapter"] is not None:
-        check_adapter(Path(policy["adapter"]))
+        check_adapter(policy["adapter"])
     where, asked = policy["path"] or sizes.present(policy["base"], cache), policy["lora"]
     if asked["rank"] is not None and where is not None and Path(resolve_path(where)).is_dir():
         check_lora(ModelSpec(where, policy["trust_remote_code"]), Lora(**asked, seed=0))

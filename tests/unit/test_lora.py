@@ -191,9 +191,13 @@ def test_an_adapter_of_others_is_refused(tiny_model, tmp_path):
         models.load(ModelSpec(tiny_model("gpt2"), adapter=str(folder)))
     stored = load_file(folder / "adapter_model.safetensors")
     name = min(stored)
-    save_file({**stored, "base_model.model.lm_head.weight": stored[name].clone()}, folder / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"must (be an adapter of|hold an A and a B)"):
-        models.load(ModelSpec(path, adapter=str(folder)))
+    for more, said in (
+        ("base_model.model.lm_head.weight", r"found one of other layers: base_model.model"),
+        (name.replace("lora_A.weight", "lora_B.bias"), r"must hold an A and a B for each layer, found \S*lora_B.bias"),
+    ):
+        save_file({**stored, more: stored[name].clone()}, folder / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=said):
+            models.load(ModelSpec(path, adapter=str(folder)))
     save_file({key: one for key, one in stored.items() if key != name}, folder / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="found one of other layers"):
         models.load(ModelSpec(path, adapter=str(folder)))
@@ -212,7 +216,7 @@ def test_an_adapter_of_another_kind(change, said, tiny_model, tmp_path):
     path = tiny_model("llama")
     lora.save(adapted(path), tmp_path / "adapter", "")
     config = json.loads((file := tmp_path / "adapter" / "adapter_config.json").read_text())
-    models.check_adapter(tmp_path / "adapter")
+    models.check_adapter(str(tmp_path / "adapter"))
     file.write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=said):
         models.load(ModelSpec(path, adapter=str(tmp_path / "adapter")))
@@ -220,14 +224,14 @@ def test_an_adapter_of_another_kind(change, said, tiny_model, tmp_path):
 
 def test_a_folder_that_is_no_adapter(tiny_model, tmp_path):
     with pytest.raises(ValueError, match=r"policy.adapter must be a folder of a LoRA adapter, found none at"):
-        models.check_adapter(tmp_path / "nowhere")
+        models.check_adapter(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"adapter_config.json must hold a JSON object"):
-        models.check_adapter(Path(tiny_model("llama")))
+        models.check_adapter(tiny_model("llama"))
     lora.save(adapted(tiny_model("llama")), tmp_path / "adapter", "")
     with open(tmp_path / "adapter" / "adapter_model.safetensors", "r+b") as file:
         file.truncate(100)
     with pytest.raises(ValueError, match=r"adapter_model.safetensors must hold whole safetensors"):
-        models.check_adapter(tmp_path / "adapter")
+        models.check_adapter(str(tmp_path / "adapter"))
 
 
 KNOWN = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
