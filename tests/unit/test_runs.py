@@ -417,3 +417,16 @@ def test_seeds_are_averaged_with_their_spread(tmp_path):
     assert row["seeds"] == "3"
     assert row["win rate"] == "0.600 ± 0.100"
     assert row["valid"] == "-"
+
+
+@pytest.mark.parametrize("ranks", [(None, 8, 64, None), (None, 8)])
+def test_adapters_beside_all_weights(tmp_path, ranks):
+    """A run of all weights has no rank; what an adapter has beside its rank is no news where it does not vary."""
+    for number, rank in enumerate(ranks):
+        directory = run(tmp_path, 0.1 * (1 + number))
+        lora = {"rank": rank, "alpha": 32 if rank else 7, "targets": "all-linear"}
+        config = OmegaConf.merge(OmegaConf.load(directory / "config.yaml"), {"policy": {"lora": lora}})
+        OmegaConf.save(config, directory / "config.yaml")
+    frame = results.final(tmp_path)
+    assert results.swept(frame) == ["beta", "policy.lora.rank"]
+    assert [results.short(rank) for rank in frame["policy.lora.rank"]] == [results.short(rank) for rank in ranks]
