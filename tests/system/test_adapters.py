@@ -162,6 +162,31 @@ def test_training_goes_on_from_an_adapter(directory):
     assert len({models.fingerprint(models.load(one["policy"])[0]) for one in told}) == 1
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["precision=bf16"],
+        ["loss=dr_dpo", "micro_batch_tokens=60"],
+        ["reference=reference_free"],
+        ["reference=unconditional"],
+        ["optimizer=rmsprop", "weight_decay=0.1"],
+    ],
+    ids=" ".join,
+)
+def test_other_ways_to_train(more, directory):
+    """Frozen weights stay what they are to the bit, and adapters learn."""
+    found, _ = run(directory / " ".join(more), *given(directory, *more))
+    if not any(one.startswith("reference") for one in more):
+        assert losses(found)[0] == pytest.approx(math.log(2), abs=1e-3)
+    assert losses(found)[-1] < losses(found)[0]
+    base, merged = (
+        load_file(place / "model.safetensors") for place in (directory / "base", directory / " ".join(more) / "policy")
+    )
+    assert {name for name in base if not torch.equal(base[name], merged[name])} == {
+        name for name in base if "proj" in name
+    }
+
+
 def test_seeds_have_other_adapters(directory):
     began = [frozen(directory / "seeds", *given(directory, f"seed={seed}")) for seed in (0, 1)]
     a = [load_first(directory, lora_of(config)) for config in began]
