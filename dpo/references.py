@@ -394,7 +394,8 @@ class Live:
         self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Scoring
     ) -> Reference:
         alone = self.scored.path is not None or not lora.layers(policy)
-        model = models.load(self.scored.spec(initial), distributed.device_of(policy))[0] if alone else policy
+        device = distributed.device_of(policy)
+        model = models.load(self.scored.spec(initial), device)[0].requires_grad_(False) if alone else policy
         weights, where = models.fingerprint(model), "beside the policy" if alone else "without its adapters"
         held, same = f"{self.scored.name()} {where}, weights {weights[:12]}", weights == models.fingerprint(policy)
         return Beside(held, model, weights, self.scored.path, same)
@@ -430,9 +431,7 @@ class Beside(AskedEachStep):
 
 class EMA:
     """A reference that follows the policy: every `every` optimizer steps, alpha * policy + (1 - alpha) * itself
-    (TR-DPO, 2404.09656).
-
-    alpha: in (0, 1]; 1 copies the policy.
+    (TR-DPO, 2404.09656). alpha: in (0, 1]; 1 copies the policy.
     """
 
     gives = ("tails", "kl")

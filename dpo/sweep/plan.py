@@ -151,12 +151,11 @@ def resolve(config: DictConfig) -> dict[str, Any]:
 
     Raises: ValueError if a key without a default is not given.
     """
-    if "hydra" in config:
-        config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    written: Any = OmegaConf.to_container(config)
+    ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    written: Any = OmegaConf.to_container(ours)
     if missing := sorted(key for key, value in flatten(written).items() if value == MISSING):
         raise ValueError("\n".join(f"{key} must be given, it has no default; add {key}=..." for key in missing))
-    values: Any = OmegaConf.to_container(config, resolve=True)
+    values: Any = OmegaConf.to_container(ours, resolve=True)
     for home, key in ALIASES.items():
         group, knob = home.split(".")
         if key in values and isinstance(values.get(group), dict) and knob in values[group]:

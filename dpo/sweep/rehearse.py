@@ -10,8 +10,6 @@ from typing import Any
 
 from dpo.data.instructions import read_instructions
 from dpo.data.records import Dataset, contents
-from dpo.judges import is_pairwise
-from dpo.judges.best import check_scores
 from dpo.losses.pairs import OF_REFERENCE, asked_by, try_out
 from dpo.policy.folder import check_adapter
 from dpo.policy.lora import Lora
@@ -129,6 +127,8 @@ def _compared(policy: str | None, against: str | None, baseline: str | None) -> 
 
 
 def _chosen_by(judge: dict[str, Any] | None) -> None:
+    from dpo.judges.best import check_scores  # which few plans ask for
+
     check_scores(instantiate(judge))
 
 
@@ -139,7 +139,11 @@ def _of_evaluation(config: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _ruled(judge: dict[str, Any] | None, rule: dict[str, Any] | None) -> None:
-    if rule is not None and judge is not None and is_pairwise(instantiate(judge)):
+    if rule is None or judge is None:
+        return
+    from dpo.judges import is_pairwise
+
+    if is_pairwise(instantiate(judge)):
         raise ValueError(
             f"rule must be null where the judge compares pairs, as {judge['_target_']} does, found {rule['_target_']}; "
             "leave it out, or take a judge that judges each response: judge=questions, judge=gold"

@@ -77,7 +77,7 @@ if __name__ == "__main__":
 ENGINES = """
 from dpo.policy.sampling import Sample
 
-def transformers(model, tokenizer, prompts, sampling, seed, title) -> list[Sample]: ...
+def transformers(model, tokenizer, prompts, places, sampling, seed, title) -> list[Sample]: ...
 """
 PAIRS = """
 class Loss: ...
@@ -115,8 +115,10 @@ NOUNS = {
     "world/pretrain": MADE,
     "data/__init__": "",
     "policy/__init__": "",
+    "policy/folder": "def check_adapter(path): ...",
     "policy/sampling": "class Sample: ...",
-    "policy/model": "def resolve_path(path): return path",
+    "policy/lora": "class Lora: ...",
+    "policy/model": "class ModelSpec: ...\ndef resolve_path(path): return path\ndef check_lora(*given): ...",
     "results/figures": "def draw(frame, path): path.touch()",
     "train": VERB,
 }

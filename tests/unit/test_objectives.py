@@ -69,7 +69,7 @@ class Given:
             )
 
         trainer = SimpleNamespace(
-            model=SimpleNamespace(training=True, is_gradient_checkpointing=False),
+            model=SimpleNamespace(training=True, is_gradient_checkpointing=False, _modules={}),
             ref_model=lambda **_: model(self.reference[:, row]),
             accelerator=SimpleNamespace(
                 device="cpu", gather=lambda value: value, gather_for_metrics=lambda value: value
