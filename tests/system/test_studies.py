@@ -161,6 +161,7 @@ def test_figures_of_tokens(inside):
 
 
 STUDIES = ["kl_strength", "reference_compatibility", "token_level"]
+KEPT = ["dynamic_beta", "label_noise"]  # whose numbers are beside the notebook
 
 
 def test_notebooks(inside):
@@ -180,10 +181,11 @@ def test_notebooks(inside):
     shows_all(whole)
 
 
-def test_a_notebook_of_kept_numbers(tmp_path):
+@pytest.mark.parametrize("study", KEPT)
+def test_a_notebook_of_kept_numbers(tmp_path, study):
     """Whoever has not the runs sees what they gave: its tables come from the CSV files beside it."""
     shutil.copytree(ROOT / "analysis/frames", tmp_path / "analysis/frames")
-    notebook = nbformat.read(ROOT / "analysis/dynamic_beta.ipynb", as_version=4)
+    notebook = nbformat.read(ROOT / f"analysis/{study}.ipynb", as_version=4)
     saved = [
         output["data"]["text/html"] for cell in notebook.cells for output in cell.get("outputs", []) if tables(cell)
     ]
@@ -201,7 +203,7 @@ def tables(cell: Any) -> bool:
     return cell.source.startswith("tables[") and ".style" not in cell.source  # whose ids are drawn
 
 
-@pytest.mark.parametrize("study", [*STUDIES, "dynamic_beta"])
+@pytest.mark.parametrize("study", [*STUDIES, *KEPT])
 def test_saved_outputs(study):
     """What a reader on the web sees: every table and figure, and nothing else."""
     notebook = nbformat.read(ROOT / f"analysis/{study}.ipynb", as_version=4)
