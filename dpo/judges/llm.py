@@ -15,13 +15,13 @@ from dpo.data.chats import as_text
 from dpo.data.records import Text
 from dpo.endpoint import Refused, Server, ServerOptions
 from dpo.judges.comparing import Verdict
+from dpo.world.language import ENOUGH
 
 logger = logging.getLogger(__name__)
 
 FEW, SHARE = 5, 0.1  # so many questions, or this share of them, may stay without an answer in the asked form
 LETTERS = "ABCDE"
 QUESTIONS = 5  # on an article
-ENOUGH = 3  # right answers, as in `dpo.world.language`
 UNSURE = "Unsure"
 
 COMPARE = """Two assistants answered the same request. Judge which answer is better by this measure: {criterion}
