@@ -229,8 +229,10 @@ class _Asking:
 
 def verdict(said: str) -> Verdict | None:
     """The last verdict in a judge's answer, of the first response; None if there is none."""
-    found = re.findall(r"verdict\W*(A|B|tie)\b", said, re.IGNORECASE) or re.findall(r"^\W*(A|B|tie)\W*$", said, re.I)
-    return {"a": "win", "b": "lose", "tie": "tie"}[found[-1].lower()] if found else None  # type: ignore[return-value]
+    words = r"(a tie|A|B|tie)\b"  # in this order: "a tie" is no A
+    found = re.findall(rf"verdict\W*{words}", said, re.IGNORECASE) or re.findall(rf"^\W*{words}\W*$", said, re.I)
+    said_of: dict[str, Verdict] = {"a": "win", "b": "lose", "tie": "tie", "a tie": "tie"}
+    return said_of[found[-1].lower()] if found else None
 
 
 def questions_in(said: str) -> list[dict[str, Any]] | None:
