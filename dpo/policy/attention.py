@@ -13,13 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from dpo.data.batches import SharedPrefix
 
 NAME = "shared_prefix"
+BLOCK = 128  # tokens of a block of FlexAttention
+SEEN = 2**27  # pairs of tokens that are looked at at once, for its mask
+SMALLEST = 16  # values of a head that FlexAttention takes on CUDA
+VARIANTS = 64  # of FlexAttention in a process: heads, dtypes, windows, with gradients and without, of each model
 
 
 class Unsupported(Exception):
@@ -53,14 +57,28 @@ class SharedPrefixMask:
     def block_mask(self, window: int | None) -> BlockMask:
         """The same for the whole row, as FlexAttention wants it."""
         if window not in self._block_masks:
-            prefix, branch, position = self._row
-
-            def seen(_: Tensor, __: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                return (prefix[q] == prefix[k]) & sees(branch[q], position[q], branch[k], position[k], window)
-
-            length = sum(self.sizes)
-            self._block_masks[window] = create_block_mask(seen, None, None, length, length, device=str(self.device))
+            self._block_masks[window] = self._blocks(window)
         return self._block_masks[window]
+
+    def _blocks(self, window: int | None) -> BlockMask:
+        """As `create_block_mask` makes it, which would hold T x T values: 40 GiB where T is 65 thousand."""
+        prefix, branch, position = self._row
+
+        def seen(_: Any, __: Any, q: Tensor, k: Tensor) -> Tensor:
+            return (prefix[q] == prefix[k]) & sees(branch[q], position[q], branch[k], position[k], window)
+
+        length, size = sum(self.sizes), BLOCK
+        blocks = -(-length // size)
+        keys = torch.arange(blocks * size, device=self.device)
+        last, within = keys.clamp(max=length - 1), keys < length  # the last block may end beyond the row
+        counts = []  # of the pairs that see each other in each pair of blocks
+        for rows in keys.split(max(1, SEEN // (len(keys) * size)) * size):
+            pairs = seen(None, None, last[rows, None], last) & within[rows, None] & within
+            counts.append(pairs.view(-1, size, blocks, size).sum((1, 3), dtype=torch.int32))
+        seeing = torch.cat(counts)  # (blocks, blocks)
+        full = seeing == size**2
+        partly, whole = (_listed(kind) for kind in ((seeing > 0) & ~full, full))
+        return BlockMask.from_kv_blocks(*partly, *whole, BLOCK_SIZE=size, mask_mod=seen, seq_lengths=(length, length))
 
     @cached_property
     def _row(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,6 +94,15 @@ class SharedPrefixMask:
         prompt, responses = prefix
         branch = torch.repeat_interleave(torch.tensor([prompt, *responses]))
         return branch, torch.cat([torch.arange(prompt), *(prompt + torch.arange(length) for length in responses)])
+
+
+def _listed(kind: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each block of queries, how many blocks of keys are of a kind, and which: these first, in order.  # (b, b) bool
+
+    # (1, 1, b), (1, 1, b, b) int32
+    """
+    order = kind.int().argsort(dim=-1, descending=True, stable=True)
+    return kind.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]
 
 
 def sees(branch: Tensor, position: Tensor, key_branch: Tensor, key_position: Tensor, window: int | None) -> Tensor:
@@ -142,8 +169,18 @@ def attend(
 
 
 def _by_flex(q: Tensor, k: Tensor, v: Tensor, seen: BlockMask, scale: float, cap: float | None) -> Tensor:
+    if q.shape[-1] < SMALLEST:
+        raise Unsupported(f"its heads are {q.shape[-1]} wide, where FlexAttention takes {SMALLEST} or more")
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind):  # which does not know this attention: rotation makes queries and keys float32
+        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+
+    limit = (
+        None if cap is None else torch.full((), cap, device=q.device)
+    )  # not as a float: torch 2.11 fails to compile that
+
     def capped(score: Tensor, *_: Tensor) -> Tensor:
-        return score if cap is None else cap * torch.tanh(score / cap)
+        return score if limit is None else limit * torch.tanh(score / limit)
 
     attention = _compiled() if q.device.type == "cuda" else flex_attention
     modified = None if cap is None else capped
@@ -154,8 +191,11 @@ def _by_flex(q: Tensor, k: Tensor, v: Tensor, seen: BlockMask, scale: float, cap
 
 @cache
 def _compiled() -> Any:
-    """FlexAttention as one kernel; without compilation it would hold all scores."""
-    return torch.compile(flex_attention, dynamic=True)
+    """FlexAttention as one kernel; without compilation it would hold all scores. Hence an error where there are more
+    variants than are compiled, and no fall back.
+    """
+    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float | None) -> Tensor:

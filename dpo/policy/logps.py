@@ -225,10 +225,11 @@ class HeadLogps(torch.autograd.Function):
         kind = hidden.device.type
         ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         ctx.cap, ctx.tile = cap, None
+        rounded = weight.to(ctx.dtype)  # once for all tiles
         logps = hidden.new_empty(len(labels), dtype=torch.promote_types(hidden.dtype, torch.float32))
         for rows in tiles(len(labels), len(weight)):
             ctx.tile = None  # before the next is made
-            logps[rows], *ctx.tile = _head_softmax(hidden[rows], weight, bias, labels[rows], cap, ctx.dtype)
+            logps[rows], *ctx.tile = _head_softmax(hidden[rows], rounded, bias, labels[rows], cap, ctx.dtype)
         if not any(ctx.needs_input_grad):
             ctx.tile = None
         ctx.save_for_backward(hidden, weight, bias, labels)
@@ -239,10 +240,11 @@ class HeadLogps(torch.autograd.Function):
         hidden, weight, bias, labels = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = d_bias = None
+        rounded = weight.to(ctx.dtype)
         for rows in reversed(tiles(len(labels), len(weight))):
             tile, ctx.tile = ctx.tile, None
             if tile is None:
-                _, *tile = _head_softmax(hidden[rows], weight, bias, labels[rows], ctx.cap, ctx.dtype)
+                _, *tile = _head_softmax(hidden[rows], rounded, bias, labels[rows], ctx.cap, ctx.dtype)
             exponentials, totals, slope = tile
             # d log p(label) / d logits = onehot(label) - probabilities
             d_logits = exponentials.mul_(-gradient[rows, None] / totals)  # (n, V)
@@ -251,7 +253,7 @@ class HeadLogps(torch.autograd.Function):
                 d_logits *= slope
             d_logits = d_logits.to(ctx.dtype)
             if d_hidden is not None:
-                d_hidden[rows] = (d_logits @ weight.to(ctx.dtype)).to(hidden.dtype)
+                d_hidden[rows] = (d_logits @ rounded).to(hidden.dtype)
             if ctx.needs_input_grad[1]:
                 product = (d_logits.T @ hidden[rows].to(ctx.dtype)).to(weight.dtype)
                 d_weight = product if d_weight is None else d_weight.add_(product)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask
 
 from dpo.policy import attention
 from dpo.policy.attention import SharedPrefixMask, Unsupported, attend
@@ -27,7 +28,7 @@ def seen(window: int | None) -> list[list[bool]]:
 
 def tensors(groups: int, heads: int = 4) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    shapes = [(1, count, LENGTH, 8) for count in (heads, groups, groups)]
+    shapes = [(1, count, LENGTH, 16) for count in (heads, groups, groups)]
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
@@ -61,7 +62,7 @@ def test_values_and_gradients(groups, cap, window):
 def test_the_scale_is_that_of_the_head_size():
     found = tensors(4)
     out, _ = attend(nn.Module(), *found, None, prefix_mask=SharedPrefixMask(TREES, torch.device("cpu")))
-    assert torch.allclose(out, expected(*found, None, None, 8**-0.5), atol=1e-12)
+    assert torch.allclose(out, expected(*found, None, None, 16**-0.5), atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -75,3 +76,56 @@ def test_the_scale_is_that_of_the_head_size():
 def test_what_it_cannot_do_is_refused(options, reason):
     with pytest.raises(Unsupported, match=reason):
         attend(nn.Module(), *tensors(4), None, **options)
+
+
+def test_flex_attention_gets_what_autocast_would_give_it(monkeypatch):
+    """Rotation by float32 makes float32 of bfloat16 queries and keys; values stay."""
+    given = []
+    monkeypatch.setattr(attention, "flex_attention", lambda q, k, v, *_, **__: given.append((q.dtype, k.dtype)) or v)
+    q, k, v = (one.detach().float() for one in tensors(4))
+    prefix_mask = SharedPrefixMask(TREES, torch.device("cpu"))
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = attention._by_flex(q, k, v.bfloat16() if enabled else v, prefix_mask.block_mask(None), 0.3, None)
+        expected = torch.bfloat16 if enabled else torch.float32
+        assert {*given.pop(), out.dtype} == {expected}
+
+
+def test_heads_that_flex_attention_does_not_take_are_refused():
+    """On CUDA, when it is compiled; `packable` then takes padded rows."""
+    q, k, v = (one.detach()[..., :8] for one in tensors(4))
+    mask = SharedPrefixMask(TREES, torch.device("cpu")).block_mask(None)
+    with pytest.raises(Unsupported, match="8 wide, where FlexAttention takes 16"):
+        attention._by_flex(q, k, v, mask, 0.3, None)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("trees", [((130, (70, 300)), (5, (1,)), (300, (200, 0, 9))), ((100, (28,)),), ((3, (2, 4)),)])
+def test_blocks_are_those_that_the_library_finds(monkeypatch, trees, window):
+    """A few rows of blocks at a time, where the last block is not whole, and where the row is one block."""
+    monkeypatch.setattr(attention, "SEEN", 3 * 128 * 1200)
+    prefix_mask = SharedPrefixMask(trees, torch.device("cpu"))
+    found = prefix_mask.block_mask(window)
+    length = sum(prefix_mask.sizes)
+    expected = create_block_mask(found.mask_mod, None, None, length, length, device="cpu")
+    assert (found.shape, found.BLOCK_SIZE) == (expected.shape, expected.BLOCK_SIZE)
+    names = ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks")
+    for name in names:
+        counts, others = getattr(found, name), getattr(expected, name)
+        assert torch.equal(counts, others)
+        for row in range(counts.shape[-1]):
+            at = (0, 0, row, slice(counts[0, 0, row]))
+            which = name.replace("num_blocks", "indices")
+            assert torch.equal(getattr(found, which)[at], getattr(expected, which)[at])
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 3])
+def test_flex_attention_can_be_compiled(monkeypatch, cap, window):
+    """As one graph for rows of any length, as on CUDA; code for it is generated there alone."""
+    torch._dynamo.reset()
+    compiled = torch.compile(attention.flex_attention, dynamic=True, fullgraph=True, backend="eager")
+    monkeypatch.setattr(attention, "flex_attention", compiled)
+    plain, prefix_mask = [one.detach() for one in tensors(2)], SharedPrefixMask(TREES, torch.device("cpu"))
+    found = attention._by_flex(*plain, prefix_mask.block_mask(window), 0.3, cap).transpose(1, 2)
+    assert torch.allclose(found, expected(*plain, window, cap, 0.3), atol=1e-12)
