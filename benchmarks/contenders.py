@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama import modeling_llama
 
 from dpo.data.batches import Batch, Pair, balance_by_tokens, collate_responses, size
 from dpo.losses import PairLogps, dpo
@@ -27,13 +28,14 @@ def model(shape: dict[str, int], vocabulary: int, device: str) -> LlamaForCausal
     torch.manual_seed(0)
     sizes = {**shape, "num_key_value_heads": shape["num_attention_heads"], "max_position_embeddings": 2048}
     config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, use_cache=False, **sizes)
-    return LlamaForCausalLM(config).to(device).eval()
+    with torch.device(device):
+        return LlamaForCausalLM(config).eval()
 
 
 class Ours:
     """This project's step: its batches, log-probs, loss and optimizer, with the reference in a table.
 
-    logps and layout can be those of an ablation. tokens: of a micro-batch; None: all pairs of a step at once.
+    logps and layout can be those of an ablation. micro: tokens of a micro-batch; None: all pairs of a step at once.
     """
 
     def __init__(
@@ -42,15 +44,15 @@ class Ours:
         pairs: Sequence[Pair],
         table: Tensor,  # (N, 2) nats
         precision: str,
-        tokens: int | None,
+        micro: int | None,
         layout: str = "shared",
         logps: Logps = lambda policy, batch: sequence_logps(policy, batch)[0],
     ) -> None:
-        self.policy, self.pairs, self.table, self.tokens, self.layout, self.logps = (
+        self.policy, self.pairs, self.table, self.micro, self.layout, self.logps = (
             policy,
             pairs,
             table.to(policy.device),
-            tokens,
+            micro,
             layout,
             logps,
         )
@@ -61,7 +63,7 @@ class Ours:
         self.optimizer.zero_grad()
         sizes = [size(self.pairs[row].prompt_responses) for row in rows]
         total = 0.0
-        for share in balance_by_tokens(sizes, self.tokens or sum(sizes), 1):
+        for share in balance_by_tokens(sizes, self.micro or sum(sizes), 1):
             batch = self._batch([rows[place] for place in share]).to(self.policy.device)
             with self.products:
                 ours = self.logps(self.policy, batch).chunk(2)
@@ -124,7 +126,8 @@ class Trl:
     """A step of `trl.DPOTrainer`: its collator, `training_step` and optimizer arguments, driven from outside.
 
     live: score the reference in the step instead of ahead of it. compact: its head for CUDA, which leaves unscored
-    positions out, wherever it runs. micro: pairs at once. table: (N, 2), the reference's log-probs if they are known.
+    positions out, wherever it runs. liger: Liger's layers in place of the library's. micro: pairs at once.
+    table: (N, 2), the reference's log-probs if they are known.
     """
 
     def __init__(
@@ -135,6 +138,7 @@ class Trl:
         micro: int,
         live: bool = False,
         compact: bool = False,
+        liger: bool = False,
         table: Tensor | None = None,
     ) -> None:
         import datasets
@@ -180,8 +184,17 @@ class Trl:
                 train_dataset=data,
                 processing_class=_tokenizer(),
             )
+            self.trainer.accelerator.prepare_model(policy)  # as when its loop begins: bf16 is a wrapper of the forward
             self.prepared = time.perf_counter() - began  # the reference is scored here, unless it is live
         self.data, self.policy = self.trainer.train_dataset, policy
+        self.rotate = modeling_llama.apply_rotary_pos_emb
+        if liger:  # as the trainer does when its loop begins; which changes more than this model
+            from transformers.integrations.liger import apply_liger_kernel
+
+            former = dict(vars(modeling_llama))
+            apply_liger_kernel(policy, {"fused_linear_cross_entropy": False})
+            self.rotate = modeling_llama.apply_rotary_pos_emb
+            vars(modeling_llama).update(former)
         self.optimizer = optimizer(policy, "adamw", LR, BETAS, 0.0)
 
     def step(self, rows: list[int]) -> float:
@@ -189,7 +202,7 @@ class Trl:
         self.optimizer.zero_grad()
         shares = [rows[first : first + self.micro] for first in range(0, len(rows), self.micro)]
         trainer.current_gradient_accumulation_steps = len(shares)
-        with self._head():
+        with self._head(), self._rotation(self.rotate):
             losses = [
                 trainer.training_step(self.policy, trainer.data_collator([self.data[row] for row in share])).item()
                 for share in shares
@@ -197,6 +210,15 @@ class Trl:
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
         self.optimizer.step()
         return sum(losses)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _rotation(rotate: Any) -> Any:
+        former, modeling_llama.apply_rotary_pos_emb = modeling_llama.apply_rotary_pos_emb, rotate
+        try:
+            yield
+        finally:
+            modeling_llama.apply_rotary_pos_emb = former
 
     @contextlib.contextmanager
     def _head(self) -> Any:

@@ -1,4 +1,6 @@
-"""Tokens per CPU second of `dpo.policy.sampling.sample`, and of `model.generate` of transformers on the same prompts.
+"""Tokens per second of `dpo.policy.sampling.sample`, and of `model.generate` of transformers on the same prompts.
+
+On a CPU it is the seconds that it worked, on a GPU those of the clock.
 
     python benchmarks/sampling.py --model runs/sft/policy                   # articles of the embedded world
     python benchmarks/sampling.py --model /models/smollm2 --prompts prompts.jsonl --batch-size 16 --max-new-tokens 128
@@ -29,8 +31,8 @@ def generate(model: Any, tokenizer: Any, prompts: list[list[int]], sampling: Sam
     for first in range(0, len(prompts), sampling.batch_size):
         batch = prompts[first : first + sampling.batch_size]
         width = max(map(len, batch))
-        ids = torch.tensor([[stops[0]] * (width - len(row)) + row for row in batch])
-        attended = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch])
+        ids = torch.tensor([[stops[0]] * (width - len(row)) + row for row in batch], device=model.device)
+        attended = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
         options = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "use_cache": True}
         options |= {"eos_token_id": stops, "pad_token_id": stops[0], "max_new_tokens": sampling.max_new_tokens}
         for row in model.generate(ids, attention_mask=attended, **options)[:, width:].tolist():
@@ -48,9 +50,13 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=48, help="at which a response is cut")
     parser.add_argument("--turns", type=int, default=3, help="how often each is timed")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--bf16", action="store_true", help="weights in bfloat16; the project samples in float32")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, tokenizer = models.load(options.model)
+    model, tokenizer = models.load(options.model, options.device)
+    model = model.bfloat16() if options.bf16 else model
+    clock, unit = (time.perf_counter, "second") if options.device == "cuda" else (time.process_time, "CPU second")
     if options.prompts:
         texts = [json.loads(line)["prompt"] for line in options.prompts.read_text().splitlines()[: options.n]]
     else:
@@ -64,13 +70,14 @@ def main() -> None:
         "ours": lambda: sum(len(one.response_ids) for one in sample(model, tokenizer, prompts, sampling, 0, "")),
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(options.turns):
+    for turn in range(options.turns + (options.device == "cuda")):
         for name, way in ways.items():
-            began = time.process_time()
-            rates[name].append(way() / (time.process_time() - began))
+            began = clock()
+            rate = way() / (clock() - began)  # tokens are counted on the CPU, so the GPU is done
+            rates[name] += [rate] * (turn > 0 or options.device == "cpu")  # a GPU warms up
     for name, found in rates.items():
         ratios = [one / base for one, base in zip(found, rates["generate"], strict=True)]
-        print(f"{name:18} {statistics.median(found):8.0f} tokens per CPU second, {statistics.median(ratios):.2f} times "
+        print(f"{name:18} {statistics.median(found):8.0f} tokens per {unit}, {statistics.median(ratios):.2f} times "
               f"({min(ratios):.2f} to {max(ratios):.2f}) of generate")  # fmt: skip
 
 

@@ -6,11 +6,13 @@ Every contender takes each step on the same pairs from the same weights, one aft
 their losses must agree. Times are medians, spreads half the distance between quartiles; CPU work is the ratio of the
 seconds that all threads worked, which a busy machine changes less. Memory is how far the peak of a process rises above
 what it held before it had a model, in a process of its own for each contender. All numbers go to a JSON file.
+On a GPU contenders take their steps one after another, each alone in its memory, with the micro-batch that is fastest.
 The last line holds ratios to TRL as it ships with its reference precomputed: above 1 is faster, for memory below 1 is
 smaller.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -43,13 +45,15 @@ SHAPES = {  # 14 M parameters without the embeddings for a CPU, and a billion fo
     "cpu": {"hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 6, "intermediate_size": 1024},
     "cuda": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "intermediate_size": 8192},
 }
-BATCH = 8  # pairs of a step
-TOKENS = {"cpu": 1024, "cuda": 16384}  # of our micro-batches; the fastest of those tried
+BATCH = {"cpu": 8, "cuda": 64}  # pairs of a step
+TOKENS = {"cpu": 1024, "cuda": 8192}  # of our micro-batches; the fastest of those tried on a CPU
 MICRO = {"cpu": 1, "cuda": 4}  # pairs of TRL's micro-batches; the fastest of those tried on a CPU
+TRIED = {"tokens": (8192, 16384), "pairs": (4, 8, 16)}  # on a GPU, of our micro-batches and TRL's
 RUNS = 9  # of a sweep: 3 beta x 3 lr
 WARM = 2  # pairs of a step that is not counted
 OURS, TRL = "ours", "TRL, reference precomputed"
 COMPACT, LIVE = "TRL, precomputed, with its head for CUDA", "TRL, live reference"
+LIGER, PADDED = "TRL, precomputed, with Liger's layers", "ours, padded rows"
 
 
 def workload(name: str, count: int, path: Path) -> tuple[list[Pair], int]:
@@ -123,71 +127,131 @@ def score(policy: LlamaForCausalLM, pairs: list[Pair], precision: str, device: s
 
 
 def contender(
-    name: str, pairs: list[Pair], vocabulary: int, table: Tensor, options: Any, known: bool = False
+    name: str, pairs: list[Pair], vocabulary: int, table: Tensor, options: Any, known: bool = False, micro: int = 0
 ) -> Ours | Trl:
-    """A contender with a model of its own; all start from the same weights. known: TRL need not score, either."""
+    """A contender with a model of its own; all start from the same weights. known: TRL need not score, either.
+    micro: tokens of our micro-batches, pairs of TRL's; 0: the usual.
+    """
     policy = model(SHAPES[options.device], vocabulary, options.device)
     if name == OURS:
-        return Ours(policy, pairs, table, options.precision, TOKENS[options.device])
+        return Ours(policy, pairs, table, options.precision, micro or TOKENS[options.device])
+    if name == PADDED:
+        return Ours(policy, pairs, table, options.precision, micro or TOKENS[options.device], "padded")
     if name in ABLATION:
         return Ours(policy, pairs, table, options.precision, None, *ABLATION[name])
     given = table if known or name == COMPACT else None
-    micro = MICRO[options.device]
-    return Trl(policy, pairs, options.precision, micro, live=name == LIVE, compact=name == COMPACT, table=given)
+    kind = {"live": name == LIVE, "compact": name == COMPACT, "liger": name == LIGER}
+    return Trl(policy, pairs, options.precision, micro or MICRO[options.device], **kind, table=given)
+
+
+def fastest(name: str, pairs: list[Pair], vocabulary: int, table: Tensor, options: Any) -> int:
+    """The micro-batch with which a contender's step is fastest, of those tried that fit in memory."""
+    candidate, took = contender(name, pairs, vocabulary, table, options, known=True), {}
+    for micro in TRIED["tokens" if isinstance(candidate, Ours) else "pairs"]:
+        candidate.micro = micro
+        step = partial(candidate.step, list(range(WARM, WARM + BATCH[options.device])))
+        try:
+            step()
+            took[micro] = timed(step, options.device)[0]
+        except torch.OutOfMemoryError:
+            break
+    print(f"{name}: seconds by micro-batch {took}", flush=True)
+    if not took:
+        raise RuntimeError("none of the micro-batches tried fits in memory")
+    return min(took, key=lambda size: took[size])
 
 
 def race(name: str, names: list[str], rounds: int, some: list[str], options: Any) -> dict[str, Any]:
-    """Steps of all contenders on one workload, interleaved; in --quick `some` take the first only."""
-    pairs, vocabulary = workload(name, WARM + BATCH * rounds, options.hh)
+    """Steps of all contenders on one workload, ours first; interleaved, on a GPU one contender after another. In
+    --quick `some` take the first only.
+    """
+    batch, gpu = BATCH[options.device], options.device == "cuda"
+    pairs, vocabulary = workload(name, WARM + batch * rounds, options.hh)
     reference = model(SHAPES[options.device], vocabulary, options.device)
+    if gpu:  # kernels are compiled before they are timed
+        score(reference, pairs[:batch], options.precision, options.device)
     scoring, table = score(reference, pairs, options.precision, options.device)
-    known = name != "A"  # a sweep is told of on A alone
-    all_of_them = {one: contender(one, pairs, vocabulary, table, options, known) for one in names}
-    seconds: dict[str, list[float]] = {one: [] for one in names}
-    work: dict[str, list[float]] = {one: [] for one in names}
-    peaks = []
-    steps = [list(range(first, first + BATCH)) for first in range(WARM, len(pairs), BATCH)]
-    dtype = torch.float32 if options.precision == "fp32" else torch.bfloat16
-    for number in range(rounds + 1):
-        rows = list(range(WARM)) if number == 0 else steps[number - 1]
-        peaks += [matmul_peak(options.device, dtype)] * (number > 0)  # a busy machine slows it down like the steps
-        turned = names[number % len(names) :] + names[: number % len(names)]
-        losses = {}
-        for one in turned:
-            if options.quick and one in some and number > 1:
-                continue
-            took, worked, losses[one] = timed(partial(all_of_them[one].step, rows), options.device)
-            seconds[one] += [took] * (number > 0)
-            work[one] += [worked] * (number > 0)
-        off = max(abs(loss - losses[OURS]) for loss in losses.values())
-        tolerance = 1e-4 if options.precision == "fp32" else 2e-2
-        if off > tolerance:
-            raise RuntimeError(f"losses of step {number} must agree within {tolerance}, found {losses}")
-        print(f"{name}: step {number} of {rounds}", flush=True)
+    steps = [list(range(first, first + batch)) for first in range(WARM, len(pairs), batch)]
     needed = [arithmetic(reference, [pairs[row].prompt_responses for row in rows]) for rows in steps]
     apart = [(prompt, [side]) for prompt, sides in (pair.prompt_responses for pair in pairs[WARM:]) for side in sides]
+    separate = arithmetic(reference, apart) / sum(needed)
+    del reference
+    known, prepared = name != "A", 0.0  # a sweep is told of on A alone
+    runs: dict[str, dict[str, list[float]]] = {one: {"s": [], "work": [], "loss": [], "peak": []} for one in names}
+    held, micro, failed = {}, {}, {}
+    dtype = torch.float32 if options.precision == "fp32" else torch.bfloat16
+    for group in [[one] for one in names] if gpu else [names]:
+        try:
+            if gpu:
+                _free()
+                micro |= {one: fastest(one, pairs, vocabulary, table, options) for one in group}
+                _free()
+                torch.cuda.reset_peak_memory_stats()
+            given = pairs, vocabulary, table, options, known
+            all_of_them = {one: contender(one, *given, *([micro[one]] if gpu else [])) for one in group}
+            for number in range(rounds + 1):
+                rows = list(range(WARM)) if number == 0 else steps[number - 1]
+                peak = matmul_peak(options.device, dtype) if number else 0.0  # a busy machine slows it like the steps
+                turned = group[number % len(group) :] + group[: number % len(group)]
+                for one in turned:
+                    if options.quick and one in some and number > 1:
+                        continue
+                    took, worked, loss = timed(partial(all_of_them[one].step, rows), options.device)
+                    found = {"s": took, "work": worked, "peak": peak} if number else {}
+                    for what, value in {**found, "loss": loss}.items():
+                        runs[one][what].append(value)
+                _agree(
+                    number, {one: run["loss"][number] for one, run in runs.items() if len(run["loss"]) > number}, dtype
+                )
+                print(f"{name}: step {number} of {rounds}" + f", {group[0]}" * gpu, flush=True)
+            prepared = getattr(all_of_them.get(TRL), "prepared", prepared)
+            held |= {one: float(torch.cuda.max_memory_allocated()) for one in group if gpu}
+        except Exception as error:
+            if not gpu or group == [OURS]:
+                raise
+            failed[group[0]] = f"{type(error).__name__}: {error}"[:500]
+            print(f"{name}: {group[0]} is left out: {failed[group[0]]}", flush=True)
+        all_of_them = {}
     rows_of = {}
-    for one, took in seconds.items():
-        count = len(took)
-        ratios = np.array(took) / np.array(seconds[OURS][:count])
+    for one, run in runs.items():
+        if one in failed:
+            continue
+        took, count = np.array(run["s"]), len(run["s"])
+        ratios = took / np.array(runs[OURS]["s"][:count])
         rows_of[one] = {
             "steps": count,
             "s/step": float(np.median(took)),
-            "pairs/s": BATCH / float(np.median(took)),
+            "pairs/s": batch / float(np.median(took)),
             "ours is faster by": float(np.median(ratios)),
             "spread": float(np.subtract(*np.percentile(ratios, [75, 25])) / 2),
-            "CPU work, ours is less by": float(np.median(np.array(work[one]) / np.array(work[OURS][:count]))),
-            "utilization": float(np.median(np.array(needed[:count]) / np.array(took) / np.array(peaks[:count]))),
+            "CPU work, ours is less by": float(np.median(np.array(run["work"]) / np.array(runs[OURS]["work"][:count]))),
+            "utilization": float(np.median(np.array(needed[:count]) / took / np.array(run["peak"]))),
         }
-    trl: Any = all_of_them[TRL]
+        if gpu:
+            rows_of[one] |= {"micro-batch": micro[one], "memory": held[one], "losses": run["loss"]}
     return {
         "contenders": rows_of,
+        "failed": failed,
+        "batch": batch,
         "rounds": rounds,
-        "matmul peak, FLOP/s": float(np.median(peaks)),
-        "arithmetic of separate rows": arithmetic(reference, apart) / sum(needed),
+        "matmul peak, FLOP/s": float(np.median([peak for run in runs.values() for peak in run["peak"]])),
+        "arithmetic of separate rows": separate,
         "scoring, s/pair": scoring / len(pairs),
-        "TRL's scoring, s/pair": None if known else trl.prepared / len(pairs),
+        "TRL's scoring, s/pair": None if known else prepared / len(pairs),
     }
+
+
+def _free() -> None:
+    """Give a GPU's memory back; a trainer of TRL refers to itself, so that it outlives its last use."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _agree(number: int, losses: dict[str, float], dtype: torch.dtype) -> None:
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    off = max(abs(loss - losses[OURS]) for loss in losses.values())
+    if off > tolerance:
+        raise RuntimeError(f"losses of step {number} must agree within {tolerance}, found {losses}")
 
 
 def memory(name: str, one: str, options: Any) -> float:
@@ -201,15 +265,14 @@ def memory(name: str, one: str, options: Any) -> float:
 
 
 def measure_memory(name: str, one: str, options: Any) -> float:
-    pairs, vocabulary = workload(name, BATCH, options.hh)
+    batch = BATCH[options.device]
+    pairs, vocabulary = workload(name, batch, options.hh)
     if one == TRL:
         import trl.trainer.dpo_trainer  # noqa: F401  its libraries are not its step
     before = _resident("VmRSS")
-    candidate = contender(one, pairs, vocabulary, torch.zeros(BATCH, 2), options, known=True)
-    for rows in ([0], list(range(BATCH))):  # after the first step the optimizer has its moments
+    candidate = contender(one, pairs, vocabulary, torch.zeros(batch, 2), options, known=True)
+    for rows in ([0], list(range(batch))):  # after the first step the optimizer has its moments
         candidate.step(rows)
-    if options.device == "cuda":
-        return float(torch.cuda.max_memory_allocated())
     return _resident("VmHWM") - before
 
 
@@ -221,14 +284,15 @@ def _resident(field: str) -> float:
 
 def sweep_ratio(found: dict[str, Any], again: bool) -> float:
     """Time of a sweep by TRL over ours: an epoch a run, and scoring once, or for TRL `again` in every run."""
-    ours, theirs = (found["contenders"][one]["s/step"] / BATCH for one in (OURS, TRL))
+    ours, theirs = (1 / found["contenders"][one]["pairs/s"] for one in (OURS, TRL))
     total = found["TRL's scoring, s/pair"] * (RUNS if again else 1) + RUNS * theirs
     return total / (found["scoring, s/pair"] + RUNS * ours)
 
 
 def table(name: str, found: dict[str, Any]) -> str:
     peak = found["matmul peak, FLOP/s"] / 1e9
-    lines = [f"\n{name}: {found['rounds']} steps of {BATCH} pairs, matmul peak {peak:.0f} GFLOP/s; without padding and"]
+    steps = f"{found['rounds']} steps of {found['batch']} pairs"
+    lines = [f"\n{name}: {steps}, matmul peak {peak:.0f} GFLOP/s; without padding and"]
     lines[0] += f" unscored logits, separate rows need {found['arithmetic of separate rows']:.2f} times our arithmetic"
     heads = f"{'ours is faster by':>18} {'CPU work':>9} {'utilization':>12}"
     lines.append(f"{'':42} {'steps':>5} {'s/step':>8} {'pairs/s':>8} {heads}")
@@ -236,7 +300,7 @@ def table(name: str, found: dict[str, Any]) -> str:
         faster = f"{row['ours is faster by']:.2f} +- {row['spread']:.2f}"
         numbers = f"{faster:>18} {row['CPU work, ours is less by']:9.2f} {row['utilization']:12.2f}"
         lines.append(f"{one:42} {row['steps']:5} {row['s/step']:8.2f} {row['pairs/s']:8.2f} {numbers}")
-    return "\n".join(lines)
+    return "\n".join(lines + [f"{one} is left out: {why}" for one, why in found["failed"].items()])
 
 
 def main() -> None:
@@ -261,11 +325,17 @@ def main() -> None:
     if not options.hh.exists():
         print(f"A_real is left out: there is no {options.hh}")
         del rounds["A_real"]
-    names = {one: [OURS, TRL, COMPACT] for one in rounds}
-    names["A"] += [LIVE, *ABLATION]
-    found = {one: race(one, names[one], steps, [LIVE, *ABLATION], options) for one, steps in rounds.items()}
-    for one in ("A", "B"):
-        found[one]["memory"] = {who: memory(one, who, options) for who in (OURS, TRL)}
+    gpu = options.device == "cuda"
+    names = {one: [OURS, TRL, LIGER] if gpu else [OURS, TRL, COMPACT] for one in rounds}  # TRL's head for CUDA is used
+    names["A"] += [LIVE, PADDED] if gpu else [LIVE, *ABLATION]
+    names["B"] += [PADDED] * gpu
+    found = {}
+    for one, steps in rounds.items():
+        found[one] = race(one, names[one], steps, [LIVE, *ABLATION], options)
+        options.output.write_text(json.dumps({"workloads": found}, indent=1) + "\n")  # what there is, if it is stopped
+        if one != "A_real":
+            who = found[one]["contenders"]
+            found[one]["memory"] = {o: who[o]["memory"] if gpu else memory(one, o, options) for o in (OURS, TRL)}
     sweeps = {"scored once": sweep_ratio(found["A"], False), "TRL scores in every run": sweep_ratio(found["A"], True)}
     for one, numbers in found.items():
         print(table(one, numbers))
@@ -276,7 +346,7 @@ def main() -> None:
         )
     print(f"A: a sweep of {RUNS} runs, ours is faster by: " + ", ".join(f"{who} {r:.2f}" for who, r in sweeps.items()))
     machine = {
-        "machine": platform.processor() or platform.machine(),
+        "machine": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
         "device": options.device,
         "threads": options.threads,
         "precision": options.precision,

@@ -175,9 +175,8 @@ def _by_flex(q: Tensor, k: Tensor, v: Tensor, seen: BlockMask, scale: float, cap
     if torch.is_autocast_enabled(kind):  # which does not know this attention: rotation makes queries and keys float32
         q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
 
-    limit = (
-        None if cap is None else torch.full((), cap, device=q.device)
-    )  # not as a float: torch 2.11 fails to compile that
+    # A tensor: torch 2.11 fails to compile a float.
+    limit = None if cap is None else torch.full((), cap, device=q.device)
 
     def capped(score: Tensor, *_: Tensor) -> Tensor:
         return score if limit is None else limit * torch.tanh(score / limit)
