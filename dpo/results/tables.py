@@ -27,7 +27,7 @@ DETECTORS = (  # of failures that most runs do not have: shown where a run of th
     ("invalid", "invalid", ".3f"),
     ("too long", "too_long", ".3f"),
 )
-A_FEW = 0.05
+A_FEW = 0.1
 LISTED = 5  # runs that an alarm names
 OF_ROUNDS = ("degenerate", "degenerate", ".2f")  # where there are rounds: the share that `degenerate` says it of
 

@@ -99,9 +99,9 @@ def test_detectors_are_columns_where_they_have_something_to_say(tmp_path):
     names = {"broken", "repetition", "invalid", "too long"}
     assert not names & {*fine.columns}
     for name, key in (("broken", "broken"), ("repetition",) * 2, ("invalid",) * 2, ("too long", "too_long")):
-        table = results.table(sweep(tmp_path / name, {key: 0.0512}, {}))
+        table = results.table(sweep(tmp_path / name, {key: 0.1512}, {}))
         assert names & {*table.columns} == {name}
-        assert table[name].tolist() == [f"{FINE[key]:.3f}", "0.051"]
+        assert table[name].tolist() == [f"{FINE[key]:.3f}", "0.151"]
     sweep(tmp_path / "seeds", {"broken": 0.2, "win_rate_lc": 0.5})
     frame = sweep(tmp_path / "seeds", {"broken": 0.4, "win_rate_lc": 0.6}, seed=1)
     (row,) = results.over_seeds(frame).to_dict("records")
