@@ -94,14 +94,14 @@ def policy_spec(config: Any, path: str | None = None) -> ModelSpec:
     policy = config.policy
     where = path or policy.path or policy.base
     where = sizes.place(where, config.cache)
-    adapter = None if path else policy.adapter
+    adapter = None if path else policy.get("adapter")
     return ModelSpec(where, policy.trust_remote_code, policy.chat_template, policy.date, layout(config), adapter)
 
 
 def lora_of(config: Any) -> Lora | None:
     """The adapters that `dpo.train` or `dpo.sft` trains; None: all weights, or nothing."""
-    asked = config.policy.lora
-    if asked.rank is None or config.command not in ("sft", "train"):
+    asked = config.policy.get("lora")  # runs from before have none
+    if asked is None or asked.rank is None or config.command not in ("sft", "train"):
         return None
     targets = asked.targets if isinstance(asked.targets, str) else tuple(asked.targets)
     return Lora(asked.rank, asked.alpha, targets, config.seed)
@@ -175,7 +175,7 @@ def _best_of(config: Any, n: int) -> BestOf | None:
         return None
     check_scores(judge := judge_of(config))
     pairing = pairing_of(config)
-    return BestOf(n, judge, instantiate(config.rule), {"judge": pairing.judge, "rule": pairing.rule})
+    return BestOf(n, judge, instantiate(config.get("rule")), {"judge": pairing.judge, "rule": pairing.rule})
 
 
 def generation_of(config: Any) -> Generation:
@@ -193,7 +193,7 @@ def generation_of(config: Any) -> Generation:
 
 
 def pairing_of(config: Any) -> Pairing:
-    rule: Any = OmegaConf.to_container(config.rule) if config.rule is not None else None
+    rule: Any = OmegaConf.to_container(node) if (node := config.get("rule")) is not None else None
     return Pairing(config.generation.pairs_per_prompt, config.seed, deciding(config.judge), rule, config.cache)
 
 

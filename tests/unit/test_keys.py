@@ -34,6 +34,7 @@ from dpo.settings import (
     Sft,
     evaluation_of,
     generation_of,
+    lora_of,
     pairing_of,
     policy_spec,
     scoring_of,
@@ -372,3 +373,13 @@ def test_a_cached_policy_lies_where_its_key_says(ask, settings, tmp_path):
 
     ask("sft", settings, make)
     assert not (tmp_path / "checkpoint").exists()
+
+
+def test_configs_from_before_a_key_are_read(settings):
+    """A study reads runs that were frozen when there were no rules and no adapters."""
+    former = OmegaConf.to_container(settings)
+    del former["rule"], former["evaluation"]["rule"], former["policy"]["lora"], former["policy"]["adapter"]
+    config = OmegaConf.create(former)
+    assert pairing_of(config) == pairing_of(settings)
+    assert evaluation_of(config) == evaluation_of(settings)
+    assert (policy_spec(config), lora_of(config)) == (policy_spec(settings), None)
