@@ -195,6 +195,7 @@ def test_sampling_that_was_stopped_goes_on_where_it_was(tmp_path, llama, monkeyp
     first = drawn[:]
     assert generate.candidates(*llama, prompts, generation_of(config(tmp_path / "stopped")), "w") == whole
     assert drawn[24:32] == first[16:24]  # the batch of that line
+    assert {*first[:8]} <= {*range(4 * len(PROMPTS), 8 * len(PROMPTS))}  # the longest are first: little to pad
     assert not {*drawn[32 : -4 * 2]} & {*first}
     assert not [*tmp_path.glob("stopped/candidates/*/*.unfinished")]
 
