@@ -128,6 +128,12 @@ def evaluation_judge(config: Any) -> Any:
     return _judge(config.judge if own is None else own, config.cache)
 
 
+def judges_of(config: Any) -> tuple[Any, Any]:
+    """The judge of the pairs, and that of evaluations: one, loaded and asked its first question once, or another."""
+    of_pairs = judge_of(config)
+    return of_pairs, of_pairs if config.evaluation.judge is None else evaluation_judge(config)
+
+
 def _judge(node: Any, cache: str) -> Any:
     """The judge that a node names, if it is there: one behind a server is asked a question first, on rank 0."""
     if node is None:

@@ -45,7 +45,7 @@ from dpo.policy.logps import (
 )
 from dpo.references import Pending, Reference, Table
 from dpo.score import encode, prepare
-from dpo.settings import baseline_best_of, evaluation_judge, evaluation_of, judge_of, lora_of, policy_spec, scoring_of
+from dpo.settings import baseline_best_of, evaluation_of, judges_of, lora_of, policy_spec, scoring_of
 from dpo.sweep.directory import finish, remember_initial
 from dpo.sweep.inputs import load
 from dpo.sweep.signature import instantiate
@@ -66,7 +66,7 @@ def run(config: DictConfig, directory: Path) -> None:
     began = time.monotonic()
     dataset = load(config)  # bad records stop here, before any model is loaded
     instructions = read_instructions(config.evaluation.instructions)
-    judge, loss = evaluation_judge(config), instantiate(config.loss)
+    (of_pairs, judge), loss = judges_of(config), instantiate(config.loss)
     best = baseline_best_of(config)
     pending: Pending = instantiate(config.reference)
     scoring, measuring = replace(scoring_of(config), per_token="tails" in asked_by(loss)), evaluation_of(config)
@@ -76,7 +76,7 @@ def run(config: DictConfig, directory: Path) -> None:
     tokenizer, pairs = encode(config, dataset)
     test = evaluate.test_prompts(dataset, measuring, tokenizer)
     evaluate.questions(instructions, tokenizer, measuring.limits)  # what cannot be asked stops here, not after training
-    start, policy, pairs = prepare(config, dataset, judge_of(config), tokenizer, pairs)
+    start, policy, pairs = prepare(config, dataset, of_pairs, tokenizer, pairs)
     weights, device = models.fingerprint(policy), distributed.device_of(policy)
     if distributed.is_main():
         remember_initial(directory, start)

@@ -133,6 +133,9 @@ def test_the_case_study_at_three_articles(tmp_path, tiny_model):
     assert math.isfinite(found["kl"])
     asked = [one["messages"][0]["content"] for one in served.asked]
     assert sum("[Article]" in text for text in asked) == 6
+    assert (
+        sum("Anna lives in Oslo." in text for text in asked) == 1
+    )  # one handshake: pairs and evaluation have one judge
     assert all("Sum up this article" in text for text in asked if "[Article]" in text)
     losses = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     first = next(row for row in losses if row["split"] == "train")
