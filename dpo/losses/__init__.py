@@ -1,6 +1,6 @@
 """Preference objectives, functions `(pair, beta, ...) -> Loss` of log-probabilities: what `conf/loss/` names."""
 
-from dpo.losses.coupled import BCO, AlphaDPO, aot, aot_unpaired, dr_dpo, kto, kto_paired
+from dpo.losses.coupled import BCO, AlphaDPO, aot, aot_unpaired, dr_dpo, kto, kto_paired, sft
 from dpo.losses.dynamic_beta import BetaDPO
 from dpo.losses.objectives import (
     apo_down,
@@ -57,6 +57,7 @@ __all__ = [
     "reads",
     "robust",
     "rpo",
+    "sft",
     "simpo",
     "slic",
     "sppo",

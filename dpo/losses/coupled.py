@@ -86,6 +86,18 @@ def dr_dpo(pair: PairLogps, beta: float, beta_prime: float, objective: Callable[
 
 
 @whole_step
+def sft(pair: PairLogps, beta: float) -> Loss:
+    """SFT on the chosen responses, Preferred-FT (2305.18290, Section 6): -sum_i w_i / sum_i |chosen_i|.
+
+    What the chosen responses teach without being compared: the mean of -log p over all their tokens of the step, where
+    TRL has those of a micro-batch. beta is no part of it, and scales the rewards that are reported.
+    """
+    chosen, rejected = pair.policy_chosen_logps, pair.policy_rejected_logps
+    losses = -chosen / pair.chosen_lengths.to(chosen).mean().clamp(min=1)  # (N,), whose mean it is
+    return Loss(losses, (beta * chosen).detach(), (beta * rejected).detach())
+
+
+@whole_step
 class AlphaDPO(nn.Module):
     """alpha-DPO (2410.10148): -log s(beta * (mean w - mean l - gamma_beta_ratio - alpha * z)).
 

@@ -22,7 +22,7 @@ from dpo.sweep.signature import check_signature, instantiate
 
 CONF = Path(__file__).parents[2] / "conf" / "loss"
 COUPLED = ("beta_dpo", "beta_ipo", "beta_kto", "beta_simpo", "dr_dpo", "dr_ipo", "alpha_dpo", "aot", "aot_unpaired")
-COUPLED += ("kto", "kto_paired", "bco")
+COUPLED += ("kto", "kto_paired", "bco", "sft")
 MOMENTUM = 0.9
 
 
@@ -239,6 +239,20 @@ def test_dr_dpo_against_numpy(values, beta_prime):
     assert losses.mean().item() == pytest.approx(robust, rel=1e-9, abs=1e-9)
     weights = np.exp(-each / beta_prime - np.logaddexp.reduce(-each / beta_prime)) * len(h)
     assert slopes[0].numpy() == pytest.approx(-weights * 0.1 / (1 + np.exp(0.1 * h)), rel=1e-9, abs=1e-12)
+
+
+def test_sft_is_the_likelihood_of_a_chosen_token():
+    """Of all chosen tokens of the step; the rejected ones, the reference and beta play no part."""
+    pair = pairs(size=7, seed=5)
+    n = numbers(pair)
+    losses, (chosen, rejected) = gradient(loss_of("sft", beta=0.3), pair)
+    tokens = n["chosen_lengths"].sum()
+    assert losses.mean() == pytest.approx(-n["policy_chosen_logps"].sum() / tokens, rel=1e-12)
+    assert (chosen / 7).tolist() == pytest.approx([-1 / tokens.item()] * 7)  # of their mean: each token weighs the same
+    assert not rejected.any()
+    moved = replace(pair, reference_chosen_logps=pair.reference_chosen_logps - 3)
+    assert torch.equal(loss_of("sft", beta=9.0)(moved).losses, loss_of("sft", beta=0.3)(pair).losses)
+    assert loss_of("sft", beta=9.0)(pair).chosen_rewards.tolist() == pytest.approx(9 * n["policy_chosen_logps"])
 
 
 def test_dr_dpo_of_losses_that_have_no_exponential():

@@ -288,6 +288,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
     "loss/r_dpo": {"_target_": "dpo.losses.r_dpo", **CALLED, "beta": 0.1, "alpha": 0.05},
     "loss/robust": {"_target_": "dpo.losses.robust", **CALLED, "beta": 0.1, "label_smoothing": 0.1},
     "loss/rpo": {"_target_": "dpo.losses.rpo", **CALLED, "beta": 0.1, "alpha": 1.0},
+    "loss/sft": {"_target_": "dpo.losses.sft", **CALLED, "beta": 0.1},
     "loss/simpo": {"_target_": "dpo.losses.simpo", **CALLED, "beta": 2.0, "gamma_beta_ratio": 0.5},
     "loss/slic": {"_target_": "dpo.losses.slic", **CALLED, "beta": 0.1, "delta": 1.0},
     "loss/sppo": {"_target_": "dpo.losses.sppo", **CALLED, "beta": 0.001},

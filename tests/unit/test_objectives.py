@@ -142,6 +142,18 @@ def test_trl_computes_the_same(name, ours, theirs):
         assert (torch.stack(given.sums(leaf).asked("alignment")).sum(0) < 0).all()
 
 
+def test_trl_computes_the_same_sft():
+    """Of one pair; of several TRL takes the mean over the tokens of a micro-batch, as `sft` over those of a step."""
+    given = Given()
+    for row in range(PAIRS):
+        leaf, other = (given.policy.clone().requires_grad_() for _ in range(2))
+        mine, expected = losses.sft(given.sums(leaf).at(slice(row, row + 1)), BETA).losses, given.trl(other, row, "sft")
+        assert mine.item() == pytest.approx(expected.item(), rel=1e-12)
+        mine.sum().backward()
+        expected.backward()
+        assert torch.allclose(leaf.grad, other.grad, rtol=1e-12)
+
+
 def test_trl_computes_the_same_without_a_reference():
     sums = Given().sums(Given().policy)
     chosen, rejected = sums.policy_chosen_logps, sums.policy_rejected_logps
