@@ -1,8 +1,10 @@
-"""Numbers as published in "Understanding Reference Policies in DPO" (2407.13709), and BETA_DPO of another paper, to be
-seen beside ours.
+"""Numbers as published in "Understanding Reference Policies in DPO" (2407.13709), of BETA_DPO and SUMMARIZATION
+elsewhere, to be seen beside ours.
 
 Score: length-controlled win rate of AlpacaEval 2 in percent, one seed. Accuracy: on UltraFeedback's validation pairs.
 """
+
+from math import nan
 
 import pandas as pd
 
@@ -72,6 +74,21 @@ FIGURE_2 = ["EOS", "Sure", "course", "Yes", "Hello", "Please", "What", "!", "ple
 BETA_DPO = pd.DataFrame(
     {"DPO": [26.19, 42.78, 51.51], "beta-DPO": [30.18, 48.67, 57.07]},
     index=pd.Index(["Pythia 410M", "Pythia 1.4B", "Pythia 2.8B"], name="policy"),
+)
+
+# Anyscale, "Direct Preference Optimization with Synthetic Data" (2024), in percent of 1,050 articles of CNN/DailyMail,
+# judged by Llama-3.1-70B with five questions each; win rates are over the untuned Mistral-7B-Instruct-v0.1.
+SUMMARIZATION = pd.DataFrame(
+    {
+        "three right or more": [65.43, 43.05, 37.24],
+        "four right or more": [25.71, 13.52, 10.00],
+        "median compression": [11.58, 12.73, 8.05],
+        "mean compression": [13.00, 14.34, 9.36],
+        "too long": [0.0, 0.0, 0.0],
+        "invalid characters": [0.0, 0.10, 0.0],
+        "win rate": [74.0, nan, 64.8],
+    },
+    index=pd.Index(["DPO", "untuned", "GPT-4o"], name="policy"),
 )
 
 # Against DPO, each tuned by those who report it, one seed; each is the difference of scores in points.
