@@ -330,6 +330,11 @@ GRIDS = {
         "seed": SEEDS,
     },
     "rounds": {"seed": [str(seed) for seed in range(10)]},
+    "summarization": {
+        "beta": ["0.01", "0.03", "0.1", "0.3"],
+        "lr": ["0.000125", "0.0005", "0.002"],
+        "seed": SEEDS,
+    },
     "compatibility": {
         "data.summaries": ["human", "alien"],
         "reference": ["initial", "world_clean", "world_alien", "world_other_tokenizer"],

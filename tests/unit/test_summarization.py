@@ -1,0 +1,200 @@
+"""Claims, tables and figures of the summarization study, on hand-made runs whose truth is known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from sweeps import LUCK, curves, numbers, runs_of, student, values
+
+from analysis import published, summarization
+from analysis.summarization import of_dpo, of_round, of_sft
+
+NONE = float("nan")
+NOT_NOISY = ("beta", "lr", "best_of", "kl_bound", "round")
+
+
+def row(score, beta=0.1, lr=5e-4, loss="dpo", number=NONE, best_of=NONE, **more):
+    measured = {"enough": 0.1 + score, "compression/median": 0.8 - 0.4 * score, "kl": 10 * score, "kl_bound": NONE}
+    return {"loss": loss, "beta": beta, "lr": lr, "round": number, "best_of": best_of, "score": score} | measured | more
+
+
+def runs(rows):
+    """As `runs_of`: settings and what follows from them have no noise, win rates over the seed's own policy no luck."""
+    frame = runs_of([{key: value for key, value in one.items() if key not in NOT_NOISY} for one in rows])
+    number = frame["run"].str.partition(",")[0].astype(int)
+    for key in NOT_NOISY:
+        frame[key] = number.map(lambda at, key=key: rows[at][key])
+    return frame.assign(untrained=False, score=frame["score"] - LUCK[frame["seed"]])
+
+
+def of_samples(n, score):
+    return row(score, NONE, NONE, None, best_of=n, kl=NONE, kl_bound=float(np.log(n) - (n - 1) / n))
+
+
+def world(sign=1.0):
+    """Everything as claimed, or with -1 the other way round."""
+    rows = [of_samples(1, 0.5), of_samples(4, 0.5 + 0.1 * sign)]
+    rows += [row(0.5 + 0.05 * sign, loss="sft", lr=lr) for lr in (5e-4, 2e-3)]
+    grid = {  # the interaction of beta and lr is 0.1 times the sign, the best is at beta 0.1 and lr 5e-4
+        **{(0.01, 5e-4): 0.5 + 0.1 * sign, (0.1, 5e-4): 0.5 + 0.2 * sign},
+        **{(0.01, 2e-3): 0.5 - 0.1 * sign + 0.1, (0.1, 2e-3): 0.5 + 0.1 * sign + 0.1},
+    }
+    if sign < 0:  # all below a half, and a weak constraint costs less at the high rate
+        grid = {(0.01, 5e-4): 0.3, (0.1, 5e-4): 0.35, (0.01, 2e-3): 0.25, (0.1, 2e-3): 0.2}
+    rows += [row(score, *setting, number=1.0) for setting, score in grid.items()]
+    best = max(grid.values())
+    rows += [row(best + sign * 0.05, number=2.0), row(best + sign * 0.1, number=3.0)]
+    frame = runs(rows)
+    at_start = frame["best_of"] == 1
+    # what DPO at its best has beside its score, against the untuned policy's 0.6 and 0.6
+    frame.loc[at_start, "enough"] = 0.1 + best - sign * 0.2 + (frame.loc[at_start, "enough"] - 0.6)
+    frame.loc[at_start, "compression/median"] += 0.8 - 0.4 * best + sign * 0.1 - 0.6
+    wild = (frame["beta"] == 0.01) & (frame["lr"] == 2e-3)
+    top = (frame["score"] > best - 0.4) & (frame["beta"] == 0.1) & (frame["lr"] == 5e-4) & (frame["round"] == 1)
+    frame.loc[wild if sign > 0 else top, "broken"] = 0.9
+    return frame
+
+
+def chains(sign=1.0):
+    """Of `table=rounds`."""
+    rows = [row(0.6, number=1.0), row(0.7, number=2.0), row(0.7 + 0.1 * sign, number=3.0)]
+    rows += [row(0.7, number=2.0), row(0.7, number=3.0), row(0.7 - 0.1 * sign, number=1.0)]
+    frame = runs(rows)
+    at = frame["run"].str.partition(",")[0].astype(int)
+    names = frame["run"].where(~at.isin([3, 4]), frame["run"] + ",held_to=original")
+    return frame.assign(run=names, **{"data.train": at.map(lambda one: 2400 if one == 5 else 800)})
+
+
+@pytest.mark.parametrize("sign,said", [(1.0, "supports"), (-1.0, "refutes")])
+def test_claims(sign, said):
+    found = summarization.claims(world(sign), chains(sign))
+    letters = ["1.", "2a", "2b", "3.", "4.", "5.", "6.", "6.", "7a", "7b", "8."]
+    assert [claim[:2] for claim in found.index] == letters
+    assert found["verdict"].tolist() == [said] * 11, found.to_string()
+    expected = [0.7, 0.2, 0.1, 0.15, 0.1, None, 0.05, 0.05, 0.2, 0.1, 0.1]
+    if sign < 0:
+        expected = [0.35, -0.2, -0.1, -0.1, -0.1, None, -0.05, -0.05, -0.2, -0.1, -0.05]
+    for text, mean in zip(found["measured"], expected, strict=True):
+        assert numbers(text)[::3] == ([] if mean is None else [pytest.approx(mean, abs=3e-3)]), text
+    assert f"degenerate are {8 if sign > 0 else 0} of 8 seeds at beta 0.01, lr 0.002" in found["measured"].iloc[5]
+
+
+def test_intervals_allow_for_all_settings():
+    """The best of four settings of DPO against the best of two of SFT; and what was chosen by another measure."""
+    final = world()
+    final["score"] += LUCK[final["seed"]]  # a spread over seeds that intervals show
+    measured = summarization.claims(final)["measured"]
+    dpo = values(of_dpo(final), beta=0.1, lr=5e-4)
+    assert numbers(measured.iloc[0])[:2] == pytest.approx(student(dpo, looks=4)[:2], abs=6e-4)
+    sft = [values(of_sft(final), lr=lr) for lr in (5e-4, 2e-3)]
+    low = min(student(dpo - one, looks=4)[1] for one in sft)
+    assert numbers(measured.iloc[3])[1] == pytest.approx(low, abs=6e-4)
+    untuned = values(final, "enough", best_of=1)
+    mine = values(of_dpo(final), "enough", beta=0.1, lr=5e-4)
+    assert numbers(measured.iloc[1]) == pytest.approx(student(mine - untuned, looks=4), abs=6e-4)
+
+
+def test_the_interaction_is_a_difference_of_differences():
+    final = world()
+    dpo = of_dpo(final)
+    at = {(beta, lr): values(dpo, beta=beta, lr=lr) for beta in (0.01, 0.1) for lr in (5e-4, 2e-3)}
+    both = (at[0.01, 5e-4] - at[0.1, 5e-4]) - (at[0.01, 2e-3] - at[0.1, 2e-3])
+    assert numbers(summarization.claims(final)["measured"].iloc[4]) == pytest.approx(student(both), abs=6e-4)
+
+
+def test_what_is_level_decides_nothing():
+    final = world().assign(score=lambda runs: 0.5 + runs["seed"] / 1000, broken=0.0)
+    level = final.assign(**{"enough": 0.5 + final["seed"] / 1000, "compression/median": 0.5})
+    verdicts = summarization.claims(level, chains().assign(score=level["score"].iloc[0]))["verdict"]
+    assert not {"supports", "refutes"} & {*verdicts[1:]}
+
+
+def test_what_is_missing_is_said():
+    final = runs([row(0.6)])
+    found = summarization.claims(final, chains().iloc[:16])  # whose last round has nothing beside it
+    missing = found["measured"].str.contains("not measured")
+    assert missing[~found.index.str.match("1|5")].all()
+    assert not {"supports", "refutes"} & {*found["verdict"][missing]}
+    tables, figures = summarization.study({"runs": final})
+    assert {"results", "win_rate", "kl", "detectors", "claims"} == {*tables}
+    assert {"knobs", "frontier"} == {*figures}
+
+
+def test_tables():
+    final = world()
+    tables, _ = summarization.study({"runs": final, "budget": chains()})
+    found = tables["results"]
+    assert found.index.tolist() == [
+        *("untuned", "SFT on chosen, lr 0.0005", "DPO, beta 0.1, lr 0.0005"),
+        *("round 2, beta 0.1, lr 0.0005", "round 3, beta 0.1, lr 0.0005", "best of 4"),
+        *("published, DPO", "published, untuned", "published, GPT-4o"),
+    ]
+    assert found["win rate"].str[:5].tolist() == [
+        "0.500",
+        "0.550",
+        "0.700",
+        "0.750",
+        "0.800",
+        "0.600",
+        "74 %",
+        "",
+        "64.8 ",
+    ]
+    assert found["three right or more"].str[:5].tolist()[:3] == ["0.600", "0.650", "0.800"]
+    assert found.loc["published, DPO"].tolist()[:6] == ["65.43 %", "25.71 %", "11.58 %", "13 %", "0 %", "0 %"]
+    low = student(values(of_dpo(final), beta=0.1, lr=5e-4), looks=4)[1]  # of the best of four
+    assert numbers(found["win rate"].iloc[2])[1] == pytest.approx(low, abs=6e-4)
+    knobs = tables["win_rate"]
+    assert (knobs.index.tolist(), knobs.columns.tolist()) == (["0.1", "0.01"], ["lr 0.0005", "lr 0.002"])
+    assert knobs["lr 0.0005"].str[:5].tolist() == ["0.700", "0.600"]
+    assert knobs.loc["0.01", "lr 0.002"] == "degenerate"
+    assert tables["kl"]["lr 0.0005"].str[:3].tolist() == ["7.0", "6.0"]
+    detected = tables["detectors"]
+    assert detected.loc["DPO, beta 0.01, lr 0.002", ["alarms", "degenerate", "broken"]].tolist() == [
+        "8 of 8",
+        "8 of 8",
+        "0.900",
+    ]
+    assert detected.loc["SFT on chosen, lr 0.002", ["alarms", "degenerate"]].tolist() == ["0 of 8", "0 of 8"]
+    rounds = tables["rounds"]
+    assert rounds.columns.tolist() == ["beta 0.1, lr 0.0005"]  # settings without a second round are no chains
+    assert rounds["beta 0.1, lr 0.0005"].str[:5].tolist() == ["0.700", "0.750", "0.800"]
+    budget = tables["budget"]
+    assert budget.index.tolist() == ["previous", "original", "offline"]
+    assert budget["score"].str[:5].tolist() == ["0.800", "0.700", "0.600"]
+
+
+def test_published_numbers():
+    """As in the table of the case study, in percent: counts over 1,050 articles, whole ones or with half a tie."""
+    table = published.SUMMARIZATION
+    counts = table[["three right or more", "four right or more", "invalid characters", "win rate"]] * 10.5
+    off = counts - (2 * counts).round() / 2
+    assert (off.abs() < 0.11).where(counts.notna(), True).all().all()
+    assert table.sum().tolist() == pytest.approx([145.72, 49.23, 32.36, 36.70, 0.0, 0.10, 138.8])
+
+
+def test_figures():
+    figures = summarization.study({"runs": world()})[1]
+    score, kl = curves(figures["knobs"])
+    assert [axis.get_ylabel() for axis in figures["knobs"].axes] == ["win rate", "KL (nats per response)"]
+    assert [axis.get_yscale() for axis in figures["knobs"].axes] == ["linear", "log"]
+    assert score["lr 0.0005"][0] == [0.01, 0.1]
+    assert score["lr 0.0005"][1] == pytest.approx([0.6, 0.7], abs=1e-3)
+    assert kl["lr 0.002"][1] == pytest.approx([5.0, 7.0], abs=1e-2)
+    assert min(kl["lr 0.002"][2]) > 0
+    [axis] = figures["frontier"].axes
+    lines = {line.get_label(): np.transpose(line.get_data()) for line in axis.get_lines()}
+    assert lines["DPO, lr 0.0005 (numbers: beta)"] == pytest.approx(np.array([[6.0, 0.6], [7.0, 0.7]]), abs=1e-2)
+    assert lines["rounds, beta 0.1, lr 0.0005"] == pytest.approx(
+        np.array([[7.0, 0.7], [7.5, 0.75], [8.0, 0.8]]), abs=1e-2
+    )
+    assert lines["best of n, at its bound of KL"] == pytest.approx(np.array([[np.log(4) - 0.75, 0.6]]), abs=1e-3)
+    assert len(lines["SFT on chosen (numbers: lr)"]) == 2
+    told = [text.get_text() for text in axis.texts]
+    assert told == ["0.01", "0.1", "0.01", "0.1", "0.0005", "0.002", "1", "2", "3", "4"]
+
+
+def test_only_chains_with_a_second_round_are_rounds():
+    final = world()
+    assert of_round(final, 1)["setting"].unique().tolist() == ["beta 0.1, lr 0.0005"]
+    assert len(of_dpo(final)) == 4 * 8
+    assert pd.isna(of_dpo(final)["best_of"]).all()
