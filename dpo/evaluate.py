@@ -334,7 +334,7 @@ def compared_with(
     return baseline(*initial[:2], prompts, settings, initial[2])
 
 
-def shares_tokenizer(which: models.ModelSpec, tokenizer: PreTrainedTokenizerBase) -> bool:
+def reads_alike(which: models.ModelSpec, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a baseline is a policy with this tokenizer, so that KL can be measured to it."""
     if which.path in ("initial", "human") or number_of_samples(which.path) is not None:
         return False

@@ -13,7 +13,7 @@ from dpo.policy.lora import Lora
 from dpo.policy.model import ModelSpec
 from dpo.policy.sampling import Sampling
 from dpo.policy.scoring import Scoring
-from dpo.sweep.inputs import content_digest, folder_of
+from dpo.sweep.inputs import folder_of, sketch
 from dpo.sweep.schema import number_of_samples
 from dpo.sweep.signature import instantiate
 from dpo.training.distributed import ParallelLayout, is_main
@@ -150,7 +150,7 @@ def identity_of(node: Any) -> dict[str, Any]:
     """
     options: Any = OmegaConf.to_container(node, resolve=True)
     options = {key: value for key, value in options.items() if key not in ("server", "cache")}
-    return options | ({"weights": content_digest(folder)} if (folder := folder_of(options)) is not None else {})
+    return options | ({"weights": sketch(folder)} if (folder := folder_of(options)) is not None else {})
 
 
 def limits_of(config: Any) -> Limits:

@@ -82,7 +82,7 @@ def run(config: DictConfig, directory: Path) -> None:
         remember_initial(directory, start)
     against, initial = policy_spec(config, config.evaluation.baseline), (policy, tokenizer, weights)
     others = evaluate.compared_with(against, initial, dataset, test, measuring, device, best) if judge else None
-    baseline = {"kl_baseline": str(against.path)} if others and evaluate.shares_tokenizer(against, tokenizer) else {}
+    baseline = {"kl_baseline": str(against.path)} if others and evaluate.reads_alike(against, tokenizer) else {}
     reference = pending.prepare(policy_spec(config, start), policy, pairs, scoring)
     logger.info(f"reference: {reference.held}")
     packed = config.packed and packable(policy, [pair.prompt_responses for pair in pairs["train"]])

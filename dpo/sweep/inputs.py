@@ -48,7 +48,7 @@ def models(config: Any) -> dict[str, str]:
     judges = {"judge": config.get("judge"), "evaluation.judge": (config.get("evaluation") or {}).get("judge")}
     local |= {key: folder for key, node in judges.items() if (folder := folder_of(node)) is not None}
     local |= {"adapter": Path(policy["adapter"]).expanduser()} if policy.get("adapter") else {}
-    return {key: content_digest(path) for key, path in local.items() if path.exists()}
+    return {key: sketch(path) for key, path in local.items() if path.exists()}
 
 
 def folder_of(options: dict[str, Any] | None) -> Path | None:
@@ -64,7 +64,7 @@ def _place(path: str) -> Path:
     return there if scores else Path(resolve_path(path))
 
 
-def content_digest(path: Path) -> str:
+def sketch(path: Path) -> str:
     """Digest of a file, or of the files in a folder: names, sizes, and content; of large files at 64 places.
 
     Weights that were trained again differ everywhere. (A run tells its weights by all their bytes when it has them.)

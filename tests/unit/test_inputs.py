@@ -101,7 +101,7 @@ def test_every_file_that_is_read_counts_to_its_last_byte(tmp_path):
     found = set()
 
     def told_apart() -> bool:
-        digest = inputs.content_digest(tmp_path)
+        digest = inputs.sketch(tmp_path)
         new = digest not in found
         found.add(digest)
         return new
@@ -138,20 +138,20 @@ def test_policy_and_reference_are_told_at_the_paths_that_count(tmp_path):
         return inputs.models({"policy": {"path": None, "base": None, **policy}, "reference": {"path": str(other)}})
 
     alone = told(base=str(one))
-    assert alone == {"policy": inputs.content_digest(one), "reference": inputs.content_digest(other)}
+    assert alone == {"policy": inputs.sketch(one), "reference": inputs.sketch(other)}
     assert told(path=str(one), base=str(other)) == alone
     assert alone["policy"] != alone["reference"]
     assert set(told(path="someone/on-the-hub")) == {"reference"}
     write(tmp_path / "given.jsonl.gz", ROWS)
     assert inputs.models({"policy": {"path": str(one), "base": None}, "reference": {"path": str(tmp_path)}}) == (
-        {"policy": alone["policy"], "reference": inputs.content_digest(tmp_path)}
+        {"policy": alone["policy"], "reference": inputs.sketch(tmp_path)}
     )
     others = {"reference": None, "against": str(other), "candidates": str(tmp_path)}
     assert inputs.models({"policy": {"path": str(one), "base": None}, **others}) == {
         "policy": alone["policy"],
-        "against": inputs.content_digest(other),
-        "candidates": inputs.content_digest(tmp_path),
+        "against": inputs.sketch(other),
+        "candidates": inputs.sketch(tmp_path),
     }
-    before = inputs.content_digest(tmp_path)
+    before = inputs.sketch(tmp_path)
     write(tmp_path / "given.jsonl.gz", ROWS[1:])
-    assert inputs.content_digest(tmp_path) != before
+    assert inputs.sketch(tmp_path) != before

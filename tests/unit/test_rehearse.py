@@ -36,8 +36,8 @@ def test_what_a_run_would_be_made_from_is_found(base, tiny_model):
         "problems": [],
         "inputs": {
             "data": contents(instantiate(base["data"])),
-            "policy": inputs.content_digest(Path(tiny_model("llama"))),
-            "reference": inputs.content_digest(Path(tiny_model("qwen2"))),
+            "policy": inputs.sketch(Path(tiny_model("llama"))),
+            "reference": inputs.sketch(Path(tiny_model("qwen2"))),
         },
     }
 
@@ -49,9 +49,9 @@ def test_what_another_stage_is_made_from_is_found(base, tiny_model, tmp_path):
     assert told["problems"] == []
     assert told["inputs"] == {
         "data": contents(instantiate(base["data"])),
-        "policy": inputs.content_digest(Path(tiny_model("llama"))),
-        "against": inputs.content_digest(Path(tiny_model("qwen2"))),
-        "candidates": inputs.content_digest(tmp_path),
+        "policy": inputs.sketch(Path(tiny_model("llama"))),
+        "against": inputs.sketch(Path(tiny_model("qwen2"))),
+        "candidates": inputs.sketch(tmp_path),
     }
     (tmp_path / "validation.jsonl").unlink()
     [problem] = Rehearsal().of(with_(base, "candidates", str(tmp_path)))["problems"]

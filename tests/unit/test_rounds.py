@@ -259,9 +259,9 @@ def test_a_round_that_cannot_be_planned_stops_its_chain_alone(monkeypatch, tmp_p
 def test_kl_is_to_a_baseline_that_reads_the_same_tokens(tiny_model):
     tokenizer = models.load_tokenizer(models.ModelSpec(tiny_model("llama")))
     paths = ("initial", "human", tiny_model("llama"))
-    assert [evaluate.shares_tokenizer(models.ModelSpec(path), tokenizer) for path in paths] == [False, False, True]
+    assert [evaluate.reads_alike(models.ModelSpec(path), tokenizer) for path in paths] == [False, False, True]
     tokenizer.add_tokens(["a word more"])
-    assert not evaluate.shares_tokenizer(models.ModelSpec(tiny_model("llama")), tokenizer)
+    assert not evaluate.reads_alike(models.ModelSpec(tiny_model("llama")), tokenizer)
     tokenizer = models.load_tokenizer(models.ModelSpec(tiny_model("llama")))
     tokenizer.eos_token = next(token for token, id in tokenizer.get_vocab().items() if id != tokenizer.eos_token_id)
-    assert not evaluate.shares_tokenizer(models.ModelSpec(tiny_model("llama")), tokenizer)
+    assert not evaluate.reads_alike(models.ModelSpec(tiny_model("llama")), tokenizer)
