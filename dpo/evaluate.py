@@ -100,7 +100,7 @@ def run(config: DictConfig, directory: Path) -> None:
         chosen = best_of_n(policy, tokenizer, test, settings, models.fingerprint(policy), best, "policy")
         responses, measured = describe(test, chosen, judge, others, settings.rule)
         measured["kl_bound"] = kl_bound(best.n)
-    measured |= bound(beaten) if others else {}
+    measured |= baseline_kl_bound(beaten) if others else {}
     if is_main():
         if instructions:
             write_outputs(directory, instructions, answers)
@@ -200,15 +200,15 @@ def describe(
 
 
 def test_prompts(dataset: Dataset, settings: Evaluation, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
-    """The first `evaluation.prompts` test prompts that are `fit_to_feed`, or all if there are fewer, which is said."""
-    found = fit_to_feed(dataset.prompts["test"], tokenizer, settings.limits, dataset.on_faulty, "test prompts")
+    """The first `evaluation.prompts` of the `usable_prompts`, or all if there are fewer, which is said."""
+    found = usable_prompts(dataset.prompts["test"], tokenizer, settings.limits, dataset.on_faulty, "test prompts")
     asked = settings.prompts
     if len(found) < asked:
         logger.warning(f"evaluation: on all {len(found)} test prompts; evaluation.prompts asks for {asked}")
     return found[:asked]
 
 
-def fit_to_feed(
+def usable_prompts(
     prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, limits: Limits, on_faulty: str, what: str
 ) -> list[Text]:
     """The prompts to sample from: faulty ones by the rule for pairs, see `dpo.data.tokens.usable`, and by theirs, too,
@@ -409,7 +409,7 @@ def _key(
     }
 
 
-def bound(best: BestOf | None) -> dict[str, float]:
+def baseline_kl_bound(best: BestOf | None) -> dict[str, float]:
     """How far a baseline that is best of n can be from the policy that is sampled."""
     return {} if best is None else {"baseline/kl_bound": kl_bound(best.n)}
 

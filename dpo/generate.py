@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import evaluate, sft
 from dpo.cache import add_answers, answers_in, digest, remember
-from dpo.data.batches import fed_prompts
+from dpo.data.batches import truncated_prompts
 from dpo.data.records import Dataset, Text, parse, write_rows
 from dpo.data.tokens import decode, vocabulary
 from dpo.policy import model as models
@@ -82,14 +82,14 @@ def candidates(
     """`samples_per_prompt` responses to each train and validation prompt, sampled once, shared by a sweep.
 
     They keep the token ids that were sampled, and of a prompt that was cut what the policy was fed. weights: the
-    policy's fingerprint. on_faulty: what to do with prompts that the policy cannot be fed: `dpo.evaluate.fit_to_feed`.
+    policy's fingerprint. on_faulty: what to do with prompts that no policy can be fed: `evaluate.usable_prompts`.
     """
     sampling, n = settings.sampling, settings.samples_per_prompt
     prompts = {
-        split: evaluate.fit_to_feed(prompts[split], tokenizer, settings.limits, on_faulty, f"{split} prompts")
+        split: evaluate.usable_prompts(prompts[split], tokenizer, settings.limits, on_faulty, f"{split} prompts")
         for split in SPLITS
     }
-    fed = {split: fed_prompts(prompts[split], tokenizer, settings.limits.prompt) for split in SPLITS}
+    fed = {split: truncated_prompts(prompts[split], tokenizer, settings.limits.prompt) for split in SPLITS}
     key = {
         "weights": weights,
         "prompts": digest([prompts[split] for split in SPLITS]),

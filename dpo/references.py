@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.cache import digest
@@ -24,9 +24,9 @@ from dpo.data.batches import Batch, Pair, Tokens, encode_prompts, tokenize
 from dpo.data.records import Preference, jsonl_files, listed, parse, preference, report
 from dpo.data.tokens import encode_alone, encoded, vocabulary
 from dpo.losses.pairs import tie_tolerance
-from dpo.policy import lora, sharded_io
+from dpo.policy import lora
 from dpo.policy import model as models
-from dpo.policy.logps import by_sequence, token_logps
+from dpo.policy.live import LiveModel, MovingAverage
 from dpo.policy.model import ModelSpec, spec_of
 from dpo.policy.scoring import LIVE, Scoring, check_against_live, score
 from dpo.training import distributed
@@ -398,35 +398,7 @@ class Live:
         model = models.load(self.scored.spec(initial), device)[0].requires_grad_(False) if alone else policy
         weights, where = models.fingerprint(model), "beside the policy" if alone else "without its adapters"
         held, same = f"{self.scored.name()} {where}, weights {weights[:12]}", weights == models.fingerprint(policy)
-        return Beside(held, model, weights, self.scored.path, same)
-
-
-class AskedEachStep:
-    """A reference that is a model beside the policy, or the policy without its adapters."""
-
-    model: PreTrainedModel
-
-    def logps(self, batch: Batch, split: str) -> Tensor:
-        return by_sequence(self.token_logps(batch, split), batch)
-
-    @torch.no_grad()
-    def token_logps(self, batch: Batch, split: str) -> Tensor:
-        with lora.without(self.model):
-            return token_logps(self.model, batch)
-
-
-@dataclass
-class Beside(AskedEachStep):
-    """The reference that `Live` makes."""
-
-    held: str
-    model: PreTrainedModel
-    fingerprint: str
-    kl_target: str | None
-    is_initial: bool
-
-    def after_step(self, policy: PreTrainedModel) -> None:
-        pass
+        return LiveModel(held, model, weights, self.scored.path, same)
 
 
 class EMA:
@@ -452,31 +424,6 @@ class EMA:
         model, _ = models.load(initial, distributed.device_of(policy))
         weights = models.fingerprint(policy)
         return MovingAverage(model.requires_grad_(False).eval(), weights, self.alpha, self.every)
-
-
-class MovingAverage(AskedEachStep, nn.Module):
-    """The reference that `EMA` makes. Being a module, it is checkpointed with the policy."""
-
-    kl_target: str | None = None
-    fingerprint = ""
-    is_initial = True
-
-    def __init__(self, model: PreTrainedModel, weights: str, alpha: float, every: int) -> None:
-        super().__init__()
-        self.model, self.alpha, self.every = model, alpha, every
-        shares = f"{alpha} of the policy and {1 - alpha:g} of itself"
-        self.held = f"EMA: starts at the initial policy, weights {weights[:12]}; every {every} steps {shares}"
-        self.steps: Tensor  # optimizer steps so far
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-
-    @torch.no_grad()
-    def after_step(self, policy: PreTrainedModel) -> None:
-        self.steps += 1
-        if self.steps % self.every == 0:
-            mine = dict(self.model.named_parameters())
-            for names, theirs in sharded_io.merged(policy):
-                if names[0] in mine:
-                    mine[names[0]].lerp_(theirs, self.alpha)
 
 
 def _scored(row: dict[str, Any]) -> tuple[Preference, list[float]]:

@@ -21,9 +21,9 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import generate, sft
-from dpo.data.batches import TOO_LONG, Pair, mismatched, tokenize, told_apart
+from dpo.data.batches import TOO_LONG, Pair, filter_identical, mismatched, tokenize
 from dpo.data.records import Dataset, Preference, row, write_rows
-from dpo.data.treatment import Treatment, described, treat
+from dpo.data.treatment import Treatment, summary, treat
 from dpo.data.truncation import Limits
 from dpo.generate import SPLITS
 from dpo.judge import cached_preferences
@@ -99,10 +99,10 @@ def encode(config: DictConfig, dataset: Dataset) -> tuple[PreTrainedTokenizerBas
     models.check_length(policy_spec(config), "max_length", config.max_length)
     tokenizer = models.load_tokenizer(policy_spec(config))
     preferences = treated(dataset.preferences, treatment_of(config), config.seed)
-    return tokenizer, tokenized(preferences, tokenizer, limits_of(config), dataset.on_faulty, labels_in(config))
+    return tokenizer, tokenized(preferences, tokenizer, limits_of(config), dataset.on_faulty, needs_labels(config))
 
 
-def labels_in(config: DictConfig) -> bool:
+def needs_labels(config: DictConfig) -> bool:
     """Whether the loss learns from responses with labels, not from pairs."""
     return "labels" in asked_by(instantiate(config.loss))
 
@@ -112,7 +112,7 @@ def treated(preferences: dict[str, list[Preference]], treatment: Treatment, seed
     if treatment == Treatment() or not preferences:
         return preferences
     train = treat(preferences["train"], treatment, seed)
-    logger.info("pairs: of %d for training %s", len(preferences["train"]), described(train))
+    logger.info("pairs: of %d for training %s", len(preferences["train"]), summary(train))
     return {**preferences, "train": train}
 
 
@@ -130,7 +130,7 @@ def tokenized(
             what = f"{split} pairs"
             pairs = tokenize(preferences[split], tokenizer, *rules, what, TOO_LONG, on_faulty)
             if not labels or pairs[0].label is None:
-                pairs = told_apart(pairs, on_faulty, what)
+                pairs = filter_identical(pairs, on_faulty, what)
             found[split] = mismatched(pairs, tokenizer, limits.max_length, what) if labels else pairs
     return found
 
@@ -159,5 +159,5 @@ def prepare(
         if config.pairs.off_policy:
             found = generate.beside_humans(found, dataset)
         preferences = treated(cached_preferences(found, judge, pairing_of(config)), treatment_of(config), config.seed)
-        pairs = tokenized(preferences, tokenizer, settings.limits, rule, labels_in(config))
+        pairs = tokenized(preferences, tokenizer, settings.limits, rule, needs_labels(config))
     return start, policy, pairs

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from dpo.data.treatment import Treatment
 from dpo.data.truncation import Limits
-from dpo.judges import Rule, remembering
+from dpo.judges import Rule, cached_judge
 from dpo.judges.best import check_scores
 from dpo.policy.lora import Lora
 from dpo.policy.model import ModelSpec
@@ -141,10 +141,10 @@ def _judge(node: Any, cache: str) -> Any:
     judge = instantiate(node)
     if (handshake := getattr(getattr(judge, "func", judge), "handshake", None)) and is_main():
         handshake()
-    return remembering(judge, deciding(node), cache)
+    return cached_judge(judge, identity_of(node), cache)
 
 
-def deciding(node: Any) -> dict[str, Any]:
+def identity_of(node: Any) -> dict[str, Any]:
     """What decides the answers of a judge or engine: its options without those that say where it is and how it is
     asked; of a model in a folder what is in that.
     """
@@ -189,7 +189,7 @@ def generation_of(config: Any) -> Generation:
     sampling = Sampling(config.max_new_tokens, asked.temperature, asked.top_p, asked.batch_size)
     return Generation(
         config.engine,
-        deciding(config.engine),
+        identity_of(config.engine),
         asked.samples_per_prompt,
         sampling,
         config.seed,
@@ -200,7 +200,7 @@ def generation_of(config: Any) -> Generation:
 
 def pairing_of(config: Any) -> Pairing:
     rule: Any = OmegaConf.to_container(node) if (node := config.get("rule")) is not None else None
-    return Pairing(config.generation.pairs_per_prompt, config.seed, deciding(config.judge), rule, config.cache)
+    return Pairing(config.generation.pairs_per_prompt, config.seed, identity_of(config.judge), rule, config.cache)
 
 
 def scoring_of(config: Any) -> Scoring:

@@ -78,7 +78,7 @@ def run(config: DictConfig, directory: Path) -> None:
         responses, measured = evaluate.describe(test, answers, judge)
         log.write(steps(settings.recipe, len(items)), "test", measured)
     if distributed.is_main():
-        models.beside(directory / "policy")
+        models.move_adapter_out(directory / "policy")
         if instructions:
             write_outputs(directory, instructions, outputs)
         write_rows(directory / "responses.jsonl", responses)

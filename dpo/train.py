@@ -32,13 +32,13 @@ from dpo.losses.pairs import READ, asked_by, frozen, metrics, sees_whole_step, u
 from dpo.policy import model as models
 from dpo.policy.best import BestCheckpoint
 from dpo.policy.logps import (
-    beyond_other,
     by_sequence,
     differing,
+    excess_tokens,
     forward_tokens,
     kl_from,
+    log_collision,
     packable,
-    repeats,
     sequence_logps,
     token_logps,
     token_logps_and,
@@ -128,7 +128,7 @@ def run(config: DictConfig, directory: Path) -> None:
         kl_targets = {name: models.load(policy_spec(config, path), device)[0] for name, path in paths.items()}
         first = None if others is None else others[:prompts]
         rows, found = evaluate.measure(model, kl_targets, tokenizer, test[:prompts], first, judge, measuring)
-        return rows, {**found, **(evaluate.bound(best) if others else {})}
+        return rows, {**found, **(evaluate.baseline_kl_bound(best) if others else {})}
 
     parts = {"reference": reference, "loss": unbound(loss)}
     state = nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
@@ -221,7 +221,7 @@ def pair_logps(
     of_policy, lengths = policy_values(policy, reference, batch, asked), torch.ones_like(batch.sequence_ids)
     of_reference = _of_pairs(("reference_chosen_logps", "reference_rejected_logps"), reference.logps(batch, split))
     if "tails" in asked:
-        tails = by_sequence(reference.token_logps(batch, split) * beyond_other(batch), batch)
+        tails = by_sequence(reference.token_logps(batch, split) * excess_tokens(batch), batch)
         of_reference |= _of_pairs(READ["tails"][2:], tails)
     of_both = _of_pairs(("chosen_lengths", "rejected_lengths"), by_sequence(lengths, batch))
     return PairLogps(**of_policy, **of_reference, **of_both, row_ids=batch.index, desirable=batch.desirable)
@@ -234,7 +234,7 @@ def policy_values(
     values: dict[str, Tensor] = {}
     tokens = None  # (N,)
     if "alignment" in asked:
-        tokens, same = token_logps_and(policy, batch, repeats)
+        tokens, same = token_logps_and(policy, batch, log_collision)
         means = by_sequence(tokens.detach() - same, batch) / by_sequence(torch.ones_like(same), batch)
         values |= _of_pairs(READ["alignment"], means)
     if "kl" in asked:
@@ -243,7 +243,7 @@ def policy_values(
         values |= _of_pairs(READ["kl"], by_sequence(kls, batch))
     tokens = token_logps(policy, batch) if tokens is None else tokens
     if "tails" in asked:
-        values |= _of_pairs(READ["tails"][:2], by_sequence(tokens * beyond_other(batch), batch))
+        values |= _of_pairs(READ["tails"][:2], by_sequence(tokens * excess_tokens(batch), batch))
     return values | _of_pairs(("policy_chosen_logps", "policy_rejected_logps"), by_sequence(tokens, batch))
 
 

@@ -113,7 +113,7 @@ def tokenize(
     return [_pair(item, preferences[item.row], tokenizer) for item in encoded]
 
 
-def told_apart(pairs: Sequence[Pair], on_faulty: str, what: str) -> list[Pair]:
+def filter_identical(pairs: Sequence[Pair], on_faulty: str, what: str) -> list[Pair]:
     """The pairs to learn from: one whose responses have the same tokens is faulty, see `dpo.data.records.filter_pairs`.
     It would have the loss ln 2 and no gradient. With on_faulty="keep" those whose text is faulty were reported with it.
     """
@@ -258,10 +258,10 @@ def tokenize_demonstrations(
 
 def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
     """Prompt ids to sample from, the same as in `tokenize`; longer ones are cut from the left and counted."""
-    return [ids for _, ids in fed_prompts(prompts, tokenizer, max_length)]
+    return [ids for _, ids in truncated_prompts(prompts, tokenizer, max_length)]
 
 
-def fed_prompts(
+def truncated_prompts(
     prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[tuple[Text, list[int]]]:
     """What is left of each prompt in at most max_length tokens, and its ids: see `encode_prompts`.

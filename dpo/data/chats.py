@@ -144,7 +144,7 @@ def as_text(prompt: Text) -> str:
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
-def lost(messages: Text, text: str) -> str | None:
+def missing_text(messages: Text, text: str) -> str | None:
     """What a rendering lacks: each message must be in it after the one before, but for white space around it.
 
     Some templates write a system message before the last turn instead.

@@ -23,7 +23,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from dpo.cache import digest
-from dpo.data.chats import BREAK, Literal, Turn, check_date, lost, rendered, turn
+from dpo.data.chats import BREAK, Literal, Turn, check_date, missing_text, rendered, turn
 from dpo.data.records import Text, report
 
 logger = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ def _texts(
                 start, fault = prompt, None
             else:
                 start = rendered(prompt, literal.tokenizer, add_generation_prompt=True)
-                fault = lost(prompt, start)
+                fault = missing_text(prompt, start)
             texts = []
             for side, ended in sides:
                 text, less = _continuation(prompt, start, literal.text(side), ended, chat, literal.tokenizer)

@@ -123,7 +123,7 @@ def flipped(pair: Preference) -> Preference:
     )
 
 
-def described(pairs: Sequence[Preference]) -> str:
+def summary(pairs: Sequence[Preference]) -> str:
     """How many pairs there are of each kind, and of each label."""
     counts = Counter(pair.measures.kind or "no measures" for pair in pairs)
     kinds = ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts))

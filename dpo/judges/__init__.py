@@ -1,6 +1,6 @@
 """Judges compare responses to a prompt: the functions that `conf/judge/` names, and `compare`, which asks them."""
 
-from dpo.judges.comparing import JUDGES_VERSION, Judge, Rule, Verdict, compare, is_pairwise, remembering
+from dpo.judges.comparing import JUDGES_VERSION, Judge, Rule, Verdict, cached_judge, compare, is_pairwise
 from dpo.judges.llm import Pairwise, Questions
 from dpo.judges.preference import accurate_then_short
 from dpo.judges.reward_model import RewardModel
@@ -15,10 +15,10 @@ __all__ = [
     "Rule",
     "Verdict",
     "accurate_then_short",
+    "cached_judge",
     "compare",
     "gold",
     "hasty",
     "is_pairwise",
-    "remembering",
     "shorter",
 ]

@@ -79,7 +79,7 @@ def by_score(first: Judgement, second: Judgement) -> float:
     return 1.0 if one > other else 0.0 if one < other else 0.5
 
 
-def remembering(judge: Judge, node: Any, cache: str | Path) -> Judge:
+def cached_judge(judge: Judge, node: Any, cache: str | Path) -> Judge:
     """A judge that is asked only what no run has asked it before, if its answers cost something; any other as it is.
 
     They are kept in the folder `cache`, under the judge's name and options, `JUDGES_VERSION`, the prompt and the

@@ -49,7 +49,7 @@ class SharedPrefixMask:
         """What tokens of a prefix from `first` on (rows) attend to: 0, or -inf where not.  # (t - first, t) float32"""
         if (index, first, window) not in self._masks:
             branch, position = self._numbered(self.shared_prefixes[index])
-            seen = sees(branch[first:, None], position[first:, None], branch, position, window)
+            seen = attends(branch[first:, None], position[first:, None], branch, position, window)
             hidden = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
             self._masks[index, first, window] = hidden.to(self.device)
         return self._masks[index, first, window]
@@ -65,7 +65,7 @@ class SharedPrefixMask:
         prefix, branch, position = self._row
 
         def seen(_: Any, __: Any, q: Tensor, k: Tensor) -> Tensor:
-            return (prefix[q] == prefix[k]) & sees(branch[q], position[q], branch[k], position[k], window)
+            return (prefix[q] == prefix[k]) & attends(branch[q], position[q], branch[k], position[k], window)
 
         length, size = sum(self.sizes), BLOCK
         blocks = -(-length // size)
@@ -105,14 +105,14 @@ def _listed(kind: Tensor) -> tuple[Tensor, Tensor]:
     return kind.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]
 
 
-def sees(branch: Tensor, position: Tensor, key_branch: Tensor, key_position: Tensor, window: int | None) -> Tensor:
+def attends(branch: Tensor, position: Tensor, key_branch: Tensor, key_position: Tensor, window: int | None) -> Tensor:
     """Whether a token at `position` of `branch` attends to one of the same prefix at `key_position` of `key_branch`."""
     seen = (position >= key_position) & ((key_branch == 0) | (key_branch == branch))
     return seen if window is None else seen & (position - key_position < window)
 
 
 @contextlib.contextmanager
-def attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+def using_attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     """Inside, the model attends by another of the library's implementations. By NAME, it goes by the `prefix_mask`
     that its forward is given and that it passes on to its layers.
     """

@@ -51,5 +51,5 @@ class BestCheckpoint:
             shutil.rmtree(target, ignore_errors=True)
             selected.rename(target)
         if distributed.is_main():
-            models.beside(target)
+            models.move_adapter_out(target)
         distributed.any_true(False)  # a barrier: now it is there for all

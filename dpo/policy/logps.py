@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from dpo.data.batches import Batch, PromptResponses, collate_responses, size
 from dpo.losses.pairs import tie_tolerance
-from dpo.policy.attention import NAME, SharedPrefixMask, Unsupported, attending
+from dpo.policy.attention import NAME, SharedPrefixMask, Unsupported, using_attention
 from dpo.policy.lora import without
 from dpo.training.distributed import blocks, device_of
 
@@ -55,7 +55,7 @@ def by_sequence(values: Tensor, batch: Batch) -> Tensor:
     return sums.index_add(0, batch.sequence_ids, values.double()).to(values.dtype)
 
 
-def beyond_other(batch: Batch) -> Tensor:
+def excess_tokens(batch: Batch) -> Tensor:
     """Of pairs, which scored tokens lie beyond the length of the other response.  # (N,) bool"""
     lengths = torch.bincount(batch.sequence_ids, minlength=batch.sequences)  # (S,)
     places = torch.arange(len(batch.labels), device=lengths.device) - (lengths.cumsum(0) - lengths)[batch.sequence_ids]
@@ -103,7 +103,7 @@ def _in_tiles(
     return torch.cat(of_labels), torch.cat(made)
 
 
-def repeats(_: slice, words: Tensor) -> Tensor:
+def log_collision(_: slice, words: Tensor) -> Tensor:
     """log of the probability that two draws of the next token are the same, no gradient.  # (n, V) -> (n,)"""
     return (2 * words.detach()).logsumexp(-1)
 
@@ -162,7 +162,7 @@ def _whole(model: PreTrainedModel, function: Callable[[PreTrainedModel, Any], Ma
 def _states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Last hidden states where a token is scored.  # (N, hidden)"""
     prefix_mask = SharedPrefixMask(batch.shared_prefixes, batch.input_ids.device)
-    with attending(model, NAME), _narrowed(model, batch):
+    with using_attention(model, NAME), _narrowed(model, batch):
         output = model.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, prefix_mask=prefix_mask, use_cache=False
         )

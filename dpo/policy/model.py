@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from dpo.data.chats import dated, ends
 from dpo.policy import lora, sharded_io
-from dpo.policy.attention import attending
+from dpo.policy.attention import using_attention
 from dpo.policy.folder import check, check_adapter, check_config, on_hub
 from dpo.training import distributed
 from dpo.world.sizes import MADE
@@ -224,7 +224,7 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
-def beside(policy: Path) -> None:
+def move_adapter_out(policy: Path) -> None:
     """Move the adapter that `save` wrote into a policy's folder out of it, to stand beside."""
     if (policy / "adapter").is_dir():
         shutil.rmtree(policy.with_name("adapter"), ignore_errors=True)
@@ -292,7 +292,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), attending(model, model.config._attn_implementation)  # the same again as in the forward
+        return nullcontext(), using_attention(model, model.config._attn_implementation)  # as in the forward
 
     options = {"use_reentrant": False, "context_fn": contexts, "preserve_rng_state": False}  # there is no dropout
     for block in distributed.blocks(model)[:-1]:

@@ -81,7 +81,7 @@ def _guarded(directory: Path) -> int:
         config = OmegaConf.create(values)
         OmegaConf.set_struct(config, True)
         if base := sizes.missing(config.get("policy"), config.get("cache")):  # made before the processes of a run join
-            importlib.import_module("dpo.world.pretrain").made(base, config.cache, config.device)
+            importlib.import_module("dpo.world.pretrain").pretrained(base, config.cache, config.device)
         importlib.import_module(f"dpo.{config.command}").run(config, directory)
         return 0
     except BaseException as error:  # those of torch.distributed.checkpoint are no Exception

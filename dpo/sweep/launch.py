@@ -41,7 +41,7 @@ from dpo.sweep.execute import IN_USE, THREADS
 from dpo.sweep.forks import Fork
 from dpo.sweep.plan import Composed, Refused, Run, key_of, message, plan
 from dpo.sweep.renamed import renamed
-from dpo.sweep.rounds import unfold
+from dpo.sweep.rounds import run_chains
 from dpo.sweep.schema import OPEN_GROUPS, non_numeric
 from dpo.sweep.signature import check_signature, instantiate
 from dpo.world import sizes
@@ -163,12 +163,12 @@ class Sweep(Launcher):
     def execute(self, composed: Sequence[Composed], refused: Sequence[Refused]) -> NoReturn:
         """Plan all, start what is to do, end the process. If one run is refused nothing is written."""
         if composed and composed[0].config.get("command") == "rounds":
-            sys.exit(unfold(self, composed, refused))
+            sys.exit(run_chains(self, composed, refused))
         planned, more = plan(composed)
-        self.vet(planned, [*refused, *more])
+        self.check(planned, [*refused, *more])
         sys.exit(self.start(planned))
 
-    def vet(self, planned: Sequence[Run], refused: Sequence[Refused]) -> None:
+    def check(self, planned: Sequence[Run], refused: Sequence[Refused]) -> None:
         """End the process, with every reason, if one run is refused; say what has to be made first."""
         given = {key: value for key, value in vars(self).items() if key not in ("loader", "config")}
         unfit = check_signature(

@@ -45,7 +45,7 @@ class Chain:
         if self.done:
             original = original_policy(self.done[0])
             given = {"policy.path": str(self.done[-1].directory / "policy"), "evaluation.baseline": original}
-            given |= fresh(config, self.number)
+            given |= fresh_prompts(config, self.number)
             if config.held_to == "original":
                 if "path" not in config.reference:  # reference=initial
                     given["reference"] = choices["reference"] = "other"
@@ -67,7 +67,7 @@ class Chain:
         return replace(self.composed, config=config, overrides=overrides, choices=choices, name=name)
 
 
-def fresh(config: DictConfig, number: int) -> dict[str, Any]:
+def fresh_prompts(config: DictConfig, number: int) -> dict[str, Any]:
     """The key of the data that gives a round other prompts than those before it, with its value; {} for the same."""
     if config.prompts == "same" or number == 1:
         return {}
@@ -84,7 +84,7 @@ def original_policy(first: Run) -> str:
     return os.path.relpath(place) if place.is_relative_to(Path.cwd()) else str(place)
 
 
-def unfold(launcher: Any, composed: Sequence[Composed], refused: Sequence[Refused]) -> int:
+def run_chains(launcher: Any, composed: Sequence[Composed], refused: Sequence[Refused]) -> int:
     """Start each chain's first unfinished round, and so on; returns the exit code.
 
     If one is refused before any has started, nothing is. A chain whose round fails stops there, the others go on.
@@ -95,7 +95,7 @@ def unfold(launcher: Any, composed: Sequence[Composed], refused: Sequence[Refuse
         found, more = _ahead(going)
         runs = [*{run.directory: run for _, run in found}.values()]
         if not started:
-            launcher.vet(runs, [*refused, *more])  # ends here if one is refused
+            launcher.check(runs, [*refused, *more])  # ends here if one is refused
         for one in more if started else ():
             print(f"{_said(one.overrides)} stops its chain: {one.reason}", file=sys.stderr, flush=True)
         started, going, code = True, [], max(code, int(bool(more)))
@@ -144,7 +144,7 @@ def _unfit(composed: Sequence[Composed]) -> list[Refused]:
             values = resolve(config)
             if problems := faults(values) or _wrong(values):
                 raise ValueError("\n".join(problems))
-            for key, value in fresh(config, config.rounds).items():
+            for key, value in fresh_prompts(config, config.rounds).items():
                 OmegaConf.update(config, key, value)
             settled.append((one, resolve(config)))  # with the prompts of the last round
         except (OmegaConfBaseException, ValueError) as error:

@@ -130,7 +130,7 @@ def measure(
     }
 
 
-def made(base: str, cache: str, device: str) -> None:
+def pretrained(base: str, cache: str, device: str) -> None:
     """Have a base model of another size in the cache. To be called before the processes of a run join."""
     if not distributed.is_main():
         while sizes.present(base, cache) is None:  # rank 0 makes it

@@ -121,7 +121,7 @@ def checked(precision: str, spoilt: str) -> dict[str, object]:
         if weight.ndim > 1:
             torch.nn.init.normal_(weight, std=0.3)  # sharp attention, so that a wrong mask shows
     plain, _ = sequence_logps(model, collate_responses(BRANCHES, packed=False))
-    block, sees = model.model.layers[1], attention.sees
+    block, attends = model.model.layers[1], attention.attends
     forward = block.forward
     if spoilt == "layers pass nothing on":
         block.forward = lambda *given, prefix_mask=None, **named: forward(*given, **named)
@@ -130,12 +130,12 @@ def checked(precision: str, spoilt: str) -> dict[str, object]:
     )
     try:
         if spoilt == "branches see each other":
-            attention.sees = lambda branch, position, other, others, window: position >= others
+            attention.attends = lambda branch, position, other, others, window: position >= others
         packed = packable(model, BRANCHES)
     except RuntimeError as error:
         return {"said": str(error)}
     finally:
-        attention.sees = sees
+        attention.attends = attends
     values, _ = sequence_logps(model, collate_responses(BRANCHES, packed=packed))
     values.sum().backward()
     again, _ = sequence_logps(model, collate_responses(BRANCHES, packed=packed))

@@ -152,7 +152,7 @@ WATCHED = [
         (scoring, "collate_responses"),
         (scoring, "balance_by_tokens"),
     ),
-    *((score, "tokenize"), (score, "told_apart")),
+    *((score, "tokenize"), (score, "filter_identical")),
     *((train, "token_logps"), (sft, "sequence_logps"), (scoring, "token_logps"), (evaluate, "sequence_kl")),
     *((Log, "__init__"), (Batches, "__init__")),
 ]
@@ -343,7 +343,7 @@ def check_calls(run: Run, base: str) -> None:
     )
     rules = [(one["max_length"], one["on_too_long"], one["on_faulty"]) for one in calls["score.tokenize"]]
     assert rules == [(LONGEST, "drop", "keep")] * 2
-    assert [one["on_faulty"] for one in calls["score.told_apart"]] == ["keep"] * 2
+    assert [one["on_faulty"] for one in calls["score.filter_identical"]] == ["keep"] * 2
     (demonstrated,) = calls["sft.tokenize_demonstrations"]
     assert [demonstrated[name] for name in ("max_length", "on_too_long", "on_faulty")] == [LONGEST, "drop", "keep"]
     assert {(one["key"], one["length"]) for one in calls["model.check_length"]} == {("max_length", LONGEST)}

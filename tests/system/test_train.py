@@ -268,7 +268,9 @@ def test_a_wrong_cache_is_noticed(tmp_path, tiny_model, monkeypatch):
             RuntimeError, match=r"the same model .* scores in \S+ are damaged: delete it to score again"
         ):
             run(tmp_path / "b", *given, "beta=0.3")
-        patch.setattr("dpo.policy.attention.sees", lambda branch, position, other, others, window: position >= others)
+        patch.setattr(
+            "dpo.policy.attention.attends", lambda branch, position, other, others, window: position >= others
+        )
         patch.setattr(train, "packable", lambda *_: True)
         with pytest.raises(RuntimeError, match=r"the same model .*; the policy's own .* packed rows: set packed=false"):
             run(tmp_path / "b", *given, "beta=0.3")

@@ -15,7 +15,7 @@ from transformers import AddedToken, GenerationConfig, pipeline
 from whole_runs import run
 
 from dpo.data.batches import encode_prompts, tokenize, tokenize_demonstrations
-from dpo.data.chats import check_date, dated, ends, lost, rendered, turn
+from dpo.data.chats import check_date, dated, ends, missing_text, rendered, turn
 from dpo.data.records import Demonstration, Preference, write
 from dpo.data.tokens import usable
 from dpo.policy import model as models
@@ -218,14 +218,17 @@ def test_what_a_template_drops_is_a_fault(capsys):
 def test_a_message_that_is_dropped_is_not_found_in_another():
     turns = [*ASKED, *answer("I am well"), *ASKED]
     whole = rendered(turns, chatting("qwen2", CHATML))
-    assert lost(turns, whole) is None
+    assert missing_text(turns, whole) is None
     [first, second] = re.finditer(re.escape("<|im_start|>user\nhow are you?<|im_end|>\n"), whole)
-    assert lost(turns, whole[: first.start()] + whole[first.end() :])
-    assert lost(turns, whole[: second.start()]) == "the chat template drops or rewrites part of message 3, of the user"
+    assert missing_text(turns, whole[: first.start()] + whole[first.end() :])
+    assert (
+        missing_text(turns, whole[: second.start()])
+        == "the chat template drops or rewrites part of message 3, of the user"
+    )
     system = [{"role": "system", "content": "I am"}]
     late = chatting("mistral", MISTRAL)  # its system message comes with the last turn
-    assert lost([*system, *turns], rendered([*system, *turns], late)) is None
-    assert lost([*system, *ASKED], rendered(ASKED, late))
+    assert missing_text([*system, *turns], rendered([*system, *turns], late)) is None
+    assert missing_text([*system, *ASKED], rendered(ASKED, late))
 
 
 def test_what_a_template_raises_names_the_record(capsys):

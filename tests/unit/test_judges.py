@@ -185,7 +185,7 @@ def test_the_signature_tells_the_forms_apart(monkeypatch):
     for node, form in ((pairwise, True), (pointwise, False), (module, True)):
         assert check_signature("judge", node) == []
         assert judges.is_pairwise(instantiate(node)) is form
-        assert judges.is_pairwise(judges.remembering(instantiate(node), node, "nowhere")) is form
+        assert judges.is_pairwise(judges.cached_judge(instantiate(node), node, "nowhere")) is form
     assert not judges.is_pairwise(judges.gold)
     assert "judge.margin must be int" in check_signature("judge", pairwise | {"margin": "x"})[0]
     assert "judge.seconds is not an option" in check_signature("judge", pairwise | {"seconds": ["x"]})[0]
@@ -227,7 +227,7 @@ def test_a_costly_judge_is_asked_for_each_answer_once(form, tmp_path):
     judge, questions, answers, pairwise = form
     asked = Asked(judge, pairwise)
     for again in range(2):
-        kept = judges.remembering(asked.judge, {"_target_": "mine"}, tmp_path)  # another run
+        kept = judges.cached_judge(asked.judge, {"_target_": "mine"}, tmp_path)  # another run
         assert ask(kept, [questions[1], *questions, questions[1]]) == [answers[1], *answers, answers[1]], again
     assert asked.questions == [questions[2], questions[0], questions[1]]
     assert ask(kept, [("new", *questions[0][1:])]) == answers[:1]
@@ -240,7 +240,7 @@ def test_what_decides_an_answer_is_in_its_key(form, tmp_path, monkeypatch):
 
     def new(node, question) -> bool:
         before = len(asked.questions)
-        ask(judges.remembering(asked.judge, node, tmp_path), [question])
+        ask(judges.cached_judge(asked.judge, node, tmp_path), [question])
         return len(asked.questions) > before
 
     node = {"_target_": "mine", "margin": 0}
@@ -261,27 +261,27 @@ def test_a_judge_that_costs_nothing_keeps_nothing(tmp_path):
     config = OmegaConf.create({"judge": {"_target_": "dpo.judges.shorter", "_partial_": True}, "cache": str(tmp_path)})
     assert judge_of(config)(PROMPTS, RESPONSES) == [{"score": -1.0}, {"score": -2.0}, {"score": -3.0}]
     assert judge_of(OmegaConf.create({"judge": None, "cache": str(tmp_path)})) is None
-    assert judges.remembering(words, {}, tmp_path) is words
+    assert judges.cached_judge(words, {}, tmp_path) is words
     assert not [*tmp_path.iterdir()]
 
 
 def test_a_run_that_is_stopped_keeps_what_was_answered(form, tmp_path):
     judge, questions, answers, pairwise = form
     with pytest.raises(KeyboardInterrupt):
-        ask(judges.remembering(Asked(judge, pairwise, most=2).judge, {}, tmp_path), questions)
+        ask(judges.cached_judge(Asked(judge, pairwise, most=2).judge, {}, tmp_path), questions)
     asked = Asked(judge, pairwise)
-    assert ask(judges.remembering(asked.judge, {}, tmp_path), questions) == answers
+    assert ask(judges.cached_judge(asked.judge, {}, tmp_path), questions) == answers
     assert asked.questions == questions[:1]
 
 
 def test_an_answer_that_failed_is_not_kept(form, tmp_path):
     judge, questions, answers, pairwise = form
     with pytest.raises(RuntimeError, match="got no answer to 1 of 3; run it again"):
-        ask(judges.remembering(Asked(judge, pairwise, lost=[1]).judge, {}, tmp_path), questions)
+        ask(judges.cached_judge(Asked(judge, pairwise, lost=[1]).judge, {}, tmp_path), questions)
     with pytest.raises(RuntimeError, match="must answer each question by"):
-        ask(judges.remembering(Asked(lambda *_: ["no"], pairwise).judge, {}, tmp_path), questions)
+        ask(judges.cached_judge(Asked(lambda *_: ["no"], pairwise).judge, {}, tmp_path), questions)
     asked = Asked(judge, pairwise)
-    assert ask(judges.remembering(asked.judge, {}, tmp_path), questions) == answers
+    assert ask(judges.cached_judge(asked.judge, {}, tmp_path), questions) == answers
     assert asked.questions == questions[1:2]
 
 
@@ -316,7 +316,7 @@ def test_kept_answers_are_read_as_they_were_given(tmp_path):
 
     asked = Asked(lambda prompts, responses: [odd for _ in responses], False)
     for _ in range(2):
-        [said] = judges.remembering(asked.judge, {"a": 1}, tmp_path)(["p"], ["x"])
+        [said] = judges.cached_judge(asked.judge, {"a": 1}, tmp_path)(["p"], ["x"])
         assert [*said.items()] == [*odd.items()]
         assert str(said["first"]) == "-0.0"
     (file,) = (tmp_path / "answers").glob("*.jsonl")

@@ -324,7 +324,7 @@ def test_a_wrong_border_would_show(sharp, monkeypatch):
     model = sharp("llama")
     with torch.no_grad():
         right = sequence_logps(model, pair_batch())[0]
-        monkeypatch.setattr(attention, "sees", lambda branch, position, other, others, window: position >= others)
+        monkeypatch.setattr(attention, "attends", lambda branch, position, other, others, window: position >= others)
         assert not torch.allclose(sequence_logps(model, pair_batch())[0], right, rtol=1e-3)
 
 
@@ -337,7 +337,7 @@ class TestPackable:
         assert packable(sharp(kind), ITEMS)
 
     def test_a_wrong_mask_stops(self, sharp, monkeypatch):
-        monkeypatch.setattr(attention, "sees", lambda branch, position, other, others, window: position >= others)
+        monkeypatch.setattr(attention, "attends", lambda branch, position, other, others, window: position >= others)
         with pytest.raises(RuntimeError, match="packed=false"):
             packable(sharp("llama"), ITEMS)
 

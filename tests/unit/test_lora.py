@@ -138,8 +138,8 @@ def test_what_is_saved_loads_anywhere(kind, tiny_model, tmp_path):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     models.save(model, tokenizer, tmp_path / "policy")
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-    models.beside(tmp_path / "policy")
-    models.beside(tmp_path / "policy")  # nothing is left to do
+    models.move_adapter_out(tmp_path / "policy")
+    models.move_adapter_out(tmp_path / "policy")  # nothing is left to do
     assert not (tmp_path / "policy" / "adapter").exists()
     with torch.no_grad():
         expected, _ = sequence_logps(model, padded())
@@ -180,7 +180,7 @@ def test_an_adapter_that_peft_wrote(kind, options, tiny_model, tmp_path):
 def test_an_adapter_of_others_is_refused(tiny_model, tmp_path):
     path = tiny_model("llama")
     models.save(moved(adapted(path)), models.load_tokenizer(path), tmp_path / "policy")
-    models.beside(tmp_path / "policy")
+    models.move_adapter_out(tmp_path / "policy")
     folder = tmp_path / "adapter"
     with pytest.raises(ValueError, match=r"is an adapter of weights \w{12}, found \w{12} at policy.path"):
         models.load(ModelSpec(str(tmp_path / "policy"), adapter=str(folder)))  # merged already

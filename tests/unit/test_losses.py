@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from dpo import losses
 from dpo.losses import Loss, PairLogps, dpo, hinge, ipo, objectives, orpo, simpo
 from dpo.losses.pairs import READ, frozen, metrics, sees_whole_step, try_out
 from dpo.sweep.signature import instantiate
@@ -177,7 +176,7 @@ class TestEveryOption:
     def example(self, monkeypatch):
         scope = dict(vars(objectives))
         exec(EXAMPLE, scope)
-        monkeypatch.setattr(losses, "exponential", scope["exponential"], raising=False)
+        monkeypatch.setattr(objectives, "exponential", scope["exponential"], raising=False)
 
     def random(self, size: int = 6, apart: float = 1.0) -> PairLogps:
         """apart: of policy and reference, 0 to 1."""

@@ -426,7 +426,9 @@ def test_wrong_scores_of_packed_rows_are_found_out_by_the_plain_forward(tmp_path
         for parameter in llama.parameters():
             parameter.mul_(9.0)  # it attends to some tokens much more than to others
     monkeypatch.setattr("dpo.policy.scoring.packable", lambda *_: True)
-    monkeypatch.setattr("dpo.policy.attention.sees", lambda branch, position, other, others, window: others <= position)
+    monkeypatch.setattr(
+        "dpo.policy.attention.attends", lambda branch, position, other, others, window: others <= position
+    )
     long = [Pair([5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15])]
     for _ in range(2):  # computed now, and then from the cache: it is not to blame either time
         with pytest.raises(

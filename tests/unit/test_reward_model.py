@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from dpo.judges import RewardModel, compare
-from dpo.settings import deciding
+from dpo.settings import identity_of
 from dpo.sweep.inputs import models as digests
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -120,12 +120,12 @@ def test_its_weights_decide_what_is_kept(folder, tmp_path, tiny_model):
         "judge": dict(node),
         "evaluation": {"judge": dict(node)},
     }
-    before = deciding(node), digests(config)
+    before = identity_of(node), digests(config)
     assert {"judge", "evaluation.judge"} <= before[1].keys()
-    assert before == (deciding(node), digests(config))
+    assert before == (identity_of(node), digests(config))
     weights = load_file(copy / "model.safetensors")
     weights["score.weight"][0, -1] += 1
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    after = deciding(node), digests(config)
+    after = identity_of(node), digests(config)
     assert after[0] != before[0]
     assert {key for key in after[1] if after[1][key] != before[1][key]} == {"judge", "evaluation.judge"}

@@ -18,7 +18,7 @@ from dpo.policy import model as models
 from dpo.results.rounds import as_rounds
 from dpo.sweep import rounds as module
 from dpo.sweep.plan import Refused, Run, resolve
-from dpo.sweep.rounds import Chain, unfold
+from dpo.sweep.rounds import Chain, run_chains
 from dpo.sweep.signature import instantiate
 
 START = "models/start=1,2"
@@ -76,7 +76,7 @@ class Refuses:
     def __init__(self) -> None:
         self.refused: list[Any] = []
 
-    def vet(self, planned, refused):
+    def check(self, planned, refused):
         assert planned == []
         self.refused = [one.reason for one in refused]
         raise SystemExit(1)
@@ -116,7 +116,7 @@ def test_what_cannot_be_rounds_starts_nothing(tmp_path, monkeypatch, given, reas
         given.remove(own[0])
     launcher = Refuses()
     with pytest.raises(SystemExit):
-        unfold(launcher, [composed("rounds", *given)], [])
+        run_chains(launcher, [composed("rounds", *given)], [])
     [problem] = launcher.refused
     assert reason in problem
     assert {path.name for path in tmp_path.iterdir()} <= {"pairs.jsonl"}
@@ -247,12 +247,12 @@ def test_a_round_that_cannot_be_planned_stops_its_chain_alone(monkeypatch, tmp_p
         return 0
 
     monkeypatch.setattr(module, "plan", plan)
-    launcher = SimpleNamespace(vet=lambda runs, refused: None, start=start)
+    launcher = SimpleNamespace(check=lambda runs, refused: None, start=start)
     given = [composed("rounds", "rounds=2", f"beta={beta}", f"policy.path={START!r}") for beta in (0.1, 0.2)]
-    assert unfold(launcher, given, []) == 1
+    assert run_chains(launcher, given, []) == 1
     assert started == [["beta=0.1", "beta=0.2"], ["beta=0.1,round=2"]]
     assert "stops its chain: there is another" in capsys.readouterr().err
-    assert unfold(launcher, given[:1], []) == 0
+    assert run_chains(launcher, given[:1], []) == 0
     assert started[2:] == [["beta=0.1,round=2"]]  # finished, and shown once more
 
 

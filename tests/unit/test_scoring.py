@@ -14,13 +14,13 @@ from dpo.data.batches import Pair, tokenize
 from dpo.data.records import Preference, row, write_rows
 from dpo.policy import model as models
 from dpo.policy import scoring
+from dpo.policy.live import MovingAverage
 from dpo.policy.logps import sequence_logps, token_logps
 from dpo.policy.scoring import check_against_live, score
 from dpo.references import (
     EMA,
     Frozen,
     Initial,
-    MovingAverage,
     OtherTokenizer,
     PrecomputedFiles,
     ReferenceFree,

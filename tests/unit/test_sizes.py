@@ -83,7 +83,7 @@ def test_all_of_a_size_is_in_its_key(monkeypatch, little, field):
 def test_it_is_made_once_and_found_again(tmp_path, monkeypatch, little):
     config = frozen(tmp_path / "run", "policy=small")
     assert sizes.present("world_small", config.cache) is None
-    pretrain.made("world_small", config.cache, "cpu")
+    pretrain.pretrained("world_small", config.cache, "cpu")
     folder = Path(policy_spec(config).path)
     assert str(folder) == sizes.present("world_small", config.cache)
     assert damages(folder.parent) == []
@@ -94,7 +94,7 @@ def test_it_is_made_once_and_found_again(tmp_path, monkeypatch, little):
     assert model.config.hidden_size == 32
     assert tokenizer.get_vocab() == language.tokenizer().get_vocab()
     monkeypatch.setattr(pretrain, "train", None)
-    pretrain.made("world_small", config.cache, "cpu")
+    pretrain.pretrained("world_small", config.cache, "cpu")
 
 
 def test_what_a_run_is_made_from_is_known_once_it_is_there(tmp_path, little):
@@ -102,7 +102,7 @@ def test_what_a_run_is_made_from_is_known_once_it_is_there(tmp_path, little):
     before = Rehearsal().of(config)
     assert before["problems"] == []
     assert "policy" not in before["inputs"]
-    pretrain.made("world_small", config["cache"], "cpu")
+    pretrain.pretrained("world_small", config["cache"], "cpu")
     after = Rehearsal().of(config)
     assert after["problems"] == []
     assert after["inputs"]["policy"] == inputs.sketch(Path(sizes.place("world_small", config["cache"])))
@@ -149,7 +149,7 @@ def _patched(directory: Path, lost_at: int | None = None) -> None:
     pretrain.Lessons.at = counted
     if os.environ.get("RANK") == "0":
         time.sleep(1)  # the other rank is there first
-    pretrain.made("world_small", str(directory / "cache"), "cpu")
+    pretrain.pretrained("world_small", str(directory / "cache"), "cpu")
     assert Path(sizes.place("world_small", str(directory / "cache")), "config.json").exists()
 
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from dpo.data import records
-from dpo.data.batches import Pair, encode_prompts, tokenize, tokenize_demonstrations, told_apart
+from dpo.data.batches import Pair, encode_prompts, filter_identical, tokenize, tokenize_demonstrations
 from dpo.data.records import Demonstration, Preference, TokenIds, write
 from dpo.data.tokens import vocabulary
 
@@ -415,21 +415,21 @@ def test_pairs_that_truncation_makes_the_same_are_faulty(capsys):
     tokenizer = tiny_tokenizer("gpt2")
     some = [Preference(PROMPT, " Rome" * 30 + " Cats", " Rome" * 30 + " dogs", source="a, line 7"), PAIRS[0]]
     whole = tokenize(some, tokenizer, 200, "error")
-    assert told_apart(whole, "error", "train pairs") == whole
+    assert filter_identical(whole, "error", "train pairs") == whole
     assert capsys.readouterr().out == ""
     pairs = tokenize(some, tokenizer, 20, "truncate")
     with pytest.raises(ValueError, match="tokens: 1 of 2 train pairs are faulty") as error:
-        told_apart(pairs, "error", "train pairs")
+        filter_identical(pairs, "error", "train pairs")
     assert "a, line 7: chosen and rejected have the same tokens" in str(error.value)
-    assert told_apart(pairs, "drop", "train pairs") == pairs[1:]
+    assert filter_identical(pairs, "drop", "train pairs") == pairs[1:]
     assert "tokens: 1 of 2 train pairs are faulty, 1 dropped" in capsys.readouterr().out
-    assert told_apart(pairs, "keep", "train pairs") == pairs
+    assert filter_identical(pairs, "keep", "train pairs") == pairs
     assert "tokens: 1 of 2 train pairs are faulty, 0 dropped" in capsys.readouterr().out
     with pytest.raises(ValueError, match="all of them faulty"):
-        told_apart(pairs[:1], "drop", "train pairs")
+        filter_identical(pairs[:1], "drop", "train pairs")
     alike = tokenize([Preference(PROMPT, " Rome", " Rome"), PAIRS[0]], tokenizer, 200, "error")
     capsys.readouterr()
-    assert told_apart(alike, "keep", "train pairs") == alike  # reported as text
+    assert filter_identical(alike, "keep", "train pairs") == alike  # reported as text
     assert capsys.readouterr().out == ""
 
 

@@ -228,5 +228,5 @@ def test_measures_are_kept_in_the_file(tmp_path):
 
 
 def test_what_was_done_is_said():
-    said = treatment.described(treat([pair(0), pair(3, "length")], Treatment(flip=1), 0))
+    said = treatment.summary(treat([pair(0), pair(3, "length")], Treatment(flip=1), 0))
     assert said == "2 pairs (1 answers, 1 length), 2 flipped"
