@@ -23,7 +23,7 @@ from dpo.results.figures import COLOURS, plain, tidy
 
 SETTING = ("beta", "lr")
 KEYS = (*SETTING, "seed", "loss", "round", "best_of")
-BUDGET = (*SETTING, "seed", "round", "held_to", "data.train")
+BUDGET = (*SETTING, "seed", "round", "reference", "data.train")
 MEASURES = {  # columns of the results: title as in the case study, measure, format
     "three right or more": ("enough", ".3f"),
     "four right or more": ("four_correct", ".3f"),
@@ -160,12 +160,12 @@ def by_round(final: pd.DataFrame) -> pd.DataFrame:
 
 
 def chains_against_budget(budget: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The last rounds of `table=rounds`, held to the round before or to the first policy, which the name of a run says;
-    and one offline round on as many samples.
+    """The last rounds of `table=rounds`, held to the round before or to the first policy, which is then another reference
+    than the initial one; and one offline round on as many samples.
     """
     rounds, articles = budget["round"].fillna(1), budget["data.train"]
     last = budget[(rounds == rounds.max()) & (rounds > 1)]
-    original = last["run"].str.contains("held_to=original")
+    original = last["reference"] == "other"
     return {
         "previous": last[~original],
         "original": last[original],
@@ -190,7 +190,7 @@ def claims(final: pd.DataFrame, budget: pd.DataFrame | None = None) -> pd.DataFr
     more = seeds.best_minus_best(dpo, sft, "setting")
     what = "best win rate of DPO minus that of SFT"
     found.append(seeds.holds("3. DPO is better than SFT on the chosen samples", what, more, margin=margin))
-    found += [together(dpo), breaks(dpo)]
+    found += [together(dpo), *breaks(dpo)]
     for number in range(2, last_round(final) + 1):
         gain = seeds.best_minus_best(of_round(final, number), of_round(final, number - 1), "setting")
         claim, what = f"6. Round {number} improves on round {number - 1}", "best win rate of it minus that of the other"
@@ -225,11 +225,16 @@ def together(dpo: pd.DataFrame) -> seeds.Finding:
     return seeds.holds(claim, what, seeds.interval(low - high))
 
 
-def breaks(dpo: pd.DataFrame) -> seeds.Finding:
-    """Whether bad settings fail as the detectors know it."""
+def breaks(dpo: pd.DataFrame) -> list[seeds.Finding]:
+    """Whether the weakest constraint at the highest rate fails as the case study says of bad settings."""
     wild = dpo[(dpo["beta"] == dpo["beta"].min()) & (dpo["lr"] == dpo["lr"].max())]
-    claim, top = "5. Bad settings end in long endings or gibberish", seeds.at_best(dpo, "setting")
-    return seeds.more_often(claim, wild, top, (str(wild["setting"].iloc[0]), str(top["setting"].iloc[0])))
+    top, settings = seeds.at_best(dpo, "setting"), dpo["setting"].nunique()
+    found = []
+    for letter, value, claim in (("a", "ended", "do not end"), ("b", "valid", "end in gibberish")):
+        less = seeds.paired(top, wild, value, looks=settings)
+        names = f"at {top['setting'].iloc[0]} minus that at {wild['setting'].iloc[0]}"
+        found.append(seeds.holds(f"5{letter}. Responses of bad settings {claim}", f"share {value} {names}", less))
+    return found
 
 
 def against_budget(budget: pd.DataFrame) -> list[seeds.Finding]:
