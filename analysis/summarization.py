@@ -160,8 +160,8 @@ def by_round(final: pd.DataFrame) -> pd.DataFrame:
 
 
 def chains_against_budget(budget: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The last rounds of `table=rounds`, held to the round before or to the first policy, which is then another reference
-    than the initial one; and one offline round on as many samples.
+    """The last rounds of `table=rounds`, held to the round before or to the first policy, which is then no initial one,
+    and one offline round on as many samples.
     """
     rounds, articles = budget["round"].fillna(1), budget["data.train"]
     last = budget[(rounds == rounds.max()) & (rounds > 1)]
