@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import socket
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -70,10 +71,14 @@ class Pool:
         """Refuse a pool that could not start, before any model is loaded. Raises: ValueError."""
         if self.address is not None:
             try:
-                _ray().init(address=self.address, **QUIET)
-            except (ConnectionError, ValueError, RuntimeError) as error:
+                if self.address != "auto":  # Ray itself would ask for minutes, and end the process
+                    host, _, port = self.address.rpartition(":")
+                    socket.create_connection((host, int(port)), timeout=10).close()
+                self._start()
+            except (OSError, ValueError) as error:
                 raise ValueError(
-                    f"scorer.address must be that of a running Ray, got {self.address}: {error}; null starts one here"
+                    f"scorer.address must be host:port of a running Ray, or auto, got {self.address}: {error}; null "
+                    "starts one here"
                 ) from error
             self._check_room(_ray().cluster_resources())
         elif self.needs["GPU"] * self.concurrency > (found := torch.cuda.device_count()):
