@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import socket
 import warnings
 from collections import Counter
@@ -182,6 +183,7 @@ class Pool:
         if self.address is not None:
             ray.init(address=self.address, **QUIET)
             return
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # nobody else joins what is started here
         own = {name: self.concurrency * amount for name, amount in (self.options["resources"] or {}).items()}
         for start in range(1, STARTS + 1):
             try:
@@ -217,9 +219,8 @@ QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 
 def _ray() -> Any:
-    """Imported where it is used, and told to be quiet and to call nobody."""
+    """Imported where it is used, and told to be quiet and to report to nobody."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_worker_niceness", "0")  # 15, where training waits for the actors that it starves
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what concerns a run is raised
     import ray

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
 from test_pool import OPTIONS
 from test_reference import settings as of_scoring
@@ -191,6 +190,10 @@ def test_a_ray_that_runs_is_joined(tmp_path, tiny_model):
         "import ray, sys; ray.init(num_cpus=3, resources={'a10': 1}, include_dashboard=False, log_to_driver=False);"
         "print(ray.get_runtime_context().gcs_address, flush=True); sys.stdin.read()"
     )
+    os.environ.setdefault("RAY_AUTH_TOKEN", "0" * 64)  # as those who may join a cluster have it
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+
     line = [sys.executable, "-c", code]
     with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
