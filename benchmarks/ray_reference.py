@@ -60,7 +60,9 @@ def main() -> None:
         measured(0, "first", Path(folder), given.settings)  # makes the policy and the pairs
         for repetition in range(given.repetitions):
             for workers in given.workers:
-                rows.append((workers, measured(workers, f"{workers}_{repetition}", Path(folder), given.settings)))
+                rows.append(
+                    (workers, measured(workers, f"workers_{workers}_{repetition}", Path(folder), given.settings))
+                )
                 print(workers, rows[-1][1], flush=True)
     print(table(rows))
 

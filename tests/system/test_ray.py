@@ -116,6 +116,7 @@ def _made(directory: Path) -> Path:
     return directory
 
 
+@pytest.mark.long
 def test_an_actor_that_is_killed_is_replaced(tmp_path, tiny_model):
     """By another, with no difference; two of them, which hold a resource of a name, give passes in their order."""
     seen: set[int] = set()
@@ -147,6 +148,7 @@ def check_order(pool: Asked) -> None:
     assert next(came, None) is None
 
 
+@pytest.mark.long
 def test_a_response_at_which_every_actor_dies_is_named(tmp_path, tiny_model, monkeypatch):
     from ray import cloudpickle
 
@@ -166,6 +168,7 @@ def test_a_response_at_which_every_actor_dies_is_named(tmp_path, tiny_model, mon
     assert torch.equal(found.table["train"], start(tmp_path / "here", tiny_model, None, DEADLY).table["train"])
 
 
+@pytest.mark.long
 def test_actors_that_load_other_weights_are_refused(tmp_path, tiny_model):
     """As where another machine has another model under that path."""
     model, _ = models.load(tiny_model("llama"))
@@ -184,6 +187,7 @@ def test_an_address_where_no_ray_is(given):
         Pool(**{**OPTIONS, "address": given}).check()
 
 
+@pytest.mark.long
 def test_a_ray_that_runs_is_joined(tmp_path, tiny_model):
     """It must have what the actors take, before any model is loaded; and it goes on when all is scored."""
     code = (
@@ -192,6 +196,7 @@ def test_a_ray_that_runs_is_joined(tmp_path, tiny_model):
     )
     os.environ.setdefault("RAY_AUTH_TOKEN", "0" * 64)  # as those who may join a cluster have it
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster it is what that was started with
     import ray
 
     line = [sys.executable, "-c", code]

@@ -184,6 +184,20 @@ def test_who_asks_waits_and_is_counted(tmp_path, tiny_model, llama):
     assert beside.waited - done < 0.1
 
 
+def test_a_step_waits_for_all_of_its_rows(tmp_path, tiny_model, llama):
+    """Those that are compared come first, all others when the pool goes on."""
+    pool = Here(llama)
+    beside = start(tmp_path, tiny_model, pool, llama)
+    beside.finish()
+    lost = beside._logps.pop(beside._contents["train"][12])  # of the first pair the rejected response
+    waiting = threading.Thread(target=beside.logps, args=(batch([0]), "train"), daemon=True)
+    waiting.start()
+    waiting.join(timeout=0.3)
+    assert waiting.is_alive()
+    beside._logps[beside._contents["train"][12]] = lost
+    waiting.join()
+
+
 def test_what_ends_the_pool_is_raised_where_it_is_waited_for(tmp_path, tiny_model, llama):
     beside = start(tmp_path, tiny_model, Here(llama, passes=0), llama)
     for _ in range(2):
