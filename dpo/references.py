@@ -9,7 +9,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -28,7 +28,8 @@ from dpo.policy import lora
 from dpo.policy import model as models
 from dpo.policy.live import LiveModel, MovingAverage
 from dpo.policy.model import ModelSpec, spec_of
-from dpo.policy.scoring import LIVE, Scoring, check_against_live, score
+from dpo.policy.scoring import LIVE, Scoring, check_against_live, is_kept, score
+from dpo.tables import Streamed, Table, stream, table_of
 from dpo.training import distributed
 
 TOO_LONG = (
@@ -81,32 +82,6 @@ class Pending(Protocol):
         """The reference, before the policy is sharded or trained. pairs: those of each split."""
 
 
-@dataclass(frozen=True)
-class Table:
-    """A reference that never moves: log-probs by row, of the pairs of each split."""
-
-    held: str
-    fingerprint: str
-    table: dict[str, Tensor]  # split -> (N, 2) float32 nats, of chosen and rejected
-    lengths: dict[str, Tensor] = field(default_factory=dict)  # split -> (N, 2) int64 scored tokens, where known
-    tokens: dict[str, list[Tensor]] = field(default_factory=dict)  # split -> 2N x (tokens,), chosen first, if asked for
-    kl_target: str | None = None
-    is_initial: bool = False
-    folder: Path | None = None  # where its scores are kept
-    model: PreTrainedModel | None = None
-
-    def logps(self, batch: Batch, split: str) -> Tensor:
-        return self.table[split].to(batch.index.device)[batch.index].T.reshape(-1)
-
-    def token_logps(self, batch: Batch, split: str) -> Tensor:
-        tokens, rows = self.tokens[split], batch.index.tolist()
-        both = [tokens[row + off] for off in (0, len(tokens) // 2) for row in rows]
-        return torch.cat(both).to(batch.index.device)
-
-    def after_step(self, policy: PreTrainedModel) -> None:
-        return None
-
-
 class Precomputed(ABC):
     """A reference that `prepare` makes a `Table` of, which `dpo.score` writes."""
 
@@ -152,6 +127,13 @@ class Frozen(Precomputed):
     def prepare(
         self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Scoring
     ) -> Table:
+        reference = self.start(initial, policy, pairs, settings)
+        return reference.finish() if isinstance(reference, Streamed) else reference
+
+    def start(
+        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Scoring
+    ) -> Table | Streamed:
+        """The same; what a pool scores can be read meanwhile."""
         self.check(initial, settings)
         of_pairs, tokenizer = models.load_tokenizer(initial), models.load_tokenizer(self.spec(initial))
         sequences = {
@@ -170,27 +152,19 @@ class Frozen(Precomputed):
             for row, pair in enumerate(items)
         ]
         about = partial(self.about, pairs, of_pairs if self.same_tokens else tokenizer, settings)
-        scores = score(model, asked, weights, settings, "reference log-probs", sources, about)
+        counts = " and ".join(f"{len(items)} {split}" for split, items in pairs.items())
+        held = f"{self.name()}, weights {weights[:12]}, log-probs of {counts} pairs"
+        kl_target = self.path if comparable else None
+        is_initial = comparable and (model is policy or weights == models.fingerprint(policy))  # reads all weights
+        rules = (asked, weights, settings, "reference log-probs", sources, about)
+        if settings.pool is not None and not is_kept(asked, weights, settings):
+            held = f"{held} come from a pool of {settings.pool.concurrency} while training reads them"
+            return stream(model, self.spec(initial), held, sequences, rules, kl_target, is_initial)
+        scores = score(model, *rules)
         where = "from the cache" if scores.cached else f"computed in {time.monotonic() - began:.1f} s"
         off = check_against_live(model, asked, scores, settings)
-        table, lengths, tokens, first = {}, {}, {}, 0
-        for split, items in pairs.items():
-            rows = slice(first, first := first + 2 * len(items))
-            table[split] = scores.logps[rows].view(2, len(items)).T.contiguous()
-            lengths[split] = scores.lengths[rows].view(2, len(items)).T
-            tokens[split] = (scores.token_logps or [])[rows]
-        counts = " and ".join(f"{len(items)} {split}" for split, items in pairs.items())
-        return Table(
-            f"{self.name()}, weights {weights[:12]}, log-probs of {counts} pairs {where}; {LIVE} scored again differ "
-            f"by {off:.0e} nats at most",
-            weights,
-            table,
-            lengths,
-            tokens,
-            kl_target=self.path if comparable else None,
-            is_initial=comparable and (model is policy or weights == models.fingerprint(policy)),  # reads all weights
-            folder=scores.folder,
-        )
+        held = f"{held} {where}; {LIVE} scored again differ by {off:.0e} nats at most"
+        return table_of(held, weights, scores, sequences, kl_target, is_initial)
 
     def name(self) -> str:
         return "initial policy" if self.path is None else self.path
@@ -214,6 +188,16 @@ class Frozen(Precomputed):
     ) -> list[Tokens]:
         """What is scored: chosen responses, then rejected ones."""
         return [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
+
+
+def scored_ahead(pending: object) -> Frozen:
+    """What a pool can score beside training. Raises: ValueError if that is not all that the reference gives."""
+    if isinstance(pending, Frozen) and type(pending).prepare is Frozen.prepare:
+        return pending
+    raise ValueError(
+        "scorer=ray needs a reference that is a model which never moves, scored once (initial, other, other_tokenizer, "
+        f"unconditional), found {type(pending).__name__}; leave out scorer=ray"
+    )
 
 
 class Initial(Frozen):

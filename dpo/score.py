@@ -30,8 +30,17 @@ from dpo.judge import cached_preferences
 from dpo.judges import Judge
 from dpo.losses.pairs import asked_by
 from dpo.policy import model as models
-from dpo.references import Precomputed
-from dpo.settings import generation_of, judge_of, limits_of, lora_of, pairing_of, policy_spec, scoring_of, treatment_of
+from dpo.references import Precomputed, scored_ahead
+from dpo.settings import (
+    generation_of,
+    judge_of,
+    limits_of,
+    lora_of,
+    pairing_of,
+    policy_spec,
+    scoring_beside,
+    treatment_of,
+)
 from dpo.sweep.directory import finish
 from dpo.sweep.inputs import load
 from dpo.sweep.signature import instantiate
@@ -53,7 +62,7 @@ def run(config: DictConfig, directory: Path) -> None:
     the chosen one, the `mismatched` response of another prompt for the rejected one, and the `label`.
     """
     began = time.monotonic()
-    pending, settings = instantiate(config.reference), scoring_of(config)
+    pending, settings = instantiate(config.reference), scoring_beside(config)
     if not isinstance(pending, Precomputed):
         logger.info(
             f"reference={config.choices.reference} has no scores to make: it is asked at each step, or is no model"
@@ -61,6 +70,9 @@ def run(config: DictConfig, directory: Path) -> None:
         if distributed.is_main():
             finish(directory, "manifest.json", {"seconds": time.monotonic() - began})
         return
+    if settings.pool:
+        scored_ahead(pending)
+        settings.pool.check()
     dataset = load(config)
     pending.check(policy_spec(config), settings)
     start, policy, pairs = prepare(config, dataset, judge_of(config), *encode(config, dataset))

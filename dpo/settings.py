@@ -1,6 +1,6 @@
 """What the commands read of a config, as the values that the code below them takes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -206,6 +206,12 @@ def pairing_of(config: Any) -> Pairing:
 def scoring_of(config: Any) -> Scoring:
     names = ("cache", "precision", "packed", "micro_batch_tokens", "max_length", "on_too_long")
     return Scoring(**{name: config[name] for name in names}, per_token=config.get("per_token", False))
+
+
+def scoring_beside(config: Any) -> Scoring:
+    """The same, in the pool that the config names, if it names one."""
+    pool = instantiate(config.get("scorer"))  # runs from before have none
+    return replace(scoring_of(config), pool=pool, seed=config.seed, batch_size=config.batch_size)
 
 
 def sft_of(config: Any) -> Sft:

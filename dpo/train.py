@@ -43,12 +43,13 @@ from dpo.policy.logps import (
     token_logps,
     token_logps_and,
 )
-from dpo.references import Pending, Reference, Table
+from dpo.references import Pending, Reference, scored_ahead
 from dpo.score import encode, prepare
-from dpo.settings import baseline_best_of, evaluation_of, judges_of, lora_of, policy_spec, scoring_of
+from dpo.settings import baseline_best_of, evaluation_of, judges_of, lora_of, policy_spec, scoring_beside
 from dpo.sweep.directory import finish, remember_initial
 from dpo.sweep.inputs import load
 from dpo.sweep.signature import instantiate
+from dpo.tables import Streamed, Table
 from dpo.training import distributed
 from dpo.training.log import Log
 from dpo.training.loop import AnyStep, WholeStep, autocast, fit
@@ -69,8 +70,12 @@ def run(config: DictConfig, directory: Path) -> None:
     (of_pairs, judge), loss = judges_of(config), instantiate(config.loss)
     best = baseline_best_of(config)
     pending: Pending = instantiate(config.reference)
-    scoring, measuring = replace(scoring_of(config), per_token="tails" in asked_by(loss)), evaluation_of(config)
+    scoring, measuring = replace(scoring_beside(config), per_token="tails" in asked_by(loss)), evaluation_of(config)
     pending.check(policy_spec(config), scoring)
+    make: Callable[..., Any] = pending.prepare
+    if scoring.pool:
+        make = scored_ahead(pending).start
+        scoring.pool.check()
     if adapters := lora_of(config):
         models.check_lora(policy_spec(config), adapters)
     tokenizer, pairs = encode(config, dataset)
@@ -83,7 +88,7 @@ def run(config: DictConfig, directory: Path) -> None:
     against, initial = policy_spec(config, config.evaluation.baseline), (policy, tokenizer, weights)
     others = evaluate.compared_with(against, initial, dataset, test, measuring, device, best) if judge else None
     baseline = {"kl_baseline": str(against.path)} if others and evaluate.reads_alike(against, tokenizer) else {}
-    reference = pending.prepare(policy_spec(config, start), policy, pairs, scoring)
+    reference: Reference = make(policy_spec(config, start), policy, pairs, scoring)
     logger.info(f"reference: {reference.held}")
     packed = config.packed and packable(policy, [pair.prompt_responses for pair in pairs["train"]])
 
@@ -167,6 +172,11 @@ def run(config: DictConfig, directory: Path) -> None:
                 "pairs": _tokens(pairs),
             },
         )
+        streamed: dict[str, float] = {}
+        if isinstance(reference, Streamed):
+            reference.finish()  # and nothing is left to score when a run has ended
+            streamed = {"reference_wait_s": reference.waited}
+            logger.info(f"training waited {reference.waited:.1f} s for reference log-probs; all are in the cache now")
         selection.update(steps, validate(steps), policy, tokenizer)  # keep=best: unless a former one is better
         selection.finalize(directory / "policy")
         logger.info(f"policy of step {selection.step} of {steps}, validation loss {selection.metrics['loss']:.4f}")
@@ -174,7 +184,7 @@ def run(config: DictConfig, directory: Path) -> None:
         answers = evaluate.answer(trained, tokenizer, instructions, measuring) if instructions else []
         responses, measured = measure(trained, len(test))
         chosen = {"steps": steps, "selected_step": selection.step}
-        result = {**chosen, "seconds": time.monotonic() - began, **selection.metrics, **measured}
+        result = {**chosen, "seconds": time.monotonic() - began, **streamed, **selection.metrics, **measured}
         log.write(steps, "test", measured)
     if distributed.is_main():
         if instructions:

@@ -411,8 +411,8 @@ class Batches(Generic[Item, Made]):
     def at(self, step: int) -> tuple[list[Made], int]:
         """This rank's micro-batches of optimizer step `step`, from 0, and the step's number of real items."""
         epoch, window = divmod(step, len(self))
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.items))
-        rows = order[window * self.batch_size : (window + 1) * self.batch_size].tolist()
+        order = order_of(len(self.items), self.seed, epoch)
+        rows = order[window * self.batch_size : (window + 1) * self.batch_size]
         shares = balance_by_tokens([self.sizes[row] for row in rows], self.micro_batch_tokens, self.world_size)
         batches = []
         for share in shares[self.rank :: self.world_size]:
@@ -420,6 +420,11 @@ class Batches(Generic[Item, Made]):
             valid = torch.full((len(own),), bool(share))
             batches.append(self.collate([self.items[row] for row in own], torch.tensor(own), valid))
         return batches, len(rows)
+
+
+def order_of(items: int, seed: int, epoch: int) -> list[int]:
+    """Rows in the order in which an epoch reads them."""
+    return np.random.default_rng((seed, epoch)).permutation(items).tolist()
 
 
 def balance_by_tokens(sizes: Sequence[int], limit: int, multiple: int) -> list[list[int]]:

@@ -1,7 +1,8 @@
 """Log-probabilities of given responses under a model that does not move: computed once, cached by content."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo.cache import digest, remember
+from dpo.cache import digest, entry, remember
 from dpo.data.batches import PromptResponses, Tokens, balance_by_tokens, collate_responses, size
 from dpo.data.records import listed
 from dpo.losses.pairs import TIE_TOLERANCE
@@ -26,6 +27,9 @@ from dpo.training.loop import autocast
 
 SCORING_VERSION = 4  # part of the cache key: raise it when a change of the scoring code changes its numbers
 LIVE = 8  # sequences that are scored again, to compare what is cached with what the model says now
+# Of distinct sequences, by their digests, what `score` calls the log-probs of their tokens, in that order. It may keep
+# what it has in the folder, and finds it there if it was stopped.
+Passes = Callable[[dict[bytes, Tokens], Path], list[Tensor]]
 BRANCHES = 4  # responses that share a prompt at most: attention is worked out, and hidden, between them, too
 
 
@@ -40,6 +44,9 @@ class Scoring:
     max_length: int  # tokens of prompt and response, which a model must be able to read
     on_too_long: str  # what was done with longer ones
     per_token: bool = False  # keep the log-probs of tokens at hand, too
+    pool: Any = None  # a `dpo.policy.pool.Pool` that scores beside training; None: here, before it
+    seed: int = 0  # of training's first epoch, and
+    batch_size: int = 1  # pairs of its steps: a pool scores first what is read first, which is never a number
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Scores:
 
 
 def score(
-    model: PreTrainedModel,
+    by: PreTrainedModel | Passes,
     sequences: Sequence[Tokens],
     weights: str,
     settings: Scoring,
@@ -62,7 +69,7 @@ def score(
     sources: Sequence[str],
     about: Callable[[], dict[str, Any]] = dict,
 ) -> Scores:
-    """Log-probability of each response under `model`, whose fingerprint is `weights`.
+    """Log-probability of each response under a model, whose fingerprint is `weights`; or by what has it elsewhere.
 
     The cache keeps each distinct sequence once, and look-up is by content, so order, duplicates and row numbers of the
     data set never matter. sources: where each sequence came from, for messages. about: what the sequences come from,
@@ -70,20 +77,18 @@ def score(
 
     Raises: RuntimeError, and keeps nothing, if a log-prob is not finite; if one is missing in what is kept.
     """
-    contents = [_content(tokens) for tokens in sequences]
+    contents = [content_of(tokens) for tokens in sequences]
     distinct = dict(sorted(zip(contents, sequences, strict=True)))
-    key = {
-        "weights": weights,
-        "sequences": digest([content.hex() for content in distinct]),  # token ids and where responses begin
-        "precision": settings.precision,
-        "scoring": SCORING_VERSION,
-    }
+    key = _key(distinct, weights, settings)
 
     def build(folder: Path) -> None:
-        items = [(prompt, [response]) for prompt, response in distinct.values()]
-        faulty = broken(model)  # no layout of rows would help
-        packed = settings.packed and not faulty and packable(model, items)
-        values = _score(model, list(distinct.values()), settings, packed, name)
+        faulty: list[str] = []
+        if isinstance(by, PreTrainedModel):
+            faulty = broken(by)  # no layout of rows would help
+            packed = settings.packed and not faulty and packable(by, alone(distinct.values()))
+            values = _score(by, list(distinct.values()), settings, packed, name)
+        else:
+            values = by(distinct, folder / "passes")
         finite = {content for content, logps in zip(distinct, values, strict=True) if logps.sum().isfinite()}
         if bad := [source for source, content in zip(sources, contents, strict=True) if content not in finite]:
             cause = f"The weights are finite; precision=fp32 or packed=false may help (precision={settings.precision})."
@@ -93,7 +98,7 @@ def score(
             raise RuntimeError(f"{name} must be finite numbers, {found}:{listed(bad)}\n{cause}")
         table = {
             "digests": torch.from_numpy(np.frombuffer(b"".join(distinct), dtype=np.uint8).reshape(-1, 16).copy()),
-            "logps": _sums(values),
+            "logps": sums(values),
             "lengths": torch.tensor([len(logps) for logps in values]),
             # Asked for or not, so that one pass serves both. 4 bytes a token: 1.6 GB for 100,000 pairs of 2 x 2,000
             # tokens, of the 29 GB that a 7B policy has; read only when asked for.
@@ -101,6 +106,7 @@ def score(
         }
         if distributed.is_main():  # what others write is thrown away, and may not fit in /tmp
             save_file(table, folder / "scores.safetensors")
+        shutil.rmtree(folder / "passes", ignore_errors=True)  # of a pool that was stopped, too
 
     folder, cached = remember(settings.cache, "reference", key, build, distributed.any_true, about)
     with safe_open(folder / "scores.safetensors", "pt") as file:  # which reads no more than it is asked for
@@ -121,20 +127,46 @@ def score(
     return Scores(table["logps"][order], table["lengths"][order], tokens, cached, folder)
 
 
+def is_kept(sequences: Sequence[Tokens], weights: str, settings: Scoring) -> bool:
+    """Whether the cache has what `score` would give."""
+    distinct = dict(sorted((content_of(tokens), tokens) for tokens in sequences))
+    return entry(settings.cache, "reference", _key(distinct, weights, settings)).is_dir()
+
+
+def _key(distinct: dict[bytes, Tokens], weights: str, settings: Scoring) -> dict[str, Any]:
+    """What decides scores: the cache's key. distinct: sorted, by `content_of`."""
+    return {
+        "weights": weights,
+        "sequences": digest([content.hex() for content in distinct]),  # token ids and where responses begin
+        "precision": settings.precision,
+        "scoring": SCORING_VERSION,
+    }
+
+
+def live_rows(count: int) -> list[int]:
+    """Which of `count` sequences are scored again."""
+    return list(range(0, count, max(1, count // LIVE)))[:LIVE]
+
+
+def live_logps(model: PreTrainedModel, sequences: Sequence[Tokens], settings: Scoring) -> Tensor:
+    """What the model's own forward says now of a few sequences.  # (N,) float32"""
+    return sums(_score(model, sequences, settings, packed=False, name=""))
+
+
 def check_against_live(model: PreTrainedModel, sequences: Sequence[Tokens], scores: Scores, settings: Scoring) -> float:
     """By how many nats scores of a few sequences differ at most from what the model's own forward says now.
 
     Raises: RuntimeError if that is more than rounding explains, which says what is to blame: what is kept, if scoring
     in the same way gives the right numbers now, and else the way.
     """
-    rows = list(range(0, len(sequences), max(1, len(sequences) // LIVE)))[:LIVE]
+    rows = live_rows(len(sequences))
     some, kept, precision = [sequences[row] for row in rows], scores.logps[rows], settings.precision
-    live = _sums(_score(model, some, settings, packed=False, name=""))
+    live = live_logps(model, some, settings)
     wrong = differing(kept, live, precision)
     if not wrong:
         return (kept - live).abs().max().item()
-    packed = settings.packed and packable(model, [(prompt, [response]) for prompt, response in some])
-    again = _sums(_score(model, some, settings, packed, name="")) if scores.cached else kept
+    packed = settings.packed and packable(model, alone(some))
+    again = sums(_score(model, some, settings, packed, name="")) if scores.cached else kept
     if scores.cached and not differing(again, live, precision):
         raise RuntimeError(
             f"{scores.folder} must hold the log-probs that the model gives, found {wrong}, though scoring them again "
@@ -151,12 +183,18 @@ def check_against_live(model: PreTrainedModel, sequences: Sequence[Tokens], scor
     )
 
 
-def _sums(token_logps: Sequence[Tensor]) -> Tensor:
+def sums(token_logps: Sequence[Tensor]) -> Tensor:
     """Over each response, rounded once.  # N x (tokens,) -> (N,) float32"""
     return torch.stack([values.double().sum() for values in token_logps]).float()
 
 
-def _content(tokens: Tokens) -> bytes:
+def alone(sequences: Iterable[Tokens]) -> list[PromptResponses]:
+    """Each response by itself."""
+    return [(prompt, [response]) for prompt, response in sequences]
+
+
+def content_of(tokens: Tokens) -> bytes:
+    """By what a sequence is known: a digest of its token ids, and of where the response begins."""
     prompt_ids, response_ids = tokens
     ids = np.array([len(prompt_ids), *prompt_ids, *response_ids], dtype="<i8")
     return hashlib.sha256(ids.tobytes()).digest()[:16]
@@ -168,24 +206,38 @@ def _score(
 ) -> list[Tensor]:
     """Log-probs of the tokens of each response.  # N x (tokens,) float32"""
     found: list[tuple[int, Tensor]] = []
-    training, device = model.training, distributed.device_of(model)
+    training = model.training
     model.eval()
     tokens = forward_tokens(settings.micro_batch_tokens, packed)
     bar = progress(total=len(sequences), name=name)
     with bar:
-        for share in _share(_shares(sequences, tokens)):
-            items: list[PromptResponses] = [
-                (sequences[rows[0]][0], [sequences[row][1] for row in rows]) for rows in share
-            ]
-            order = [row for nth in zip_longest(*share) for row in nth if row is not None]
-            with autocast(settings.precision, device):
-                values = token_logps(model, collate_responses(items, packed=packed).to(device)).cpu()
-            parts = values.split([len(sequences[row][1]) for row in order])
-            found += [(row, part.clone()) for row, part in zip(order, parts, strict=True)]
-            bar.update(len(order) * distributed.world_size())
+        for share in _share(shares(sequences, tokens)):
+            values = forward(model, items_of(share, sequences), settings.precision, packed)
+            found += parted(share, sequences, values)
+            bar.update(sum(map(len, share)) * distributed.world_size())
     model.train(training)
     scored = dict(distributed.gathered(found))
     return [scored[row] for row in range(len(sequences))]
+
+
+@torch.no_grad()
+def forward(model: PreTrainedModel, items: list[PromptResponses], precision: str, packed: bool) -> Tensor:
+    """One pass: log-probs of the tokens of all responses, in the order of `parted`.  # (N,) float32, on the CPU"""
+    device = distributed.device_of(model)
+    with autocast(precision, device):
+        return token_logps(model, collate_responses(items, packed=packed).to(device)).cpu()
+
+
+def items_of(share: list[list[int]], sequences: Sequence[Tokens]) -> list[PromptResponses]:
+    """What a pass over a share reads."""
+    return [(sequences[rows[0]][0], [sequences[row][1] for row in rows]) for rows in share]
+
+
+def parted(share: list[list[int]], sequences: Sequence[Tokens], values: Tensor) -> list[tuple[int, Tensor]]:
+    """What a pass over a share gave, by row.  # (N,) -> rows, with (tokens,) each"""
+    order = [row for nth in zip_longest(*share) for row in nth if row is not None]
+    parts = values.split([len(sequences[row][1]) for row in order])
+    return [(row, part.clone()) for row, part in zip(order, parts, strict=True)]
 
 
 def _share(chunks: list[list[list[int]]]) -> list[list[list[int]]]:
@@ -194,7 +246,7 @@ def _share(chunks: list[list[list[int]]]) -> list[list[list[int]]]:
     return [chunks[place % len(chunks)] for place in range(first, -(-len(chunks) // apart) * apart, apart)]
 
 
-def _shares(sequences: Sequence[Tokens], tokens: int) -> list[list[list[int]]]:
+def shares(sequences: Sequence[Tokens], tokens: int) -> list[list[list[int]]]:
     """Rows of the sequences, together where they continue the same prompt, in shares of at most `tokens`."""
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for row, (prompt, _) in enumerate(sequences):

@@ -347,6 +347,7 @@ def _null(arguments: Sequence[str]) -> str | None:
         group, _, option = argument.lstrip("+").partition("=")
         if group in (*OPEN_GROUPS, "policy", "figure", "table") and "null" in option.lower().split(","):
             how = {"judge": "judge=none is no judge", "reference": "reference=reference_free is no reference"}
+            how["scorer"] = "scorer=here is no pool"
             return f"{group} must be one of its options, got null; {how.get(group, f'leave out {argument}')}"
     return None
 

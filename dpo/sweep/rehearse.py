@@ -14,6 +14,7 @@ from dpo.losses.pairs import OF_REFERENCE, asked_by, try_out
 from dpo.policy.folder import check_adapter
 from dpo.policy.lora import Lora
 from dpo.policy.model import ModelSpec, check_lora, resolve_path
+from dpo.references import scored_ahead
 from dpo.sweep import inputs
 from dpo.sweep.directory import before
 from dpo.sweep.schema import misfits, number_of_samples
@@ -47,6 +48,7 @@ class Rehearsal:
             attempts.append((_chosen_by, config["judge"]))
         if "loss" in config:
             attempts += [(instantiate, config[group]) for group in ("engine", "reference")] + [(_loss, config["loss"])]
+            attempts += [(_pooled, config["reference"], config.get("scorer"))]
         tried = [self._once(*attempt) for attempt in attempts]
         if problems := [*dict.fromkeys(problem for _, problem in tried if problem is not None)]:
             return {"problems": problems, "inputs": {}}
@@ -152,6 +154,12 @@ def _ruled(judge: dict[str, Any] | None, rule: dict[str, Any] | None) -> None:
 
 def _loss(node: dict[str, Any]) -> None:
     try_out(instantiate(node))
+
+
+def _pooled(reference: dict[str, Any], scorer: dict[str, Any] | None) -> None:
+    if scorer is not None:
+        instantiate(scorer)
+        scored_ahead(instantiate(reference))
 
 
 def _together(loss: dict[str, Any], reference: dict[str, Any], single: bool) -> None:

@@ -106,6 +106,7 @@ class Train:
     lr: float
     loss: Any
     reference: Any
+    scorer: Any
     data: Any
     policy: Policy
     judge: Any
@@ -183,7 +184,7 @@ class Rounds(Train):
 
 
 NOT_OF_SFT = (
-    *("beta", "lr", "loss", "reference", "batch_size", "epochs", "steps", "schedule", "warmup_steps"),
+    *("beta", "lr", "loss", "reference", "scorer", "batch_size", "epochs", "steps", "schedule", "warmup_steps"),
     *("evaluate_prompts", "keep", "engine", "generation", "pairs", "rule"),
 )
 # `python -m dpo.sft`: the same keys, but for these
@@ -210,7 +211,7 @@ SCHEMAS = {
 ConfigStore.__deepcopy__ = lambda store, _: store  # type: ignore[attr-defined]
 for verb, schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{verb}_schema", node=schema)
-OPEN_GROUPS = ("data", "engine", "judge", "rule", "loss", "reference")  # typed by the signature of what they name
+OPEN_GROUPS = ("data", "engine", "judge", "rule", "loss", "reference", "scorer")  # typed by what they name
 
 # The home of a default -> the key that decides. A frozen config shows the value in force at both.
 ALIASES = {"loss.beta": "beta"} | {f"policy.{key}": key for key in ("lr", "max_length", "max_new_tokens")}
@@ -226,7 +227,7 @@ NON_NUMERIC = (
     *("name", "runs", "cache", "wandb", "device", "processes", "threads", "micro_batch_tokens", "packed"),
     *("activation_checkpointing", "sharding", "evaluate_every", "evaluate_prompts", "checkpoint_every"),
     *("checkpoints_kept", "evaluation.log_samples", "evaluation.instructions"),
-    *("generation.batch_size", "evaluation.batch_size"),
+    *("generation.batch_size", "evaluation.batch_size", "scorer"),
     *(f"{group}.{key}" for group in ("judge", "evaluation.judge", "engine") for key in ("server", "cache")),
     *("policy.micro_batch_tokens", "policy.generation_batch_size"),  # of keys that are listed
     *("figure", "table"),  # an experiment is what its keys say
@@ -377,7 +378,7 @@ def _keys(node: Any, schema: type, prefix: str = "") -> list[str]:
             problems += _keys(node[key], expected, f"{prefix}{key}.")
         elif not fits(node[key], expected):
             problems.append(f"{prefix}{key} must be {kind(expected)}, got {node[key]!r}")
-        elif key in OPEN_GROUPS and node[key] is None and key not in ("judge", "rule"):
+        elif key in OPEN_GROUPS and node[key] is None and key not in ("judge", "rule", "scorer"):
             problems.append(f"{key} must be an option, got null; choose one: {key}=..., --help lists them")
     return problems
 
@@ -478,6 +479,10 @@ def _sharding(config: dict[str, Any]) -> list[str]:
         problems.append(f"sharding.group must divide the {processes} processes, got {group}; null is all of them")
     if config["sharding"]["offload"] and processes == 1:
         problems.append("sharding.offload needs several processes, got 1; use processes=2 or more")
+    if config.get("scorer") is not None and processes > 1:
+        problems.append(
+            f"processes must be 1 with scorer=ray, got {processes}; score ahead: python -m dpo.score scorer=ray"
+        )
     return problems
 
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [  # imports go to a lower layer or stay in theirs, and never in a circle
     {"HOME", "cache", "endpoint", "training"},
     {"data", "losses", "policy", "responses", "win_rates", "world"},
-    {"engines", "references", "judges"},
+    {"engines", "references", "tables", "judges"},
     {"sweep"},
     {"results"},
     {"settings", "evaluate", "generate", "judge", "sft", "world.pretrain"},
@@ -106,7 +106,9 @@ def test_commands_print_their_results_and_all_else_is_logged(file):
     assert module(file) in PRINTING or not _prints(tree) - printed, "log it: logging.getLogger(__name__)"
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("getLogger"):
-            assert ast.unparse(node) == "logging.getLogger(__name__)", "a logger outside `dpo` is not heard"
+            one = ast.unparse(node)
+            hushed = f"{one}.setLevel(" in ast.unparse(tree)
+            assert one == "logging.getLogger(__name__)" or hushed, "a logger outside `dpo` is not heard"
 
 
 def _prints(tree: ast.AST) -> set[ast.Call]:

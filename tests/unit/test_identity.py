@@ -29,7 +29,7 @@ DO_NOT = {  # those that do not
     *("name", "runs", "cache", "wandb.mode", "wandb.project", "wandb.entity", "device", "processes", "threads"),
     *("micro_batch_tokens", "packed", "activation_checkpointing", "sharding.group", "sharding.offload"),
     *("evaluate_every", "evaluate_prompts", "checkpoint_every", "checkpoints_kept"),
-    *("generation.batch_size", "evaluation.batch_size"),
+    *("generation.batch_size", "evaluation.batch_size", "scorer"),
     *("evaluation.log_samples", "evaluation.instructions", "policy.micro_batch_tokens", "policy.generation_batch_size"),
 }
 SWITCHED = {  # those that do where the first is given

@@ -1,0 +1,291 @@
+"""Score beside training, in a pool of Ray actors that each hold the model (the design of Anyscale's llmforge).
+
+Passes go through Ray Data in the order in which training reads their rows. Each is the very pass that `scoring.score`
+would make, over the same rows, so no value depends on the actor, on how many there are, or on one that died.
+"""
+
+import json
+import logging
+import math
+import os
+import secrets
+import socket
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dpo.cache import digest
+from dpo.data.batches import PromptResponses, Tokens
+from dpo.data.records import listed
+from dpo.policy import model as models
+from dpo.policy.logps import forward_tokens
+from dpo.policy.model import ModelSpec
+from dpo.policy.scoring import Passes, Scoring, forward, items_of, parted, shares
+from dpo.training.log import progress
+
+logger = logging.getLogger(__name__)
+STARTS = 3  # of a Ray of one's own: on a busy machine it may end before it has begun
+
+
+class Pool:
+    """Actors that score. Each takes `num_cpus`, `num_gpus` and `resources` of what Ray has, and runs on a GPU if given.
+
+    batch_size: passes that an actor is handed at once. max_restarts: of an actor that died. max_task_retries: of what
+    it was handed then. address: of a running Ray; None: one of this machine, for the time of scoring.
+    """
+
+    def __init__(
+        self,
+        concurrency: int,
+        batch_size: int,
+        num_cpus: float,
+        num_gpus: float,
+        resources: dict[str, float] | None,
+        max_restarts: int,
+        max_task_retries: int,
+        address: str | None,
+    ) -> None:
+        least: dict[str, tuple[float, int]] = {"concurrency": (concurrency, 1), "batch_size": (batch_size, 1)}
+        least |= {"max_restarts": (max_restarts, 0), "max_task_retries": (max_task_retries, 0)}
+        least |= {"num_cpus": (num_cpus, 0), "num_gpus": (num_gpus, 0)}
+        least |= {f"resources.{name}": (amount, 0) for name, amount in (resources or {}).items()}
+        for name, (value, minimum) in least.items():
+            if not minimum <= value < math.inf:
+                raise ValueError(f"scorer.{name} must be at least {minimum}, got {value}")
+        if find_spec("ray") is None:
+            raise ValueError("scorer=ray needs the package ray, found none; pip install -e '.[ray]'")
+        self.concurrency, self.batch_size, self.address = concurrency, batch_size, address
+        self.needs = {"CPU": num_cpus, "GPU": num_gpus, **(resources or {})}  # of one actor
+        self.options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus, "resources": resources}
+        self.lives = {"max_restarts": max_restarts, "max_task_retries": max_task_retries}
+
+    def check(self) -> None:
+        """Refuse a pool that could not start, before any model is loaded. Raises: ValueError."""
+        if self.address is not None:
+            try:
+                if self.address != "auto":  # Ray itself would ask for minutes, and end the process
+                    host, _, port = self.address.rpartition(":")
+                    socket.create_connection((host, int(port)), timeout=10).close()
+                self._start()
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"scorer.address must be host:port of a running Ray, or auto, got {self.address}: {error}; null "
+                    "starts one here"
+                ) from error
+            self._check_room(_ray().cluster_resources())
+        elif self.needs["GPU"] * self.concurrency > (found := torch.cuda.device_count()):
+            self._check_room({"CPU": math.inf, "GPU": found})
+
+    def _check_room(self, has: dict[str, float]) -> None:
+        for name, amount in self.needs.items():
+            if amount and self.concurrency * amount > has.get(name, 0):
+                raise ValueError(
+                    f"{self.concurrency} scoring actors must find {amount:g} {name} each, found {has.get(name, 0):g} "
+                    "in all; lower scorer.concurrency, or what each takes"
+                )
+
+    def passes(
+        self,
+        which: ModelSpec,
+        weights: str,
+        packed: bool,
+        settings: Scoring,
+        name: str,
+        first: Sequence[bytes],
+        sources: dict[bytes, str],
+        found: Callable[[bytes, Tensor], None],
+    ) -> Passes:
+        """What `scoring.score` calls in place of the model `which`, whose fingerprint is `weights`.
+
+        first: digests of all sequences, as they will be read. sources: where each came from, for messages. found: told
+        of each as it comes: the log-probs of its tokens, (tokens,) float32.
+        """
+
+        def run(distinct: dict[bytes, Tokens], folder: Path) -> list[Tensor]:
+            contents, sequences = list(distinct), list(distinct.values())
+            turn = {content: number for number, content in reversed([*enumerate(first)])}
+            passes = shares(sequences, forward_tokens(settings.micro_batch_tokens, packed))
+            passes.sort(key=lambda share: min(turn[contents[row]] for rows in share for row in rows))
+            names = [[contents[row].hex() for rows in share for row in rows] for share in passes]
+            files = [folder / f"{digest([packed, named])}.safetensors" for named in names]
+            folder.mkdir(parents=True, exist_ok=True)
+            values: dict[int, Tensor] = {}
+            with progress(total=len(sequences), name=name) as bar:
+
+                def take(share: list[list[int]], logps: Tensor) -> None:
+                    for row, one in parted(share, sequences, logps):
+                        values[row] = one
+                        found(contents[row], one)
+                    bar.update(sum(map(len, share)))
+
+                for share, file in zip(passes, files, strict=True):
+                    if file.exists():  # of a run that was stopped
+                        take(share, load_file(file)["logps"])
+                left = [place for place, file in enumerate(files) if not file.exists()]
+                asked = {place: items_of(passes[place], sequences) for place in left}
+
+                def rows(place: int) -> list[str]:
+                    return [sources[contents[row]] for rows in passes[place] for row in rows]
+
+                for place, logps in self._stream(asked, (_anywhere(which), weights, settings.precision, packed), rows):
+                    unfinished = files[place].with_suffix(".unfinished")
+                    save_file({"logps": logps}, unfinished)
+                    unfinished.rename(files[place])
+                    take(passes[place], logps)
+            return [values[row] for row in range(len(sequences))]
+
+        return run
+
+    def _stream(
+        self, asked: dict[int, list[PromptResponses]], model: tuple[Any, ...], rows: Callable[[int], list[str]]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Places of passes, in their order, with what each gives."""
+        if not asked:
+            return
+        ray = _ray()
+        self._start()
+        begun = ray.remote(num_cpus=0)(Begun).remote()
+        data = ray.data.DataContext.get_current()
+        data.execution_options.preserve_order = True
+        data.enable_progress_bars = data.print_on_execution_start = False
+        data.max_errored_blocks = 0
+        lines = [{"place": place, "share": json.dumps(items).encode()} for place, items in asked.items()]
+        scored = ray.data.from_items(lines, override_num_blocks=-(-len(lines) // self.batch_size)).map_batches(
+            Worker,
+            fn_constructor_args=(*model, torch.get_num_threads(), self.needs["GPU"] > 0, begun),
+            batch_size=self.batch_size,
+            compute=ray.data.ActorPoolStrategy(size=self.concurrency),
+            **self.options,
+            **self.lives,
+        )
+        try:
+            for line in scored.iter_rows():
+                yield line["place"], torch.from_numpy(np.frombuffer(line["logps"], dtype=np.float32).copy())
+        except Exception as error:
+            raise self._named(error, ray.get(begun.left.remote()), rows) from error
+        finally:
+            ray.shutdown()
+
+    def _start(self) -> None:
+        """Start Ray, or join it. Raises: RuntimeError if it does not start."""
+        ray = _ray()
+        if ray.is_initialized():
+            return
+        if self.address is not None:
+            ray.init(address=self.address, **QUIET)
+            return
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # nobody else joins what is started here
+        own = {name: self.concurrency * amount for name, amount in (self.options["resources"] or {}).items()}
+        for start in range(1, STARTS + 1):
+            try:
+                cpus = 1 + math.ceil(self.concurrency * self.needs["CPU"])
+                ray.init(num_cpus=cpus, resources=own, include_dashboard=False, **QUIET)
+                return
+            except Exception as error:
+                ray.shutdown()
+                if start == STARTS:
+                    raise RuntimeError(
+                        f"Ray must start on this machine, found that it does not, {STARTS} times: {error}; leave out "
+                        "scorer=ray, or set scorer.address to one that runs"
+                    ) from error
+                logger.warning(f"ray: did not start ({error}), it is started again: {start + 1} of {STARTS}")
+
+    def _named(self, error: Exception, left: dict[str, int], rows: Callable[[int], list[str]]) -> RuntimeError:
+        """Which responses actors were at when they died, and what they died of."""
+        times = Counter({place: count for place, count in left.items() if "/" not in place})
+        most = max(times.values(), default=0)
+        names = []
+        for place in (place for place, count in times.items() if count == most):
+            within = [int(part) for whole, _, part in (one.partition("/") for one in left) if whole == place and part]
+            names += [rows(int(place))[row] for row in within] or rows(int(place))
+        cause = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        return RuntimeError(
+            f"scoring actors must live through every response, found that they ended {most} times at "
+            f"{'this one' if len(names) == 1 else f'one of these {len(names)}'}:{listed(names)}\n{cause}\nWhat was "
+            "scored is kept. Give an actor more memory, lower micro_batch_tokens, or leave out the response"
+        )
+
+
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+
+
+def _ray() -> Any:
+    """Imported where it is used, and told to be quiet and to report to nobody."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15, where training waits for the actors that it starves
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what concerns a run is raised
+    import ray
+    import ray.data
+
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # max_restarts has no other way in
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    return ray
+
+
+def _anywhere(which: ModelSpec) -> ModelSpec:
+    """The same model for a process that works in another folder, or on another machine that sees the files."""
+    folder = Path(models.resolve_path(which.path))
+    adapter = None if which.adapter is None else str(Path(which.adapter).resolve())
+    return replace(which, path=str(folder.resolve()) if folder.is_dir() else which.path, adapter=adapter, layout=None)
+
+
+class Worker:
+    """An actor: the model, and one pass after another. begun: a handle of `Begun`."""
+
+    def __init__(
+        self, which: ModelSpec, weights: str, precision: str, packed: bool, threads: int, cuda: bool, begun: Any
+    ) -> None:
+        torch.set_num_threads(threads)  # with others the last bits would be others
+        self.model, _ = models.load(which, "cuda" if cuda else "cpu")
+        if (found := models.fingerprint(self.model)) != weights:
+            raise RuntimeError(
+                f"a scoring actor must load the weights {weights[:12]} from {which.path}, found {found[:12]}; the same "
+                "files must be there for all machines of the pool"
+            )
+        self.precision, self.packed, self.begun = precision, packed, begun
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        values = np.empty(len(batch["place"]), dtype=object)
+        for number, (place, share) in enumerate(zip(batch["place"].tolist(), batch["share"], strict=True)):
+            items = [(prompt, responses) for prompt, responses in json.loads(share)]
+            if self._begin(place):  # an actor died here: at which row?
+                for row, alone in enumerate((prompt, [one]) for prompt, responses in items for one in responses):
+                    self._begin(f"{place}/{row}")
+                    forward(self.model, [alone], self.precision, self.packed)
+                    self.begun.end.remote(f"{place}/{row}")
+            values[number] = forward(self.model, items, self.precision, self.packed).numpy().tobytes()
+            self.begun.end.remote(str(place))
+        return {"place": batch["place"], "logps": values}
+
+    def _begin(self, what: Any) -> bool:
+        import ray
+
+        return ray.get(self.begun.begin.remote(str(what)))
+
+
+class Begun:
+    """What actors are at, kept in an actor of its own that outlives them."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, int] = {}
+
+    def begin(self, what: str) -> bool:
+        """Whether it was begun before and never ended."""
+        self.times[what] = self.times.get(what, 0) + 1
+        return self.times[what] > 1
+
+    def end(self, what: str) -> None:
+        del self.times[what]
+
+    def left(self) -> dict[str, int]:
+        """How many times each was begun that was not ended."""
+        return self.times

@@ -1,0 +1,224 @@
+"""Ray itself, on a CPU: what its actors score beside training, and what becomes of one that dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_pool import OPTIONS
+from test_reference import settings as of_scoring
+from whole_runs import frozen, losses, own, run
+
+from dpo import score
+from dpo.data.batches import Pair
+from dpo.policy import model as models
+from dpo.policy import pool as pools
+from dpo.policy.pool import Pool, Worker
+from dpo.policy.scoring import content_of, forward, shares
+from dpo.references import Initial
+
+PAIRS = [Pair([5 + n] * (n % 5 + 1), [8, 9 + n, 11], [9 + n]) for n in range(60)]
+SMALL = ["scorer.batch_size=1", "micro_batch_tokens=100", "threads=1", "device=cpu"]
+MARKED = 300  # a token of one response alone, at which a worker dies
+DEADLY = [*PAIRS[:40], Pair([7, 7], [8, 9], [MARKED, 9]), *PAIRS[40:]]
+
+
+class Asked(Pool):
+    """Notes what comes, and does what a test wants when the first is there."""
+
+    def __init__(self, then: Any = None, **changed: Any) -> None:
+        super().__init__(**{**OPTIONS, **changed})
+        self.then, self.came, self.order = then, [], {}
+
+    def passes(self, *given: Any) -> Any:
+        *rest, first, sources, found = given
+        self.order = {content: place for place, content in reversed([*enumerate(first)])}
+
+        def noted(content: bytes, logps: torch.Tensor) -> None:
+            if self.then is not None and not self.came:
+                self.then()
+            self.came.append(content)
+            found(content, logps)
+
+        return super().passes(*rest, first, sources, noted)
+
+
+class Deadly(Worker):
+    """An actor that some response kills, whenever it is scored."""
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        def deadly(model: Any, items: Any, precision: str, packed: bool) -> torch.Tensor:
+            if any(MARKED in response for _, responses in items for response in responses):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return forward(model, items, precision, packed)
+
+        Worker.__call__.__globals__["forward"] = deadly
+        return super().__call__(batch)
+
+
+def workers() -> list[int]:
+    """Scoring actors that this process, or one that it started, started."""
+    parents, named = {}, []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                if b"MapWorker(MapBatches" in (folder / "cmdline").read_bytes():
+                    named.append(int(folder.name))
+            except OSError:  # ended meanwhile
+                pass
+
+    def mine(process: int) -> bool:
+        return process == os.getpid() or (process > 1 and mine(parents.get(process, 0)))
+
+    return [process for process in named if mine(process)]
+
+
+def start(tmp_path: Path, tiny_model: Any, pool: Pool | None, pairs: list[Pair] = PAIRS) -> Any:
+    model, _ = models.load(tiny_model("llama"))
+    asked = replace(of_scoring(tmp_path, micro_batch_tokens=10), pool=pool, batch_size=4)
+    return Initial().start(tiny_model("llama"), model, {"train": pairs}, asked)
+
+
+def test_a_run_beside_which_ray_scores(tmp_path, tiny_model, monkeypatch):
+    """Losses and measures are those of a run that scores by itself, and the file in the cache is that of dpo.score, to
+    the bit. Its loss begins at ln 2, and the next run finds the scores and starts no Ray."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "beside").mkdir()
+    given = [*own(tmp_path, tiny_model("llama")), *SMALL[1:]]
+    rows, result = run(tmp_path / "beside" / "run", *given, "scorer=ray", "scorer.batch_size=1")
+    score.run(frozen(tmp_path / "here" / "scores", *given, verb="score"), _made(tmp_path / "here" / "scores"))
+    files = [*sorted((tmp_path / "beside" / "cache" / "reference").glob("*/scores.safetensors"))]
+    (ours,) = sorted((tmp_path / "here" / "cache" / "reference").glob("*/scores.safetensors"))
+    assert [file.parent.name for file in files] == [ours.parent.name]
+    assert files[0].read_bytes() == ours.read_bytes()
+    assert {file.name for file in files[0].parent.iterdir()} == {file.name for file in ours.parent.iterdir()}
+    assert json.loads((files[0].parent / "key.json").read_text()) == json.loads((ours.parent / "key.json").read_text())
+    alone, alone_result = run(tmp_path / "here" / "run", *given)
+    assert losses(rows) == losses(alone)
+    assert losses(rows)[0] == pytest.approx(0.6931472, abs=1e-6)
+    assert result.pop("reference_wait_s") > 0
+    assert {**result, "seconds": 0} == {**alone_result, "seconds": 0}
+    monkeypatch.setattr(pools, "_ray", lambda: pytest.fail("Ray was asked"))
+    _, again = run(tmp_path / "beside" / "again", *given, "scorer=ray")
+    assert "reference_wait_s" not in again
+
+
+def _made(directory: Path) -> Path:
+    directory.mkdir()
+    return directory
+
+
+@pytest.mark.long
+def test_an_actor_that_is_killed_is_replaced(tmp_path, tiny_model):
+    """By another, with no difference; two of them, which hold a resource of a name, give passes in their order."""
+    seen: set[int] = set()
+
+    def kill() -> None:
+        seen.update(workers())
+        os.kill(min(seen), signal.SIGKILL)
+
+    pool = Asked(
+        kill, concurrency=2, max_restarts=2, max_task_retries=2, num_cpus=0.5, resources={"a10": 0.5}, batch_size=2
+    )
+    found = start(tmp_path / "beside", tiny_model, pool).finish()
+    assert len(seen) == 2
+    here = start(tmp_path / "here", tiny_model, None)
+    assert torch.equal(found.table["train"], here.table["train"])
+    assert (found.folder / "scores.safetensors").read_bytes() == (here.folder / "scores.safetensors").read_bytes()
+    check_order(pool)
+    assert workers() == []
+
+
+def check_order(pool: Asked) -> None:
+    """Each pass came once, and none behind one whose rows training reads later."""
+    distinct = dict(sorted((content_of(one), one) for pair in PAIRS for one in (pair.chosen, pair.rejected)))
+    contents, came = list(distinct), iter(pool.came)
+    passes = [[contents[row] for rows in share for row in rows] for share in shares(list(distinct.values()), 40)]
+    assert len(passes) > 10
+    for expected in sorted(passes, key=lambda one: min(pool.order[content] for content in one)):
+        assert {next(came) for _ in expected} == set(expected)
+    assert next(came, None) is None
+
+
+@pytest.mark.long
+def test_a_response_at_which_every_actor_dies_is_named(tmp_path, tiny_model, monkeypatch):
+    from ray import cloudpickle
+
+    monkeypatch.setattr(pools, "Worker", Deadly)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    pool = Asked(max_restarts=2, max_task_retries=2, batch_size=3)
+    began = time.monotonic()
+    beside = start(tmp_path, tiny_model, pool, DEADLY)
+    with pytest.raises(RuntimeError, match=r"^scoring actors must live through every response") as error:
+        beside.finish()
+    assert "found that they ended 3 times at this one:\n  train row 40, counted from 0 (rejected)\n" in str(error.value)
+    assert time.monotonic() - began < 300
+    assert len({*pool.came}) > 8  # which are kept
+    monkeypatch.setattr(pools, "Worker", Worker)
+    again = Asked()
+    found = start(tmp_path, tiny_model, again, DEADLY).finish()
+    assert torch.equal(found.table["train"], start(tmp_path / "here", tiny_model, None, DEADLY).table["train"])
+
+
+@pytest.mark.long
+def test_actors_that_load_other_weights_are_refused(tmp_path, tiny_model):
+    """As where another machine has another model under that path."""
+    model, _ = models.load(tiny_model("llama"))
+    asked = replace(of_scoring(tmp_path, micro_batch_tokens=10), pool=Pool(**OPTIONS))
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.001)
+    with pytest.raises(RuntimeError, match="a scoring actor must load the weights"):
+        Initial().prepare(tiny_model("llama"), model, {"train": PAIRS}, asked)
+
+
+@pytest.mark.parametrize("given", ["127.0.0.1:1", "nowhere"])
+def test_an_address_where_no_ray_is(given):
+    with pytest.raises(
+        ValueError, match=rf"^scorer\.address must be host:port of a running Ray, or auto, got {given}: "
+    ):
+        Pool(**{**OPTIONS, "address": given}).check()
+
+
+@pytest.mark.long
+def test_a_ray_that_runs_is_joined(tmp_path, tiny_model):
+    """It must have what the actors take, before any model is loaded; and it goes on when all is scored."""
+    code = (
+        "import ray, sys; ray.init(num_cpus=3, resources={'a10': 1}, include_dashboard=False, log_to_driver=False);"
+        "print(ray.get_runtime_context().gcs_address, flush=True); sys.stdin.read()"
+    )
+    os.environ.setdefault("RAY_AUTH_TOKEN", "0" * 64)  # as those who may join a cluster have it
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster it is what that was started with
+    import ray
+
+    line = [sys.executable, "-c", code]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        address = running.stdout.readlines(1)[-1].strip()
+        with pytest.raises(ValueError, match="2 scoring actors must find 1 a10 each, found 1 in all"):
+            Pool(**{**OPTIONS, "address": address, "resources": {"a10": 1.0}, "concurrency": 2}).check()
+        pool = Asked(address=address, resources={"a10": 1.0})
+        pool.check()
+        found = start(tmp_path / "beside", tiny_model, pool).finish()
+        assert torch.equal(found.table["train"], start(tmp_path / "here", tiny_model, None).table["train"])
+        assert running.poll() is None
+        Pool(**{**OPTIONS, "address": address}).check()
+        ray.shutdown()
+        running.communicate()
+
+
+def test_ray_is_imported_only_when_chosen():
+    """Not by a run, nor by the options of a pool."""
+    code = (
+        "import sys, dpo.train, dpo.score, dpo.sweep.rehearse, dpo.policy.pool as pool;"
+        f"pool.Pool(**{OPTIONS!r}).check(); assert 'ray' not in sys.modules, 'imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
