@@ -141,6 +141,8 @@ class Hub(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
+        if not self.path.startswith("/api/models/"):  # the library asks what else there is
+            return self._answer({}, 404)
         self.tokens.add(self.headers.get("Authorization"))
         name = self.path.removeprefix("/api/models/").partition("?")[0]
         if name in self.repositories:
