@@ -182,7 +182,8 @@ def run(config: DictConfig, directory: Path) -> None:
         if instructions:
             write_outputs(directory, instructions, answers)
         write_rows(directory / "responses.jsonl", responses)
-        card.write(directory, result, facts(trained, tokenizer, weights, reference, pairs, test))
+        told = facts(trained, tokenizer, weights, reference, pairs, test)
+        card.write(directory / "policy", settings, result, told)
         finish(directory, "evaluation.json", result)
     distributed.leave()
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from dpo.sweep import directory
 from dpo.sweep.schema import identity_keys
 from dpo.win_rates import Z, wilson
 
@@ -55,12 +54,11 @@ class Row(NamedTuple):
         return f"[{self.interval[0]:.4g}, {self.interval[1]:.4g}]" if self.interval else ""
 
 
-def write(run: Path, result: Mapping[str, float], facts: Facts) -> None:
-    """Write the card into the `policy/` of a run. result: what becomes `evaluation.json`.
+def write(policy: Path, config: Mapping[str, Any], result: Mapping[str, float], facts: Facts) -> None:
+    """Write the card into the folder of a run's policy. config: of the run. result: what becomes `evaluation.json`.
 
     Paths are shown as they were given, but of one from the root on the last name alone: the rest is this machine's.
     """
-    config = directory.config(run)
     data, start = config["data"], _start(config["policy"])
     repository = data.get("repository") or REPOSITORIES.get(data["_target_"])
     repository = repository if data.get("path") is None else None
@@ -87,7 +85,7 @@ def write(run: Path, result: Mapping[str, float], facts: Facts) -> None:
         ],
     )
     text = _text(config, rows, facts, repository)
-    ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}").save(run / "policy" / CARD)
+    ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}").save(policy / CARD)
 
 
 def _rows(result: Mapping[str, float], config: Mapping[str, Any], facts: Facts) -> list[Row]:

@@ -14,14 +14,15 @@ import huggingface_hub.constants
 import pytest
 import torch
 import transformers
-import yaml
 from huggingface_hub import ModelCard
+from omegaconf import OmegaConf
 from whole_runs import frozen, own
 
 from dpo import train
+from dpo.data.records import contents
 from dpo.policy import model as models
 from dpo.push import push
-from dpo.sweep.directory import to_yaml
+from dpo.sweep.signature import instantiate
 
 ROOT = Path(__file__).parents[2]
 SECRET = "hf_thetokenofatest"
@@ -39,18 +40,12 @@ def runs(tmp_path_factory, tiny_model) -> Path:
         for name, more in KINDS.items():
             (folder / name).mkdir()
             config = frozen(folder / name, *own(folder, str(folder / "base")), *more, "evaluation.prompts=20")
+            data = contents(instantiate(config.data))
             config.choices = {"loss": "dpo", "reference": "initial", "data": "file", "judge": "none"}
-            config.provenance = {"commit": "0" * 40, "python": "3.11", "inputs": {"data": "content"}}
-            (folder / name / "config.yaml").write_text(to_yaml(dict(yaml.safe_load(_text(config)))))
-            del config.provenance["inputs"]  # a digest that the test made up
+            config.provenance = {"commit": "0" * 40, "python": "3.11", "inputs": {"data": data}}
+            (folder / name / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
             train.run(config, folder / name)
     return folder
-
-
-def _text(config) -> str:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(config, resolve=True)
 
 
 def card(run: Path) -> str:
@@ -74,7 +69,7 @@ def test_what_the_card_says(runs, kind):
     digest = models.fingerprint(models.load(str(runs / "base"))[0])
     assert f"| its weights | `{digest}` |" in text
     assert f"| its digest | `{digest}` |" in text  # of the reference, which is that model
-    assert "| digest of its content | `content` |" in text
+    assert f"| digest of its content | `{contents(instantiate(frozen(run, *own(runs, 'x')).data))}` |" in text
     assert "| its size | 21 in train, 9 in validation |" in text
     assert ("rank 4, merged" in text) == (kind == "adapters")
     assert "A response ends in `<|im_end|>`" in text
@@ -89,7 +84,7 @@ def test_its_metadata_is_the_hubs(runs):
     evaluation = json.loads((runs / "weights" / "evaluation.json").read_text())
     assert {name: result.metric_value for name, result in found.items()} == {name: evaluation[name] for name in found}
     assert {"kl", "rewards/accuracies", "loss", "length", "ended"} == set(found)
-    assert found["kl"].dataset_revision == "content"
+    assert len(found["kl"].dataset_revision) == 16
     assert "95 %" in found["kl"].metric_name
 
 
