@@ -29,20 +29,18 @@ class Push:
 
 
 def main() -> None:
+    def command(config: DictConfig) -> None:
+        try:
+            print(push(Path(config.run), config.repo, config.private, config.dry_run))
+        except MissingMandatoryValue:
+            sys.exit("run and repo must be given; add run=runs/<name>/<run> repo=user/name")
+        except (ValueError, OSError) as error:
+            sys.exit(str(error))
+
     if {"-m", "--multirun"} & {*sys.argv[1:]}:
         sys.exit("dpo.push takes one run, got -m; call it once for each")
     ConfigStore.instance().store(name="push_schema", node=Push)
-    hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name="push")(_push)()
-
-
-def _push(config: DictConfig) -> None:
-    try:
-        said = push(Path(config.run), config.repo, config.private, config.dry_run)
-    except MissingMandatoryValue:
-        sys.exit("run and repo must be given; add run=runs/<name>/<run> repo=user/name")
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
-    print(said)
+    hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name="push")(command)()
 
 
 def push(run: Path, repo: str, private: bool, dry_run: bool) -> str:
