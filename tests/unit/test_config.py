@@ -80,7 +80,7 @@ def test_both_pages_have_one_sft_recipe():
         (["keep=first"], "keep must be one of last, best, got first"),
         (["adam_betas=[0.9,1.0]"], "adam_betas must be two numbers"),
         (["adam_betas=[0.9]"], "adam_betas must be two numbers"),
-        (["optimizer=sgd"], "optimizer must be one of adamw, rmsprop, got sgd"),
+        (["optimizer=sgd"], "optimizer must be one of adamw, adamw_8bit, rmsprop, got sgd"),
         (["schedule=step"], "schedule must be one of"),
         (["sft.schedule=step"], "sft.schedule must be one of"),
         (["precision=fp16"], "precision must be one of"),
