@@ -20,6 +20,7 @@ SWEEPS = {  # take key=value
 }
 VERBS = SWEEPS | {
     "results": "where a sweep stands: states, table, figure",
+    "push": "put the policy of a finished run on the Hugging Face hub",
     "execute": "execute one run directory from its frozen config",
     "cache": "list and check what is computed once: SFT policies, pairs, reference log-probs",
     "alpaca_eval": "win rates from AlpacaEval's annotation files",

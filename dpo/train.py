@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import evaluate
 from dpo.cache import digest
 from dpo.data.batches import Batch, Batches, Pair, collate_pairs, collate_responses, size
+from dpo.data.chats import ends
 from dpo.data.instructions import read_instructions, write_outputs
-from dpo.data.records import write_rows
+from dpo.data.records import Text, write_rows
 from dpo.losses import Loss, PairLogps, dpo
 from dpo.losses.pairs import READ, asked_by, frozen, metrics, sees_whole_step, unbound
 from dpo.policy import model as models
@@ -44,6 +45,7 @@ from dpo.policy.logps import (
     token_logps_and,
 )
 from dpo.references import Pending, Reference, scored_ahead
+from dpo.results import card
 from dpo.score import encode, prepare
 from dpo.settings import baseline_best_of, evaluation_of, judges_of, lora_of, policy_spec, scoring_beside
 from dpo.sweep.directory import finish, remember_initial
@@ -190,8 +192,24 @@ def run(config: DictConfig, directory: Path) -> None:
         if instructions:
             write_outputs(directory, instructions, answers)
         write_rows(directory / "responses.jsonl", responses)
+        told = facts(trained, tokenizer, weights, reference, pairs, test)
+        card.write(directory / "policy", settings, result, told)
         finish(directory, "evaluation.json", result)
     distributed.leave()
+
+
+def facts(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: str,
+    reference: Reference,
+    pairs: dict[str, list[Pair]],
+    test: Sequence[Text],
+) -> card.Facts:
+    """What a model card tells beside the config. weights: fingerprint of those before training."""
+    sizes = {split: len(items) for split, items in pairs.items()}
+    names = tokenizer.convert_ids_to_tokens(ends(tokenizer, policy.generation_config))
+    return card.Facts(weights, reference.fingerprint, sizes, not isinstance(test[0], str), tuple(names))
 
 
 def _tokens(pairs: dict[str, list[Pair]]) -> str:

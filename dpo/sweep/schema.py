@@ -6,6 +6,7 @@ from dataclasses import dataclass, is_dataclass, make_dataclass
 from datetime import date
 from difflib import get_close_matches
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -236,7 +237,7 @@ NON_NUMERIC = (
 )
 
 _CHOICES = {
-    "optimizer": ("adamw", "rmsprop"),
+    "optimizer": ("adamw", "adamw_8bit", "rmsprop"),
     "schedule": ("constant", "linear", "cosine"),
     "sft.schedule": ("constant", "linear", "cosine"),
     "on_too_long": ("error", "drop", "truncate"),
@@ -483,6 +484,10 @@ def _sharding(config: dict[str, Any]) -> list[str]:
         problems.append(
             f"processes must be 1 with scorer=ray, got {processes}; score ahead: python -m dpo.score scorer=ray"
         )
+    if config["optimizer"] == "adamw_8bit" and find_spec("bitsandbytes") is None:
+        problems.append("optimizer=adamw_8bit needs bitsandbytes; pip install -e '.[8bit]' -c constraints.txt")
+    elif config["optimizer"] == "adamw_8bit" and processes > 1:  # it does not know FSDP2's weights
+        problems.append(f"optimizer=adamw_8bit needs processes=1, got {processes}; use adamw, or policy.lora.rank")
     return problems
 
 

@@ -144,6 +144,7 @@ class Checkpoints:
             if saved := reader.read_metadata().state_dict_metadata.get(rng_name):
                 tensors[rng_name] = torch.empty(cast(TensorStorageMetadata, saved).size, dtype=torch.uint8)
             dcp.load(tensors, storage_reader=reader, no_dist=self.group is None)  # in place
+            _take_numbers(optimizer["state"])
             optimizer["param_groups"] = about["optimizer"]
             set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
             self.scheduler.load_state_dict(about["scheduler"])
@@ -163,11 +164,32 @@ class Checkpoints:
         names = [name for name in _distinct(self.model) if name in model and name not in frozen]
         tensors = {f"model.{name}": model[name] for name in names}
         for name, values in optimizer["state"].items():
-            tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in values.items()}
+            tensors |= _flat(cast(Any, values), f"optimizer.{name}")
         if self.extra is not None:
             extra = self.extra.state_dict()
             tensors |= {f"extra.{name}": extra[name] for name in _distinct(self.extra) if name in extra}
         return tensors
+
+
+def _flat(values: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+    """The tensors of a weight's optimizer state. A whole number (bitsandbytes' step) becomes one, which can be loaded
+    in place.
+    """
+    tensors: dict[str, Tensor] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):  # bitsandbytes' moments
+            tensors |= _flat(value, f"{prefix}.{key}")
+        else:
+            values[key] = tensors[f"{prefix}.{key}"] = torch.as_tensor(value)
+    return tensors
+
+
+def _take_numbers(states: Any) -> None:
+    """Whole numbers of the optimizer's states, which `_flat` had made tensors, are numbers again."""
+    for values in states.values():
+        for key, value in values.items():
+            if isinstance(value, Tensor) and not (value.dim() or value.is_floating_point()):
+                values[key] = value.item()
 
 
 class _Writer(HuggingFaceStorageWriter):

@@ -27,7 +27,8 @@ class Recipe:
 
 
 def optimizer(model: nn.Module, name: str, lr: float, betas: Sequence[float], weight_decay: float) -> Optimizer:
-    """AdamW (decoupled weight decay) or RMSprop (L2; no betas) over all trainable weights.
+    """AdamW (decoupled weight decay), the same with its moments in 8 bits (2110.02861, bitsandbytes; weights of fewer
+    than 4,096 numbers keep theirs in float32), or RMSprop (L2; no betas), over all trainable weights.
 
     These must be float32: in bfloat16 an AdamW step at learning rate 5e-7 is rounded away.
     """
@@ -41,9 +42,15 @@ def optimizer(model: nn.Module, name: str, lr: float, betas: Sequence[float], we
     if name == "adamw":
         beta1, beta2 = betas
         return torch.optim.AdamW(parameters, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
+    if name == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit  # a plan has looked for it
+
+        beta1, beta2 = betas
+        found: Optimizer = AdamW8bit(parameters, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
+        return found
     if name == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=lr, weight_decay=weight_decay)
-    raise ValueError(f"optimizer must be adamw or rmsprop, got {name}")
+    raise ValueError(f"optimizer must be adamw, adamw_8bit or rmsprop, got {name}")
 
 
 def schedule(optimizer: Optimizer, name: str, warmup_steps: float, steps: int) -> LambdaLR:

@@ -124,4 +124,4 @@ def test_completion(tmp_path, line, offered):
 
 
 def test_sweeps_are_the_verbs_with_a_page_of_settings():
-    assert set(SWEEPS) == {page.stem for page in (ROOT / "conf").glob("*.yaml")} - {"hydra_settings"}
+    assert set(SWEEPS) == {page.stem for page in (ROOT / "conf").glob("*.yaml")} - {"hydra_settings", "push"}

@@ -69,14 +69,14 @@ def names(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
-@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
-def test_restored_continues_bit_equal(tmp_path, name):
-    toy = Toy(steps=4, name=name)
+@pytest.mark.parametrize("name,width", [("adamw", 8), ("rmsprop", 8), ("adamw_8bit", 8), ("adamw_8bit", 64)])
+def test_restored_continues_bit_equal(tmp_path, name, width):
+    toy = Toy(steps=4, name=name, width=width)
     toy.save(tmp_path, 4, evaluated=True, inputs={"settings": "abc"})
     expected = toy.train(5)
     random.seed(9)
     np.random.seed(9)
-    other = Toy(seed=9, name=name)
+    other = Toy(seed=9, name=name, width=width)
     assert other.restore(tmp_path, inputs={"settings": "abc"}) == (4, True)
     assert other.extra.count == 4  # the hook that PyTorch runs while it restores leaves no trace
     assert other.train(5) == expected

@@ -27,6 +27,12 @@ def problems(*overrides: str, command: str = "train") -> str:
     return str(error.value)
 
 
+def test_a_missing_optimizer_is_told_ahead(monkeypatch):
+    check(config("optimizer=adamw_8bit"))
+    monkeypatch.setattr("dpo.sweep.schema.find_spec", lambda name: None)
+    assert "optimizer=adamw_8bit needs bitsandbytes; pip install" in problems("optimizer=adamw_8bit")
+
+
 def options() -> list[tuple[str, str]]:
     groups = [*OPEN_GROUPS, "policy"]
     return [(group, file.stem) for group in groups for file in sorted((CONF / group).glob("*.yaml"))]
@@ -74,7 +80,7 @@ def test_both_pages_have_one_sft_recipe():
         (["keep=first"], "keep must be one of last, best, got first"),
         (["adam_betas=[0.9,1.0]"], "adam_betas must be two numbers"),
         (["adam_betas=[0.9]"], "adam_betas must be two numbers"),
-        (["optimizer=sgd"], "optimizer must be one of adamw, rmsprop, got sgd"),
+        (["optimizer=sgd"], "optimizer must be one of adamw, adamw_8bit, rmsprop, got sgd"),
         (["schedule=step"], "schedule must be one of"),
         (["sft.schedule=step"], "sft.schedule must be one of"),
         (["precision=fp16"], "precision must be one of"),
@@ -87,6 +93,7 @@ def test_both_pages_have_one_sft_recipe():
         (["micro_batch_tokens=0"], "micro_batch_tokens must be above 0"),
         (["processes=4", "sharding.group=3"], "sharding.group must divide the 4 processes, got 3; null is all of them"),
         (["sharding.offload=true"], "sharding.offload needs several processes, got 1"),
+        (["optimizer=adamw_8bit", "processes=2"], "optimizer=adamw_8bit needs processes=1, got 2"),
         (["policy=pretrained"], "add policy.path="),
         (["+loss.gama=1"], "loss.gama is not an option of dpo.losses.dpo, which has beta, label_smoothing"),
         (["~loss.label_smoothing"], "loss.label_smoothing must be given"),

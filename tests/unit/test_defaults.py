@@ -107,13 +107,8 @@ PRETRAINED = {
     "trust_remote_code": False,
     **ADAPTERS,
 }
-LARGE = {
-    **PRETRAINED,
-    "max_length": 2048,
-    "max_new_tokens": 1024,
-    "micro_batch_tokens": 2048,
-    "generation_batch_size": 8,
-}
+LARGER = {"max_length": 2048, "max_new_tokens": 1024, "micro_batch_tokens": 2048, "generation_batch_size": 8}
+LARGE = {**PRETRAINED, **LARGER}
 CALLED = {"_partial_": True}
 DPO_INSIDE = {"_target_": "dpo.losses.dpo", **CALLED, "label_smoothing": 0.0}
 IPO_INSIDE = {"_target_": "dpo.losses.ipo", **CALLED, "average": "sequence"}
@@ -295,6 +290,16 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
     "loss/sppo": {"_target_": "dpo.losses.sppo", **CALLED, "beta": 0.001},
     "loss/tdpo": {"_target_": "dpo.losses.tdpo", **CALLED, "beta": 0.1, "alpha": 0.5, "stop_gradient": True},
     "loss/wpo": {"_target_": "dpo.losses.wpo", **CALLED, "beta": 0.01},
+    "policy/gemma2_2b": {"path": "google/gemma-2-2b-it"},
+    "policy/llama3_8b_instruct": {**LARGER, "path": "meta-llama/Meta-Llama-3-8B-Instruct"},
+    "policy/olmo2_1b": {"path": "allenai/OLMo-2-0425-1B-SFT"},
+    "policy/pythia_410m": {"base": "EleutherAI/pythia-410m"},
+    "policy/pythia_1_4b": {"base": "EleutherAI/pythia-1.4b"},
+    "policy/pythia_2_8b": {"base": "EleutherAI/pythia-2.8b"},
+    "policy/qwen2_5_0_5b": {"path": "Qwen/Qwen2.5-0.5B-Instruct"},
+    "policy/qwen3_0_6b": {"path": "Qwen/Qwen3-0.6B", "chat_template": None},
+    "policy/smollm2_135m": {"path": "HuggingFaceTB/SmolLM2-135M-Instruct"},
+    "policy/smollm2_360m": {"path": "HuggingFaceTB/SmolLM2-360M-Instruct"},
     "policy/mistral_7b": {**LARGE, "path": "HuggingFaceH4/mistral-7b-sft-beta"},
     "policy/pretrained": PRETRAINED,
     "policy/qwen2_1_5b": {**LARGE, "base": "Qwen/Qwen2-1.5B"},
@@ -380,7 +385,9 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
     },
     "hydra/sweeper/grid": {"_target_": "hydra_plugins.dpo_launchers.Grid", "params": None},
 }
-TEMPLATES = ("policy/mistral_7b", "policy/qwen2_1_5b", "policy/tulu_2_7b")  # what they render is tested elsewhere
+TEMPLATES = tuple(
+    f"policy/{name}" for name in ("mistral_7b", "qwen2_1_5b", "qwen3_0_6b", "tulu_2_7b")
+)  # what they render is tested elsewhere
 
 
 @pytest.mark.parametrize(
@@ -402,6 +409,21 @@ def test_options():
             assert found[option]["chat_template"]
             found[option]["chat_template"] = None
     assert found == OPTIONS
+
+
+def test_policies_have_the_defaults_of_a_pretrained_one():
+    found = config("policy=smollm2_135m", "data=file", "data.path=x")["policy"]
+    assert found == {**PRETRAINED, "path": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+def test_what_is_pushed():
+    page = OmegaConf.to_container(OmegaConf.load(CONF / "push.yaml"))
+    assert {key: page[key] for key in page.keys() - {"defaults", "hydra"}} == {
+        "run": "???",
+        "repo": "???",
+        "private": True,
+        "dry_run": False,
+    }
 
 
 def test_a_default_follows_its_home():

@@ -115,7 +115,31 @@ def test_refuses_other_weights(model):
 
 
 def test_refuses_other_names():
-    with pytest.raises(ValueError, match="adamw or rmsprop, got sgd"):
+    with pytest.raises(ValueError, match="adamw, adamw_8bit or rmsprop, got sgd"):
         optimizer(nn.Linear(2, 2), "sgd", 0.1, [0.9, 0.99], 0.0)
     with pytest.raises(ValueError, match="constant, linear or cosine, got step"):
         rates("step", 0, 1)
+
+
+def test_adamw_in_8_bits_is_adamw_but_for_rounding():
+    """On a regression of 8,192 weights: as much of the way, and weights within 15 % of what AdamW moves them by."""
+
+    def trained(name):
+        model = nn.Linear(512, 16, bias=False)
+        with torch.no_grad():
+            model.weight.fill_(0.1)
+        optim, rng = optimizer(model, name, 1e-2, (0.9, 0.99), 0.1), torch.Generator().manual_seed(0)
+        target = torch.randn(16, 512, generator=rng)
+        for _ in range(50):
+            inputs = torch.randn(64, 512, generator=rng)
+            loss = (model(inputs) - inputs @ target.T).square().mean()
+            loss.backward()
+            optim.step()
+            optim.zero_grad()
+        return model.weight.detach(), loss.item(), optim
+
+    (plain, loss, _), (in_8_bits, its_loss, optim) = trained("adamw"), trained("adamw_8bit")
+    assert its_loss == pytest.approx(loss, rel=0.02)
+    assert 0 < (in_8_bits - plain).norm() < 0.15 * (plain - 0.1).norm()
+    [state] = optim.state.values()
+    assert {state["state1"].dtype, state["state2"].dtype} == {torch.uint8}
