@@ -217,7 +217,8 @@ def _points(rows: pd.DataFrame, x: str, name: str) -> pd.DataFrame:
 def _curve(axis: Any, x: Any, points: pd.DataFrame, across: pd.DataFrame | None = None, **style: Any) -> None:
     def bars(ends: pd.DataFrame, scale: str) -> list[Any]:
         mean = ends["mean"]
-        below, above = ((mean - ends["low"]).clip(0).fillna(0), (ends["high"] - mean).clip(0).fillna(0))
+        below = (mean - ends["low"]).clip(0).fillna(0)
+        above = (ends["high"] - mean).clip(0).fillna(0)
         if scale == "log":
             below, above = mean * -np.expm1(-below / mean), mean * np.expm1(above / mean)
         return [below, above]
