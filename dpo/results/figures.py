@@ -124,7 +124,7 @@ def colours(values: Iterable[Any], key: str) -> dict[Any, str]:
     if key != "beta":
         return dict(zip(values, cycle(COLOURS), strict=False))
     scale, ordered = colormaps["viridis_r"], sorted(values, key=_as_number)
-    places = np.linspace(0.12, 1, len(ordered)) if len(ordered) > 1 else [0.6]  # lighter ones are lost on white
+    places = np.linspace(0.12, 1, len(ordered)) if len(ordered) != 1 else [0.6]  # lighter ones are lost on white
     found = {value: to_hex(scale(place)) for value, place in zip(ordered, places, strict=True)}
     return {value: found[value] for value in values}
 
