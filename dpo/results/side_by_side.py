@@ -14,7 +14,7 @@ from typing import Any
 RAISED, LOWERED = (107, 174, 214), (253, 141, 60)  # blue and orange, which colour-blind people tell apart
 LEAST = 0.1  # nats: a smaller scale would colour rounding
 SHARE = 0.95  # of tokens that the scale holds; others have its last colour
-NAMED = 3  # tokens that a line names
+NAMED, TOLD = 3, 0.005  # tokens that a line names, and the nats of the least of them
 CUT = 100  # characters of a text in a line
 STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 75em; margin: 1em auto; padding: 0 1em; color: #111; background: #fff }
@@ -74,7 +74,9 @@ def lines(found: Sequence[Shown]) -> list[str]:
         said.append(f"prompt: ...{ascii(prompt)[1:-1][-CUT:]}")
         for one in same:
             said.append(f"  {one.name}: {_total(one)}: {_short(one.text)}")
-            ordered = sorted((piece for piece in one.pieces if piece.log_ratio), key=lambda piece: piece.log_ratio)
+            ordered = sorted(
+                (piece for piece in one.pieces if abs(piece.log_ratio) >= TOLD), key=lambda piece: piece.log_ratio
+            )
             moved = {"raised": ordered[: -NAMED - 1 : -1], "lowered": ordered[:NAMED]}
             for word, some in moved.items():
                 some = [piece for piece in some if (piece.log_ratio > 0) == (word == "raised")]

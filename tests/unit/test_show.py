@@ -292,6 +292,7 @@ def test_lines_are_short_and_no_terminal_obeys_them():
         "    most raised: ' w98' +9.80, ' w96' +9.60, ' w94' +9.40",
         "    most lowered: ' w99' -9.90, ' w97' -9.70, ' w95' -9.50",
     ]
-    assert lines([Shown("p", "policy", [Piece("é日", [("x", 1.0)])])])[1:] == [
-        *("  policy: +1.00 nats over 1 token: 'é日'", "    most raised: 'é日' +1.00")
+    few = [Piece("é日", [("x", 1.0)]), Piece("a", [("a", -0.004)])]  # which would be written -0.00
+    assert lines([Shown("p", "policy", few)])[1:] == [
+        *("  policy: +1.00 nats over 2 tokens: 'é日a'", "    most raised: 'é日' +1.00")
     ]
