@@ -7,7 +7,7 @@ prints the tables and the findings, and writes them, the figure and the numbers 
 """
 
 from collections.abc import Mapping
-from itertools import combinations, cycle, pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from analysis import seeds
 from analysis.report import Frames, main
 from dpo import results
 from dpo.results import short
-from dpo.results.figures import COLOURS, plain, tidy
+from dpo.results.figures import colours, plain, tidy
 
 KEYS = ("beta", "lr", "seed")
 UNTUNED = "inf"  # the row of the policy before training
@@ -173,7 +173,7 @@ def figure(final: pd.DataFrame, history: pd.DataFrame) -> Figure:
         axis.set_xscale("log")
         plain(axis.xaxis)
         axis.axhline(0.5, color="0.5", lw=1, ls="--", zorder=0)
-        for colour, beta in zip(cycle(COLOURS), betas, strict=False):
+        for beta, colour in colours(betas, "beta").items():
             ends = final[(final["lr"] == lr) & (final["beta"] == beta)]
             way = on_the_way[(on_the_way["lr"] == lr) & (on_the_way["beta"] == beta)]
             axis.plot(way["kl"], way["win_rate"], "o", color=colour, ms=3, alpha=0.35, mec="none")

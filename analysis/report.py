@@ -8,6 +8,8 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from dpo.results.figures import save
+
 Frames = dict[str, pd.DataFrame]  # what a study reads of its runs, a row per run or finer, by name
 
 
@@ -61,7 +63,7 @@ def main(
         print(f"\n{name}\n{table.to_string()}")
         table.to_csv(folders[0] / f"{name}.csv")
     for name, figure in figures.items():
-        figure.savefig(folders[0] / f"{name}.png")
+        save(figure, folders[0] / f"{name}.png")
     write(frames, folders[0] / "frames")
-    written = [*(f"{name}.csv" for name in tables), *(f"{name}.png" for name in figures)]
+    written = [*(f"{name}.csv" for name in tables), *(f"{name}.{kind}" for name in figures for kind in ("png", "pdf"))]
     print(f"\nwritten to {folders[0]}: {', '.join(written)}, and the numbers of each run in frames/")

@@ -9,7 +9,6 @@ optional, holds the methods of Figure 3.
 
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from dpo import score
 from dpo.data.chats import ends
 from dpo.references import Frozen, Initial
 from dpo.results import short
-from dpo.results.figures import COLOURS, tidy
+from dpo.results.figures import colours, tidy
 from dpo.settings import policy_spec, scoring_of
 from dpo.sweep.signature import instantiate
 from dpo.training.log import progress
@@ -259,7 +258,7 @@ def figure_1(table: pd.DataFrame) -> Figure:
     tidy(axis, "Vocabulary items by mean change", "mean log-prob after minus before (nats)", "share of items")
     axis.set_yscale("log")
     edges = [table.index[0].left, *(bin.right for bin in table.index)]
-    for colour, beta in zip(cycle(COLOURS), table.columns, strict=False):
+    for beta, colour in colours(table.columns, "beta").items():
         axis.stairs(table[beta], edges, lw=1.5, color=colour, label=short(beta))
     axis.legend(title="beta", frameon=False)
     return drawing
@@ -273,7 +272,7 @@ def bars(table: pd.DataFrame, title: str, across: str) -> Figure:
     if table.empty:  # no item is seen often enough
         return drawing
     height = 0.8 / len(table.columns)
-    for number, (colour, column) in enumerate(zip(cycle(COLOURS), table.columns, strict=False)):
+    for number, (column, colour) in enumerate(colours(table.columns, str(table.columns.name)).items()):
         axis.barh(np.arange(len(table)) + number * height, table[column], height, color=colour, label=short(column))
     axis.set_yticks(np.arange(len(table)) + 0.4 - height / 2, [str(name) for name in table.index])
     axis.invert_yaxis()
@@ -286,7 +285,7 @@ def lines(table: pd.DataFrame, title: str) -> Figure:
     drawing = Figure(figsize=(7, 4), layout="constrained", dpi=150)
     axis = drawing.subplots()
     tidy(axis, title, str(table.index.name), "mean log-prob after minus before (nats)")
-    for colour, column in zip(cycle(COLOURS), table.columns, strict=False):
+    for column, colour in colours(table.columns, str(table.columns.name)).items():
         axis.plot(table.index, table[column], color=colour, label=short(column))
     axis.axhline(0, color="0.5", lw=1, ls="--", zorder=0)
     if len(table):

@@ -16,6 +16,7 @@ SWEEPS = {  # take key=value
     "judge": "judge candidate responses, and pair the better with the worse",
     "score": "score pairs under a reference ahead of time",
     "evaluate": "measure a policy: win rate, KL, shape of its responses",
+    "show": "responses of a policy beside its reference's, and what training did to each token",
     "rounds": "train in rounds, each on responses of the policy of the one before, or with -m chains of them",
 }
 VERBS = SWEEPS | {

@@ -55,11 +55,12 @@ def numbers(text: str) -> list[float]:
 
 @pytest.fixture
 def saved(monkeypatch):
-    """The figures that are saved, and not painted: that takes a second each."""
+    """The figures that are saved, once each, and not painted: that takes a second each."""
     figures = []
 
     def savefig(figure, path, **given):
-        figures.append(figure)
+        if figure not in figures:
+            figures.append(figure)
         Path(path).write_text("")
 
     monkeypatch.setattr(Figure, "savefig", savefig)

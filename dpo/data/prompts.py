@@ -15,8 +15,16 @@ def prompts(path: str, train: int | None, part: int, validation: int, test: int,
 
     Raises: ValueError if there are too few.
     """
-    splits = _parted(path, [one for _, one in parse(path, _prompt)], train, part, validation, test)
+    splits = _parted(path, read_prompts(path), train, part, validation, test)
     return Dataset([], {}, splits, on_faulty)
+
+
+def read_prompts(path: str) -> list[Text]:
+    """The `prompt` of each line of a JSONL file.
+
+    Raises: ValueError that names the lines which have none.
+    """
+    return [one for _, one in parse(path, _prompt)]
 
 
 def cnn_dailymail(

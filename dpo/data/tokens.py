@@ -144,6 +144,25 @@ def decode(prompt_ids: list[int], response_ids: list[int], tokenizer: PreTrained
     return str(tokenizer.decode(response_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
+def pieces(
+    prompt_ids: list[int], response_ids: list[int], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[str, list[int]]]:
+    """The text of a response, see `decode`, in pieces with the ids that they stand for: mostly one; several, where it
+    takes them to make a character. A special token has no text.
+    """
+    whole = decode(prompt_ids, response_ids, tokenizer)
+    found: list[tuple[str, list[int]]] = []
+    ids: list[int] = []
+    done = 0  # characters
+    for number, id in enumerate(response_ids, 1):
+        ids.append(id)
+        so_far = decode(prompt_ids, response_ids[:number], tokenizer)
+        if number == len(response_ids) or (whole.startswith(so_far) and len(so_far) >= done):
+            found.append((whole[done : len(so_far)], ids))
+            ids, done = [], len(so_far)
+    return found
+
+
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
     """Digest of what each token id means."""
     return digest(tokenizer.get_vocab())

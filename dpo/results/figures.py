@@ -1,26 +1,46 @@
-"""The figure over the finished runs of a sweep."""
+"""The figure over the finished runs of a sweep, and what the figures of the studies share."""
 
 import math
 import os
+from collections.abc import Iterable
+from itertools import cycle
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from matplotlib import colormaps, rc_context
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 
 from dpo.results.frames import short
 
 COLOURS = ("#2a6f97", "#d1495b", "#e09f3e", "#3c8d53", "#7b5ea7", "#8c6d46", "#5f6b76", "#d16ba5")
+COLUMN, SMALL = 3.25, 7.0  # inches and points: a column of a paper with two, and type in it
+PLACES = [(side * (4 + far), height * (5 + far)) for far in (0, 6, 12, 20) for height in (1, -2) for side in (1, -1)]
+FONTS: Any = {"pdf.fonttype": 42, "ps.fonttype": 42}  # whole fonts in the file, which conferences ask for
 
 
-def draw(frame: pd.DataFrame, path: Path) -> None:
+def draw(frame: pd.DataFrame, path: Path, column: bool = False) -> None:
     """Win rate and KL against beta, and one against the other, a colour for each setting of the other keys.
 
     Seeds are averaged: dots are single runs, bars one standard deviation between seeds. Without seeds, bars
-    are the 95 % interval of the measurement. Without a judge, held-out accuracy replaces the win rate.
+    are the 95 % interval of the measurement. On a logarithmic axis they are mean * exp(+- bar / mean), which is above 0
+    and nearly the same where it is short. Without a judge, held-out accuracy replaces the win rate.
 
     Best of n has its bound of KL where others have their KL. Beside runs of `dpo.train` it is on the frontier alone.
+
+    column: panels below each other in the width of a paper's column, in its size of type.
     """
+    size: Any = {"font.size": SMALL} if column else {}
+    with rc_context(size):
+        save(_drawn(frame, path.parent.name, column), path)
+
+
+def _drawn(frame: pd.DataFrame, folder: str, column: bool) -> Figure:
     if "kl_bound" in frame:
         frame = frame.assign(kl=frame.get("kl", frame["kl_bound"]).fillna(frame["kl_bound"]))
     frame, best = _trained(frame)
@@ -34,8 +54,8 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
         "rewards/accuracies": "accuracy on held-out pairs",
     }
     panels = (("Quality", x, y), ("Distance", x, "kl"), (f"Frontier (numbers: {x})", "kl", y))
-    drawing = Figure(figsize=(13, 4.2), layout="constrained", dpi=150)
-    axes = drawing.subplots(1, 3)
+    drawing = Figure(figsize=(COLUMN, 6.9) if column else (13, 4.2), layout="constrained", dpi=300 if column else 150)
+    axes = drawing.subplots(*((3, 1) if column else (1, 3)))
     for axis, (title, across, up) in zip(axes, panels, strict=True):
         shown = frame if best is None or across == x else pd.concat([frame, best])
         tidy(axis, title, labels[across], labels[up])
@@ -46,10 +66,12 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
 
     others = [key for key in swept if key not in (x, "seed")]
     groups = list(frame.groupby(others, dropna=False, sort=False)) if others else [((), frame)]
+    ordered = colours(frame["beta"].unique(), "beta") if others == ["beta"] else {}
+    named: list[Any] = []
     for index, (values, rows) in enumerate(groups):
         style: dict[str, Any] = {
-            "color": COLOURS[index % len(COLOURS)],
-            "marker": "osD^v"[index // len(COLOURS) % 5],
+            "color": ordered.get(values[0], "0.5") if ordered else COLOURS[index % len(COLOURS)],
+            "marker": "osD^v"[0 if ordered else index // len(COLOURS) % 5],
         }
         label = ", ".join(f"{key}={short(value)}" for key, value in zip(others, values, strict=True))
         quality, distance = _points(rows, x, y), _points(rows, x, "kl")
@@ -58,25 +80,57 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
             if name in rows and len(rows) > len(points):
                 axis.plot(rows[x], rows[name], "o", color=style["color"], alpha=0.3, ms=3.5, mec="none")
         _curve(axes[2], distance["mean"], quality, across=distance, **style)
-        _named(axes[2], distance, quality, style["color"])
+        named += _named(axes[2], distance, quality, style["color"])
+        if not others and x == "beta":
+            of_beta = colours(quality.index, x)
+            axes[2].scatter(distance["mean"], quality["mean"], c=[*of_beta.values()], s=30, zorder=3)
 
     if best is not None and y == "win_rate":
         quality, distance = _points(best, "best_of", "win_rate"), _points(best, "best_of", "kl")
         _curve(
             axes[2], distance["mean"], quality, color="0.3", marker="*", ls=":", label="best of n, at its bound of KL"
         )
-        _named(axes[2], distance, quality, "0.3")
+        named += _named(axes[2], distance, quality, "0.3")
         axes[2].legend(loc="best", frameon=False, fontsize=8)
     _ticks(axes[:2], frame[x])
     if others:
         handles = axes[0].get_legend_handles_labels()
-        drawing.legend(*handles, loc="outside lower center", ncols=min(len(groups), 4), frameon=False)
+        drawing.legend(*handles, loc="outside lower center", ncols=1 if column else min(len(groups), 4), frameon=False)
     seeds = frame["seed"].nunique() if "seed" in swept else 1
     bars = "95 % interval" if seeds == 1 else f"one standard deviation of {seeds} seeds"
-    drawing.suptitle(f"{path.parent.name}, bars: {bars}", x=0.005, ha="left", fontsize=9, color="0.35")
-    unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
-    drawing.savefig(unfinished, format="png")
-    unfinished.replace(path)
+    drawing.suptitle(f"{folder}, bars: {bars}", x=0.005, ha="left", fontsize=9, color="0.35")
+    for text in drawing.findobj(Text) if column else ():
+        text.set_fontsize(min(text.get_fontsize(), SMALL))
+    apart(drawing, named)
+    return drawing
+
+
+def save(drawing: Figure, path: Path) -> list[Path]:
+    """Write a figure as PNG and as PDF, whose fonts are embedded; each whole. path: of either."""
+    written = [path.with_suffix(f".{kind}") for kind in ("png", "pdf")]
+    for file in written:
+        unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
+        with rc_context(FONTS):
+            drawing.savefig(unfinished, format=file.suffix[1:])
+        unfinished.replace(file)
+    return written
+
+
+def colours(values: Iterable[Any], key: str) -> dict[Any, str]:
+    """A colour for each value of a key: of betas (key "beta") in their order from light to dark, on a scale that
+    colour-blind people read and that prints in grey; of others from those that are told apart.
+    """
+    values = list(values)
+    if key != "beta":
+        return dict(zip(values, cycle(COLOURS), strict=False))
+    scale, ordered = colormaps["viridis_r"], sorted(values, key=_as_number)
+    places = np.linspace(0.12, 1, len(ordered)) if len(ordered) != 1 else [0.6]  # lighter ones are lost on white
+    found = {value: to_hex(scale(place)) for value, place in zip(ordered, places, strict=True)}
+    return {value: found[value] for value in values}
+
+
+def _as_number(value: Any) -> float:
+    return float(value) if isinstance(value, Real) else math.inf
 
 
 def _trained(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame | None]:
@@ -89,12 +143,34 @@ def _trained(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     return trained, frame[number > 1].assign(best_of=number)
 
 
-def _named(axis: Any, across: pd.DataFrame, up: pd.DataFrame, color: str) -> None:
+def _named(axis: Any, across: pd.DataFrame, up: pd.DataFrame, color: str) -> list[Any]:
     """Each point by its number."""
+    found = []
     for value, *where in zip(up.index, across["mean"], up["mean"], strict=True):
         if not any(map(math.isnan, where)):
-            near = {"xytext": (4, 5), "textcoords": "offset points"}
-            axis.annotate(f"{value:g}", where, color=color, fontsize=7, **near)
+            near: Any = {"xytext": (4, 5), "textcoords": "offset points"}
+            near["path_effects"] = [withStroke(linewidth=2, foreground="white")]  # above lines
+            found.append(axis.annotate(f"{value:g}", where, color=color, fontsize=7, **near))
+    return found
+
+
+def apart(drawing: Figure, labels: list[Any]) -> None:
+    """Move each label to the first of `PLACES` about its point where it covers neither one before it nor another's
+    point; where there is none it stays the farthest away.
+    """
+    if not labels:
+        return
+    drawing.draw_without_rendering()  # which places the axes
+    points = [label.axes.transData.transform(label.xy) for label in labels]
+    taken: list[Any] = []
+    for number, label in enumerate(labels):
+        others = [point for other, point in enumerate(points) if other != number]
+        for offset in PLACES:
+            label.set(position=offset, horizontalalignment="left" if offset[0] > 0 else "right")
+            box = label.get_window_extent().padded(1)
+            if not any(box.overlaps(one) for one in taken) and not any(box.contains(*point) for point in others):
+                break
+        taken.append(box)
 
 
 def tidy(axis: Any, title: str, across: str, up: str) -> None:
@@ -139,14 +215,18 @@ def _points(rows: pd.DataFrame, x: str, name: str) -> pd.DataFrame:
 
 
 def _curve(axis: Any, x: Any, points: pd.DataFrame, across: pd.DataFrame | None = None, **style: Any) -> None:
-    def bars(ends: pd.DataFrame) -> list[Any]:
-        return [
-            (ends["mean"] - ends["low"]).clip(0).fillna(0),
-            (ends["high"] - ends["mean"]).clip(0).fillna(0),
-        ]
+    def bars(ends: pd.DataFrame, scale: str) -> list[Any]:
+        mean = ends["mean"]
+        below = (mean - ends["low"]).clip(0).fillna(0)
+        above = (ends["high"] - mean).clip(0).fillna(0)
+        if scale == "log":
+            below, above = mean * -np.expm1(-below / mean), mean * np.expm1(above / mean)
+        return [below, above]
 
-    sideways = None if across is None else bars(across)
-    axis.errorbar(x, points["mean"], bars(points), sideways, lw=1.6, ms=5, elinewidth=1, capsize=2, **style)
+    sideways = None if across is None else bars(across, axis.get_xscale())
+    axis.errorbar(
+        x, points["mean"], bars(points, axis.get_yscale()), sideways, lw=1.6, ms=5, elinewidth=1, capsize=2, **style
+    )
 
 
 def _scale(axes: Any, which: str, values: pd.Series | None, log: bool) -> None:

@@ -100,16 +100,19 @@ def alarm(frame: pd.DataFrame) -> str | None:
     return f"alarm: {len(found)} of {len(frame)} {runs} {look} broken: {'; '.join([*found[:LISTED], *more])}"
 
 
-def figure(frame: pd.DataFrame, path: str | Path) -> None:
-    """Win rate and KL against beta, and one against the other, as a PNG: see `dpo.results.figures`."""
+def figure(frame: pd.DataFrame, path: str | Path, column: bool = False) -> None:
+    """Win rate and KL against beta, and one against the other, as a PNG and a PDF: see `dpo.results.figures`.
+
+    column: in the width of a paper's column.
+    """
     from dpo.results.figures import draw  # matplotlib takes half a second that the rest does without
 
-    draw(frame, Path(path))
+    draw(frame, Path(path), column)
 
 
 def report(path: str | Path, named: Collection[str] = ()) -> None:
-    """Print the table over the finished runs of `path`, and which of them look broken; write `table.csv` and
-    `figure.png` there.
+    """Print the table over the finished runs of `path`, and which of them look broken; write `table.csv`, and
+    `figure.png` and `figure.pdf`, there.
 
     named: damaged runs that the reader is told of elsewhere; the others are listed.
     """
@@ -129,8 +132,8 @@ def report(path: str | Path, named: Collection[str] = ()) -> None:
     frame.to_csv(unfinished, index=False)
     unfinished.replace(path / "table.csv")
     if "beta" in frame and {"win_rate", "rewards/accuracies"} & {*frame}:
-        written.append(path / "figure.png")
-        figure(frame, written[-1])
+        figure(frame, path / "figure.png")
+        written += [path / "figure.png", path / "figure.pdf"]
     print(f"{len(frame)} finished in {path}: {', '.join(map(str, written))}", flush=True)
     if (said := alarm(frame)) is not None:
         print(said, flush=True)

@@ -135,7 +135,7 @@ def reason(directory: str | Path) -> str | None:
 
 def damage(directory: Path) -> str | None:
     """What is wrong with the first file that is not as a run writes it, and what to do; None if all are sound."""
-    return _damage(directory, *(_version(directory / name) for name in FILES))
+    return _damage(directory, *map(_version, [*(directory / name for name in FILES), *_of_lm_eval(directory)]))
 
 
 def _version(file: Path) -> tuple[int, ...]:
@@ -197,7 +197,7 @@ def _parsed(text: str) -> Any:
 
 
 def evaluation(directory: Path) -> dict[str, Any]:
-    """What was measured after training, and AlpacaEval's scores if they have been put there; {} before.
+    """What was measured after training, AlpacaEval's scores and `lm_eval` if they have been put there; {} before.
 
     Raises: ValueError if one of the files is damaged.
     """
@@ -216,7 +216,36 @@ def evaluation(directory: Path) -> dict[str, Any]:
         if odd := _odd(content):
             raise _damaged(file, must, odd, advice)
         found |= content
-    return found
+    return found | lm_eval(directory) if found else {}
+
+
+def lm_eval(directory: Path) -> dict[str, float]:
+    """What lm-evaluation-harness has written below `lm_eval/`: of each task the results of the newest file.
+
+    Keys are lm_eval/<task>/<metric>, with the filter of answers if there is one (exact_match,strict-match), and
+    .../se for standard errors.
+    Raises: ValueError if a file is damaged.
+    """
+    tasks: dict[str, dict[str, float]] = {}
+    for file in _of_lm_eval(directory):
+        must, advice = "the results of lm-evaluation-harness", "delete it, and run lm_eval again"
+        content = _content(file, json.loads, must, advice)
+        results = content.get("results") if isinstance(content, dict) else None
+        if not isinstance(results, dict) or not all(isinstance(one, dict) for one in results.values()):
+            raise _damaged(file, must, "no object of results by task", advice)
+        for task, measured in results.items():
+            tasks[task] = {}
+            for key, value in measured.items():
+                name, comma, filter_ = key.partition(",")  # others are the task's name and number of samples
+                if comma and type(value) in (int, float) and math.isfinite(value):  # no "N/A"
+                    metric = name.removesuffix("_stderr") + f",{filter_}".removesuffix(",none")
+                    tasks[task][f"lm_eval/{task}/{metric}{'/se' * name.endswith('_stderr')}"] = value
+    return {key: value for measured in tasks.values() for key, value in measured.items()}
+
+
+def _of_lm_eval(directory: Path) -> list[Path]:
+    """From the oldest to the newest: their names end in a date."""
+    return sorted(directory.glob("lm_eval/**/results_*.json"), key=lambda file: file.name)
 
 
 def manifest(directory: Path) -> dict[str, Any]:

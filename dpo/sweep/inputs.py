@@ -15,6 +15,7 @@ from dpo.sweep.signature import instantiate
 from dpo.world import sizes
 
 CONFIG = "config.json"  # of a model
+OF_DATA = ("test", "pairs")  # what `dpo.show` takes from the data; else a file of prompts
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # of what is read, no README
 PLACES, BLOCK = 64, 2**16  # of a large file so many blocks of so many bytes are read
 
@@ -41,6 +42,7 @@ def models(config: Any) -> dict[str, str]:
     base = sizes.present(policy["base"], config.get("cache"))
     paths = {"policy": policy["path"] or base, "reference": reference.get("path")}
     paths |= {"against": before(config.get("against"), str(paths["policy"])), "candidates": config.get("candidates")}
+    paths |= {"of": config.get("of") if config.get("of") not in OF_DATA else None}
     baseline = (config.get("evaluation") or {}).get("baseline")
     if baseline not in (None, "initial", "human") and number_of_samples(baseline) is None:
         paths["baseline"] = baseline

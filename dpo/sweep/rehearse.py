@@ -37,6 +37,7 @@ class Rehearsal:
             (_located, config["policy"]["path"], sizes.present(config["policy"]["base"], config["cache"])),
             (_compared, config["policy"]["path"], config.get("against"), config["evaluation"].get("baseline")),
             (_candidates, config.get("candidates")),
+            (_prompts, config.get("of")),
             (_adapters, config["policy"], config["cache"]),
             (read_instructions, config["evaluation"]["instructions"]),
             (instantiate, config["judge"]),
@@ -71,7 +72,7 @@ class Rehearsal:
             inputs.models,
             {
                 key: config.get(key)
-                for key in ("policy", "cache", "reference", "against", "candidates", "evaluation", "judge")
+                for key in ("policy", "cache", "reference", "against", "candidates", "of", "evaluation", "judge")
             },
         )
         if problem is not None:
@@ -106,6 +107,11 @@ def _candidates(folder: str | None) -> None:
     for name in ("train.jsonl", "validation.jsonl"):
         if folder is not None and not Path(folder, name).is_file():
             raise ValueError(f"candidates must be a folder that dpo.generate wrote, found no {name} in {folder}")
+
+
+def _prompts(of: str | None) -> None:
+    if of not in (None, *inputs.OF_DATA) and not Path(of).is_file():
+        raise ValueError(f"of must be {' or '.join(inputs.OF_DATA)} or a JSONL file of prompts, found no file {of}")
 
 
 def _located(*paths: str | None) -> None:

@@ -176,6 +176,14 @@ class Evaluate(Train):
 
 
 @dataclass
+class Show(Train):
+    """`python -m dpo.show`."""
+
+    against: str
+    of: str
+
+
+@dataclass
 class Rounds(Train):
     """`python -m dpo.rounds`."""
 
@@ -200,13 +208,8 @@ Sft = make_dataclass(
 
 
 SCHEMAS = {
-    "evaluate": Evaluate,
-    "generate": Generate,
-    "judge": Judge,
-    "rounds": Rounds,
-    "score": Score,
-    "sft": Sft,
-    "train": Train,
+    **{"evaluate": Evaluate, "generate": Generate, "judge": Judge, "rounds": Rounds},
+    **{"score": Score, "sft": Sft, "show": Show, "train": Train},
 }  # by command, the verb that executes the run; those of rounds are of train
 # Hydra copies its store for each group of options that it lists: most of what --help took. Nothing in it changes.
 ConfigStore.__deepcopy__ = lambda store, _: store  # type: ignore[attr-defined]

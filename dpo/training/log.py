@@ -74,9 +74,11 @@ class Log:
         self._mirrored("log", {**epoch, **named}, step=step)
 
     def sample(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Rows of `samples.jsonl`: what the model answers after `step` optimizer steps."""
+        """Rows of `samples.jsonl`, and a table of the mirror: what the model answers after `step` optimizer steps."""
         if is_main():
             _append(self.samples, [{"step": step, **row} for row in rows])
+            if rows:
+                self._mirrored("log", lambda: {"samples": _table(step, rows)}, step=step)
 
     def rewind(self, step: int, evaluated: bool) -> None:
         """Drop the rows that a run resumed after `step` steps will write again.
@@ -96,10 +98,23 @@ class Log:
     def _mirrored(self, method: str, *values: Any, **options: Any) -> None:
         try:
             if self.mirror is not None:
-                getattr(self.mirror, method)(*values, **options)
+                made = [value() if callable(value) else value for value in values]
+                getattr(self.mirror, method)(*made, **options)
         except Exception as error:
             logger.warning(f"wandb: off from here on, the run goes on: {_short(error)}")
             self.mirror = None
+
+
+def _table(step: int, rows: Sequence[Mapping[str, Any]]) -> Any:
+    """A W&B table of these rows alone, so that what is sent grows with their number and a resumed run has none to know;
+    `runs.history.concat["samples"]` shows those of all steps. Text is text, chats are JSON.
+    """
+    import wandb
+
+    names: Any = ["step", *dict.fromkeys(name for row in rows for name in row)]
+    cells = [[step, *(row.get(name) for name in names[1:])] for row in rows]
+    plain: Any = [[json.dumps(value) if isinstance(value, list | dict) else value for value in row] for row in cells]
+    return wandb.Table(columns=names, data=plain, allow_mixed_types=True)
 
 
 def _keeps(row: str, step: int, evaluated: bool) -> bool:

@@ -92,6 +92,8 @@ TRAIN = {
 SFT = {**SHARED, "name": "sft", "command": "sft"}
 ROUNDS = {**TRAIN, "name": "rounds", "command": "rounds", "rounds": 3, "held_to": "previous", "prompts": "fresh"}
 EVALUATE = {**TRAIN, "name": "evaluations", "command": "evaluate", "against": None, "best_of": 1}
+SHOW = {**TRAIN, "name": "shown", "command": "show", "against": "initial", "of": "test"}
+SHOW["evaluation"] = {**TRAIN["evaluation"], "prompts": 8}
 SCORE = {**TRAIN, "name": "scores", "command": "score", "per_token": False}
 
 PRETRAINED = {
@@ -392,7 +394,7 @@ TEMPLATES = tuple(
 
 @pytest.mark.parametrize(
     "command,expected",
-    [("train", TRAIN), ("sft", SFT), ("score", SCORE), ("rounds", ROUNDS), ("evaluate", EVALUATE)],
+    [("train", TRAIN), ("sft", SFT), ("score", SCORE), ("rounds", ROUNDS), ("evaluate", EVALUATE), ("show", SHOW)],
 )
 def test_defaults_of_a_command(command, expected):
     assert config(command=command) == expected

@@ -1,9 +1,14 @@
 """The sweep's figure: what lies on which axis, on what scale, with which bars, and what the legend says of it."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.colors import to_hex
+from matplotlib import rcParams
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from sweeps import saved  # noqa: F401
 
 from dpo.results import figures
@@ -19,12 +24,13 @@ KL, WIN, ACCURACY = (
 def drawn(saved, tmp_path):  # noqa: F811
     """`drawn(frame, swept)`: the figure that `dpo.results.figures.draw` saves."""
 
-    def draw(frame, swept):
+    def draw(frame, swept, **how):
         frame = pd.DataFrame(frame)
         frame.attrs["swept"] = swept
         (tmp_path / "kl_strength").mkdir(exist_ok=True)
-        figures.draw(frame, tmp_path / "kl_strength" / "figure.png")
-        assert [path.name for path in (tmp_path / "kl_strength").iterdir()] == ["figure.png"]
+        figures.draw(frame, tmp_path / "kl_strength" / "figure.png", **how)
+        written = sorted(path.name for path in (tmp_path / "kl_strength").iterdir())
+        assert written == ["figure.pdf", "figure.png"]
         return saved[-1]
 
     return draw
@@ -118,7 +124,10 @@ def test_bars_over_seeds(drawn):
             same = frame[frame["beta"] == at][name].to_numpy()
             assert mean == pytest.approx(same.mean())
             spread = np.sqrt(((same - same.mean()) ** 2).sum() / 2)
-            assert (low, high) == pytest.approx((mean - spread, mean + spread))
+            ends = (mean - spread, mean + spread)
+            if name == "kl":  # on a logarithmic axis
+                ends = (mean / np.e ** (spread / mean), mean * np.e ** (spread / mean))
+            assert (low, high) == pytest.approx(ends)
         [dots] = [line for line in axis.lines if line.get_linestyle() == "None" and line.get_alpha()]
         assert (list(dots.get_xdata()), list(dots.get_ydata())) == (frame["beta"].tolist(), frame[name].tolist())
     assert figure.get_suptitle() == "kl_strength, bars: one standard deviation of 3 seeds"
@@ -178,3 +187,105 @@ def test_which_number_is_the_axis(drawn, columns, swept, axis):
     figure = drawn({**columns, "win_rate": [0.5, 0.6], "kl": [1.0, 2.0]}, swept)
     assert [one.get_xlabel() for one in figure.axes[:2]] == [axis, axis]
     assert figure.axes[2].get_title(loc="left") == f"Frontier (numbers: {axis})"
+
+
+def test_bars_on_a_logarithmic_axis_stay_above_0(drawn):
+    """As far above as below in the logarithm, on both axes, however wide; short ones are those of a linear axis."""
+    frame = sweep(beta=[0.1, 1.0], win_rate=[0.6, 0.7], kl=[20.0, 1.0]).assign(**{"kl/se": [0.1, 3.0]})
+    figure = drawn(frame, ["beta"])
+    assert (figure.axes[1].get_yscale(), figure.axes[2].get_xscale()) == ("log", "log")
+    for axis, side in ((figure.axes[1], "y"), (figure.axes[2], "x")):
+        [(across, up, sides)] = bars(axis).values()
+        assert (up if side == "y" else across) == [20.0, 1.0]
+        short, wide = sides[side]
+        assert short == pytest.approx([20 - 0.196, 20 + 0.196], rel=1e-4)
+        assert wide == pytest.approx([np.exp(-5.88), np.exp(5.88)])
+    linear = drawn(frame.assign(kl=[9.0, 1.0]), ["beta"])
+    [(_, _, sides)] = bars(linear.axes[1]).values()
+    assert sides["y"][1] == pytest.approx([1 - 5.88, 1 + 5.88])
+
+
+def test_beta_has_an_ordered_scale():
+    """Each darker than the one below, whatever the order they come in; other keys have colours that differ in hue."""
+    betas = [0.1, 1.0, 0.003, 0.01, 0.3, 0.02]
+    found = figures.colours(betas, "beta")
+    assert list(found) == betas
+    light = [luminance(found[beta]) for beta in sorted(betas)]
+    assert all(lighter > darker + 0.01 for lighter, darker in itertools.pairwise(light))
+    assert light[0] < 0.75  # seen on white
+    assert list(figures.colours(np.array([2, 1, 10]), "beta")) == [2, 1, 10]
+    whole = [luminance(one) for one in figures.colours(np.array([2, 1, 10]), "beta").values()]
+    assert whole[1] > whole[0] > whole[2]
+    assert list(figures.colours(["dpo", "ipo"], "loss").values()) == list(figures.COLOURS[:2])
+
+
+def luminance(colour):
+    """Of sRGB, WCAG 2."""
+    parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour)]
+    return np.dot([0.2126, 0.7152, 0.0722], parts)
+
+
+def test_where_colour_stands_for_beta(drawn):
+    """Of rounds, for each line; of beta alone, for the points of the frontier."""
+    frame = sweep(
+        round=[1, 2, 1, 2, 1, 2],
+        beta=[1.0, 1.0, 0.1, 0.1, 0.5, 0.5],
+        win_rate=[0.5, 0.6, 0.7, 0.6, 0.6, 0.9],
+        kl=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+    )
+    rounds = drawn(frame, ["round", "beta"])
+    expected = figures.colours([1.0, 0.1, 0.5], "beta")
+    drawn_as = {one.get_label(): to_hex(one[0].get_color()) for one in rounds.axes[0].containers}
+    assert drawn_as == {f"beta={beta:g}": colour for beta, colour in expected.items()}
+    alone = drawn(sweep(beta=[0.1, 0.5, 1.0], win_rate=[0.5, 0.6, 0.7], kl=[3.0, 2.0, 1.0]), ["beta"])
+    [points] = alone.axes[2].collections[-1:]
+    assert points.get_offsets().tolist() == [[3.0, 0.5], [2.0, 0.6], [1.0, 0.7]]
+    assert [to_hex(one) for one in points.get_facecolors()] == [expected[beta] for beta in (0.1, 0.5, 1.0)]
+
+
+@pytest.mark.parametrize("column", [False, True])
+def test_numbers_of_the_frontier_do_not_collide(drawn, column):
+    """Eight points that nearly coincide, of two lines: each has its number near it, and no two overlap."""
+    frame = sweep(
+        beta=[0.1, 0.11, 0.12, 0.13] * 2,
+        reference=["a"] * 4 + ["b"] * 4,
+        win_rate=[0.7, 0.7, 0.701, 0.702, 0.7005, 0.7, 0.7, 0.7015],
+        kl=[5, 5, 5, 5, 5.1, 5, 5, 5],
+    )
+    figure = drawn(frame, ["beta", "reference"], column=column)
+    labels = figure.axes[2].texts
+    assert sorted(text.get_text() for text in labels) == sorted(["0.1", "0.11", "0.12", "0.13"] * 2)
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in labels]
+    assert not [pair for pair in itertools.combinations(range(8), 2) if boxes[pair[0]].overlaps(boxes[pair[1]])]
+    for text, box in zip(labels, boxes, strict=True):
+        point = figure.axes[2].transData.transform(text.xy)
+        beyond = np.maximum(0, np.maximum(np.array(box.min) - point, point - np.array(box.max)))
+        assert np.hypot(*beyond) * 72 / figure.dpi < 40  # points
+
+
+def test_the_column_of_a_paper(drawn):
+    """3.25 inches wide, panels below each other, and no type above 7 points, in the ticks either."""
+    figure = drawn(REFERENCES, ["beta", "reference", "alpha"], column=True)
+    assert figure.get_size_inches()[0] == 3.25
+    figure.draw_without_rendering()
+    lefts = [axis.get_position().x0 for axis in figure.axes]
+    tops = [axis.get_position().y1 for axis in figure.axes]
+    assert max(lefts) - min(lefts) < 0.1
+    assert tops == sorted(tops, reverse=True)
+    assert {text.get_fontsize() for text in figure.findobj(Text) if text.get_text()} == {7.0}
+    assert drawn(REFERENCES, ["beta", "reference", "alpha"]).get_size_inches().tolist() == [13, 4.2]
+
+
+def test_a_figure_is_saved_as_png_and_pdf_with_its_fonts(tmp_path):
+    figure = Figure(figsize=(1, 1))
+    figure.text(0.1, 0.5, "beta")
+    written = figures.save(figure, tmp_path / "one.png")
+    assert written == [tmp_path / "one.png", tmp_path / "one.pdf"]
+    assert sorted(tmp_path.iterdir()) == sorted(written)
+    assert written[0].read_bytes().startswith(b"\x89PNG")
+    content = written[1].read_bytes()
+    assert content.startswith(b"%PDF")
+    assert b"/Subtype /TrueType" in content or b"/CIDFontType2" in content
+    assert b"/Type3" not in content
+    assert rcParams["pdf.fonttype"] == 3  # of whoever imports this

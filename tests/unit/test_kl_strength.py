@@ -8,7 +8,7 @@ from sweeps import SEEDS, numbers, runs_of, student, values
 from test_published import run
 
 from analysis import kl_strength
-from dpo.results.figures import COLOURS
+from dpo.results.figures import colours
 
 BETAS = (0.01, 0.03, 0.1, 0.3, 1.0)
 NO_HISTORY = pd.DataFrame(columns=["run", "beta", "lr", "seed", "split", "step", "kl", "win_rate"])
@@ -173,7 +173,8 @@ def test_frontier():
             same = frame[(frame["lr"] == lr) & (frame["beta"] == beta)]
             assert list(line.get_xdata()) == same["kl"].tolist()
             assert list(line.get_ydata()) == same["win_rate"].tolist()
-        assert [line.get_color() for line in lines] == [COLOURS[0], COLOURS[0], COLOURS[1], COLOURS[1]]
+        light, dark = colours([0.01, 0.1], "beta").values()
+        assert [line.get_color() for line in lines] == [light, light, dark, dark]
         assert lines[1].get_markersize() > lines[0].get_markersize()
     legend = axes[-1].get_legend()
     assert (legend.get_title().get_text(), [text.get_text() for text in legend.get_texts()]) == (

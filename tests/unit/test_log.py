@@ -89,6 +89,7 @@ settings = SimpleNamespace(mode=sys.argv[2], project="toys/of: me?", entity=None
 with Log(Path(sys.argv[1]), settings, run_id="a'b/c", group="sweeps/" + 150 * "x", config={"beta": 0.1}) as log:
     for step in range(3):
         log.write(step, "train", {"loss": 0.5})
+        log.sample(step, [{"prompt": "é" * 1000, "response": step, "win": None}])
     mirrored = log.mirror is not None
 imported = "wandb" in sys.modules
 print(json.dumps([imported, mirrored]))
@@ -124,7 +125,7 @@ def run_directory(tmp_path):
 def test_without_a_key_nothing_is_made(run_directory, mode):
     said, imported, used = mirrored(run_directory, mode)
     assert (said, imported, used) == ([], False, False)
-    assert os.listdir(run_directory) == ["metrics.jsonl"]
+    assert sorted(os.listdir(run_directory)) == ["metrics.jsonl", "samples.jsonl"]
 
 
 @pytest.mark.long
@@ -135,6 +136,11 @@ def test_offline(run_directory, mode):
     assert len(said) == (mode == "online")
     assert all("wandb: offline, for want of a key" in line for line in said)
     assert len(list(run_directory.glob("wandb/offline-run-*-a-b-c/run-a-b-c.wandb"))) == 1
+    tables = [
+        json.loads(file.read_text())
+        for file in run_directory.glob("wandb/offline-run-*/files/media/table/samples_*.json")
+    ]
+    assert sorted(table["data"] for table in tables) == [[[step, "é" * 1000, step, None]] for step in range(3)]
 
 
 @pytest.mark.long
@@ -185,6 +191,34 @@ def test_the_mirror_gets_named_values_and_the_verdict(tmp_path):
     with pytest.raises(KeyError):
         fails()
     assert calls == [({"epoch": 0.5, "train/loss": 0.1, "train/kl": None}, 1), 1]
+
+
+def test_the_mirror_gets_a_table_of_each_steps_samples(tmp_path):
+    """Those of that step alone, or what is sent would grow with the square of their number; chats as JSON."""
+    calls = []
+    log = Log(tmp_path)
+    log.mirror = SimpleNamespace(log=lambda values, step: calls.append((values, step)))
+    chat = [{"role": "user", "content": "é"}]
+    log.sample(2, [{"prompt": chat, "response": "a", "win": 1}, {"prompt": chat, "response": "b", "score": 0.5}])
+    log.sample(4, [{"prompt": "p", "response": "c", "ended": True, "win": 0.5}])
+    log.sample(6, [])
+    assert [(list(values), step) for values, step in calls] == [(["samples"], 2), (["samples"], 4)]
+    first, second = (values["samples"] for values, _ in calls)
+    assert first.columns == ["step", "prompt", "response", "win", "score"]
+    assert first.data == [[2, json.dumps(chat), "a", 1, None], [2, json.dumps(chat), "b", None, 0.5]]
+    assert second.columns == ["step", "prompt", "response", "ended", "win"]
+    assert second.data == [[4, "p", "c", True, 0.5]]
+    assert rows(log.samples)[0]["prompt"] == chat
+
+
+def test_a_table_that_cannot_be_made_ends_the_mirror_and_not_the_run(tmp_path, capsys, monkeypatch):
+    log = Log(tmp_path)
+    log.mirror = SimpleNamespace(log=lambda values, step: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace())
+    log.sample(2, [{"prompt": "p"}])
+    assert log.mirror is None
+    assert capsys.readouterr().out.startswith("wandb: off from here on, the run goes on: AttributeError")
+    assert len(rows(log.samples)) == 1
 
 
 def test_online_with_a_key(tmp_path, monkeypatch, capsys):

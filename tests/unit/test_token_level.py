@@ -11,7 +11,7 @@ from sweeps import numbers
 from test_published import run
 
 from analysis import token_level
-from dpo.results.figures import COLOURS
+from dpo.results.figures import colours
 
 SEEDS = 6
 WOBBLE = np.array([3, -3, 1, -1, 2, -2]) / 100  # of a seed, in nats
@@ -286,12 +286,13 @@ def test_figures():
     [axis] = token_level.bars(table, "title", "nats").axes
     assert (axis.get_xlabel(), axis.yaxis_inverted()) == ("nats", True)
     names = dict(zip(axis.get_yticks(), [text.get_text() for text in axis.get_yticklabels()], strict=True))
+    shades = list(colours([0.1, 1.0], "beta").values())
     for number, (beta, container) in enumerate(zip((0.1, 1.0), axis.containers, strict=True)):
         for bar in container.patches:
             [name] = [name for at, name in names.items() if abs(bar.get_y() + bar.get_height() / 2 - at) < 0.4]
             assert bar.get_width() == table.loc[name, beta]
         assert container.get_label() == f"{beta:g}"
-        assert "#{:02x}{:02x}{:02x}".format(*(round(255 * one) for one in bar.get_facecolor()[:3])) == COLOURS[number]
+        assert "#{:02x}{:02x}{:02x}".format(*(round(255 * one) for one in bar.get_facecolor()[:3])) == shades[number]
 
     [axis] = token_level.lines(table.reset_index(drop=True).rename_axis("position"), "title").axes
     drawn = {line.get_label(): list(line.get_ydata()) for line in axis.lines[:2]}
