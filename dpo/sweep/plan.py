@@ -114,7 +114,8 @@ def plan(composed: Sequence[Composed]) -> tuple[list[Run], list[Refused]]:
         if path not in folders:
             folders[path] = Folder(path)
         folder = folders[path]
-        record = {**provenance, "inputs": tried["inputs"], "overrides": list(one.overrides)}
+        read = {"revisions": tried["revisions"]} if "revisions" in tried else {}
+        record = {**provenance, "inputs": tried["inputs"], **read, "overrides": list(one.overrides)}
         frozen = {"id": id, **config, "choices": one.choices, "provenance": record}
         try:
             name, asked = folder.place(frozen, one.swept, one.name)

@@ -41,7 +41,7 @@ def test_defaults_pass(command):
 def test_every_option_passes(group, option):
     given = [f"{group}={option}"]
     page = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
-    asked = 0.4 if group == "loss" else "somewhere"
+    asked = 0.4 if group == "loss" else "[somewhere]" if option == "mixture" else "somewhere"
     given += [f"{group}.{key}={asked}" for key, value in page.items() if value == "???"]
     check(config(*given, *([] if "policy.path=somewhere" in given else ["policy.path=somewhere"])))
 

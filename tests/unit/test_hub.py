@@ -128,7 +128,7 @@ def test_held_out_file(tmp_path):
 def test_hub_gives_its_own_splits(monkeypatch):
     asked = []
 
-    def load_dataset(name, data_dir, split):
+    def load_dataset(name, split, data_dir=None):
         asked.append((name, data_dir, split))
         return WRITTEN[:30] if split == "train" else WRITTEN[30:]
 
@@ -248,8 +248,8 @@ def test_what_is_no_comparison(tmp_path, wrong):
 def test_tldr_from_the_hub(monkeypatch):
     asked = []
 
-    def load_dataset(repository, name, revision, split):
-        asked.append((repository, name, revision, split))
+    def load_dataset(repository, data_dir, revision, split):
+        asked.append((repository, data_dir, revision, split))
         return [comparison(number) for number in (range(20) if split == "train" else range(20, 25))]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))

@@ -2,10 +2,11 @@
 
 import gzip
 import json
+import sys
+import types
 
 import pytest
 
-from dpo.data import prompts
 from dpo.data.prompts import cnn_dailymail
 
 ROWS = [{"article": f" (CNN) Story {n} . ", "highlights": f"Story {n} .\nShort .", "id": f"{n:040x}"} for n in range(9)]
@@ -43,13 +44,13 @@ def test_parts_share_no_article(file):
 def test_rows_come_from_the_hub_where_there_is_no_file(monkeypatch):
     asked = []
 
-    def rows(record, *given, **options):
+    def load_dataset(*given, **options):
         asked.append((given, options))
-        return [(f"row {n}", record(row)) for n, row in enumerate(ROWS)]
+        return ROWS
 
-    monkeypatch.setattr(prompts, "from_hub", rows)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert len(cnn_dailymail(None, "Be brief.", None, 0, 2, 3, "drop").prompts["train"]) == 4
-    assert asked == [(("abisee/cnn_dailymail", "train"), {"name": "3.0.0"})]
+    assert asked == [(("abisee/cnn_dailymail",), {"name": "3.0.0", "split": "train"})]
 
 
 @pytest.mark.parametrize("row", [{"text": "x"}, {"article": "x"}, {"article": " ", "highlights": "x"}, {"article": 3}])

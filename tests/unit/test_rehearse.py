@@ -58,9 +58,16 @@ def test_what_another_stage_is_made_from_is_found(base, tiny_model, tmp_path):
     assert problem == f"candidates must be a folder that dpo.generate wrote, found no validation.jsonl in {tmp_path}"
 
 
+NO_RECORDS = "must be a file of records, a folder of them or a data set on the hub (owner/name), found none at"
 ODD = {  # setting -> a value that only trying it finds out, and what is said
-    "data.path": ("/nowhere/pairs", "data.path must be a file of records, found none at /nowhere/pairs; check"),
-    "data.validation_path": ("/nowhere", "data.validation_path must be a file of records, found none at /nowhere"),
+    "data.path": (
+        "/nowhere/pairs",
+        f"data.path {NO_RECORDS} /nowhere/pairs; check",
+    ),
+    "data.validation_path": (
+        "/nowhere",
+        f"data.validation_path {NO_RECORDS} /nowhere",
+    ),
     "policy.path": ("/nowhere/policy", "/nowhere/policy must be a folder with a model"),
     "policy.base": ("/nowhere/base", "/nowhere/base must be a folder with a model"),
     "against": ("/nowhere/other", "/nowhere/other must be a folder with a model"),
