@@ -140,6 +140,7 @@ def _loaded(source: Source, stack: ExitStack) -> Any:
         options: dict[str, Any] = {"split": source.split or "train", "name": source.config, "data_dir": source.folder}
         if place.exists():
             options["cache_dir"] = stack.enter_context(TemporaryDirectory())
+            datasets.disable_progress_bars()
         if place.is_file():
             if source.split or source.config:
                 raise ValueError(_no_choice(source))
