@@ -200,12 +200,11 @@ def _read(
     held_out: str | None,
 ) -> Dataset:
     """What `record` makes of the rows at `path`, see above. held_out: a published split; None: there is none."""
-    source = _place(path, published)
+    source, shown = _place(path, published), None
     if validation_path is not None:
-        return paired(
-            record, source, _place(validation_path, replace(published, split=held_out)), validation_fraction, on_faulty
-        )
-    shown = replace(source, split=held_out) if held_out is not None and has_splits(source.path) else None
+        shown = _place(validation_path, replace(published, split=held_out))
+    elif held_out is not None and has_splits(source.path):
+        shown = replace(source, split=held_out)
     return paired(record, source, shown, validation_fraction, on_faulty)
 
 

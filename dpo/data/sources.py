@@ -86,21 +86,23 @@ def read(source: Source, record: Callable[[Row], Made]) -> Read[Made]:
     """
     if problem := absent(source.path):
         raise ValueError(f"data {problem}")
+    if (source.split or source.config) and not has_splits(source.path):
+        raise ValueError(
+            f"{source.path} must be on the hub or a folder to have splits and configurations; leave them out"
+        )
 
     def made(row: Row) -> Made:
         return record(renamed(row, source.columns) if source.columns else row)
 
     if source.path.endswith(LINES):
-        if source.split or source.config:
-            raise ValueError(_no_choice(source))
         return Read(parse(Path(source.path).expanduser(), made), None)
     with ExitStack() as stack:
         rows = _loaded(source, stack)
         records = _gathered(str(source), ((f"row {number}", row) for number, row in enumerate(rows)), made, "rows")
-    commits = COMMIT.findall(" ".join(getattr(getattr(rows, "info", None), "download_checksums", None) or ()))
-    if commits:
-        logger.info(f"{source}: revision {commits[0]}")
-    return Read(records, commits[0] if commits else None)
+    revision = None if Path(source.path).expanduser().exists() else _commit(rows)
+    if revision is not None:
+        logger.info(f"{source}: revision {revision}")
+    return Read(records, revision)
 
 
 def renamed(row: Row, columns: dict[str, str]) -> Row:
@@ -142,8 +144,6 @@ def _loaded(source: Source, stack: ExitStack) -> Any:
             options["cache_dir"] = stack.enter_context(TemporaryDirectory())
             datasets.disable_progress_bars()
         if place.is_file():
-            if source.split or source.config:
-                raise ValueError(_no_choice(source))
             options |= {"path": _kind_of(place), "data_files": str(place)}
             if options["path"] == "csv":  # an empty cell or "NA" is text, and so is a response of 007
                 columns = source.columns or {}
@@ -163,18 +163,20 @@ def _loaded(source: Source, stack: ExitStack) -> Any:
         ) from error
 
 
+def _commit(rows: Any) -> str | None:
+    """The commit on the hub, out of the addresses of the files that the rows were read from."""
+    found = COMMIT.search(" ".join(getattr(getattr(rows, "info", None), "download_checksums", None) or ()))
+    return found[1] if found else None
+
+
 def _split_of(found: Any, source: Source) -> Any:
+    if source.config:
+        raise ValueError("what save_to_disk wrote, which has no configurations")
     if not isinstance(found, dict):
-        if source.split or source.config:
-            raise ValueError(_no_choice(source))
         return found
     if (split := source.split or "train") not in found:
         raise ValueError(f"no split {split}, but {', '.join(found)}")
     return found[split]
-
-
-def _no_choice(source: Source) -> str:
-    return f"{source.path} must be on the hub or a folder to have splits and configurations; leave them out"
 
 
 def _kind_of(place: Path) -> str:
@@ -241,7 +243,7 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def jsonl_files(folder: Path) -> Iterator[Path]:
     """The files of records in a folder, however deep."""
-    return (file for file in sorted(folder.rglob("*")) if file.name.endswith((".jsonl", ".jsonl.gz")))
+    return (file for file in sorted(folder.rglob("*")) if file.name.endswith(LINES))
 
 
 def listed(lines: Sequence[str]) -> str:

@@ -308,7 +308,7 @@ def _shown(frozen: dict[str, Any], key: str) -> str:
 
 def _provenance() -> dict[str, Any]:
     """What the run was made with; a record, no part of its identity."""
-    packages = ("torch", "transformers", "tokenizers", "numpy", "hydra-core", "omegaconf", "peft")
+    packages = ("torch", "transformers", "tokenizers", "numpy", "hydra-core", "omegaconf", "peft", "datasets")
     versions = {"python": python_version()}
     for package in packages:
         try:

@@ -131,6 +131,8 @@ def test_splits_are_named(tmp_path):
         assert len(turned.preferences["train"]) == 3
         with pytest.raises(ValueError, match=r"dev split must be readable, found: .*dev.*train.*, .*test.*; check"):
             file(place, None, 0.3, "error", split="dev")
+        with pytest.raises(ValueError, match=r"must be readable, found: .*config"):
+            file(place, None, 0.3, "error", config="easy")
 
 
 WRONG = {  # file and its content -> what is said
