@@ -43,6 +43,7 @@ def stack_exchange(
     validation_path: str | None,
     split: str | None,
     pairs: Pairs,
+    chat: bool,
     validation_fraction: float,
     on_faulty: OnFaulty,
 ) -> Dataset:
@@ -51,7 +52,7 @@ def stack_exchange(
 
     A prompt is the question as a dialogue's, as in the code of DPO's authors, and the HTML of question and answers
     becomes text (`text_of`). path: its rows, or None: HuggingFaceH4/stack-exchange-preferences on the hub. split: of
-    that; a slice such as "train[:1%]" reads a part. Other arguments: those of `ranked`.
+    that; a slice such as "train[:1%]" reads a part. chat: True makes chat messages. Others: those of `ranked`.
     """
 
     def record(row: dict[str, Any]) -> list[Preference] | str:
@@ -59,10 +60,14 @@ def stack_exchange(
         texts = [one.get("text") for one in answers if isinstance(one, dict)] if isinstance(answers, list) else []
         if not all(isinstance(text, str) for text in [question, *texts]) or not texts:
             raise ValueError("must have a question and a list of answers, each with its text and pm_score")
-        asked = f"{HUMAN} {text_of(str(question))}{TURN}"
-        said = [f" {text_of(str(text))}" for text in texts]
-        scores = [one.get("pm_score") for one in answers or ()]
-        return _paired({"prompt": asked, "responses": said, "scores": scores}, pairs)
+        asked, said = text_of(str(question)), [text_of(str(text)) for text in texts]
+        made: dict[str, Any] = {"scores": [one.get("pm_score") for one in answers or ()]}
+        if chat:
+            made["prompt"] = [{"role": "user", "content": asked}]
+            made["responses"] = [[{"role": "assistant", "content": text}] for text in said]
+        else:
+            made |= {"prompt": f"{HUMAN} {asked}{TURN}", "responses": [f" {text}" for text in said]}
+        return _paired(made, pairs)
 
     there = path or "HuggingFaceH4/stack-exchange-preferences"
     source = Source(there, split if has_splits(there) else None)

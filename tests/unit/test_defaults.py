@@ -187,6 +187,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
         **PUBLISHED,
         "split": "train[:1%]",
         "pairs": "all",
+        "chat": False,
     },
     "data/ultrachat": {"_target_": "dpo.data.demonstrations.ultrachat", **PUBLISHED, "turns": "last"},
     "data/webgpt": {"_target_": "dpo.data.hub.webgpt", **PUBLISHED, "chat": False},

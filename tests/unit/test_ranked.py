@@ -164,7 +164,7 @@ def test_stack_exchange_to_the_letter(tmp_path, capsys, kind):
     else:
         made = datasets.Dataset.from_list(rows)
         made.to_parquet(path) if kind == "parquet" else made.save_to_disk(path)
-    data = stack_exchange(str(path), None, "train[:1%]", "all", 0.2, "drop")
+    data = stack_exchange(str(path), None, "train[:1%]", "all", False, 0.2, "drop")
     found: dict[str, list] = {}
     for pair in (pair for some in data.preferences.values() for pair in some):
         found.setdefault(pair.prompt, []).append((pair.chosen, pair.rejected))
@@ -176,6 +176,16 @@ def test_stack_exchange_to_the_letter(tmp_path, capsys, kind):
     assert better == " " + TEXT.replace("one", "21").replace("two", "0")
     assert worse == " " + TEXT.replace("one", "21").replace("two", "1")
     assert "1 x no response is better than another" in capsys.readouterr().out
+
+
+def test_stack_exchange_as_chat(tmp_path):
+    path = save(tmp_path / "a.jsonl", [published(number, (1, 2)) for number in range(9)])
+    for pair in stack_exchange(path, None, None, "all", True, 0.3, "error").preferences["train"]:
+        [asked] = pair.prompt
+        number = asked["content"][0]
+        assert asked == {"role": "user", "content": f"{number}?"}
+        assert pair.chosen == [{"role": "assistant", "content": f"{number}, 1"}]
+        assert pair.rejected == [{"role": "assistant", "content": f"{number}, 0"}]
 
 
 @pytest.mark.parametrize(
@@ -190,7 +200,9 @@ def test_stack_exchange_to_the_letter(tmp_path, capsys, kind):
 )
 def test_what_is_no_question(tmp_path, wrong):
     with pytest.raises(ValueError, match="line 2: must have a question and a list of answers, each with its text"):
-        stack_exchange(save(tmp_path / "a.jsonl", [published(0), published(1) | wrong]), None, None, "all", 0.2, "keep")
+        stack_exchange(
+            save(tmp_path / "a.jsonl", [published(0), published(1) | wrong]), None, None, "all", False, 0.2, "keep"
+        )
 
 
 def test_a_part_of_stack_exchange_on_the_hub(monkeypatch):
@@ -201,5 +213,5 @@ def test_a_part_of_stack_exchange_on_the_hub(monkeypatch):
         return [published(number) for number in range(20)]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    stack_exchange(None, None, "train[:1%]", "best_worst", 0.2, "error")
+    stack_exchange(None, None, "train[:1%]", "best_worst", False, 0.2, "error")
     assert asked == [("HuggingFaceH4/stack-exchange-preferences", {"split": "train[:1%]"})]
