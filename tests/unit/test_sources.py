@@ -71,6 +71,14 @@ def test_pairs_are_the_same_in_every_kind_of_file(write, name):
     assert sorted(found, key=str) == sorted(ROWS, key=str)
 
 
+def test_answers_that_are_numbers_stay_as_they_are_written(tmp_path):
+    """Of a table that has nothing else in these columns."""
+    (tmp_path / "a.csv").write_text("question,chosen,rejected\n" + "".join(f"{n},00{n},{n}.0\n" for n in range(9)))
+    data = file(str(tmp_path / "a.csv"), None, 0.3, "error", columns={"prompt": "question"})
+    found = {(pair.prompt, pair.chosen, pair.rejected) for some in data.preferences.values() for pair in some}
+    assert found == {(f"{n}", f"00{n}", f"{n}.0") for n in range(9)}
+
+
 @pytest.mark.parametrize("name", [name for name in WRITERS if not name.endswith(".csv")])
 def test_so_are_conversations(write, name):
     data = file(write(name, CHATS), None, 0.3, "error")
