@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.cache import digest
 from dpo.data.batches import Batch, Pair, Tokens, encode_prompts, tokenize
-from dpo.data.records import Preference, jsonl_files, listed, parse, preference, report
+from dpo.data.records import Preference, preference, report
+from dpo.data.sources import jsonl_files, listed, parse
 from dpo.data.tokens import encode_alone, encoded, vocabulary
 from dpo.losses.pairs import tie_tolerance
 from dpo.policy import lora

@@ -1,7 +1,13 @@
-"""Public data sets, one reader each; what a reader returns is described in `dpo.data.records.Dataset`."""
+"""Public data sets, one reader each; what a reader returns is described in `dpo.data.records.Dataset`.
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+A reader's `path` is where the rows are that it parses, in their published form: any `dpo.data.sources.Source`, and so
+another revision (owner/name@revision), too. None: where they are published. Of data with splits (on the hub, or in a
+folder) the published held-out split is the validation split; of a file it is `validation_path`, or a share of it.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
 
 from dpo.data.records import (
     HUMAN,
@@ -10,14 +16,16 @@ from dpo.data.records import (
     OnFaulty,
     Preference,
     conversations,
-    filter_pairs,
-    parse,
+    paired,
     preference,
     responses_of,
-    split_pairs,
 )
+from dpo.data.sources import Source, has_splits
 
-Made = TypeVar("Made")
+CONVERTED = "refs/convert/parquet"  # the hub's own copy of a data set that is published as a script, a folder each
+FROM_FEEDBACK = Source(f"openai/summarize_from_feedback@{CONVERTED}", "train", folder="comparisons")
+WEBGPT = Source(f"openai/webgpt_comparisons@{CONVERTED}", "train", folder="default")
+HC3 = Source(f"Hello-SimpleAI/HC3@{CONVERTED}", "train", folder="all")
 
 
 def hh(
@@ -31,14 +39,13 @@ def hh(
 
     A prompt is the dialogue up to and with its last "Assistant:"; responses keep the space that follows it.
 
-    path: its JSONL file, .gz or not, with validation_path or validation_fraction as in `dpo.data.records.file`; None:
-    from the Hugging Face hub, whose test split becomes the validation split. subset: a folder on the hub such as
+    path: its rows, or None: the splits train and test of Anthropic/hh-rlhf. subset: a folder on the hub such as
     "harmless-base"; None: all of them. on_faulty: see `dpo.data.records.filter_pairs`; dialogues that part before
     their last turn are no pair.
     """
 
     files = path, validation_path, validation_fraction, on_faulty
-    return _read(_pair, *files, "Anthropic/hh-rlhf", "hh-rlhf", data_dir=subset)
+    return _read(_pair, *files, Source("Anthropic/hh-rlhf", "train", folder=subset), "test")
 
 
 def ultrafeedback(
@@ -50,13 +57,12 @@ def ultrafeedback(
 ) -> Dataset:
     """UltraFeedback (2310.01377) as pairs (2310.16944): the best of four responses, by GPT-4's scores, and another.
 
-    path: a JSONL file of it, .gz or not, with validation_path or validation_fraction as in `dpo.data.records.file`;
-    None: the splits train_prefs and test_prefs of `repository` on the hub. on_faulty: see
+    path: its rows, or None: the splits train_prefs and test_prefs of `repository` on the hub. on_faulty: see
     `dpo.data.records.filter_pairs`.
     """
 
     files = path, validation_path, validation_fraction, on_faulty
-    return _read(_conversations, *files, repository, repository, ("train_prefs", "test_prefs"))
+    return _read(_conversations, *files, Source(repository, "train_prefs"), "test_prefs")
 
 
 def tldr(
@@ -69,16 +75,95 @@ def tldr(
 
     A prompt is the post under its subreddit and title, up to and with "TL;DR:"; summaries begin with a space.
 
-    path: a JSONL file of the comparisons, .gz or not, with validation_path or validation_fraction as in
-    `dpo.data.records.file`; None: the splits train and validation of openai/summarize_from_feedback on the hub.
-    on_faulty: see `dpo.data.records.filter_pairs`; comparisons of news articles, which the validation split has, too,
-    are no pair.
+    path: the comparisons, or None: the splits train and validation of openai/summarize_from_feedback. on_faulty: see
+    `dpo.data.records.filter_pairs`; comparisons of news articles, which the validation split has, too, are no pair.
     """
 
     files = path, validation_path, validation_fraction, on_faulty
-    repository, splits = "openai/summarize_from_feedback", ("train", "validation")
-    parquet: dict[str, Any] = {"name": "comparisons", "revision": "refs/convert/parquet"}  # its own form is a script
-    return _read(_comparison, *files, repository, "summarize_from_feedback", splits, **parquet)
+    return _read(_comparison, *files, FROM_FEEDBACK, "validation")
+
+
+def shp(
+    path: str | None,
+    validation_path: str | None,
+    min_ratio: float,
+    chat: bool,
+    validation_fraction: float,
+    on_faulty: OnFaulty,
+) -> Dataset:
+    """Stanford Human Preferences (2110.08420): of two comments on a Reddit post, the one that was voted for more.
+
+    A prompt is the post as a dialogue's question, "Human: ..." and "Assistant:", as in the code of DPO's authors.
+
+    path: its rows, or None: the splits train and validation of stanfordnlp/SHP. min_ratio: of the two scores, in the
+    code of DPO's authors 2; pairs of closer ones are left out. chat: True makes chat messages. Others: see above.
+    """
+
+    def record(row: dict[str, Any]) -> Preference | str:
+        scores: list[Any] = [row.get(f"score_{side}") for side in "AB"]
+        texts: list[Any] = [row.get(name) for name in ("history", "human_ref_A", "human_ref_B")]
+        if row.get("labels") not in (0, 1) or not all(map(_is_text, texts)) or not all(map(_is_count, scores)):
+            raise ValueError(f"must have history, human_ref_A and _B, score_A and _B, and labels of 0 or 1{_file(row)}")
+        high, low = max(scores), min(scores)
+        if low <= 0 or high / low < min_ratio:
+            return f"the scores are closer than {min_ratio:g} to 1"
+        return _answered(texts[0], texts[2 - row["labels"]], texts[1 + row["labels"]], chat)
+
+    files = path, validation_path, validation_fraction, on_faulty
+    return _read(record, *files, Source("stanfordnlp/SHP", "train"), "validation")
+
+
+def webgpt(
+    path: str | None, validation_path: str | None, chat: bool, validation_fraction: float, on_faulty: OnFaulty
+) -> Dataset:
+    """Comparisons of long answers (WebGPT, 2112.09332): of two answers, the one with the higher score; ties are none.
+
+    A prompt is the question, without what the model had read on the web. path: its rows, or None: the only split of
+    openai/webgpt_comparisons. chat, and other arguments: as in `shp`.
+    """
+
+    def record(row: dict[str, Any]) -> Preference | str:
+        question = row.get("question")
+        text: Any = question.get("full_text") if isinstance(question, dict) else None
+        answers: list[Any] = [row.get(f"answer_{side}") for side in (0, 1)]
+        scores: list[Any] = [row.get(f"score_{side}") for side in (0, 1)]
+        if not all(map(_is_text, [text, *answers])) or not all(map(_is_count, scores)):
+            raise ValueError(f"must have question.full_text, answer_0 and _1, and score_0 and _1{_file(row)}")
+        if scores[0] == scores[1]:
+            return "neither answer is better"
+        better = int(scores[1] > scores[0])
+        return _answered(text, answers[better], answers[1 - better], chat)
+
+    return _read(record, path, validation_path, validation_fraction, on_faulty, WEBGPT, None)
+
+
+def hc3(
+    path: str | None,
+    validation_path: str | None,
+    chosen: Literal["human", "chatgpt"],
+    chat: bool,
+    validation_fraction: float,
+    on_faulty: OnFaulty,
+) -> Dataset:
+    """Answers of people and of ChatGPT to one question (HC3, 2301.07597): the first of either, and `chosen` says whose
+    is preferred; the data set does not.
+
+    path: its rows, or None: the configuration "all" of Hello-SimpleAI/HC3, its only split. chat, and other arguments:
+    as in `shp`.
+    """
+    sides = ("human", "chatgpt") if chosen == "human" else ("chatgpt", "human")
+
+    def record(row: dict[str, Any]) -> Preference | str:
+        answers: list[Any] = [row.get(f"{side}_answers") for side in sides]
+        if not _is_text(row.get("question")) or not all(
+            isinstance(some, list) and all(map(_is_text, some)) for some in answers
+        ):
+            raise ValueError(f"must have a question, human_answers and chatgpt_answers, lists of text{_file(row)}")
+        if not all(answers):
+            return "one side has no answer"
+        return _answered(row["question"], answers[0][0], answers[1][0], chat)
+
+    return _read(record, path, validation_path, validation_fraction, on_faulty, HC3, None)
 
 
 def unpaired(
@@ -87,16 +172,17 @@ def unpaired(
     repository: str,
     validation_fraction: float,
     on_faulty: OnFaulty,
+    columns: dict[str, str] | None = None,
 ) -> Dataset:
     """Single responses with a label, desirable or not, as TRL's unpaired preferences; demonstrations are the former.
 
-    path: a JSONL file, .gz or not, with validation_path or validation_fraction as in `dpo.data.records.file`; None: the
-    splits train and test of `repository` on the hub. A row has a `prompt` and a `completion`, text or chat messages,
-    and a `label`, true or false, 1 or 0; `completion_ended` may be false. on_faulty: see
-    `dpo.data.records.filter_pairs`.
+    path: None: the splits train and test of `repository` on the hub. A row has a `prompt` and a `completion`, text or
+    chat messages, and a `label`, true or false, 1 or 0; `completion_ended` may be false. columns: where they have other
+    names, see `dpo.data.sources.renamed`. on_faulty: see `dpo.data.records.filter_pairs`.
     """
 
-    data = _read(_labelled, path, validation_path, validation_fraction, on_faulty, repository, repository)
+    published = Source(repository, "train", columns=columns)
+    data = _read(_labelled, path, validation_path, validation_fraction, on_faulty, published, "test")
     if len(found := {row.label for row in data.preferences["train"]}) < 2:
         raise ValueError(
             f"{path or repository} must have training responses of both labels, found {found.pop()} alone; add others"
@@ -105,48 +191,49 @@ def unpaired(
 
 
 def _read(
-    record: Callable[[dict[str, Any]], Preference | str],
+    record: Callable[[dict[str, Any]], Preference | str | list[Preference]],
     path: str | None,
     validation_path: str | None,
     validation_fraction: float,
     on_faulty: OnFaulty,
-    repository: str,
-    called: str,
-    splits: tuple[str, str] = ("train", "test"),
-    **options: Any,
+    published: Source,
+    held_out: str | None,
 ) -> Dataset:
-    """What `record` makes of the lines of files, see `dpo.data.records.file`; without a file, of the rows of a data set
-    on the hub.
-
-    called: that data set in messages. splits: those to train on and to hold out. options: for `load_dataset`.
-    """
-
-    def rows(file: str | None, split: str) -> list[Preference]:
-        if file is None:
-            found = from_hub(record, repository, split, **options)
-            return filter_pairs(found, on_faulty, f"{called}, {split} split")
-        return filter_pairs(parse(file, record), on_faulty, file)
-
-    held_out = None if path is not None and validation_path is None else rows(validation_path, splits[1])
-    return split_pairs(rows(path, splits[0]), held_out, validation_fraction, on_faulty)
+    """What `record` makes of the rows at `path`, see above. held_out: a published split; None: there is none."""
+    source, shown = _place(path, published), None
+    if validation_path is not None:
+        shown = _place(validation_path, replace(published, split=held_out))
+    elif held_out is not None and has_splits(source.path):
+        shown = replace(source, split=held_out)
+    return paired(record, source, shown, validation_fraction, on_faulty)
 
 
-def from_hub(
-    record: Callable[[dict[str, Any]], Made], repository: str, split: str, **options: Any
-) -> Iterable[tuple[str, Made]]:
-    """What `record` makes of each row of a data set on the hub, and where that is.
+def _place(path: str | None, published: Source) -> Source:
+    """The source at a path: of the published data set, at whatever revision, in its folder, too."""
+    if path is None:
+        return published
+    if path.partition("@")[0] == published.path.partition("@")[0]:
+        return replace(published, path=path)
+    return Source(path, published.split if has_splits(path) else None, columns=published.columns)
 
-    Raises: ValueError if the package that reads it is missing.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(
-            "reading from the hub needs the datasets package, found none; pip install 'dpo[hub]', or download "
-            f"{repository} and set data.path to a JSONL file of it"
-        ) from error
-    rows = datasets.load_dataset(repository, split=split, **options)
-    return ((f"row {index}", record(row)) for index, row in enumerate(rows))
+
+def _answered(question: str, chosen: str, rejected: str, chat: bool) -> Preference:
+    """A pair of answers to a question: a dialogue as Anthropic's, as DPO's authors write it, or chat messages."""
+    if not chat:
+        return preference({"prompt": f"{HUMAN} {question}{TURN}", "chosen": f" {chosen}", "rejected": f" {rejected}"})
+    asked, better, worse = (
+        [{"role": role, "content": text}]
+        for role, text in (("user", question), ("assistant", chosen), ("assistant", rejected))
+    )
+    return preference({"prompt": asked, "chosen": better, "rejected": worse})
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 def _labelled(row: dict[str, Any]) -> Preference:

@@ -3,28 +3,55 @@
 from typing import Any
 
 from dpo.cache import digest
-from dpo.data.hub import from_hub
-from dpo.data.records import Dataset, OnFaulty, Text, distinct, parse, responses_of
+from dpo.data.records import Dataset, OnFaulty, Text, distinct, responses_of
+from dpo.data.sources import Source, has_splits, read
+
+ALPACA_EVAL = Source("tatsu-lab/alpaca_eval@refs/convert/parquet", "eval", folder="alpaca_eval")
 
 
-def prompts(path: str, train: int | None, part: int, validation: int, test: int, on_faulty: OnFaulty) -> Dataset:
-    """Those of a JSONL file, of pairs or of anything else with a `prompt` (text, or chat messages) on every line.
+def prompts(
+    path: str,
+    train: int | None,
+    part: int,
+    validation: int,
+    test: int,
+    on_faulty: OnFaulty,
+    config: str | None = None,
+    split: str | None = None,
+    columns: dict[str, str] | None = None,
+) -> Dataset:
+    """Those of a `dpo.data.sources.Source`, of pairs or of anything else with a `prompt` (text, or chat messages).
 
     They are taken in the order of their hashes: first `test`, then `validation`, then parts of `train`, of
     which this is number `part`, from 0; None: one part of all that are left. No prompt is in two of them.
 
     Raises: ValueError if there are too few.
     """
-    splits = _parted(path, read_prompts(path), train, part, validation, test)
-    return Dataset([], {}, splits, on_faulty)
+    found, revision = read(Source(path, split, config, columns=columns), _prompt)
+    splits = _parted(path, [one for _, one in found], train, part, validation, test)
+    return Dataset([], {}, splits, on_faulty, revisions={} if revision is None else {path: revision})
+
+
+def alpaca_eval(
+    path: str | None, train: int | None, part: int, validation: int, test: int, on_faulty: OnFaulty
+) -> Dataset:
+    """AlpacaEval's instructions (805), a user's turn each.
+
+    path: its alpaca_eval.json or another list with `instruction`; None: tatsu-lab/alpaca_eval on the hub. Others are
+    those of `prompts`.
+    """
+    place = ALPACA_EVAL if path is None else Source(path, "eval" if has_splits(path) else None)
+    found, revision = read(place, _instruction)
+    splits = _parted(place.path, [one for _, one in found], train, part, validation, test)
+    return Dataset([], {}, splits, on_faulty, revisions={} if revision is None else {str(place): revision})
 
 
 def read_prompts(path: str) -> list[Text]:
-    """The `prompt` of each line of a JSONL file.
+    """The `prompt` of each row of a file.
 
-    Raises: ValueError that names the lines which have none.
+    Raises: ValueError that names the rows which have none.
     """
-    return [one for _, one in parse(path, _prompt)]
+    return [one for _, one in read(Source(path), _prompt)[0]]
 
 
 def cnn_dailymail(
@@ -39,19 +66,19 @@ def cnn_dailymail(
     """News articles to summarize (CNN/DailyMail 3.0.0, train split): a user's turn each, `instruction` and the article.
 
     What people wrote, its highlights, is what evaluation.baseline=human and pairs.off_policy compare with.
-    path: a JSONL file with `article` and `highlights`, .gz or not; None: abisee/cnn_dailymail on the hub. Others are
+    path: rows with `article` and `highlights`; None: abisee/cnn_dailymail on the hub. Others are
     those of `prompts`.
     Raises: ValueError as `prompts` does.
     """
-    called = path or "abisee/cnn_dailymail"
-    rows = from_hub(_article, called, "train", name="3.0.0") if path is None else parse(path, _article)
+    source = Source("abisee/cnn_dailymail", config="3.0.0") if path is None else Source(path)
+    rows, revision = read(source, _article)
     asked: dict[str, tuple[Text, str]] = {}
     for _, (article, highlights) in rows:
         asked.setdefault(article, ([{"role": "user", "content": f"{instruction}\n\n{article}"}], highlights))
     human = {digest(prompt): highlights for prompt, highlights in asked.values()}
-    splits = _parted(called, [prompt for prompt, _ in asked.values()], train, part, validation, test)
+    splits = _parted(source.path, [prompt for prompt, _ in asked.values()], train, part, validation, test)
     written = {split: [human[digest(prompt)] for prompt in some] for split, some in splits.items()}
-    return Dataset([], {}, splits, on_faulty, written)
+    return Dataset([], {}, splits, on_faulty, written, {} if revision is None else {str(source): revision})
 
 
 def _parted(
@@ -74,6 +101,12 @@ def _prompt(row: dict[str, Any]) -> Text:
     if "prompt" not in row:
         raise ValueError("must have a prompt, found none")
     return responses_of(row, ())[0]
+
+
+def _instruction(row: dict[str, Any]) -> Text:
+    if not isinstance(asked := row.get("instruction"), str) or not asked.strip():
+        raise ValueError(f"must have an instruction in plain text, found {', '.join(row) or 'nothing'}")
+    return responses_of({"prompt": [{"role": "user", "content": asked}]}, ())[0]
 
 
 def _article(row: dict[str, Any]) -> tuple[str, str]:

@@ -1,24 +1,21 @@
 """A preference as text; JSONL in and out."""
 
-import gzip
 import hashlib
 import json
 import logging
-import os
-import uuid
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from dpo.cache import digest
+from dpo.data.sources import SHOWN, Source, elsewhere, kind, listed, parse, write_rows
+from dpo.data.sources import read as read_rows
 
 logger = logging.getLogger(__name__)
 Text = str | list[dict[str, str]]  # plain text, or chat messages {"role", "content"}
 OnFaulty = Literal["error", "drop", "keep"]  # what to do with faulty pairs and prompts: see `filter_pairs`
-Record = TypeVar("Record")
 
 TURN, HUMAN = "\n\nAssistant:", "\n\nHuman:"  # of Anthropic's dialogues
 EMPTY: tuple[Any, ...] = (None, "", [], {})
@@ -27,7 +24,6 @@ READ = (  # what other formats have a policy read beside the prompt
     *("chat_template_kwargs", "chat_template"),
 )
 
-SHOWN = 5  # offending records that an error message lists
 FAULTY = "Mend them, or set data.on_faulty=drop to leave them out or data.on_faulty=keep to train on them."
 
 
@@ -100,6 +96,7 @@ class Dataset:
     prompts: dict[str, list[Text]]
     on_faulty: OnFaulty = "error"  # what to do with pairs that are found faulty when they are tokenized
     written: dict[str, list[str]] = field(default_factory=dict)  # split -> what a human responds to each of `prompts`
+    revisions: dict[str, str] = field(default_factory=dict)  # what was read on the hub -> its commit
 
     def written_to(self, prompts: Sequence[Text], split: str) -> list[str]:
         """What a human responds to each of these prompts of a split.
@@ -137,19 +134,52 @@ def contents(dataset: Dataset) -> str:
     return digest([rows(dataset.demonstrations), preferences, dataset.prompts])[:16]
 
 
-def file(path: str, validation_path: str | None, validation_fraction: float, on_faulty: OnFaulty) -> Dataset:
-    """Preferences of a JSONL file (see `read`); demonstrations are the chosen responses.
+def file(
+    path: str,
+    validation_path: str | None,
+    validation_fraction: float,
+    on_faulty: OnFaulty,
+    config: str | None = None,
+    split: str | None = None,
+    validation_split: str | None = None,
+    columns: dict[str, str] | None = None,
+    prompt: Literal["implicit"] | None = None,
+) -> Dataset:
+    """Preferences of a file, folder or data set on the hub (`dpo.data.sources.Source`), in rows such as `read` reads;
+    demonstrations are the chosen responses.
 
-    validation_path: file of held-out pairs; None: about `validation_fraction` of the prompts, chosen by a hash
-    of the prompt, so that no prompt is on both sides and the split stays when the file grows. on_faulty: see
-    `filter_pairs`.
+    validation_path: where the held-out pairs are; None: in `validation_split` of `path`, or, without one, about
+    `validation_fraction` of the prompts, chosen by a hash of the prompt, so that no prompt is on both sides and the
+    split stays when the file grows. columns: see `dpo.data.sources.renamed`. prompt: "implicit": rows have none, and it
+    is what chosen and rejected begin with, to the last whole word. on_faulty: see `filter_pairs`.
     """
+    source = Source(path, split, config, columns=columns)
+    held_out = elsewhere(source, validation_path, validation_split)
+    return paired(preference if prompt is None else implicit, source, held_out, validation_fraction, on_faulty)
 
-    def pairs(source: str) -> list[Preference]:
-        return filter_pairs(parse(source, preference), on_faulty, source)
 
-    held_out = None if validation_path is None else pairs(validation_path)
-    return split_pairs(pairs(path), held_out, validation_fraction, on_faulty)
+def paired(
+    record: Callable[[dict[str, Any]], Preference | str | list[Preference]],
+    source: Source,
+    held_out: Source | None,
+    validation_fraction: float,
+    on_faulty: OnFaulty,
+) -> Dataset:
+    """A data set of what `record` makes of the rows of a source, and of those to hold out; None: a share of the former.
+
+    record: gives a pair, several, or the reason why there is none.
+    """
+    revisions: dict[str, str] = {}
+
+    def pairs(place: Source) -> list[Preference]:
+        found, revision = read_rows(place, record)
+        if revision is not None:
+            revisions[str(place)] = revision
+        each = [(where, one) for where, made in found for one in (made if isinstance(made, list) else [made])]
+        return filter_pairs(each, on_faulty, str(place))
+
+    shown = None if held_out is None else pairs(held_out)
+    return replace(split_pairs(pairs(source), shown, validation_fraction, on_faulty), revisions=revisions)
 
 
 def read(path: str | Path) -> list[Preference]:
@@ -168,61 +198,6 @@ def read(path: str | Path) -> list[Preference]:
 def write(path: str | Path, preferences: Iterable[Preference]) -> None:
     """Write what `read` reads."""
     write_rows(path, map(row, preferences))
-
-
-def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write JSONL, .gz or not; the file appears whole or not at all."""
-    target = Path(path)
-    unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.unfinished")
-    try:
-        with open(unfinished, "xb") as raw:
-            packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if target.suffix == ".gz" else raw
-            for row in rows:
-                packed.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            if packed is not raw:
-                packed.close()
-            raw.flush()
-            os.fsync(raw.fileno())
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def jsonl_files(folder: Path) -> Iterator[Path]:
-    """The files of records in a folder, however deep."""
-    return (file for file in sorted(folder.rglob("*")) if file.name.endswith((".jsonl", ".jsonl.gz")))
-
-
-def parse(path: str | Path, record: Callable[[dict[str, Any]], Record]) -> list[tuple[str, Record]]:
-    """What `record` makes of the JSON object on each line, with the line's name; blank lines are passed over.
-
-    Raises a ValueError that counts the lines without a JSON object and those that `record` refuses with a
-    ValueError, and says what is wrong with the first few.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"a JSONL file of records must be at {path}, found none; check the path")
-    records, refused, lines = [], [], 0
-    try:
-        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.isspace():
-                    continue
-                lines += 1
-                try:
-                    records.append((f"line {number}", record(_object(line))))
-                except ValueError as error:
-                    refused.append(f"line {number}: {error}")
-                except RecursionError:
-                    refused.append(f"line {number}: nested too deeply")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} must be a whole gzip file, found: {error}; copy it again") from error
-    if refused:
-        raise ValueError(
-            f"{path}: {len(refused)} of {lines} lines are no records:{listed(refused)}\nMend or remove them."
-        )
-    if not records:
-        raise ValueError(f"{path} must hold at least one record, found an empty file")
-    return records
 
 
 def filter_pairs(records: Iterable[tuple[str, Preference | str]], on_faulty: str, source: str) -> list[Preference]:
@@ -331,24 +306,6 @@ def _hash(prompt: Text) -> float:
     return int.from_bytes(hashlib.sha256(_key(prompt).encode()).digest()[:6]) / 2**48
 
 
-def listed(lines: Sequence[str]) -> str:
-    """The first few, each on a line of its own, and how many there are more."""
-    more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
-    return "".join(f"\n  {line}" for line in lines[:SHOWN]) + more
-
-
-def _object(line: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"no UTF-8 text ({error.reason} at byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"must be a JSON object, found {_kind(value)}")
-    return value
-
-
 def conversations(row: dict[str, Any]) -> bool:
     """Whether `chosen` and `rejected` are whole conversations, the prompt's messages before the response's."""
     chosen, rejected, prompt = (row.get(name) for name in ("chosen", "rejected", "prompt"))
@@ -371,6 +328,21 @@ def preference(row: dict[str, Any]) -> Preference:
     prompt, (chosen, rejected), ended = responses_of(row, ("chosen", "rejected"))
     pair = Preference(prompt, chosen, rejected, ended[0], ended[1])
     return replace(pair, token_ids=_token_ids(row, chosen, rejected), measures=_measures(row))
+
+
+def implicit(row: dict[str, Any]) -> Preference:
+    """The pair of two texts that begin with their prompt: the words that they share. Raises: ValueError if none."""
+    if "prompt" in row or conversations(row):
+        raise ValueError("must have no prompt of its own where data.prompt=implicit, found one; leave that out")
+    chosen, rejected = (row.get(name) for name in ("chosen", "rejected"))
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        raise ValueError("must have chosen and rejected in plain text, each with the prompt before the response")
+    both = range(min(len(chosen), len(rejected)))
+    shared = next((place for place in both if chosen[place] != rejected[place]), len(both))
+    end = max(chosen.rfind(space, 0, shared) for space in " \n")  # a word that only begins alike is no part of it
+    if not chosen[: max(end, 0)].strip():
+        raise ValueError("chosen and rejected must begin with the same words, their prompt, found others")
+    return preference({"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]})
 
 
 def responses_of(row: dict[str, Any], names: Sequence[str]) -> tuple[Text, list[Text], list[bool]]:
@@ -445,7 +417,7 @@ def _text(value: Any, name: str) -> Text:
         _check_unicode(value, name)
         return value
     if not isinstance(value, list):
-        raise ValueError(f"{name} must be text or a list of chat messages, found {_kind(value)}")
+        raise ValueError(f"{name} must be text or a list of chat messages, found {kind(value)}")
     if not value:
         raise ValueError(f"{name} must hold at least one chat message, found an empty list")
     messages = []
@@ -469,11 +441,6 @@ def _check_unicode(text: str, name: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{name} must be Unicode, found half a surrogate pair at {error.start}") from error
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "a boolean", str: "text", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")
 
 
 def row(pair: Preference) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from dpo.data.records import Dataset, contents, jsonl_files
+from dpo.data.records import Dataset, contents
+from dpo.data.sources import jsonl_files
 from dpo.policy.model import resolve_path
 from dpo.sweep.directory import before
 from dpo.sweep.schema import number_of_samples

@@ -114,7 +114,8 @@ def plan(composed: Sequence[Composed]) -> tuple[list[Run], list[Refused]]:
         if path not in folders:
             folders[path] = Folder(path)
         folder = folders[path]
-        record = {**provenance, "inputs": tried["inputs"], "overrides": list(one.overrides)}
+        read = {"revisions": tried["revisions"]} if "revisions" in tried else {}
+        record = {**provenance, "inputs": tried["inputs"], **read, "overrides": list(one.overrides)}
         frozen = {"id": id, **config, "choices": one.choices, "provenance": record}
         try:
             name, asked = folder.place(frozen, one.swept, one.name)
@@ -307,7 +308,7 @@ def _shown(frozen: dict[str, Any], key: str) -> str:
 
 def _provenance() -> dict[str, Any]:
     """What the run was made with; a record, no part of its identity."""
-    packages = ("torch", "transformers", "tokenizers", "numpy", "hydra-core", "omegaconf", "peft")
+    packages = ("torch", "transformers", "tokenizers", "numpy", "hydra-core", "omegaconf", "peft", "datasets")
     versions = {"python": python_version()}
     for package in packages:
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from dpo.data.instructions import read_instructions
 from dpo.data.records import Dataset, contents
+from dpo.data.sources import absent
 from dpo.losses.pairs import OF_REFERENCE, asked_by, try_out
 from dpo.policy.folder import check_adapter
 from dpo.policy.lora import Lora
@@ -53,7 +54,7 @@ class Rehearsal:
         tried = [self._once(*attempt) for attempt in attempts]
         if problems := [*dict.fromkeys(problem for _, problem in tried if problem is not None)]:
             return {"problems": problems, "inputs": {}}
-        content, with_pairs, single, demonstrations = tried[0][0]
+        content, with_pairs, single, demonstrations, revisions = tried[0][0]
         if not demonstrations and config["policy"]["path"] is None:
             wrong = "policy.path must be given where the data have no demonstrations to make a policy from, found none"
             return {"problems": [f"{wrong}; add policy.path=..."], "inputs": {}}
@@ -77,7 +78,8 @@ class Rehearsal:
         )
         if problem is not None:
             return {"problems": [problem], "inputs": {}}
-        return {"problems": [], "inputs": {"data": content, **models}}
+        found = {"problems": [], "inputs": {"data": content, **models}}
+        return found | ({"revisions": revisions} if revisions else {})
 
     def _once(self, function: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
         key = f"{function.__name__} {json.dumps(arguments)}"
@@ -91,16 +93,16 @@ class Rehearsal:
         return self.tried[key]
 
 
-def _data(node: dict[str, Any]) -> tuple[str, bool, bool, bool]:
-    """A digest of the data, whether it brings pairs, whether these are single responses with a label, and whether it
-    brings demonstrations.
+def _data(node: dict[str, Any]) -> tuple[str, bool, bool, bool, dict[str, str]]:
+    """A digest of the data, whether it brings pairs, whether these are single responses with a label, whether it
+    brings demonstrations, and the revisions of what was read on the hub.
     """
     for key, value in node.items():
-        if key.endswith("path") and value is not None and not Path(value).is_file():
-            raise ValueError(f"data.{key} must be a file of records, found none at {value}; check the path")
+        if key.endswith("path") and value is not None and (problem := absent(value)):
+            raise ValueError(f"data.{key} {problem}")
     dataset: Dataset = instantiate(node)
     single = any(pair.label is not None for pair in dataset.preferences.get("train", ()))
-    return contents(dataset), bool(dataset.preferences), single, bool(dataset.demonstrations)
+    return contents(dataset), bool(dataset.preferences), single, bool(dataset.demonstrations), dataset.revisions
 
 
 def _candidates(folder: str | None) -> None:
@@ -185,6 +187,8 @@ def _together(loss: dict[str, Any], reference: dict[str, Any], single: bool) -> 
 
 
 def trials(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What each of several resolved configs gets: {"problems": [...], "inputs": {...}}, see `dpo.sweep.inputs`."""
+    """What each of several resolved configs gets: {"problems": [...], "inputs": {...}}, see `dpo.sweep.inputs`; and
+    "revisions", the commits of what was read on the hub: a record, since content tells what a run is made from.
+    """
     rehearsal = Rehearsal()
     return [rehearsal.of(config) for config in configs]

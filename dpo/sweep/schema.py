@@ -223,6 +223,7 @@ ALIASES = {"loss.beta": "beta"} | {f"policy.{key}": key for key in ("lr", "max_l
 # Groups of keys that are no part of a run's identity where the key that switches them on is null.
 SWITCHES = {"policy.lora.": "policy.lora.rank"}
 SWITCHES |= {key: key for key in ("policy.adapter", "rule", "evaluation.rule")}
+SWITCHES |= {f"data.{key}": f"data.{key}" for key in ("config", "split", "validation_split", "columns", "prompt")}
 
 RECORDED = ("id", "choices", "provenance")  # added when the config is frozen, and by nobody else
 

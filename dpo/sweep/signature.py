@@ -63,7 +63,9 @@ def instantiate(node: Any) -> Any:
 
 
 def _instantiated(option: Any) -> Any:
-    return instantiate(option) if isinstance(option, dict) and "_target_" in option else option
+    if isinstance(option, dict):
+        return instantiate(option) if "_target_" in option else {key: _instantiated(one) for key, one in option.items()}
+    return [_instantiated(one) for one in option] if isinstance(option, list) else option
 
 
 def check_signature(group: str, node: Any, at: str | None = None, also: tuple[str, ...] = ()) -> list[str]:

@@ -566,7 +566,7 @@ REFUSED = {  # overrides -> why, each by the function that is asked
     "loss=ipo loss.average=word": "got word",
     "reference=ema reference.alpha=2.0": "reference.alpha must be in (0, 1], got 2.0",
     "data=file policy.path=someone/model": "data.path must be given",
-    "data=file data.path=no.jsonl policy.path=someone/model": "data.path must be a file of records, found",
+    "data=file data.path=no.jsonl policy.path=someone/model": "data.path must be a file of records, a folder",
     "data=hh data.validation_path=no.jsonl policy.path=someone/model": "data.validation_path must be a file",
     "policy.path=/nowhere/model": "/nowhere/model must be a folder with a model",
     "policy.base=./model": "./model must be a folder with a model",

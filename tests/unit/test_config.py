@@ -47,7 +47,7 @@ def test_defaults_pass(command):
 def test_every_option_passes(group, option):
     given = [f"{group}={option}"]
     page = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
-    asked = 0.4 if group == "loss" else "somewhere"
+    asked = 0.4 if group == "loss" else "[somewhere]" if option == "mixture" else "somewhere"
     given += [f"{group}.{key}={asked}" for key, value in page.items() if value == "???"]
     check(config(*given, *([] if "policy.path=somewhere" in given else ["policy.path=somewhere"])))
 
@@ -247,3 +247,14 @@ def test_an_adapter_needs_its_base(command, given):
     assert said.startswith("policy.adapter needs the model that it is of, policy.path, and a command other than sft")
     assert f"got path {path} of {command}; merge it with peft" in said
     check(config("policy.adapter=x", "policy.path=y", command="train" if command in ("sft", "rounds") else command))
+
+
+@pytest.mark.parametrize("key", ["config", "split", "validation_split", "columns", "prompt"])
+def test_options_of_data_that_are_off_are_no_part_of_a_run(key):
+    """So runs of before there were such options are found again."""
+    given = "data=file", "data.path=x", "policy.path=x"
+    before = config(*given)
+    del before["data"][key]
+    assert identity(before) == identity(config(*given))
+    on = "{prompt: question}" if key == "columns" else "implicit"
+    assert identity(config(*given, f"data.{key}={on}")) != identity(before)

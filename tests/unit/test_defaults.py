@@ -131,15 +131,64 @@ DYNAMIC = {
     "momentum": 0.9,
     "seed": "${seed}",
 }
+SPLITS = {"config": None, "split": None, "validation_split": None}
+PUBLISHED = {"path": None, "validation_path": None, "validation_fraction": 0.05, "on_faulty": "drop"}
 FOLDER = "runs/references/data.summaries"
 OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defaults are above
     "data/file": {
         "_target_": "dpo.data.records.file",
         "path": "???",
         "validation_path": None,
+        **SPLITS,
+        "columns": None,
+        "prompt": None,
         "validation_fraction": 0.05,
         "on_faulty": "error",
     },
+    "data/alpaca_eval": {
+        "_target_": "dpo.data.prompts.alpaca_eval",
+        "path": None,
+        "train": None,
+        "part": 0,
+        "validation": 100,
+        "test": 200,
+        "on_faulty": "drop",
+    },
+    "data/hc3": {"_target_": "dpo.data.hub.hc3", **PUBLISHED, "chosen": "human", "chat": False},
+    "data/mixture": {
+        "_target_": "dpo.data.mixture.mixture",
+        "sources": "???",
+        "validation_fraction": 0.05,
+        "on_faulty": "error",
+    },
+    "data/ranked": {
+        "_target_": "dpo.data.ranked.ranked",
+        **PUBLISHED,
+        "path": "???",
+        **SPLITS,
+        "columns": None,
+        "pairs": "best_worst",
+        "on_faulty": "error",
+    },
+    "data/sft": {
+        "_target_": "dpo.data.demonstrations.sft",
+        **PUBLISHED,
+        "path": "???",
+        **SPLITS,
+        "columns": None,
+        "turns": "last",
+        "on_faulty": "error",
+    },
+    "data/shp": {"_target_": "dpo.data.hub.shp", **PUBLISHED, "min_ratio": 2.0, "chat": False},
+    "data/stack_exchange": {
+        "_target_": "dpo.data.ranked.stack_exchange",
+        **PUBLISHED,
+        "split": "train[:1%]",
+        "pairs": "all",
+        "chat": False,
+    },
+    "data/ultrachat": {"_target_": "dpo.data.demonstrations.ultrachat", **PUBLISHED, "turns": "last"},
+    "data/webgpt": {"_target_": "dpo.data.hub.webgpt", **PUBLISHED, "chat": False},
     "data/hh": {
         "_target_": "dpo.data.hub.hh",
         "path": None,
@@ -151,6 +200,9 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
     "data/prompts": {
         "_target_": "dpo.data.prompts.prompts",
         "path": "???",
+        "config": None,
+        "split": None,
+        "columns": None,
         "train": None,
         "part": 0,
         "validation": 200,
@@ -177,6 +229,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
         "path": None,
         "validation_path": None,
         "repository": "trl-lib/kto-mix-14k",
+        "columns": None,
         "validation_fraction": 0.05,
         "on_faulty": "error",
     },
@@ -452,7 +505,7 @@ def test_a_default_follows_its_home():
     assert of_sft["evaluation"]["batch_size"] == 5
 
 
-@pytest.mark.parametrize("data", ["file", "hh", "tldr", "ultrafeedback"])
+@pytest.mark.parametrize("data", ["file", "hh", "tldr", "ultrafeedback", "shp", "ranked", "stack_exchange", "sft"])
 @pytest.mark.parametrize("command", ["train", "sft", "score"])
 def test_data_of_ones_own_has_a_pretrained_policy_and_no_judge(data, command):
     found = config(f"data={data}", "data.path=x", "policy.path=x", "policy.base=x", command=command)

@@ -4,11 +4,14 @@ import gzip
 import json
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 
-from dpo.data.hub import hh, tldr, ultrafeedback
+from dpo.data.hub import FROM_FEEDBACK, hc3, hh, shp, tldr, ultrafeedback, webgpt
+from dpo.data.sources import read
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "hh-harmless-base-1500.jsonl.gz"
 START = "\n\nHuman: hi\n\nAssistant: Hello.\n\nHuman: How are you?\n\nAssistant:"
@@ -128,7 +131,7 @@ def test_held_out_file(tmp_path):
 def test_hub_gives_its_own_splits(monkeypatch):
     asked = []
 
-    def load_dataset(name, data_dir, split):
+    def load_dataset(name, split, data_dir=None):
         asked.append((name, data_dir, split))
         return WRITTEN[:30] if split == "train" else WRITTEN[30:]
 
@@ -248,8 +251,8 @@ def test_what_is_no_comparison(tmp_path, wrong):
 def test_tldr_from_the_hub(monkeypatch):
     asked = []
 
-    def load_dataset(repository, name, revision, split):
-        asked.append((repository, name, revision, split))
+    def load_dataset(repository, data_dir, revision, split):
+        asked.append((repository, data_dir, revision, split))
         return [comparison(number) for number in (range(20) if split == "train" else range(20, 25))]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
@@ -257,3 +260,158 @@ def test_tldr_from_the_hub(monkeypatch):
     there = ("openai/summarize_from_feedback", "comparisons", "refs/convert/parquet")
     assert sorted(asked) == [(*there, split) for split in ("train", "validation")]
     assert [len(data.preferences[split]) for split in ("train", "validation")] == [20, 5]
+
+
+def test_the_hub_keeps_converted_data_in_folders(tmp_path):
+    """The layout of its branch refs/convert/parquet, read by the library itself: folders, and no configurations."""
+    for folder, split, rows in (("comparisons", "train", range(3)), ("comparisons", "validation", range(3, 5))):
+        (tmp_path / folder / split).mkdir(parents=True)
+        datasets.Dataset.from_list(list(map(comparison, rows))).to_parquet(tmp_path / folder / split / "0000.parquet")
+    (tmp_path / "axis" / "test").mkdir(parents=True)
+    datasets.Dataset.from_list([{"other": 1}]).to_parquet(tmp_path / "axis" / "test" / "0000.parquet")
+    for split, size in (("train", 3), ("validation", 2)):
+        found = read(replace(FROM_FEEDBACK, path=str(tmp_path), split=split), dict)
+        assert [row["info"]["title"][:5] for _, row in found.records] == ["Title"] * size
+
+
+def post(number: int, **other) -> dict:
+    """A row of SHP as it is published."""
+    row = {
+        "post_id": f"qt3nx{number}",
+        "domain": "askculinary_train",
+        "upvote_ratio": 0.98,
+        "history": f"Post {number}?",
+    }
+    sides = {"c_root_id": "h", "created_at_utc": 1636822112, "score": 340, "human_ref": "Comment A."}
+    row |= {f"{name}_A": value for name, value in sides.items()}
+    row |= {f"{name}_B": value for name, value in (sides | {"score": 166, "human_ref": "Comment B."}).items()}
+    return row | {"labels": 1, "seconds_difference": 11194.0, "score_ratio": 2.048} | other
+
+
+def question(number: int, **other) -> dict:
+    """A comparison of WebGPT as it is published."""
+    quotes = {"title": ["Clouds (nasa.gov)"], "extract": ["Clouds are water."]}
+    tokens = {"prefix": [464, 6766], "completion": [9771, 318]}
+    row = {"question": {"dataset": "eli5", "id": f"a{number}", "full_text": f"Why {number}?"}}
+    for side, score in ((0, 0.25), (1, -0.25)):
+        row |= {f"quotes_{side}": quotes, f"answer_{side}": f"Answer {side} [1]", f"tokens_{side}": tokens}
+        row |= {f"score_{side}": score}
+    return row | other
+
+
+def asked(number: int, **other) -> dict:
+    """A question of HC3 as it is published."""
+    answers = {"human_answers": ["A person's.", "Another's."], "chatgpt_answers": ["A model's."]}
+    return {"id": str(number), "question": f"Why {number}?", **answers, "source": "reddit_eli5"} | other
+
+
+def ratio_2(*given):
+    return shp(given[0], given[1], 2.0, False, *given[2:])
+
+
+def of_people(*given):
+    return hc3(given[0], given[1], "human", False, *given[2:])
+
+
+def in_text(*given):
+    return webgpt(given[0], given[1], False, *given[2:])
+
+
+ANSWERED = {  # reader -> a row, rows with the pair each makes, those that make none, and those that are no rows
+    ratio_2: (
+        post,
+        [({}, ("A", "B")), ({"labels": 0, "score_A": 3, "score_B": 6}, ("B", "A")), ({"score_A": 332}, ("A", "B"))],
+        [
+            ({"score_A": 331}, "the scores are closer than 2 to 1"),
+            ({"score_B": 0}, "the scores are closer than 2 to 1"),
+        ],
+        [{"labels": 2}, {"history": None}, {"human_ref_B": 3}, {"score_A": None}, {"score_A": "3"}, {"labels": None}],
+    ),
+    in_text: (
+        question,
+        [({}, ("0", "1")), ({"score_0": -1.0, "score_1": 1.0}, ("1", "0"))],
+        [({"score_0": 0.0, "score_1": 0.0}, "neither answer is better")],
+        [{"question": "Why?"}, {"question": None}, {"answer_0": None}, {"score_1": None}, {"score_1": float("nan")}],
+    ),
+    of_people: (
+        asked,
+        [({}, ("A person's", "A model's"))],
+        [({"human_answers": []}, "one side has no answer"), ({"chatgpt_answers": []}, "one side has no answer")],
+        [{"question": None}, {"human_answers": "A."}, {"chatgpt_answers": [None]}, {"human_answers": None}],
+    ),
+}
+SAID = {ratio_2: " Comment {}.", in_text: " Answer {} [1]", of_people: " {}."}
+ASKED = {ratio_2: "Post {}?", in_text: "Why {}?", of_people: "Why {}?"}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "saved"])
+@pytest.mark.parametrize("reader", ANSWERED, ids=lambda reader: reader.__name__)
+def test_answers_to_a_question_to_the_letter(tmp_path, capsys, reader, kind):
+    made, pairs, none, _ = ANSWERED[reader]
+    rows = [made(number, **other) for number, (other, _) in enumerate([*pairs, *none])]
+    rows += [made(number) for number in range(len(rows), 30)]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        save(path, rows)
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    else:
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+    data = reader(str(path), None, 0.1, "drop")
+    found = {pair.prompt: (pair.chosen, pair.rejected) for some in data.preferences.values() for pair in some}
+    for number, (_, (chosen, rejected)) in enumerate(pairs):
+        prompt = f"\n\nHuman: {ASKED[reader].format(number)}\n\nAssistant:"
+        assert found[prompt] == (SAID[reader].format(chosen), SAID[reader].format(rejected))
+    assert len(found) == 30 - len(none)
+    said = capsys.readouterr().out
+    assert f"{len(none)} of 30 pairs are faulty, {len(none)} dropped ({len(none)} x {none[0][1]}" in said
+
+
+@pytest.mark.parametrize("reader", ANSWERED, ids=lambda reader: reader.__name__)
+def test_what_is_no_answer_to_a_question(tmp_path, reader):
+    made, _, _, wrong = ANSWERED[reader]
+    path = save(tmp_path / "a.jsonl", [made(0), *(made(number, **other) for number, other in enumerate(wrong))])
+    with pytest.raises(
+        ValueError, match=f"{len(wrong)} of {len(wrong) + 1} lines are no records:\n  line 2: must have"
+    ):
+        reader(path, None, 0.1, "keep")
+
+
+def test_answers_as_chat_and_whose_is_preferred(tmp_path):
+    rows = save(tmp_path / "a.jsonl", [asked(number) for number in range(9)])
+    data = hc3(rows, None, "chatgpt", True, 0.3, "error")
+    for pair in data.preferences["train"]:
+        assert [message["role"] for message in pair.prompt] == ["user"]
+        assert pair.prompt[0]["content"].startswith("Why ")
+        assert pair.chosen == [{"role": "assistant", "content": "A model's."}]
+        assert pair.rejected == [{"role": "assistant", "content": "A person's."}]
+    closer = save(tmp_path / "b.jsonl", [post(n, score_A=200) for n in range(9)])
+    assert sum(map(len, shp(closer, None, 1.0, False, 0.3, "error").preferences.values())) == 9
+
+
+@pytest.mark.parametrize(
+    "reader,made,there",
+    [
+        (ratio_2, post, [("stanfordnlp/SHP", None, None, split) for split in ("validation", "train")]),
+        (in_text, question, [("openai/webgpt_comparisons", "default", "refs/convert/parquet", "train")]),
+        (of_people, asked, [("Hello-SimpleAI/HC3", "all", "refs/convert/parquet", "train")]),
+    ],
+    ids=["shp", "webgpt", "hc3"],
+)
+def test_where_they_are_published(monkeypatch, reader, made, there):
+    found = []
+
+    def load_dataset(repository, split, data_dir=None, revision=None):
+        found.append((repository, data_dir, revision, split))
+        return [made(number) for number in range(20)]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    reader(None, None, 0.1, "error")
+    assert found == there
+    repository, folder = there[0][:2]
+    reader(f"{repository}@{'7' * 40}", None, 0.1, "error")  # another revision of it, with what else it takes
+    assert found[-1] == (repository, folder, "7" * 40, there[-1][3])
+    reader("someone/copy", None, 0.1, "error")
+    assert found[-1] == ("someone/copy", None, None, there[-1][3])

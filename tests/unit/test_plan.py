@@ -47,6 +47,19 @@ def names(planned: list[Run]) -> list[str]:
     return [str(run.directory) for run in planned]
 
 
+def test_revisions_are_recorded_and_decide_nothing(base, found):
+    """A run that was planned with another commit of the same rows goes on."""
+    configs = []
+    for commit in "12":
+        found[0.2] = {"problems": [], "inputs": INPUTS, "revisions": {"some/pairs, train split": commit}}
+        [run], refused = plan([given(base, "beta=0.2", "name=own", "runs=there")])
+        assert not refused
+        configs.append(run.config)
+        run.freeze()
+    assert [one["provenance"]["revisions"] for one in configs] == [{"some/pairs, train split": c} for c in "12"]
+    assert configs[0]["id"] == configs[1]["id"]
+
+
 def test_what_is_frozen(base, found, monkeypatch):
     monkeypatch.setattr(planning, "HOME", ROOT / "nowhere")
     [run], refused = plan([given(base, "beta=0.2", "name=own/mine", "runs=there")])
@@ -60,7 +73,7 @@ def test_what_is_frozen(base, found, monkeypatch):
     )
     frozen = config_of(run.directory)
     record = frozen.pop("provenance")
-    versions = ("python", "torch", "transformers", "tokenizers", "numpy", "hydra-core", "omegaconf", "peft")
+    versions = ("python", "torch", "transformers", "tokenizers", "numpy", "hydra-core", "omegaconf", "peft", "datasets")
     assert set(record) == {"inputs", "overrides", "commit", "uncommitted_changes", *versions}
     assert record["inputs"] == INPUTS
     assert record["overrides"] == ["beta=0.2", "name=own/mine", "runs=there"]

@@ -2,11 +2,12 @@
 
 import gzip
 import json
+import sys
+import types
 
 import pytest
 
-from dpo.data import prompts
-from dpo.data.prompts import cnn_dailymail
+from dpo.data.prompts import alpaca_eval, cnn_dailymail, prompts
 
 ROWS = [{"article": f" (CNN) Story {n} . ", "highlights": f"Story {n} .\nShort .", "id": f"{n:040x}"} for n in range(9)]
 
@@ -43,13 +44,13 @@ def test_parts_share_no_article(file):
 def test_rows_come_from_the_hub_where_there_is_no_file(monkeypatch):
     asked = []
 
-    def rows(record, *given, **options):
+    def load_dataset(*given, **options):
         asked.append((given, options))
-        return [(f"row {n}", record(row)) for n, row in enumerate(ROWS)]
+        return ROWS
 
-    monkeypatch.setattr(prompts, "from_hub", rows)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert len(cnn_dailymail(None, "Be brief.", None, 0, 2, 3, "drop").prompts["train"]) == 4
-    assert asked == [(("abisee/cnn_dailymail", "train"), {"name": "3.0.0"})]
+    assert asked == [(("abisee/cnn_dailymail",), {"name": "3.0.0", "split": "train"})]
 
 
 @pytest.mark.parametrize("row", [{"text": "x"}, {"article": "x"}, {"article": " ", "highlights": "x"}, {"article": 3}])
@@ -57,3 +58,38 @@ def test_what_is_no_article_is_named(tmp_path, row):
     (tmp_path / "a.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=r"line 2.*must have an article and its highlights, found"):
         cnn_dailymail(str(tmp_path / "a.jsonl"), "Be brief.", None, 0, 0, 0, "drop")
+
+
+def test_instructions_of_alpaca_eval_are_a_turn_each(tmp_path, monkeypatch):
+    rows = [
+        {"dataset": "helpful_base", "instruction": f" Name {n}. ", "output": "x", "generator": "text_davinci_003"}
+        for n in range(9)
+    ]
+    path = tmp_path / "alpaca_eval.json"
+    path.write_text(json.dumps(rows))
+    data = alpaca_eval(str(path), None, 0, 2, 3, "drop")
+    assert {split: len(some) for split, some in data.prompts.items()} == {"test": 3, "validation": 2, "train": 4}
+    found = [prompt for some in data.prompts.values() for prompt in some]
+    assert sorted(found, key=str) == [[{"role": "user", "content": f" Name {n}. "}] for n in range(9)]
+    assert data.preferences == {}
+    assert data.demonstrations == []
+    asked = []
+
+    def load_dataset(*given, **options):
+        asked.append((given, options))
+        return rows
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert len(alpaca_eval(None, None, 0, 2, 3, "drop").prompts["train"]) == 4
+    where = {"split": "eval", "data_dir": "alpaca_eval", "revision": "refs/convert/parquet"}
+    assert asked == [(("tatsu-lab/alpaca_eval",), where)]
+    monkeypatch.undo()
+    path.write_text(json.dumps([{"instruction": " "}, {"prompt": "x"}]))
+    with pytest.raises(ValueError, match="2 of 2 rows are no records:\n  row 0: must have an instruction in plain"):
+        alpaca_eval(str(path), None, 0, 0, 0, "drop")
+
+
+def test_prompts_in_a_column_of_another_name(tmp_path):
+    (tmp_path / "a.csv").write_text("question,answer\n" + "".join(f"{n}?,x\n" for n in range(9)))
+    data = prompts(str(tmp_path / "a.csv"), None, 0, 2, 3, "error", columns={"prompt": "question"})
+    assert sorted(prompt for some in data.prompts.values() for prompt in some) == [f"{n}?" for n in range(9)]

@@ -1,6 +1,8 @@
 """What a plan tries before any run starts: each option once, in its own words, and the inputs that it finds."""
 
 import copy
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -58,9 +60,16 @@ def test_what_another_stage_is_made_from_is_found(base, tiny_model, tmp_path):
     assert problem == f"candidates must be a folder that dpo.generate wrote, found no validation.jsonl in {tmp_path}"
 
 
+NO_RECORDS = "must be a file of records, a folder of them or a data set on the hub (owner/name), found none at"
 ODD = {  # setting -> a value that only trying it finds out, and what is said
-    "data.path": ("/nowhere/pairs", "data.path must be a file of records, found none at /nowhere/pairs; check"),
-    "data.validation_path": ("/nowhere", "data.validation_path must be a file of records, found none at /nowhere"),
+    "data.path": (
+        "/nowhere/pairs",
+        f"data.path {NO_RECORDS} /nowhere/pairs; check",
+    ),
+    "data.validation_path": (
+        "/nowhere",
+        f"data.validation_path {NO_RECORDS} /nowhere",
+    ),
     "policy.path": ("/nowhere/policy", "/nowhere/policy must be a folder with a model"),
     "policy.base": ("/nowhere/base", "/nowhere/base must be a folder with a model"),
     "against": ("/nowhere/other", "/nowhere/other must be a folder with a model"),
@@ -163,3 +172,25 @@ def test_an_option_of_a_server_is_named():
     assert found[0].startswith("judge.server must have the keys url, key, concurrency")
     twice = ["judge=pairwise", "rule=accurate_then_short"]
     assert len(Rehearsal().of(resolve(compose("train", *twice)))["problems"]) == 1
+
+
+def test_the_revision_of_what_was_read_on_the_hub_is_told(base, monkeypatch):
+    """Beside what a run is made from, which goes by content: the same rows of another commit are the same data."""
+    commits = ["1" * 40, "2" * 40]
+
+    class Rows(list):
+        info = types.SimpleNamespace(download_checksums=())
+
+    def load_dataset(name, **options):
+        rows = Rows({"prompt": f"{n}?", "chosen": "yes", "rejected": "no"} for n in range(40))
+        rows.info = types.SimpleNamespace(download_checksums={f"hf://datasets/{name}@{commits[0]}/a.parquet": {}})
+        return rows
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    on_hub = with_(base, "data.path", "some/pairs@main")
+    one = Rehearsal().of(on_hub)
+    assert one["revisions"] == {"some/pairs@main, train split": "1" * 40}
+    commits.pop(0)
+    other = Rehearsal().of(on_hub)
+    assert other["revisions"] == {"some/pairs@main, train split": "2" * 40}
+    assert one["inputs"] == other["inputs"]
