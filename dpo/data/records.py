@@ -266,7 +266,8 @@ def report(
         )
     if faults:
         counts = ", ".join(f"{n} x {fault}" for fault, n in Counter(fault for _, fault in faults).most_common(SHOWN))
-        logger.warning(f"{source}: {len(faults)} of {total} {what} are faulty, {dropped} dropped ({counts})")
+        said = f"{source}: {len(faults)} of {total} {what} are faulty, {dropped} dropped ({counts})"
+        logger.warning(said, extra={"faults": [(f"{source}, {where}", fault) for where, fault in faults]})
     if faults and dropped == total:
         raise ValueError(f"{source}: one of the {what} must be sound, found {total}, all of them faulty")
 
