@@ -182,6 +182,13 @@ class Rounds(Train):
     prompts: str
 
 
+@dataclass
+class Data(Train):
+    """`python -m dpo.data`."""
+
+    report: str
+
+
 NOT_OF_SFT = (
     *("beta", "lr", "loss", "reference", "batch_size", "epochs", "steps", "schedule", "warmup_steps"),
     *("evaluate_prompts", "keep", "engine", "generation", "pairs", "rule"),
@@ -198,6 +205,7 @@ Sft = make_dataclass(
 
 
 SCHEMAS = {
+    "data": Data,
     "evaluate": Evaluate,
     "generate": Generate,
     "judge": Judge,

@@ -91,6 +91,7 @@ TRAIN = {
 SFT = {**SHARED, "name": "sft", "command": "sft"}
 ROUNDS = {**TRAIN, "name": "rounds", "command": "rounds", "rounds": 3, "held_to": "previous", "prompts": "fresh"}
 EVALUATE = {**TRAIN, "name": "evaluations", "command": "evaluate", "against": None, "best_of": 1}
+DATA = {**TRAIN, "command": "data", "report": "data_report"}
 SCORE = {**TRAIN, "name": "scores", "command": "score", "per_token": False}
 
 PRETRAINED = {
@@ -372,7 +373,7 @@ TEMPLATES = ("policy/mistral_7b", "policy/qwen2_1_5b", "policy/tulu_2_7b")  # wh
 
 @pytest.mark.parametrize(
     "command,expected",
-    [("train", TRAIN), ("sft", SFT), ("score", SCORE), ("rounds", ROUNDS), ("evaluate", EVALUATE)],
+    [("train", TRAIN), ("sft", SFT), ("score", SCORE), ("rounds", ROUNDS), ("data", DATA), ("evaluate", EVALUATE)],
 )
 def test_defaults_of_a_command(command, expected):
     assert config(command=command) == expected
