@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
+from torch import nn
 
 from dpo.data import report
 from dpo.data.measure import measured, measured_prompts
@@ -65,7 +66,9 @@ def main(config: DictConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     figure(tables["train"], config.max_length).savefig(folder / "report.png")
-    print("\n".join([*lines(made, findings), f"{folder}/report.json has examples of each, {folder}/report.png lengths"]))
+    print(
+        "\n".join([*lines(made, findings), f"{folder}/report.json has examples of each, {folder}/report.png lengths"])
+    )
 
 
 @contextmanager
@@ -77,7 +80,7 @@ def heard() -> Iterator[list[tuple[str, str]]]:
         found.extend(getattr(record, "faults", ()))
         return False
 
-    logger = logging.getLogger("dpo.data.records")  # noqa: LOG015
+    logger = logging.getLogger("dpo.data.records")
     logger.addFilter(listen)
     try:
         yield found
@@ -109,7 +112,9 @@ def _cost(config: DictConfig, tables: dict[str, pd.DataFrame], paired: bool) -> 
     model = models.without_weights(policy_spec(config))
     adapters = None
     if config.policy.lora.rank is not None:
-        linear = [m for m in model.modules() if type(m).__name__ == "Linear" and m is not model.get_output_embeddings()]
+        linear = [
+            one for one in model.modules() if isinstance(one, nn.Linear) and one is not model.get_output_embeddings()
+        ]
         adapters = sum(config.policy.lora.rank * sum(layer.weight.shape) for layer in linear)
     longest = int(train.max()) if count else 0
     micro = max(longest, min(config.micro_batch_tokens, round(mean * config.batch_size)))

@@ -31,7 +31,7 @@ ODD = {  # characters that no one typed on purpose; joiners, which some scripts 
     "replacement characters": re.compile("\ufffd"),
     "invisible characters": re.compile("[\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069]"),
 }
-MARKERS = re.compile(r"<\|\w+\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>")  # of chat formats, of any model
+MARKERS = re.compile(r"<\|\w+\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>")  # of chat formats
 _tokenizer: PreTrainedTokenizerBase  # of a process that measures
 
 
@@ -41,7 +41,7 @@ def measured(pairs: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, ca
     prompt, chosen, rejected: tokens, responses with their end; -1 where the pair has none. fault: why training would
     call it faulty, or None. merged: responses that merge with the end of their prompt. prefix: one response is the
     beginning of the other. alike: they differ in white space or case alone. typed: a special token of the tokenizer is
-    typed in the text, markers: one of whatever chat format; and a column for each of ODD.
+    typed in the text, markers: one of another chat format; and a column for each of ODD.
     """
     return _kept("measured", [row(pair) for pair in pairs], _pairs, pairs, tokenizer, cache)
 
@@ -143,7 +143,7 @@ def _measure(prompts: Sequence[Text], sides: Sequence[Sequence[tuple[Text, bool]
         table["merged"].append(0 if item is None else item.merged)
         text = "\n".join([as_text(prompt), *(_content(side) for side, _ in responses)])
         table["typed"].append(bool(special.search(text)))
-        table["markers"].append(bool(MARKERS.search(text)))
+        table["markers"].append(bool(MARKERS.search(special.sub("", text))))
         for name, pattern in ODD.items():
             table[name].append(bool(pattern.search(text)))
     return table

@@ -2,7 +2,7 @@
 
 A text is taken without case, punctuation and runs of white space, as the set of its shingles: all runs of 8 characters.
 Near are two texts whose sets have a Jaccard index (common over all) of at least 0.8: a word or two of a paragraph
-differ. So whatever is found is near by that measure. Of texts at 0.8 one in some 5,000 is missed, of those nearer fewer;
+differ. So whatever is found is near by that measure. Of texts at 0.8 one in some 5,000 is missed, of nearer ones fewer;
 missed are, too, some of texts that share most of a long boilerplate, since a text is compared with few of its bucket. A
 paraphrase or a translation is not near.
 """
@@ -21,7 +21,9 @@ COMPARED = 10  # texts of a bucket with which each that falls into it is compare
 SURE = 0.5  # share of agreeing hashes below which a candidate is not looked at: six standard errors below THRESHOLD
 
 _powers = np.random.default_rng(0).integers(2**63, size=SHINGLE, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-_bins = np.arange(BANDS * ROWS, dtype=np.uint64) << np.uint64(64 - 6)  # where each of 64 equal parts of the hashes begins
+_bins = np.arange(BANDS * ROWS, dtype=np.uint64) << np.uint64(
+    64 - 6
+)  # where each of 64 equal parts of the hashes begins
 
 
 @lru_cache(maxsize=2**12)
@@ -36,8 +38,8 @@ def shingles(text: str) -> NDArray[np.uint64]:
 
 
 def signatures(texts: Sequence[str]) -> NDArray[np.uint64]:
-    """MinHash by one permutation (1208.1259): the least hash in each of 64 bins, or where a bin is empty in the next that
-    is not (1406.4784).  # (texts, 64)
+    """MinHash by one permutation (1208.1259): the least hash in each of 64 bins, or where a bin is empty in the next
+    that is not (1406.4784).  # (texts, 64)
     """
     found = np.empty((len(texts), len(_bins)), np.uint64)
     for row, text in enumerate(texts):

@@ -1,7 +1,7 @@
 """What is wrong, odd or worth knowing in data, counted before training: `python -m dpo.data` shows it."""
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,7 +21,6 @@ QUANTILES = (0.0, 0.05, 0.5, 0.95, 0.99, 1.0)
 BIASED = 0.1  # how far from one half the share of longer chosen responses may be before it is worth a look
 SHOWN = 10  # examples of a finding
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
-IDLE = "leaves them in; they weigh their prompt more"
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,18 @@ def of_pairs(
     table: `dpo.data.measure.measured` of the training pairs and then the validation pairs. refused: of rows that are no
     pairs where they are from and why. on_faulty: what training does with faulty pairs.
     """
-    found, numbers, kept, first = [], {}, {}, 0
-    stops = {"error": ("bad", "training stops; mend them, or data.on_faulty=drop"), "drop": ("look", "they are dropped")}
+    found: list[Finding] = []
+    numbers: dict[str, Any] = {}
+    kept: dict[str, pd.DataFrame] = {}
+    first = 0
+    stops = {
+        "error": ("bad", "training stops; mend them, or data.on_faulty=drop"),
+        "drop": ("look", "they are dropped"),
+    }
     verdict, advice = stops.get(on_faulty, ("bad", "they are trained on; data.on_faulty=drop leaves them out"))
-    for reason, count in Counter(why for _, why in refused).items():
-        where = [place for place, why in refused if why == reason]
-        found.append(finding(reason, "all", where, len(table) + len(refused), verdict, advice if count else ""))
+    for why in dict.fromkeys(why for _, why in refused):
+        places = [place for place, reason in refused if reason == why]
+        found.append(finding(why, "all", places, len(table) + len(refused), verdict, advice))
     for split, pairs in dataset.preferences.items():
         rows = table.iloc[first : first + len(pairs)].assign(source=[pair.source for pair in pairs])
         first += len(pairs)
@@ -87,7 +92,7 @@ def _of_split(
 ) -> tuple[list[Finding], dict[str, Any]]:
     single = bool(pairs) and pairs[0].label is not None
     found = [_too_long(rows, tokens(rows), split, limits), *_odd(rows, split)]
-    advice = "; ".join(["look at the first", "what differs may be too little to learn from"])
+    advice = "look at the first; what differs may be too little to learn from"
     if not single:
         found.append(_flagged("one response begins the other", split, rows, "prefix", advice))
         found.append(_flagged("responses differ in space or case alone", split, rows, "alike", advice))
@@ -124,7 +129,9 @@ def _by_length(split: str, value: float, of: int) -> Finding:
     return Finding("length tells the label, AUC", split, of, of, verdict, text, [], f"{value:.3f}")
 
 
-def of_prompts(dataset: Dataset, tables: dict[str, pd.DataFrame], limits: Limits) -> tuple[list[Finding], dict]:
+def of_prompts(
+    dataset: Dataset, tables: dict[str, pd.DataFrame], limits: Limits
+) -> tuple[list[Finding], dict[str, Any]]:
     """The same of prompts without responses. tables: `measured_prompts` of each split."""
     found, numbers = [], {}
     for split, table in tables.items():
@@ -161,7 +168,7 @@ def _odd(rows: pd.DataFrame, split: str) -> list[Finding]:
     return [
         *(_flagged(name, split, rows, name, clean) for name in ODD),
         _flagged("special tokens typed in the text", split, rows, "typed", typed),
-        _flagged("markers of chat formats in the text", split, rows, "markers", typed),
+        _flagged("markers of other chat formats", split, rows, "markers", typed),
     ]
 
 
@@ -203,7 +210,9 @@ def _labels(pairs: Sequence[Preference], split: str) -> list[Finding]:
     ties = [pair.source for pair, gap in known if gap == 0]
     return [
         finding("labels against their scores", split, against, len(known), "look", text),
-        finding("scores that are tied", split, ties, len(known), "look", "nothing but the label tells them apart; drop"),
+        finding(
+            "scores that are tied", split, ties, len(known), "look", "nothing but the label tells them apart; drop"
+        ),
     ]
 
 
@@ -224,7 +233,7 @@ def _gap(row: dict[str, Any]) -> float | None:
     for names in SCORES:
         both = [row.get(name) for name in names]
         if all(isinstance(score, int | float) for score in both):
-            return float(both[0]) - float(both[1])
+            return float(row[names[0]]) - float(row[names[1]])
     return None
 
 
@@ -266,7 +275,7 @@ def quantiles(lengths: "pd.Series[int]") -> dict[str, float]:
 
 
 def auc(ones: ArrayLike, others: ArrayLike) -> float:
-    """How often a number of the first is above one of the second, ties as halves (Mann-Whitney); one half without any."""
+    """How often a number of the first is above one of the second, ties as halves (Mann-Whitney); 0.5 of none."""
     ours, theirs = np.asarray(ones), np.sort(np.asarray(others))
     if not len(ours) or not len(theirs):
         return 0.5

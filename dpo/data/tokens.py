@@ -124,8 +124,8 @@ def encoded(
     notes = []
     if any(merged):
         notes.append(
-            f"{sum(merged)} of {len(pairs)} responses merge with the end of their prompt when encoded together, so they are "
-            "encoded alone"
+            f"{sum(merged)} of {len(pairs)} responses merge with the end of their prompt when encoded together, so "
+            "they are encoded alone"
         )
     typed = sum(any(BREAK in text for text in (row.prompt, *row.responses)) for row in rows)
     if typed:

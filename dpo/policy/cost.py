@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -45,7 +46,7 @@ def cost(
     """
     config = model.config.get_text_config()
     total = sum(weight.numel() for weight in model.parameters())
-    embeddings = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    embeddings = 0 if config.tie_word_embeddings else int(cast(Any, model.get_input_embeddings()).weight.numel())
     each = 6 + 2 * checkpointing - 2 * (trained is not None)
     flops = (total - embeddings) * (each * steps_tokens + 2.0 * reference_tokens)
     of_trained = total if trained is None else trained

@@ -15,7 +15,9 @@ from dpo.data.records import file
 from dpo.data.truncation import Limits
 from dpo.policy.model import load_tokenizer
 
-WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "nu", "pe", "ri", "so", "tu") for b in ("bar", "den", "fol", "gim", "hot")]
+WORDS = [
+    f"{a}{b}" for a in ("ka", "lo", "mi", "nu", "pe", "ri", "so", "tu") for b in ("bar", "den", "fol", "gim", "hot")
+]
 
 
 def clean(number):
@@ -35,13 +37,13 @@ PLANTED = {  # finding -> what is done to a clean row
     "replacement characters": lambda row: [row | {"chosen": row["chosen"] + "\ufffd"}],
     "invisible characters": lambda row: [row | {"rejected": "\ufeff" + row["rejected"]}],
     "special tokens typed in the text": lambda row: [row | {"prompt": row["prompt"] + " <|endoftext|>:"}],
-    "markers of chat formats in the text": lambda row: [row | {"prompt": "[INST] " + row["prompt"]}],
+    "markers of other chat formats": lambda row: [row | {"prompt": "[INST] " + row["prompt"]}],
     "pairs that are there twice": lambda row: [row, row],
     "pairs that contradict another": lambda row: [row, row | {"chosen": row["rejected"], "rejected": row["chosen"]}],
     "near-duplicate prompts": lambda row: [row, clean(row["n"] + 500) | {"prompt": row["prompt"] + "!"}],
     "labels against their scores": lambda row: [row | {"score_chosen": 1, "score_rejected": 3}],
     "scores that are tied": lambda row: [row | {"score_chosen": 2, "score_rejected": 2.0}],
-    "pairs above max_length=150": lambda row: [row | {"chosen": row["chosen"] * 20}],
+    "pairs above max_length=200": lambda row: [row | {"chosen": row["chosen"] * 40}],
 }
 TIMES = {name: 1 + place % 3 for place, name in enumerate(PLANTED)}
 
@@ -57,7 +59,7 @@ def reported(tmp_path, tiny_model, rows, held_out, on_faulty="drop", kind="gpt2"
         data = file(*paths, 0.1, "keep")
     pairs = [pair for some in data.preferences.values() for pair in some]
     table = measured(pairs, load_tokenizer(tiny_model(kind)), str(tmp_path / "cache"))
-    limits = Limits(150, 20, "drop")
+    limits = Limits(200, 20, "drop")
     return report.of_pairs(data, table, [], limits, on_faulty), refused, table
 
 
@@ -75,7 +77,7 @@ def test_every_planted_fault_is_found_and_counted(tmp_path, tiny_model):
     (findings, numbers, kept), refused, _ = reported(tmp_path, tiny_model, rows, held_out)
     found = counts(findings)
     assert {name: found.get(name) for name in PLANTED} == TIMES | {
-        "near-duplicate prompts": 2 * TIMES["near-duplicate prompts"] + TIMES["special tokens typed in the text"] * 0
+        "near-duplicate prompts": 2 * TIMES["near-duplicate prompts"]
     }
     twice = sum(TIMES[name] for name in ("pairs that are there twice", "pairs that contradict another"))
     assert found["prompts that are there before"] == twice
@@ -84,7 +86,7 @@ def test_every_planted_fault_is_found_and_counted(tmp_path, tiny_model):
     faulty = TIMES["chosen is empty"] + TIMES["chosen and rejected are the same"]
     assert len(refused) == faulty
     assert numbers["train"]["pairs"] == len(rows) - faulty
-    assert len(kept["train"]) == len(rows) - faulty - TIMES["pairs above max_length=150"]
+    assert len(kept["train"]) == len(rows) - faulty - TIMES["pairs above max_length=200"]
     one = next(one for one in findings if one.name == "control characters")
     assert all(f"{tmp_path}/train.jsonl, line " in example for example in one.examples)
 
@@ -175,7 +177,10 @@ def test_the_figure_shows_the_lengths(tmp_path, tiny_model):
 
 
 def test_prompts_alone(tmp_path, tiny_model):
-    rows = [clean(n) for n in range(40)] + [{"prompt": clean(50)["prompt"] * 5}, {"prompt": clean(51)["prompt"] + "\x00"}]
+    rows = [clean(n) for n in range(40)] + [
+        {"prompt": clean(50)["prompt"] * 5},
+        {"prompt": clean(51)["prompt"] + "\x00"},
+    ]
     data = prompts(write(tmp_path / "prompts.jsonl", rows), None, 0, 4, 4, "error")
     tokenizer = load_tokenizer(tiny_model("gpt2"))
     tables = {split: measured_prompts(some, tokenizer, str(tmp_path)) for split, some in data.prompts.items()}
