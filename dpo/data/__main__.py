@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import nn
 
-from dpo.data import report
+from dpo.data import records, report
 from dpo.data.measure import measured, measured_prompts
 from dpo.policy import model as models
 from dpo.policy.cost import cost, memory_of
@@ -80,12 +80,11 @@ def heard() -> Iterator[list[tuple[str, str]]]:
         found.extend(getattr(record, "faults", ()))
         return False
 
-    logger = logging.getLogger("dpo.data.records")
-    logger.addFilter(listen)
+    records.logger.addFilter(listen)
     try:
         yield found
     finally:
-        logger.removeFilter(listen)
+        records.logger.removeFilter(listen)
 
 
 def _cost(config: DictConfig, tables: dict[str, pd.DataFrame], paired: bool) -> dict[str, Any]:

@@ -473,8 +473,9 @@ def _check_unicode(text: str, name: str) -> None:
 
 
 def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "a boolean", str: "text", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")
+    return {type(None): "null", bool: "a boolean", str: "text", list: "a list", dict: "an object"}.get(
+        type(value), "a number"
+    )
 
 
 def row(pair: Preference) -> dict[str, Any]:

@@ -182,13 +182,7 @@ class Rounds(Train):
     prompts: str
 
 
-@dataclass
-class Data(Train):
-    """`python -m dpo.data`."""
-
-    report: str
-
-
+Data = make_dataclass("Data", [("report", str)], bases=(Train,))  # `python -m dpo.data`
 NOT_OF_SFT = (
     *("beta", "lr", "loss", "reference", "batch_size", "epochs", "steps", "schedule", "warmup_steps"),
     *("evaluate_prompts", "keep", "engine", "generation", "pairs", "rule"),
