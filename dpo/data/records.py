@@ -121,9 +121,7 @@ def _plain(value: Any) -> Any:
 
 
 def contents(dataset: Dataset) -> str:
-    """Digest of all texts and flags, in order; where they came from is no part of it. A field at its default is left
-    out, so that a new one changes no digest.
-    """
+    """Digest of all texts and flags, in order, not of where they came from. A new field at its default changes none."""
 
     def rows(records: Sequence[Demonstration] | Sequence[Preference]) -> list[dict[str, Any]]:
         columns = fields(records[0]) if records else ()
@@ -473,9 +471,8 @@ def _check_unicode(text: str, name: str) -> None:
 
 
 def _kind(value: Any) -> str:
-    return {type(None): "null", bool: "a boolean", str: "text", list: "a list", dict: "an object"}.get(
-        type(value), "a number"
-    )
+    names = {type(None): "null", bool: "a boolean", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), "a number")
 
 
 def row(pair: Preference) -> dict[str, Any]:
