@@ -70,7 +70,7 @@ def of_pairs(
         places = [place for place, reason in refused if reason == why]
         found.append(finding(why, "all", places, len(table) + len(refused), verdict, advice))
     for split, pairs in dataset.preferences.items():
-        rows = table.iloc[first : first + len(pairs)].assign(source=[pair.source for pair in pairs])
+        rows = table.iloc[first : first + len(pairs)].assign(source=[pair.source or "?" for pair in pairs])
         first += len(pairs)
         rows = rows.reset_index(drop=True)
         faulty = rows[rows.fault.notna()]
