@@ -10,6 +10,7 @@ import os
 import sys
 
 SWEEPS = {  # take key=value
+    "data": "report on data before training: what is dropped, repeated or odd, and what it costs",
     "train": "train a policy on preference pairs, or with -m a sweep of them",
     "sft": "make a policy from demonstrations",
     "generate": "sample candidate responses from a policy",

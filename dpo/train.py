@@ -28,6 +28,7 @@ from dpo.data.batches import Batch, Batches, Pair, collate_pairs, collate_respon
 from dpo.data.chats import ends
 from dpo.data.instructions import read_instructions, write_outputs
 from dpo.data.records import Text, write_rows
+from dpo.data.report import brief
 from dpo.losses import Loss, PairLogps, dpo
 from dpo.losses.pairs import READ, asked_by, frozen, metrics, sees_whole_step, unbound
 from dpo.policy import model as models
@@ -84,6 +85,7 @@ def run(config: DictConfig, directory: Path) -> None:
     test = evaluate.test_prompts(dataset, measuring, tokenizer)
     evaluate.questions(instructions, tokenizer, measuring.limits)  # what cannot be asked stops here, not after training
     start, policy, pairs = prepare(config, dataset, of_pairs, tokenizer, pairs)
+    logger.info(brief(pairs["train"]))
     weights, device = models.fingerprint(policy), distributed.device_of(policy)
     if distributed.is_main():
         remember_initial(directory, start)

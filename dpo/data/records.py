@@ -118,9 +118,7 @@ def _plain(value: Any) -> Any:
 
 
 def contents(dataset: Dataset) -> str:
-    """Digest of all texts and flags, in order; where they came from is no part of it. A field at its default is left
-    out, so that a new one changes no digest.
-    """
+    """Digest of all texts and flags, in order, not of where they came from. A new field at its default changes none."""
 
     def rows(records: Sequence[Demonstration] | Sequence[Preference]) -> list[dict[str, Any]]:
         columns = fields(records[0]) if records else ()
@@ -241,7 +239,8 @@ def report(
         )
     if faults:
         counts = ", ".join(f"{n} x {fault}" for fault, n in Counter(fault for _, fault in faults).most_common(SHOWN))
-        logger.warning(f"{source}: {len(faults)} of {total} {what} are faulty, {dropped} dropped ({counts})")
+        said = f"{source}: {len(faults)} of {total} {what} are faulty, {dropped} dropped ({counts})"
+        logger.warning(said, extra={"faults": [(f"{source}, {where}", fault) for where, fault in faults]})
     if faults and dropped == total:
         raise ValueError(f"{source}: one of the {what} must be sound, found {total}, all of them faulty")
 

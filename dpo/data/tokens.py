@@ -60,6 +60,7 @@ class Encoded:
     prompt_ids: list[int]
     response_ids: list[list[int]]
     faulty: bool = False  # the chat template lost some of it, and it is kept
+    merged: int = 0  # how many of the responses merge with the end of the prompt, and are encoded alone
 
     @property
     def length(self) -> int:
@@ -108,22 +109,23 @@ def encoded(
     starts = _prompts([row.prompt for row in rows], chat is not None, literal)
     pairs = [(start, text) for start, row in zip(starts, rows, strict=True) for text in row.responses]
     responses_ids, merged = _response_ids(pairs, literal)
-    ids = iter(responses_ids)
+    ids = iter(zip(responses_ids, merged, strict=True))
     last = [literal.eos if chat is None else chat.end]
     items = []
     for start, row in zip(starts, rows, strict=True):
-        response_ids = [next(ids) for _ in row.responses]
+        found = [next(ids) for _ in row.responses]
+        response_ids, merges = [body for body, _ in found], sum(alone for _, alone in found)
         if start.typed or None in response_ids:
             faults[row.index] = TYPED
             continue
         sides = responses[row.index]
         tokens = [(body or []) + last * ended for body, (_, ended) in zip(response_ids, sides, strict=True)]
-        items.append(Encoded(row.index, prompts[row.index], sides, start.ids, tokens, row.fault is not None))
+        items.append(Encoded(row.index, prompts[row.index], sides, start.ids, tokens, row.fault is not None, merges))
     notes = []
-    if merged:
+    if any(merged):
         notes.append(
-            f"{merged} of {len(pairs)} responses merge with the end of their prompt when encoded together, so they are "
-            "encoded alone"
+            f"{sum(merged)} of {len(pairs)} responses merge with the end of their prompt when encoded together, so "
+            "they are encoded alone"
         )
     typed = sum(any(BREAK in text for text in (row.prompt, *row.responses)) for row in rows)
     if typed:
@@ -288,12 +290,12 @@ def _continuation(
     return text + chat.text * ended, fault
 
 
-def _response_ids(texts: Sequence[tuple[Prompt, str]], literal: Literal) -> tuple[list[list[int] | None], int]:
-    """What each text becomes after its prompt's ids, without the end; None if it becomes control tokens. And how many
-    merge with the end of their prompt.
+def _response_ids(texts: Sequence[tuple[Prompt, str]], literal: Literal) -> tuple[list[list[int] | None], list[bool]]:
+    """What each text becomes after its prompt's ids, without the end; None if it becomes control tokens. And whether it
+    merges with the end of its prompt.
     """
     if not texts:
-        return [], 0
+        return [], []
     by_row: dict[int, list[int]] = {}
     special = not texts[0][0].chat
     open_rows = [row for row, (prompt, _) in enumerate(texts) if not prompt.closed]
@@ -304,7 +306,7 @@ def _response_ids(texts: Sequence[tuple[Prompt, str]], literal: Literal) -> tupl
             last = encoding.token_to_chars(len(prompt.ids) - 1)
             if last is None or last[1] <= len(prompt.text):  # else the token holds some of the response, too
                 by_row[row] = ids[len(prompt.ids) :]
-    merged = len(open_rows) - len(by_row)
+    merged = [not prompt.closed and row not in by_row for row, (prompt, _) in enumerate(texts)]
     # Alone, but on a line of its own: some tokenizers put a space before the first word of a text.
     alone = [row for row in range(len(texts)) if row not in by_row]
     [line] = [ids for ids, _ in encodings(["\n"], literal, special=False)]

@@ -233,11 +233,16 @@ def move_adapter_out(policy: Path) -> None:
 
 def check_lora(which: ModelSpec | str, adapters: lora.Lora) -> None:
     """Raise a ValueError if adapters cannot be added to a model. Reads the model's config alone."""
+    lora.targets(without_weights(which), adapters)
+
+
+def without_weights(which: ModelSpec | str) -> PreTrainedModel:
+    """The model on the meta device, where tensors have shapes and no values. Reads its config alone."""
     spec = spec_of(which)
     config = _config(spec.path, spec.trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
-    lora.targets(model, adapters)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+    return model
 
 
 def resolve_path(path: str) -> str:

@@ -4,6 +4,7 @@ Nothing is trained in the process that plans: each run is `python -m dpo.sweep.e
 own, under torchrun if it asks for several. Those of a CPU are forked from one that has imported what they need.
 """
 
+import importlib
 import itertools
 import json
 import math
@@ -39,10 +40,10 @@ from dpo import HOME
 from dpo.sweep.directory import MOST, reason, status
 from dpo.sweep.execute import IN_USE, THREADS
 from dpo.sweep.forks import Fork
-from dpo.sweep.plan import Composed, Refused, Run, key_of, message, plan
+from dpo.sweep.plan import Composed, Refused, Run, key_of, message, plan, resolve
 from dpo.sweep.renamed import renamed
 from dpo.sweep.rounds import run_chains
-from dpo.sweep.schema import OPEN_GROUPS, non_numeric
+from dpo.sweep.schema import OPEN_GROUPS, check, non_numeric
 from dpo.sweep.signature import check_signature, instantiate
 from dpo.world import sizes
 
@@ -162,6 +163,8 @@ class Sweep(Launcher):
 
     def execute(self, composed: Sequence[Composed], refused: Sequence[Refused]) -> NoReturn:
         """Plan all, start what is to do, end the process. If one run is refused nothing is written."""
+        if composed and composed[0].config.get("command") == "data":
+            sys.exit(_looked_at(composed, refused))
         if composed and composed[0].config.get("command") == "rounds":
             sys.exit(run_chains(self, composed, refused))
         planned, more = plan(composed)
@@ -331,6 +334,21 @@ class Execution:
         self.problems[run.directory] = problem
         verdict = "failed" if status(run.directory) == "failed" else "ended early"
         print(f"{title} {verdict} after {spent}: {problem}", flush=True)
+
+
+def _looked_at(composed: Sequence[Composed], refused: Sequence[Refused]) -> int:
+    """The report of `dpo.data`, which is made here and now: it is no run. Returns the exit code."""
+    if not refused:
+        try:
+            if len(composed) > 1:
+                raise ValueError(f"dpo.data must be given one data set at a time, got {len(composed)}; leave out -m")
+            check(values := resolve(composed[0].config))
+            importlib.import_module("dpo.data.__main__").main(OmegaConf.create(values))
+        except (OmegaConfBaseException, ValueError) as error:
+            refused = [Refused(composed[0].overrides, message(error))]
+    if refused:
+        _list(refused)
+    return int(bool(refused))
 
 
 def _composed(config: DictConfig, settings: Any, swept: Collection[str] = ()) -> Composed:

@@ -192,6 +192,7 @@ class Rounds(Train):
     prompts: str
 
 
+Data = make_dataclass("Data", [("report", str)], bases=(Train,))  # `python -m dpo.data`
 NOT_OF_SFT = (
     *("beta", "lr", "loss", "reference", "scorer", "batch_size", "epochs", "steps", "schedule", "warmup_steps"),
     *("evaluate_prompts", "keep", "engine", "generation", "pairs", "rule"),
@@ -208,7 +209,7 @@ Sft = make_dataclass(
 
 
 SCHEMAS = {
-    **{"evaluate": Evaluate, "generate": Generate, "judge": Judge, "rounds": Rounds},
+    **{"data": Data, "evaluate": Evaluate, "generate": Generate, "judge": Judge, "rounds": Rounds},
     **{"score": Score, "sft": Sft, "show": Show, "train": Train},
 }  # by command, the verb that executes the run; those of rounds are of train
 # Hydra copies its store for each group of options that it lists: most of what --help took. Nothing in it changes.

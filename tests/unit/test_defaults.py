@@ -94,6 +94,7 @@ ROUNDS = {**TRAIN, "name": "rounds", "command": "rounds", "rounds": 3, "held_to"
 EVALUATE = {**TRAIN, "name": "evaluations", "command": "evaluate", "against": None, "best_of": 1}
 SHOW = {**TRAIN, "name": "shown", "command": "show", "against": "initial", "of": "test"}
 SHOW["evaluation"] = {**TRAIN["evaluation"], "prompts": 8}
+DATA = {**TRAIN, "command": "data", "report": "data_report"}
 SCORE = {**TRAIN, "name": "scores", "command": "score", "per_token": False}
 
 PRETRAINED = {
@@ -447,7 +448,18 @@ TEMPLATES = tuple(
 
 @pytest.mark.parametrize(
     "command,expected",
-    [("train", TRAIN), ("sft", SFT), ("score", SCORE), ("rounds", ROUNDS), ("evaluate", EVALUATE), ("show", SHOW)],
+    [
+        *(("train", TRAIN), ("sft", SFT), ("score", SCORE), ("rounds", ROUNDS), ("data", DATA)),
+        *(("evaluate", EVALUATE), ("show", SHOW)),
+    ],
+        ("train", TRAIN),
+        ("sft", SFT),
+        ("score", SCORE),
+        ("rounds", ROUNDS),
+        ("data", DATA),
+        ("evaluate", EVALUATE),
+        ("show", SHOW),
+    ],
 )
 def test_defaults_of_a_command(command, expected):
     assert config(command=command) == expected

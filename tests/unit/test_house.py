@@ -14,7 +14,7 @@ LAYERS = [  # imports go to a lower layer or stay in theirs, and never in a circ
     {"sweep"},
     {"results"},
     {"settings", "evaluate", "generate", "judge", "sft", "world.pretrain"},
-    {"score", "train", "rounds", "push", "show"},
+    {"score", "train", "rounds", "push", "show", "data.__main__"},
 ]
 PRINTING = {
     *("dpo.__main__", "dpo.results.tables"),
@@ -62,6 +62,7 @@ def test_imports_go_down(file):
 
 
 COMMANDS = {
+    "dpo/data/__main__.py",
     "dpo/settings.py",
     *(f"dpo/{verb}.py" for verb in ("evaluate", "generate", "judge", "push", "score", "sft", "show", "train")),
 }

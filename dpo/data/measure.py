@@ -1,0 +1,153 @@
+"""What there is to know of each pair before training, as a table: tokens, and what is odd about it.
+
+It is worked out by all cores, and kept in the cache under the content of the pairs and the tokenizer.
+"""
+
+import multiprocessing
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from dpo.cache import digest, remember
+from dpo.data import near
+from dpo.data.chats import Literal, as_text
+from dpo.data.records import Preference, Text, fault_of, row
+from dpo.data.tokens import encoded
+from dpo.training.log import progress
+
+VERSION = 1  # of what decides the columns beside the pairs and the tokenizer
+AT_ONCE = 1000  # items that a process takes
+ODD = {  # characters that no one typed on purpose; joiners, which some scripts and emoji need, are none of them
+    "control characters": re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"),
+    "replacement characters": re.compile("\ufffd"),
+    "invisible characters": re.compile("[\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069]"),
+}
+MARKERS = re.compile(r"<\|\w+\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>")  # of chat formats
+_tokenizer: PreTrainedTokenizerBase  # of a process that measures
+
+
+def measured(pairs: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, cache: str) -> pd.DataFrame:
+    """A row for each pair, of which nothing is cut. Of responses with a label the rejected one is no response.
+
+    prompt, chosen, rejected: tokens, responses with their end; -1 where the pair has none. fault: why training would
+    call it faulty, or None. merged: responses that merge with the end of their prompt. prefix: one response is the
+    beginning of the other. alike: they differ in white space or case alone. typed: a special token of the tokenizer is
+    typed in the text, markers: one of another chat format; and a column for each of ODD.
+    """
+    return _kept("measured", [row(pair) for pair in pairs], _pairs, pairs, tokenizer, cache)
+
+
+def measured_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, cache: str) -> pd.DataFrame:
+    """The columns of `measured` that there are without responses, a row for each prompt."""
+    return _kept("measured", list(prompts), _prompts, prompts, tokenizer, cache)
+
+
+def sketched(texts: Sequence[str]) -> NDArray[np.uint64]:
+    """`near.signatures`, by all cores."""
+    parts = _spread(near.signatures, texts, None, "looking for near-duplicates")
+    return np.concatenate(parts) if parts else near.signatures([])
+
+
+def _kept(
+    kind: str,
+    content: list[Any],
+    measure: Callable[..., pd.DataFrame],
+    items: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    cache: str,
+) -> pd.DataFrame:
+    reads = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token]
+    key = {"items": digest(content), "tokenizer": digest(reads), "version": VERSION}
+
+    def build(folder: Path) -> None:
+        found = pd.concat(_spread(measure, items, tokenizer, "measuring"), ignore_index=True)
+        found.to_json(folder / "rows.json", orient="split")
+
+    folder, _ = remember(cache, kind, key, build)
+    return pd.read_json(folder / "rows.json", orient="split")
+
+
+def _spread(
+    function: Callable[..., Any], items: Sequence[Any], tokenizer: PreTrainedTokenizerBase | None, title: str
+) -> list[Any]:
+    """What a function makes of the items, so many at once."""
+    chunks = [items[first : first + AT_ONCE] for first in range(0, len(items), AT_ONCE)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = []
+    with progress(total=len(items), name=title) as bar:
+        if len(chunks) < 3 or cores == 1:
+            _begin(tokenizer)
+            for chunk in chunks:
+                found.append(function(chunk))
+                bar.update(len(chunk))
+            return found
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        with ProcessPoolExecutor(cores, context, _begin, (tokenizer, True)) as pool:
+            for chunk, made in zip(chunks, pool.map(function, chunks), strict=True):
+                found.append(made)
+                bar.update(len(chunk))
+    return found
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase | None, beside_others: bool = False) -> None:
+    global _tokenizer
+    if tokenizer is not None:
+        _tokenizer = tokenizer
+    if beside_others:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _pairs(pairs: Sequence[Preference]) -> pd.DataFrame:
+    sides = [
+        [(pair.chosen, pair.chosen_ended)] + [(pair.rejected, pair.rejected_ended)] * (pair.label is None)
+        for pair in pairs
+    ]
+    table = _measure([pair.prompt for pair in pairs], sides)
+    for place, pair in enumerate(pairs):
+        chosen, rejected = (_content(side) for side in (pair.chosen, pair.rejected))
+        table["fault"][place] = fault_of(pair) or table["fault"][place]
+        sound = pair.label is None and fault_of(pair) is None
+        table["prefix"].append(sound and (chosen.startswith(rejected) or rejected.startswith(chosen)))
+        table["alike"].append(sound and chosen.casefold().split() == rejected.casefold().split())
+    return pd.DataFrame(table)
+
+
+def _prompts(prompts: Sequence[Text]) -> pd.DataFrame:
+    table = _measure(prompts, [[]] * len(prompts))
+    return pd.DataFrame({name: column for name, column in table.items() if column})
+
+
+def _measure(prompts: Sequence[Text], sides: Sequence[Sequence[tuple[Text, bool]]]) -> dict[str, list[Any]]:
+    items, faults, _ = encoded(prompts, sides, _tokenizer, keep=True)
+    special, by_row = Literal(_tokenizer).pattern, {item.row: item for item in items}
+    names = "prompt", "chosen", "rejected", "fault", "merged", "prefix", "alike", "typed", "markers", *ODD
+    table: dict[str, list[Any]] = {name: [] for name in names}
+    for place, (prompt, responses) in enumerate(zip(prompts, sides, strict=True)):
+        item, fault = by_row.get(place), faults.get(place)
+        ids = [] if item is None else item.response_ids
+        if fault is None and len(ids) == 2 and ids[0] == ids[1]:
+            fault = "chosen and rejected have the same tokens"
+        table["prompt"].append(-1 if item is None else len(item.prompt_ids))
+        table["chosen"].append(len(ids[0]) if ids else -1)
+        table["rejected"].append(len(ids[1]) if len(ids) == 2 else -1)
+        table["fault"].append(fault)
+        table["merged"].append(0 if item is None else item.merged)
+        text = "\n".join([as_text(prompt), *(_content(side) for side, _ in responses)])
+        table["typed"].append(bool(special.search(text)))
+        table["markers"].append(bool(MARKERS.search(special.sub("", text))))
+        for name, pattern in ODD.items():
+            table[name].append(bool(pattern.search(text)))
+    return table
+
+
+def _content(response: Text) -> str:
+    return response if isinstance(response, str) else response[-1]["content"]

@@ -1,0 +1,47 @@
+"""`python -m dpo.data` as users call it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+WHAT = {"name", "split", "count", "of", "verdict", "advice", "examples", "note"}
+
+
+def dialogue(number):
+    start = f"\n\nHuman: Tell me about cats, number {number * 7919 % 1009}.\n\nAssistant:"
+    return {"chosen": f"{start} Cats sleep {number} hours.", "rejected": f"{start} Dogs run, {number} of them."}
+
+
+def call(folder, *overrides):
+    command = [sys.executable, "-m", "dpo.data", f"report={folder / 'report'}", f"cache={folder / 'cache'}", *overrides]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+
+def test_a_report_on_dialogues(tmp_path, tiny_model):
+    rows = [dialogue(n) for n in range(40)] + [{"chosen": "no turns", "rejected": "at all"}]
+    (tmp_path / "hh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = call(tmp_path, "data=hh", "data.path=hh.jsonl", f"policy.path={tiny_model('gpt2')}", "batch_size=4")
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert set(made) == {"data", "tokenizer", "splits", "findings", "cost"}
+    assert all(set(one) == WHAT and one["verdict"] in ("ok", "look", "bad") for one in made["findings"])
+    [refused] = [one for one in made["findings"] if one["name"] == "there is no turn of the assistant"]
+    assert (refused["count"], refused["of"], refused["examples"]) == (1, 41, ["hh.jsonl, line 41"])
+    given = {split: numbers["given"] for split, numbers in made["splits"].items()}
+    assert sum(given.values()) == 40
+    assert made["cost"]["steps"] == -(-given["train"] // 4)
+    weights = 4 * 4 * made["cost"]["parameters"]  # bytes: themselves, gradients, two moments
+    assert made["cost"]["weights"] == weights
+    assert "there is no turn of the assistant" in done.stdout
+    assert not (tmp_path / "runs").exists()
+    assert (tmp_path / "report" / "report.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("wrong", ["{", json.dumps({"prompt": "alone"})])
+def test_what_is_no_record_stops_it_as_it_stops_training(tmp_path, tiny_model, wrong):
+    (tmp_path / "pairs.jsonl").write_text(f"{wrong}\n")
+    done = call(tmp_path, "data=file", "data.path=pairs.jsonl", f"policy.path={tiny_model('gpt2')}")
+    assert done.returncode == 1
+    assert "1 of 1 lines are no records" in done.stderr
