@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 from dpo import train
 from dpo.data.records import Preference, write
 from dpo.policy import model as models
+from dpo.sweep.identity import identity
 from dpo.sweep.plan import resolve
-from dpo.sweep.schema import check, identity
+from dpo.sweep.schema import check
 
 ROOT = Path(__file__).parents[1]
 SMALL = [

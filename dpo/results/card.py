@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from dpo.sweep.schema import identity_keys
+from dpo.sweep.identity import identity_keys
 from dpo.win_rates import Z, wilson
 
 CARD = "README.md"

@@ -11,7 +11,7 @@ from dpo.results.failures import BASELINE, INITIAL, degenerate
 from dpo.results.rounds import as_rounds, to_original
 from dpo.sweep import directory
 from dpo.sweep.directory import configs, folders
-from dpo.sweep.schema import ALIASES, SWITCHES, identity_keys
+from dpo.sweep.identity import ALIASES, SWITCHES, identity_keys
 
 DASH = "-"
 

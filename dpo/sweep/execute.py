@@ -28,7 +28,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dpo.sweep.directory import damage, finished, read_yaml
-from dpo.sweep.schema import check, identity
+from dpo.sweep.identity import identity
+from dpo.sweep.schema import check
 from dpo.world import sizes
 
 FAILED, IN_USE, STOPPED = 1, 73, 75

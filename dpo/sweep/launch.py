@@ -40,10 +40,11 @@ from dpo import HOME
 from dpo.sweep.directory import MOST, reason, status
 from dpo.sweep.execute import IN_USE, THREADS
 from dpo.sweep.forks import Fork
+from dpo.sweep.identity import non_numeric
 from dpo.sweep.plan import Composed, Refused, Run, key_of, message, plan, resolve
 from dpo.sweep.renamed import renamed
 from dpo.sweep.rounds import run_chains
-from dpo.sweep.schema import OPEN_GROUPS, check, non_numeric
+from dpo.sweep.schema import OPEN_GROUPS, check
 from dpo.sweep.signature import check_signature, instantiate
 from dpo.world import sizes
 

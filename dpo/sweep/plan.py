@@ -18,7 +18,8 @@ from dpo import HOME
 from dpo.sweep.directory import config as config_of
 from dpo.sweep.directory import configs, finished, status, to_yaml
 from dpo.sweep.forks import ask, serve
-from dpo.sweep.schema import ALIASES, NAME_BYTES, RECORDED, faults, flatten, identity, identity_keys, in_name
+from dpo.sweep.identity import ALIASES, RECORDED, flatten, identity, identity_keys, in_name
+from dpo.sweep.schema import NAME_BYTES, faults
 
 INPUTS = {  # what a run is made from beside its settings: see dpo.sweep.inputs
     "data": "the data",

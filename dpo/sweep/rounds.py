@@ -15,8 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo import HOME
 from dpo.sweep.directory import before, status
+from dpo.sweep.identity import identity
 from dpo.sweep.plan import Composed, Refused, Run, key_of, message, plan, rehearse, resolve
-from dpo.sweep.schema import faults, identity
+from dpo.sweep.schema import faults
 
 OWN = ("rounds", "held_to", "prompts")  # keys that a single run does not have
 APART = 1000  # seeds of a sweep below which no two of its rounds have the same articles

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from dpo.sweep import execute as executing
 from dpo.sweep.directory import status
-from dpo.sweep.schema import identity
+from dpo.sweep.identity import identity
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from test_launch import built, said, states, tree  # noqa: F401
 
+from dpo.sweep.identity import flatten
 from dpo.sweep.plan import resolve
-from dpo.sweep.schema import check, flatten
+from dpo.sweep.schema import check
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*(ROOT / "experiments/figure").glob("*.yaml"), *(ROOT / "experiments/table").glob("*.yaml")])

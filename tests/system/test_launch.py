@@ -23,8 +23,8 @@ import dpo
 from dpo import results
 from dpo.sweep import execute as executing
 from dpo.sweep import launch
+from dpo.sweep.identity import identity
 from dpo.sweep.plan import Folder, Run, _given, name, plan, resolve
-from dpo.sweep.schema import identity
 
 ROOT = Path(dpo.__file__).parents[1]
 

@@ -15,8 +15,8 @@ from whole_runs import ROOT, losses, run
 from dpo.data.batches import encode_prompts, tokenize
 from dpo.data.hub import ultrafeedback
 from dpo.data.records import preference, row, write_rows
+from dpo.sweep.identity import identity
 from dpo.sweep.plan import _given, name, resolve
-from dpo.sweep.schema import identity
 
 pytestmark = pytest.mark.long
 POLICIES = {"mistral_7b": "mistral", "tulu_2_7b": "llama", "qwen2_1_5b": "qwen2"}

@@ -36,8 +36,9 @@ from dpo.data.batches import tokenize
 from dpo.data.records import read
 from dpo.policy import model as models
 from dpo.policy.logps import token_logps
+from dpo.sweep.identity import identity
 from dpo.sweep.plan import resolve
-from dpo.sweep.schema import check, identity
+from dpo.sweep.schema import check
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]

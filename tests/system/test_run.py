@@ -14,8 +14,8 @@ import yaml
 from composing import composed
 
 from dpo.sweep import execute as executing
+from dpo.sweep.identity import identity
 from dpo.sweep.plan import plan
-from dpo.sweep.schema import identity
 
 ROOT = Path(__file__).parents[2]
 

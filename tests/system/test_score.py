@@ -15,8 +15,9 @@ from dpo.data.batches import collate, tokenize
 from dpo.data.records import Preference, read, write
 from dpo.policy import model as models
 from dpo.policy.logps import token_logps
+from dpo.sweep.identity import identity
 from dpo.sweep.plan import resolve
-from dpo.sweep.schema import check, identity
+from dpo.sweep.schema import check
 
 ROOT = Path(__file__).parents[2]
 

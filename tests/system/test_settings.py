@@ -26,8 +26,9 @@ from dpo.data.batches import Batches
 from dpo.policy import model as models
 from dpo.policy import scoring
 from dpo.settings import policy_spec
+from dpo.sweep.identity import identity
 from dpo.sweep.plan import resolve
-from dpo.sweep.schema import check, identity
+from dpo.sweep.schema import check
 from dpo.training import distributed
 from dpo.training.distributed import ParallelLayout
 from dpo.training.log import Log

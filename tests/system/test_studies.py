@@ -15,8 +15,9 @@ from omegaconf import OmegaConf
 
 from analysis import kl_strength, pair_gaps, reference_compatibility, token_level
 from dpo import sft, train
+from dpo.sweep.identity import identity
 from dpo.sweep.plan import _given, name, resolve
-from dpo.sweep.schema import check, identity
+from dpo.sweep.schema import check
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]

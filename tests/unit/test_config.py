@@ -11,8 +11,9 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo.sweep.identity import ALIASES, flatten, identity
 from dpo.sweep.plan import resolve
-from dpo.sweep.schema import ALIASES, OPEN_GROUPS, Sft, Train, check, faults, flatten, identity
+from dpo.sweep.schema import OPEN_GROUPS, Sft, Train, check, faults
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -186,7 +187,7 @@ def test_no_number_is_beyond_arithmetic():
         ("~lr", "lr must be given"),
         ("~adam_betas", "adam_betas must be given"),
         ("loss.beta=[1]", "beta must be float, got [1]"),
-        ("command=foo", "command must be one of evaluate, generate, judge, rounds, score, sft, show, train, got foo"),
+        ("command=foo", "command must be one of data, evaluate, generate, judge, rounds, score, sft, show, train, got foo"),
         ("command=score", "per_token must be given"),
         ("adam_betas=[0.9,nan]", "adam_betas must be a number of size"),
         ("loss.label_smoothing=nan", "loss.label_smoothing must be a number of size"),

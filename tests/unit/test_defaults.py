@@ -449,9 +449,6 @@ TEMPLATES = tuple(
 @pytest.mark.parametrize(
     "command,expected",
     [
-        *(("train", TRAIN), ("sft", SFT), ("score", SCORE), ("rounds", ROUNDS), ("data", DATA)),
-        *(("evaluate", EVALUATE), ("show", SHOW)),
-    ],
         ("train", TRAIN),
         ("sft", SFT),
         ("score", SCORE),

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from test_config import config
 
-from dpo.sweep.schema import faults, flatten, identity, identity_keys
+from dpo.sweep.identity import flatten, identity, identity_keys
+from dpo.sweep.schema import faults
 
 DECIDE = {  # settings that make a run of dpo.train another one
     *("seed", "beta", "lr", "batch_size", "max_length", "max_new_tokens", "on_too_long", "epochs", "steps"),
@@ -179,7 +180,7 @@ def test_where_values_end(key, taken, refused, base):
 
 def test_every_word_is_one_of_its_choices(base):
     choices: dict[str, tuple[Any, ...]] = {
-        "optimizer": ("adamw", "rmsprop"),
+        "optimizer": ("adamw", "adamw_8bit", "rmsprop"),
         "schedule": ("constant", "linear", "cosine"),
         "sft.schedule": ("constant", "linear", "cosine"),
         "on_too_long": ("error", "drop", "truncate"),

@@ -40,7 +40,7 @@ from dpo.settings import (
     scoring_of,
     sft_of,
 )
-from dpo.sweep.schema import flatten
+from dpo.sweep.identity import flatten
 from dpo.training import distributed
 from dpo.training.optim import Recipe
 

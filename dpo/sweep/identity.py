@@ -1,0 +1,80 @@
+"""What of a config decides the numbers of a run: its keys, flat, and an identity made of them."""
+
+import math
+from functools import cache
+from typing import Any
+
+from dpo.cache import digest
+
+# The home of a default -> the key that decides. A frozen config shows the value in force at both.
+ALIASES = {"loss.beta": "beta"} | {f"policy.{key}": key for key in ("lr", "max_length", "max_new_tokens")}
+
+# Groups of keys that are no part of a run's identity where the key that switches them on is null.
+SWITCHES = {"policy.lora.": "policy.lora.rank"}
+SWITCHES |= {key: key for key in ("policy.adapter", "rule", "evaluation.rule")}
+SWITCHES |= {f"data.{key}": f"data.{key}" for key in ("config", "split", "validation_split", "columns", "prompt")}
+
+RECORDED = ("id", "choices", "provenance")  # added when the config is frozen, and by nobody else
+
+# What cannot change a number: these keys are no part of a run's identity or name.
+NON_NUMERIC = (
+    *("name", "runs", "cache", "wandb", "device", "processes", "threads", "micro_batch_tokens", "packed"),
+    *("activation_checkpointing", "sharding", "evaluate_every", "evaluate_prompts", "checkpoint_every"),
+    *("checkpoints_kept", "evaluation.log_samples", "evaluation.instructions"),
+    *("generation.batch_size", "evaluation.batch_size", "scorer"),
+    *(f"{group}.{key}" for group in ("judge", "evaluation.judge", "engine") for key in ("server", "cache")),
+    *("policy.micro_batch_tokens", "policy.generation_batch_size"),  # of keys that are listed
+    *("figure", "table"),  # an experiment is what its keys say
+    *RECORDED,
+    "hydra",
+)
+
+
+def identity(config: dict[str, Any]) -> str:
+    """16 hex digits over all keys of a resolved config that can change a number."""
+    return digest(sorted((key, _canonical(value)) for key, value in identity_keys(config).items()))[:16]
+
+
+def identity_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a resolved config that make its identity, flat: "sft.lr" -> 1e-3."""
+    flat = flatten(config)
+    return {key: value for key, value in flat.items() if not non_numeric(key, flat)}
+
+
+def non_numeric(key: str, config: dict[str, Any] | None = None) -> bool:
+    """Whether a key is outside a run's identity: it cannot change a number (of `config`, which may select a step)."""
+    if key == "evaluate_every" and config and config.get("keep", "last") != "last":
+        return False  # what is evaluated can be selected
+    if config and (switch := next((one for group, one in SWITCHES.items() if key.startswith(group)), None)):
+        return switch in config and config[switch] is None
+    return _outside(key)
+
+
+def in_name(key: str, config: dict[str, Any]) -> bool:
+    """Whether a run's directory may be named by a key: one that makes its identity, or switches such keys off."""
+    return key in SWITCHES.values() or not non_numeric(key, config)
+
+
+@cache
+def _outside(key: str) -> bool:
+    return any(key == other or key.startswith(f"{other}.") for other in NON_NUMERIC)
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"sft": {"lr": 1e-3}} -> {"sft.lr": 1e-3}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _canonical(value: Any) -> Any:
+    """1.0 and 1 are one value: open groups take whichever was written. JSON has no infinity."""
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
