@@ -228,6 +228,7 @@ NON_NUMERIC = (
     *("checkpoints_kept", "evaluation.log_samples", "evaluation.instructions"),
     *("generation.batch_size", "evaluation.batch_size"),
     *(f"{group}.{key}" for group in ("judge", "evaluation.judge", "engine") for key in ("server", "cache")),
+    "engine.llm",
     *("policy.micro_batch_tokens", "policy.generation_batch_size"),  # of keys that are listed
     *("figure", "table"),  # an experiment is what its keys say
     *RECORDED,
