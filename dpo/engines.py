@@ -197,22 +197,23 @@ class Vllm:
             raise ValueError(
                 f"engine.llm.max_model_len must hold prompt and response, {length} tokens, got {room}; raise it"
             )
-        stops = ends(tokenizer, model.generation_config)
-        tokens = models.vocabulary(tokenizer).tolist()
-        drawn = {
+        stops, tokens = ends(tokenizer, model.generation_config), models.vocabulary(tokenizer).tolist()
+        asked: dict[str, Any] = {
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
             "stop_token_ids": stops,
-            "ignore_eos": True,  # it is one of these
+            "ignore_eos": True,  # but as one of these
             "allowed_token_ids": None if len(tokens) == model.config.get_text_config().vocab_size else tokens,
             "detokenize": False,
         }
         if (weights := models.fingerprint(model)) != self._weights:
             self.close()
             self._start(model, tokenizer)
-            self._check_weights(model, prompts[0], drawn)
+            self._check_weights(model, prompts[0], asked)
             self._weights = weights
-        asked = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p}
         questions = [(ids, seed_of(seed, place)) for ids, place in zip(prompts, places, strict=True)]
-        found = on_main(lambda: [list(one.token_ids) for one in self._generate(questions, {**drawn, **asked}, title)])
+        found = on_main(lambda: [list(one.token_ids) for one in self._generate(questions, asked, title)])
         return [cut(ids, row, stops, tokenizer) for ids, row in zip(prompts, found, strict=True)]
 
     __call__ = forward
@@ -220,7 +221,7 @@ class Vllm:
     def close(self) -> None:
         """End vLLM, which gives its memory back."""
         if self._llm is not None:
-            self._llm.llm_engine.engine_core.shutdown()
+            self._llm.llm_engine.engine_core.shutdown(timeout=60)
         self._llm = self._weights = None
 
     def _start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -252,11 +253,12 @@ class Vllm:
                     f"{error}; set engine.llm and engine.dtype to what it takes here, or take engine=transformers"
                 ) from error
 
-    def _check_weights(self, model: PreTrainedModel, prompt: Tokens, drawn: dict[str, Any]) -> None:
-        asked = {**drawn, "max_tokens": min(TRIED, self.options["max_model_len"] - len(prompt)), "logprobs": 0}
+    def _check_weights(self, model: PreTrainedModel, prompt: Tokens, asked: dict[str, Any]) -> None:
+        room = self.options["max_model_len"] - len(prompt)
+        asked = {**asked, "max_tokens": min(TRIED, room), "temperature": 1.0, "top_p": 1.0, "logprobs": 0}
 
         def tried() -> tuple[Tokens, Logps]:
-            [one] = self._generate([(prompt, 0)], {**asked, "temperature": 1.0}, "")
+            [one] = self._generate([(prompt, 0)], asked, "")
             ids = list(one.token_ids)
             return ids, [given[token].logprob for token, given in zip(ids, one.logprobs, strict=True)]
 

@@ -110,11 +110,8 @@ def candidates(
                     f"sampling {split} pairs",
                     folder / f"{split}.unfinished",  # which `remember` takes away
                 )
-                asked = [
-                    (prompt, start)
-                    for prompt, (start, _) in zip(prompts[split], fed[split], strict=True)
-                    for _ in range(n)
-                ]
+                whole_and_fed = zip(prompts[split], (start for start, _ in fed[split]), strict=True)
+                asked = [both for both in whole_and_fed for _ in range(n)]
                 found = [
                     Candidate(prompt, start, _whole_characters(one, tokenizer), own)
                     for (prompt, start), one in zip(asked, samples, strict=True)

@@ -32,7 +32,7 @@ class SamplingParams:
 
 
 class LLM:
-    """One that was started: `asked` has what it was asked for, `environment` what it saw of the run's."""
+    """One that was started: `asked` and `given` are questions and answers, `environment` is the one that it saw."""
 
     started: list["LLM"]
 
@@ -54,11 +54,11 @@ class LLM:
             raise ValueError(f"max_model_len ({max_model_len}) is greater than max_position_embeddings")
         self.eos, self.room, self.folder = AutoTokenizer.from_pretrained(model).eos_token_id, max_model_len, Path(model)
         self.config = json.loads((self.folder / "config.json").read_text())
-        self.asked, self.ended, self.environment = [], False, dict(os.environ)
+        self.asked, self.given, self.ended, self.environment = [], [], False, dict(os.environ)
         self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self._end))
         self.started.append(self)
 
-    def _end(self) -> None:
+    def _end(self, timeout: float | None = None) -> None:
         self.ended = True
 
     def generate(self, prompts, sampling_params, use_tqdm=True):
@@ -75,6 +75,7 @@ class LLM:
                 raise ValueError(f"The decoder prompt (length {len(ids)}) is longer than {self.room}")
             generator = torch.Generator().manual_seed(random.getrandbits(60) if params.seed is None else params.seed)
             found.append(SimpleNamespace(outputs=[self._drawn(ids, params, generator) for _ in range(params.n)]))
+        self.given += [one.outputs[0] for one in found]
         return found
 
     @torch.no_grad()

@@ -5,7 +5,15 @@ Of a CPU such an environment takes torch and transformers of its own: see docs/j
 
 import inspect
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 
+import numpy as np
 import pytest
 import torch
 import vllm_double
@@ -96,16 +104,18 @@ def test_samples_follow_the_policy(policy, engine, prompts):
     """Frequencies of the first token against the model's probabilities, by temperature and top-p."""
     model, tokenizer = policy
     with torch.no_grad():
-        logits = model(torch.tensor(prompts[:1])).logits[0, -1].double()[: len(tokenizer)]
+        logits = model(torch.tensor(prompts[:1])).logits[0, -1, : len(tokenizer)].double().numpy()
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.5, 0.6)):
-        p, order = (logits / temperature).softmax(-1).sort(descending=True)
-        p[p.cumsum(0) - p >= top_p] = 0
-        p = torch.zeros_like(p).scatter(0, order, p / p.sum())
+        p = np.exp((logits - logits.max()) / temperature)
+        order = np.argsort(-p)
+        p /= p.sum()
+        p[order[np.cumsum(p[order]) - p[order] >= top_p]] = 0
+        p /= p.sum()
         drawn = engine(*policy, prompts[:1] * 2000, range(2000), Sampling(1, temperature, top_p, 8), 0, "")
-        counts = torch.bincount(torch.tensor([one.response_ids[0] for one in drawn]), minlength=len(p)) / len(drawn)
+        counts = np.bincount([one.response_ids[0] for one in drawn], minlength=len(p)) / len(drawn)
         assert len(counts) == len(p)  # no id is that of no token
-        assert (counts > 0)[p == 0].sum() == 0
-        assert torch.allclose(counts, p, atol=4 * (0.25 / 2000) ** 0.5)
+        assert (counts[p == 0] == 0).all()
+        assert np.allclose(counts, p, atol=4 * (0.25 / 2000) ** 0.5)
 
 
 def test_ends_are_ours(policy, engine, prompts):
@@ -140,6 +150,48 @@ def test_a_run_samples_its_candidates(policy, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 3 * 5
     assert len({tuple(one["token_ids"]["response"]) for one in rows}) > 10
+
+
+def test_its_server_does_behind_the_endpoint(policy, prompts, tmp_path):
+    """`vllm serve`, asked by the engine of servers: the same greedy responses, and a seed for each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["-m", "vllm.entrypoints.cli.main", "serve", policy[0].name_or_path, "--served-model-name", "policy"]
+    command += ["--port", str(port), "--dtype", "float32", "--max-model-len", "64", "--enforce-eager"]
+    command += ["--gpu-memory-utilization", "0.1"]
+    with (tmp_path / "said.txt").open("w") as said:
+        server = subprocess.Popen([sys.executable, *command], stdout=said, stderr=said, start_new_session=True)
+    try:
+        until = time.monotonic() + 900
+        while not _answers(f"http://127.0.0.1:{port}/health"):
+            assert server.poll() is None, (tmp_path / "said.txt").read_text()[-5000:]
+            assert time.monotonic() < until
+            time.sleep(1)
+        options = {"key": None, "concurrency": 16, "timeout": 300.0, "retries": 0, "requests_per_minute": None}
+        options |= {"prices": None, "url": f"http://127.0.0.1:{port}/v1"}
+
+        def asked(name, seed, sampling, concurrency=16):
+            changed = {**options, "concurrency": concurrency}
+            one = engines.Endpoint("policy", 1e-4, str(tmp_path / name), changed)
+            return one(*policy, prompts * 3, range(3 * len(prompts)), sampling, seed, "")
+
+        assert asked("a", 0, GREEDY) == sample(*policy, prompts * 3, GREEDY, 0, "")
+        found = asked("b", 0, WARM)
+        assert asked("c", 0, WARM, concurrency=1) == found
+        assert len({tuple(one.response_ids) for one in found[:: len(prompts)]}) > 1
+        other = asked("d", 1, WARM)
+        assert sum(new.response_ids == old.response_ids for new, old in zip(other, found, strict=True)) < 4
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+
+
+def _answers(url):
+    try:
+        return urllib.request.urlopen(url, timeout=5).status == 200
+    except OSError:
+        return False
 
 
 def test_what_it_cannot_serve_is_said(tmp_path, tiny_model):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import vllm_double
+from composing import compose
 from omegaconf import OmegaConf
 from ranks import together
 from test_generate import PROMPTS, config
@@ -18,6 +19,7 @@ from dpo.data.chats import ends
 from dpo.policy import model as models
 from dpo.policy.sampling import Sampling, sample
 from dpo.settings import generation_of
+from dpo.sweep.schema import identity
 from dpo.training import distributed
 
 GREEDY = Sampling(6, 0.0, 1.0, 8)
@@ -106,6 +108,18 @@ def test_ends_are_ours(policy, llm, prompts, tmp_path):
     assert all(one.ended == (one.response_ids[-1] in (tokenizer.eos_token_id, often)) for one in found)
 
 
+def test_no_more_is_drawn_than_a_response(policy, llm, prompts, tmp_path):
+    """vLLM itself stops at each of our ends, and at nothing else."""
+    model, tokenizer = policy
+    model.generation_config.eos_token_id = [*range(3, 200)]
+    found = engine(tmp_path)(*policy, prompts * 4, range(16), replace(WARM, max_new_tokens=12), 0, "")
+    [held] = llm.started
+    stops = ends(tokenizer, model.generation_config)
+    assert all(asked.stop_token_ids == stops and asked.ignore_eos and not asked.detokenize for _, asked in held.asked)
+    assert [list(one.token_ids) for one in held.given[-16:]] == [one.response_ids for one in found]
+    assert any(one.ended for one in found)
+
+
 def test_ids_that_are_no_tokens_are_never_drawn(policy, llm, prompts, tmp_path):
     model, tokenizer = policy
     with torch.no_grad():
@@ -152,6 +166,22 @@ def test_log_probs_that_are_not_the_models_are_refused(policy, llm, prompts, tmp
         engine(tmp_path)(*policy, prompts, range(4), WARM, 0, "")
     assert llm.started[0].ended
     assert len(engine(tmp_path, tolerance=9.0)(*policy, prompts, range(4), WARM, 0, "")) == 4
+
+
+def test_log_probs_in_another_precision_differ(policy, llm, prompts, tmp_path):
+    assert engine(tmp_path, tolerance=1e-6)(*policy, prompts, range(4), GREEDY, 0, "")
+    with pytest.raises(RuntimeError, match=r"must compute the log-probs .* set engine\.dtype=float32"):
+        engine(tmp_path, dtype="bfloat16", tolerance=1e-6)(*policy, prompts, range(4), GREEDY, 0, "")
+
+
+def test_the_handshake_draws_from_the_policy(policy, llm, prompts, tmp_path):
+    """Sixteen tokens at temperature 1, where there is room for them, whatever is asked for after it."""
+    for room, length in ((64, 16), (len(prompts[0]) + 8, 8)):
+        engine(tmp_path, max_model_len=room)(*policy, prompts, range(4), replace(GREEDY, max_new_tokens=2), 0, "")
+        ids, asked = llm.started[-1].asked[0]
+        assert (ids, asked.max_tokens, asked.logprobs) == (prompts[0], length, 0)
+        assert (asked.temperature, asked.top_p) == (1.0, 1.0)
+        assert all(one.logprobs is None for _, one in llm.started[-1].asked[1:])
 
 
 def test_a_policy_that_always_says_the_same_is_taken(policy, llm, prompts, tmp_path):
@@ -233,6 +263,15 @@ def test_vllm_ends_with_an_error(policy, llm, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         candidates(tmp_path, policy)
     assert [held.ended for held in llm.started] == [True]
+
+
+def test_how_vllm_is_started_is_no_part_of_a_run(llm, tmp_path):
+    """What may change its numbers is."""
+    ids = {}
+    for given in ("engine.llm.gpu_memory_utilization=0.3", "engine.llm.enforce_eager=true", "engine.dtype=bfloat16"):
+        ids[given] = identity(OmegaConf.to_container(compose("train", "engine=vllm", given), resolve=True))
+    plain = identity(OmegaConf.to_container(compose("train", "engine=vllm"), resolve=True))
+    assert [one == plain for one in ids.values()] == [True, True, False]
 
 
 def on_a_rank(directory: Path, folder: str) -> None:
