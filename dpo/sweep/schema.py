@@ -85,6 +85,7 @@ class Evaluation:
 @dataclass
 class Comparison(Evaluation):
     judge: Any
+    engine: Any
     rule: Any
     baseline: str
 
@@ -217,7 +218,7 @@ ALIASES = {"loss.beta": "beta"} | {f"policy.{key}": key for key in ("lr", "max_l
 
 # Groups of keys that are no part of a run's identity where the key that switches them on is null.
 SWITCHES = {"policy.lora.": "policy.lora.rank"}
-SWITCHES |= {key: key for key in ("policy.adapter", "rule", "evaluation.rule")}
+SWITCHES |= {key: key for key in ("policy.adapter", "rule", "evaluation.rule", "evaluation.engine")}
 
 RECORDED = ("id", "choices", "provenance")  # added when the config is frozen, and by nobody else
 
@@ -227,8 +228,8 @@ NON_NUMERIC = (
     *("activation_checkpointing", "sharding", "evaluate_every", "evaluate_prompts", "checkpoint_every"),
     *("checkpoints_kept", "evaluation.log_samples", "evaluation.instructions"),
     *("generation.batch_size", "evaluation.batch_size"),
-    *(f"{group}.{key}" for group in ("judge", "evaluation.judge", "engine") for key in ("server", "cache")),
-    "engine.llm",
+    *(f"{group}.{key}" for group in ("judge", "evaluation.judge") for key in ("server", "cache")),
+    *(f"{group}.{key}" for group in ("engine", "evaluation.engine") for key in ("server", "cache", "llm")),
     *("policy.micro_batch_tokens", "policy.generation_batch_size"),  # of keys that are listed
     *("figure", "table"),  # an experiment is what its keys say
     *RECORDED,
@@ -280,7 +281,7 @@ def misfits(config: dict[str, Any]) -> list[str]:
     """What keeps the options of the open groups from their functions, which are imported for it."""
     nodes = [(group, config.get(group)) for group in OPEN_GROUPS]
     found = [problem for group, node in nodes if node is not None for problem in check_signature(group, node)]
-    for group in ("judge", "rule"):
+    for group in ("judge", "engine", "rule"):
         if (other := config["evaluation"].get(group)) is not None:
             found += [f"evaluation.{problem}" for problem in check_signature(group, other)]
     return found
@@ -320,8 +321,9 @@ def non_numeric(key: str, config: dict[str, Any] | None = None) -> bool:
     """Whether a key is outside a run's identity: it cannot change a number (of `config`, which may select a step)."""
     if key == "evaluate_every" and config and config.get("keep", "last") != "last":
         return False  # what is evaluated can be selected
-    if config and (switch := next((one for group, one in SWITCHES.items() if key.startswith(group)), None)):
-        return switch in config and config[switch] is None
+    switch = next((one for group, one in SWITCHES.items() if key.startswith(group)), None)
+    if config and switch in config and config[switch] is None:
+        return True
     return _outside(key)
 
 
@@ -378,7 +380,7 @@ def _keys(node: Any, schema: type, prefix: str = "") -> list[str]:
             problems += _keys(node[key], expected, f"{prefix}{key}.")
         elif not fits(node[key], expected):
             problems.append(f"{prefix}{key} must be {kind(expected)}, got {node[key]!r}")
-        elif key in OPEN_GROUPS and node[key] is None and key not in ("judge", "rule"):
+        elif not prefix and key in OPEN_GROUPS and node[key] is None and key not in ("judge", "rule"):
             problems.append(f"{key} must be an option, got null; choose one: {key}=..., --help lists them")
     return problems
 

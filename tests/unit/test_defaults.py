@@ -86,7 +86,7 @@ TRAIN = {
         "outliers": 0.0,
         "outlier": "another",
     },
-    "evaluation": {**SHARED["evaluation"], "judge": None, "rule": None, "baseline": "initial"},
+    "evaluation": {**SHARED["evaluation"], "judge": None, "engine": None, "rule": None, "baseline": "initial"},
 }
 SFT = {**SHARED, "name": "sft", "command": "sft"}
 ROUNDS = {**TRAIN, "name": "rounds", "command": "rounds", "rounds": 3, "held_to": "previous", "prompts": "fresh"}

@@ -1,5 +1,6 @@
 """The engine of vLLM, with a double of it that samples from the weights that it is given: `tests/vllm_double.py`."""
 
+import json
 import os
 import sys
 from dataclasses import replace
@@ -11,9 +12,11 @@ import vllm_double
 from composing import compose
 from omegaconf import OmegaConf
 from ranks import together
+from test_evaluate import feeding
 from test_generate import PROMPTS, config
+from whole_runs import frozen
 
-from dpo import engines, generate
+from dpo import engines, evaluate, generate
 from dpo.data.batches import encode_prompts
 from dpo.data.chats import ends
 from dpo.policy import model as models
@@ -255,6 +258,41 @@ def test_candidates_are_drawn_by_one_vllm_which_ends(policy, llm, tmp_path, monk
     assert len(llm.started) == 3
 
 
+def test_evaluations_are_drawn_by_it(llm, tmp_path, tiny_model):
+    """Policy and baseline, each by a vLLM that has its weights; greedy as by transformers, in another cache entry."""
+    folder, other = tiny_model("llama"), tmp_path / "other"
+    model, tokenizer = models.load(folder)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+    models.save(model, tokenizer, other)
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps({"prompt": one, "chosen": " yes", "rejected": " no"}) + "\n" for one in PROMPTS)
+    )
+    given = ["data=file", f"data.path={tmp_path / 'pairs.jsonl'}", f"policy.path={other}", f"against={folder}"]
+    given += ["judge=shorter", "max_length=60", "max_new_tokens=6", "evaluation.temperature=0", "device=cpu"]
+    given += [f"cache={tmp_path / 'cache'}"]
+    found = []
+    for name, more in (("ours", []), ("theirs", ["engine@evaluation.engine=vllm"])):
+        (tmp_path / name).mkdir()
+        evaluate.run(frozen(tmp_path / name, *given, *more, verb="evaluate"), tmp_path / name)
+        found.append([json.loads(line) for line in (tmp_path / name / "responses.jsonl").read_text().splitlines()])
+    assert found[0] == found[1]
+    assert any(row["response"] != row["baseline"] for row in found[0])
+    assert [held.ended for held in llm.started] == [True] * 3  # the third is that of KL, at temperature 1
+    assert len([*(tmp_path / "cache" / "baseline").glob("*/responses.json")]) == 2
+    assert {asked.temperature for _, asked in llm.started[1].asked[1:]} == {0.0}
+    assert {asked.temperature for _, asked in llm.started[2].asked} == {1.0}
+
+
+def test_looking_at_a_policy_in_training_starts_no_vllm(policy, llm, tmp_path):
+    node = {"_target_": "dpo.engines.Vllm", "_partial_": True, "dtype": "float32", "tolerance": 0.1}
+    asked = feeding(60, engine={**node, "cache": str(tmp_path), "llm": LLM}, log_samples=2)
+    assert len(evaluate.show(*policy, PROMPTS, None, asked)) == 2
+    assert llm.started == []
+    assert len(evaluate.respond(*policy, PROMPTS, asked, "policy", title="")) == 6
+    assert [held.ended for held in llm.started] == [True]
+
+
 def test_vllm_ends_with_an_error(policy, llm, tmp_path, monkeypatch):
     def broken(*_):
         raise KeyboardInterrupt
@@ -267,11 +305,11 @@ def test_vllm_ends_with_an_error(policy, llm, tmp_path, monkeypatch):
 
 def test_how_vllm_is_started_is_no_part_of_a_run(llm, tmp_path):
     """What may change its numbers is."""
-    ids = {}
-    for given in ("engine.llm.gpu_memory_utilization=0.3", "engine.llm.enforce_eager=true", "engine.dtype=bfloat16"):
-        ids[given] = identity(OmegaConf.to_container(compose("train", "engine=vllm", given), resolve=True))
-    plain = identity(OmegaConf.to_container(compose("train", "engine=vllm"), resolve=True))
-    assert [one == plain for one in ids.values()] == [True, True, False]
+    for chosen, at in (("engine=vllm", "engine"), ("engine@evaluation.engine=vllm", "evaluation.engine")):
+        ids = []
+        for given in ("cache=c", f"{at}.llm.gpu_memory_utilization=0.3", f"{at}.cache=c", f"{at}.dtype=bfloat16"):
+            ids.append(identity(OmegaConf.to_container(compose("train", chosen, given), resolve=True)))
+        assert [one == ids[0] for one in ids] == [True, True, True, False]
 
 
 def on_a_rank(directory: Path, folder: str) -> None:
