@@ -1,4 +1,4 @@
-"""Where candidate responses come from.
+"""Where responses come from: candidates of pairs, and those of evaluations.
 
 An engine is a function `(model, tokenizer, prompts, places, sampling, seed, title) -> responses`, which all processes
 of a run call: prompts are token ids, and a response keeps its own. What is drawn for a prompt goes by the seed and its
