@@ -78,7 +78,8 @@ class Endpoint:
     ) -> list[Sample]:
         stops = ends(tokenizer, model.generation_config)
         weights = models.fingerprint(model)
-        drawn, scored = on_main(lambda: self._tried(prompts[0], stops))
+        biased = {} if (bias := _against_spare_rows(model, tokenizer)) is None else {"logit_bias": bias}
+        drawn, scored = on_main(lambda: self._tried(prompts[0], stops, biased))
         apart = _apart(model, prompts[0], drawn, scored)
         if not apart <= self.tolerance:
             raise RuntimeError(
@@ -86,7 +87,8 @@ class Endpoint:
                 f"log-probs that differ from its by {apart:.3g} nats a token, in {len(drawn)} tokens; serve that "
                 "folder, or raise engine.tolerance if it rounds more"
             )
-        asked = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        asked: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
+        asked |= {"top_p": sampling.top_p, **biased}
 
         def answer(questions: list[Any]) -> Iterator[tuple[int, Tokens]]:
             one = partial(self._respond, asked=asked, stops=stops)
@@ -103,9 +105,9 @@ class Endpoint:
         ids, seed = question
         return self._complete(ids, seed, asked, stops)[0]
 
-    def _tried(self, prompt: Tokens, stops: Sequence[int]) -> tuple[Tokens, Logps]:
+    def _tried(self, prompt: Tokens, stops: Sequence[int], biased: dict[str, Any]) -> tuple[Tokens, Logps]:
         """A response to a prompt, and its log-probs, from a server that samples as it is asked to."""
-        asked = {"max_tokens": TRIED, "temperature": 1.0, "top_p": 1.0}
+        asked = {"max_tokens": TRIED, "temperature": 1.0, "top_p": 1.0, **biased}
         here = f"the server at {self.server.options['url']}"
         try:
             first, *others = [self._complete(prompt, seed, asked, stops) for seed in (0, 0, 1, 2, 3)]
@@ -197,14 +199,14 @@ class Vllm:
             raise ValueError(
                 f"engine.llm.max_model_len must hold prompt and response, {length} tokens, got {room}; raise it"
             )
-        stops, tokens = ends(tokenizer, model.generation_config), models.vocabulary(tokenizer).tolist()
+        stops = ends(tokenizer, model.generation_config)
         asked: dict[str, Any] = {
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "stop_token_ids": stops,
             "ignore_eos": True,  # but as one of these
-            "allowed_token_ids": None if len(tokens) == model.config.get_text_config().vocab_size else tokens,
+            "logit_bias": _against_spare_rows(model, tokenizer),
             "detokenize": False,
         }
         if (weights := models.fingerprint(model)) != self._weights:
@@ -226,6 +228,7 @@ class Vllm:
 
     def _start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the weights, and start vLLM with them. A collective."""
+        torch.cuda.empty_cache()  # what this process keeps to use again is memory that vLLM finds taken
         folder = on_main(self._folder)
         try:
             if is_main() or is_sharded(model):
@@ -304,6 +307,12 @@ def closing(engine: Any) -> Iterator[Any]:
     finally:
         if close := getattr(getattr(engine, "func", engine), "close", None):
             close()
+
+
+def _against_spare_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[int, float] | None:
+    """What keeps a sampler from the rows of the head that are no token's, as `sample` does; None: there are none."""
+    rows = {*range(model.config.get_text_config().vocab_size)} - {*models.vocabulary(tokenizer).tolist()}
+    return dict.fromkeys(sorted(rows), -100.0) or None
 
 
 def _apart(model: PreTrainedModel, prompt: Tokens, drawn: Tokens, scored: Logps) -> float:

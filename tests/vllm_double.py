@@ -27,7 +27,7 @@ class SamplingParams:
     logprobs: int | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
-    allowed_token_ids: list[int] | None = None
+    logit_bias: dict[int, float] | None = None
     detokenize: bool = True
 
 
@@ -84,10 +84,8 @@ class LLM:
         while len(tokens) < min(params.max_tokens, self.room - len(ids)) and not stops & {*tokens[-1:]}:
             logits = self.model(torch.tensor([[*ids, *tokens]])).logits[0, -1]
             raw = logits.log_softmax(-1)
-            if params.allowed_token_ids is not None:
-                banned = torch.ones_like(logits, dtype=torch.bool)
-                banned[params.allowed_token_ids] = False
-                logits = logits.masked_fill(banned, -torch.inf)
+            for row, bias in (params.logit_bias or {}).items():
+                logits[row] += min(100.0, max(-100.0, bias))
             if params.temperature == 0:
                 token = int(logits.argmax())
             else:
