@@ -215,7 +215,7 @@ class Vllm:
             self._check_weights(model, prompts[0], asked)
             self._weights = weights
         questions = [(ids, seed_of(seed, place)) for ids, place in zip(prompts, places, strict=True)]
-        found = on_main(lambda: [list(one.token_ids) for one in self._generate(questions, asked, title)])
+        found = on_main(lambda: [list(one.token_ids) for one in self._generate(model, questions, asked, title)])
         return [cut(ids, row, stops, tokenizer) for ids, row in zip(prompts, found, strict=True)]
 
     __call__ = forward
@@ -245,23 +245,29 @@ class Vllm:
     def _serve(self, folder: Path, model: PreTrainedModel) -> None:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a fork hangs where torch had threads
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        with _without_torchrun():
-            try:
-                from vllm import LLM
+        with _without_torchrun(), self._serving(model):
+            from vllm import LLM
 
-                self._llm = LLM(model=str(folder), dtype=self.dtype, generation_config="vllm", **self.options)
-            except Exception as error:  # whatever vLLM and its processes raise
-                raise RuntimeError(
-                    f"vLLM must serve {model.name_or_path}, a {type(model).__name__}, found {type(error).__name__}: "
-                    f"{error}; set engine.llm and engine.dtype to what it takes here, or take engine=transformers"
-                ) from error
+            self._llm = LLM(model=str(folder), dtype=self.dtype, generation_config="vllm", **self.options)
+
+    @contextmanager
+    def _serving(self, model: PreTrainedModel) -> Iterator[None]:
+        """What vLLM and its processes raise, at the start or, of some models, with the first token, is said as ours."""
+        try:
+            yield
+        except Exception as error:
+            self.close()
+            raise RuntimeError(
+                f"vLLM must serve {model.name_or_path}, a {type(model).__name__}, found {type(error).__name__}: {error}"
+                "; set engine.llm and engine.dtype to what it takes here, or take engine=transformers"
+            ) from error
 
     def _check_weights(self, model: PreTrainedModel, prompt: Tokens, asked: dict[str, Any]) -> None:
         room = self.options["max_model_len"] - len(prompt)
         asked = {**asked, "max_tokens": min(TRIED, room), "temperature": 1.0, "top_p": 1.0, "logprobs": 0}
 
         def tried() -> tuple[Tokens, Logps]:
-            [one] = self._generate([(prompt, 0)], asked, "")
+            [one] = self._generate(model, [(prompt, 0)], asked, "")
             ids = list(one.token_ids)
             return ids, [given[token].logprob for token, given in zip(ids, one.logprobs, strict=True)]
 
@@ -274,15 +280,18 @@ class Vllm:
                 "more, or take engine=transformers"
             )
 
-    def _generate(self, questions: Sequence[tuple[Tokens, int]], asked: dict[str, Any], title: str) -> list[Any]:
+    def _generate(
+        self, model: PreTrainedModel, questions: Sequence[tuple[Tokens, int]], asked: dict[str, Any], title: str
+    ) -> list[Any]:
         """vLLM's response to each prompt and seed, in order."""
         from vllm import SamplingParams
 
-        found = self._llm.generate(
-            [{"prompt_token_ids": ids} for ids, _ in questions],
-            [SamplingParams(seed=seed, **asked) for _, seed in questions],
-            use_tqdm=(lambda total, **_: progress(total=total, name=title)) if title else False,
-        )
+        with self._serving(model):
+            found = self._llm.generate(
+                [{"prompt_token_ids": ids} for ids, _ in questions],
+                [SamplingParams(seed=seed, **asked) for _, seed in questions],
+                use_tqdm=(lambda total, **_: progress(total=total, name=title)) if title else False,
+            )
         return [one.outputs[0] for one in found]
 
 

@@ -35,6 +35,7 @@ class LLM:
     """One that was started: `asked` and `given` are questions and answers, `environment` is the one that it saw."""
 
     started: list["LLM"]
+    faults: list[Exception]  # to come
 
     def __init__(
         self,
@@ -63,6 +64,8 @@ class LLM:
 
     def generate(self, prompts, sampling_params, use_tqdm=True):
         assert not self.ended, "it was ended"
+        if self.faults:
+            raise self.faults.pop()
         if callable(use_tqdm):
             bar = use_tqdm(total=len(prompts), desc="Processed prompts", dynamic_ncols=True, postfix="")
             bar.update(len(prompts))
@@ -102,5 +105,5 @@ def module() -> ModuleType:
     made = ModuleType("vllm")
     made.__spec__ = ModuleSpec("vllm", None)
     made.SamplingParams = SamplingParams
-    made.LLM = type("LLM", (LLM,), {"started": []})
+    made.LLM = type("LLM", (LLM,), {"started": [], "faults": []})
     return made
