@@ -78,7 +78,7 @@ def main() -> None:
     if options.vllm:
         room = max(map(len, prompts)) + options.max_new_tokens
         llm: Any = {"max_model_len": room, "gpu_memory_utilization": 0.3, "tensor_parallel_size": 1}
-        llm |= {"enforce_eager": options.device == "cpu", "trust_remote_code": False}
+        llm |= {"enforce_eager": options.device == "cpu", "enable_chunked_prefill": False, "trust_remote_code": False}
         dtype: Any = "bfloat16" if options.bf16 else "float32"
         engine, few = Vllm(dtype, 0.1, "cache", llm), prompts[: options.batch_size]
         engine(model, tokenizer, few, range(len(few)), sampling, 1, "")

@@ -153,6 +153,7 @@ class LlmOptions(TypedDict):
     gpu_memory_utilization: float
     tensor_parallel_size: int
     enforce_eager: bool
+    enable_chunked_prefill: bool
     trust_remote_code: bool
 
 

@@ -47,6 +47,7 @@ class LLM:
         gpu_memory_utilization: float = 0.92,
         tensor_parallel_size: int = 1,
         enforce_eager: bool = False,
+        enable_chunked_prefill: bool | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         assert generation_config == "vllm"  # else the folder's own settings

@@ -34,6 +34,7 @@ OPTIONS = {
     "gpu_memory_utilization": 0.1,
     "tensor_parallel_size": 1,
     "enforce_eager": True,
+    "enable_chunked_prefill": False,
     "trust_remote_code": False,
 }
 GREEDY = Sampling(12, 0.0, 1.0, 8)
@@ -98,6 +99,14 @@ def test_a_response_is_that_of_its_seed_and_place(policy, engine, prompts):
     other = engine(*policy, many, places, WARM, 1, "")
     assert sum(new.response_ids == old.response_ids for new, old in zip(other, found, strict=True)) < 4
     assert len({tuple(one.response_ids) for one in found[:: len(prompts)]}) > 3  # of one prompt
+
+
+def test_more_is_asked_for_than_vllm_reads_at_once(policy, engine, prompts):
+    """Of a prompt that it reads in parts it may draw in between: on a CPU it then breaks down."""
+    [longest] = sorted(prompts, key=len)[-1:]
+    many = [[*longest, token] for token in range(3, 353)]
+    found = engine(*policy, many, range(350), WARM, 0, "")
+    assert engine(*policy, many[200:], range(200, 350), WARM, 0, "") == found[200:]
 
 
 def test_samples_follow_the_policy(policy, engine, prompts):

@@ -212,6 +212,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
             "gpu_memory_utilization": 0.5,
             "tensor_parallel_size": 1,
             "enforce_eager": False,
+            "enable_chunked_prefill": False,
             "trust_remote_code": "${policy.trust_remote_code}",
         },
     },

@@ -32,6 +32,7 @@ LLM = {
     "gpu_memory_utilization": 0.1,
     "tensor_parallel_size": 1,
     "enforce_eager": True,
+    "enable_chunked_prefill": False,
     "trust_remote_code": False,
 }
 
