@@ -4,8 +4,10 @@ On a CPU it is the seconds that it worked, on a GPU those of the clock.
 
     python benchmarks/sampling.py --model runs/sft/policy                   # articles of the embedded world
     python benchmarks/sampling.py --model /models/smollm2 --prompts prompts.jsonl --batch-size 16 --max-new-tokens 128
+    python benchmarks/sampling.py --model runs/sft/policy --vllm            # by the clock, in an environment with vLLM
 
 Both draw at temperature 1 in batches of one size, by turns; `generate` gets the prompts in their order, and sorted.
+vLLM gets them all at once, and is started before the first turn.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import torch
 
 from dpo.data.batches import encode_prompts
 from dpo.data.chats import ends
+from dpo.engines import Vllm
 from dpo.policy import model as models
 from dpo.policy.sampling import Sampling, sample
 from dpo.world import language
@@ -51,12 +54,15 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="how often each is timed")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--vllm", action="store_true", help="engine=vllm, too; of another process: by the clock")
     parser.add_argument("--bf16", action="store_true", help="weights in bfloat16; the project samples in float32")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, tokenizer = models.load(options.model, options.device)
     model = model.bfloat16() if options.bf16 else model
-    clock, unit = (time.perf_counter, "second") if options.device == "cuda" else (time.process_time, "CPU second")
+    clock, unit = time.process_time, "CPU second"
+    if options.device == "cuda" or options.vllm:
+        clock, unit = time.perf_counter, "second"
     if options.prompts:
         texts = [json.loads(line)["prompt"] for line in options.prompts.read_text().splitlines()[: options.n]]
     else:
@@ -69,6 +75,19 @@ def main() -> None:
         "generate, sorted": lambda: generate(model, tokenizer, sorted(prompts, key=len), sampling),
         "ours": lambda: sum(len(one.response_ids) for one in sample(model, tokenizer, prompts, sampling, 0, "")),
     }
+    if options.vllm:
+        room = max(map(len, prompts)) + options.max_new_tokens
+        llm: Any = {"max_model_len": room, "gpu_memory_utilization": 0.3, "tensor_parallel_size": 1}
+        llm |= {"enforce_eager": options.device == "cpu", "enable_chunked_prefill": False, "trust_remote_code": False}
+        dtype: Any = "bfloat16" if options.bf16 else "float32"
+        engine, few = Vllm(dtype, 0.1, "cache", llm), prompts[: options.batch_size]
+        engine(model, tokenizer, few, range(len(few)), sampling, 1, "")
+
+        def by_vllm() -> int:
+            drawn = engine(model, tokenizer, prompts, range(len(prompts)), sampling, 0, "")
+            return sum(len(one.response_ids) for one in drawn)
+
+        ways["vLLM"] = by_vllm
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(options.turns + (options.device == "cuda")):
         for name, way in ways.items():
@@ -79,6 +98,8 @@ def main() -> None:
         ratios = [one / base for one, base in zip(found, rates["generate"], strict=True)]
         print(f"{name:18} {statistics.median(found):8.0f} tokens per {unit}, {statistics.median(ratios):.2f} times "
               f"({min(ratios):.2f} to {max(ratios):.2f}) of generate")  # fmt: skip
+    if options.vllm:
+        engine.close()
 
 
 if __name__ == "__main__":

@@ -1,18 +1,25 @@
-"""Where candidate responses come from.
+"""Where responses come from: candidates of pairs, and those of evaluations.
 
 An engine is a function `(model, tokenizer, prompts, places, sampling, seed, title) -> responses`, which all processes
 of a run call: prompts are token ids, and a response keeps its own. What is drawn for a prompt goes by the seed and its
 place, not by what else is asked for. One that samples in another program does so on rank 0 alone
-(`dpo.training.distributed.on_main`). title: of a progress bar.
+(`dpo.training.distributed.on_main`). title: of a progress bar. One that holds something has a method `close`.
 """
 
 import math
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import TypedDict
 
 from dpo.cache import digest, remember_each
 from dpo.data.batches import collate_responses
@@ -21,7 +28,8 @@ from dpo.endpoint import Refused, Server, ServerOptions
 from dpo.policy import model as models
 from dpo.policy.logps import token_logps
 from dpo.policy.sampling import Sample, Sampling, cut, sample
-from dpo.training.distributed import device_of, on_main
+from dpo.training.distributed import device_of, is_main, is_sharded, on_main
+from dpo.training.log import progress
 
 TRIED = 16  # tokens of the responses of a handshake
 Tokens = list[int]
@@ -70,9 +78,17 @@ class Endpoint:
     ) -> list[Sample]:
         stops = ends(tokenizer, model.generation_config)
         weights = models.fingerprint(model)
-        drawn, scored = on_main(lambda: self._tried(prompts[0], stops))
-        self._check_weights(model, prompts[0], drawn, scored)
-        asked = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        biased = {} if (bias := _against_spare_rows(model, tokenizer)) is None else {"logit_bias": bias}
+        drawn, scored = on_main(lambda: self._tried(prompts[0], stops, biased))
+        apart = _apart(model, prompts[0], drawn, scored)
+        if not apart <= self.tolerance:
+            raise RuntimeError(
+                f"the server at {self.server.options['url']} must hold the weights of {model.name_or_path}, found "
+                f"log-probs that differ from its by {apart:.3g} nats a token, in {len(drawn)} tokens; serve that "
+                "folder, or raise engine.tolerance if it rounds more"
+            )
+        asked: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
+        asked |= {"top_p": sampling.top_p, **biased}
 
         def answer(questions: list[Any]) -> Iterator[tuple[int, Tokens]]:
             one = partial(self._respond, asked=asked, stops=stops)
@@ -89,9 +105,9 @@ class Endpoint:
         ids, seed = question
         return self._complete(ids, seed, asked, stops)[0]
 
-    def _tried(self, prompt: Tokens, stops: Sequence[int]) -> tuple[Tokens, Logps]:
+    def _tried(self, prompt: Tokens, stops: Sequence[int], biased: dict[str, Any]) -> tuple[Tokens, Logps]:
         """A response to a prompt, and its log-probs, from a server that samples as it is asked to."""
-        asked = {"max_tokens": TRIED, "temperature": 1.0, "top_p": 1.0}
+        asked = {"max_tokens": TRIED, "temperature": 1.0, "top_p": 1.0, **biased}
         here = f"the server at {self.server.options['url']}"
         try:
             first, *others = [self._complete(prompt, seed, asked, stops) for seed in (0, 0, 1, 2, 3)]
@@ -105,18 +121,6 @@ class Endpoint:
                 "temperature or seed (transformers serve does); take vllm serve, or engine=transformers"
             )
         return first
-
-    def _check_weights(self, model: PreTrainedModel, prompt: Tokens, drawn: Tokens, scored: Logps) -> None:
-        with torch.no_grad():
-            batch = collate_responses([(prompt, [drawn])], packed=False).to(device_of(model))
-            ours = token_logps(model, batch).tolist()
-        apart = sum(abs(one - other) for one, other in zip(ours, scored, strict=True)) / len(drawn)
-        if not apart <= self.tolerance:
-            raise RuntimeError(
-                f"the server at {self.server.options['url']} must hold the weights of {model.name_or_path}, found "
-                f"log-probs that differ from its by {apart:.3g} nats a token, in {len(drawn)} tokens; serve that "
-                "folder, or raise engine.tolerance if it rounds more"
-            )
 
     def _complete(self, prompt: Tokens, seed: int, asked: dict[str, Any], stops: Sequence[int]) -> tuple[Tokens, Logps]:
         def read(body: Any) -> tuple[Tokens, Logps]:
@@ -138,6 +142,195 @@ class Endpoint:
             **asked,
             extra_body={"return_token_ids": True, "stop_token_ids": [*stops]},
         )
+
+
+class LlmOptions(TypedDict):
+    """What vLLM is started with, which decides no response but for rounding: `conf/engine/vllm.yaml` says what each
+    means.
+    """
+
+    max_model_len: int
+    gpu_memory_utilization: float
+    tensor_parallel_size: int
+    enforce_eager: bool
+    enable_chunked_prefill: bool
+    trust_remote_code: bool
+
+
+class Vllm:
+    """vLLM, started by this run with the weights that it has loaded, and ended by `close`.
+
+    Each response is drawn with a seed that the run's seed and its place decide. At the start vLLM must give its tokens
+    the log-probs that the model gives them, within `tolerance` nats in the mean. It reads the weights from a copy in
+    the folder `cache`, so they may be of any policy in memory: merged with an adapter, sharded, trained a moment ago.
+
+    dtype: in which vLLM computes. llm: what `vllm.LLM` is given.
+    Raises: ValueError if vLLM is not installed, or the options are none that could work. RuntimeError if vLLM cannot
+    serve the model, or its log-probs are others.
+    """
+
+    def __init__(
+        self, dtype: Literal["float32", "bfloat16", "float16"], tolerance: float, cache: str, llm: LlmOptions
+    ) -> None:
+        if find_spec("vllm") is None:
+            raise ValueError("engine=vllm needs the package vllm, found none; pip install 'dpo[vllm]'")
+        if tolerance <= 0:
+            raise ValueError(f"engine.tolerance must be above 0, got {tolerance}")
+        if not 0 < (share := llm["gpu_memory_utilization"]) <= 1:
+            raise ValueError(f"engine.llm.gpu_memory_utilization must be above 0 and at most 1, got {share}")
+        for key in ("max_model_len", "tensor_parallel_size"):
+            if (value := llm[key]) < 1:
+                raise ValueError(f"engine.llm.{key} must be at least 1, got {value}")
+        self.dtype, self.tolerance, self.cache, self.options = dtype, tolerance, cache, llm
+        self._llm: Any = None  # on rank 0
+        self._weights: str | None = None  # that it has
+
+    def forward(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[list[int]],
+        places: Sequence[int],
+        sampling: Sampling,
+        seed: int,
+        title: str,
+    ) -> list[Sample]:
+        room = self.options["max_model_len"]
+        if (length := max(map(len, prompts)) + sampling.max_new_tokens) > room:
+            raise ValueError(
+                f"engine.llm.max_model_len must hold prompt and response, {length} tokens, got {room}; raise it"
+            )
+        stops = ends(tokenizer, model.generation_config)
+        asked: dict[str, Any] = {
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "stop_token_ids": stops,
+            "ignore_eos": True,  # but as one of these
+            "logit_bias": _against_spare_rows(model, tokenizer),
+            "detokenize": False,
+        }
+        if (weights := models.fingerprint(model)) != self._weights:
+            self.close()
+            self._start(model, tokenizer)
+            self._check_weights(model, prompts[0], asked)
+            self._weights = weights
+        questions = [(ids, seed_of(seed, place)) for ids, place in zip(prompts, places, strict=True)]
+        found = on_main(lambda: [list(one.token_ids) for one in self._generate(model, questions, asked, title)])
+        return [cut(ids, row, stops, tokenizer) for ids, row in zip(prompts, found, strict=True)]
+
+    __call__ = forward
+
+    def close(self) -> None:
+        """End vLLM, which gives its memory back."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown(timeout=60)
+        self._llm = self._weights = None
+
+    def _start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write the weights, and start vLLM with them. A collective."""
+        torch.cuda.empty_cache()  # what this process keeps to use again is memory that vLLM finds taken
+        folder = on_main(self._folder)
+        try:
+            if is_main() or is_sharded(model):
+                models.save(model, tokenizer, folder / "policy")
+            on_main(lambda: self._serve(folder / "policy", model))
+        finally:
+            if is_main():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _folder(self) -> Path:
+        Path(self.cache).mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="vllm-", dir=self.cache))
+
+    def _serve(self, folder: Path, model: PreTrainedModel) -> None:
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a fork hangs where torch had threads
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        with _without_torchrun(), self._serving(model):
+            from vllm import LLM
+
+            self._llm = LLM(model=str(folder), dtype=self.dtype, generation_config="vllm", **self.options)
+
+    @contextmanager
+    def _serving(self, model: PreTrainedModel) -> Iterator[None]:
+        """What vLLM and its processes raise, at the start or, of some models, with the first token, is said as ours."""
+        try:
+            yield
+        except Exception as error:
+            self.close()
+            raise RuntimeError(
+                f"vLLM must serve {model.name_or_path}, a {type(model).__name__}, found {type(error).__name__}: {error}"
+                "; set engine.llm and engine.dtype to what it takes here, or take engine=transformers"
+            ) from error
+
+    def _check_weights(self, model: PreTrainedModel, prompt: Tokens, asked: dict[str, Any]) -> None:
+        room = self.options["max_model_len"] - len(prompt)
+        asked = {**asked, "max_tokens": min(TRIED, room), "temperature": 1.0, "top_p": 1.0, "logprobs": 0}
+
+        def tried() -> tuple[Tokens, Logps]:
+            [one] = self._generate(model, [(prompt, 0)], asked, "")
+            ids = list(one.token_ids)
+            return ids, [given[token].logprob for token, given in zip(ids, one.logprobs, strict=True)]
+
+        ids, logps = on_main(tried)
+        if not (apart := _apart(model, prompt, ids, logps)) <= self.tolerance:
+            self.close()
+            raise RuntimeError(
+                f"vLLM must compute the log-probs of {model.name_or_path}, found some that differ by {apart:.3g} nats "
+                f"a token, in {len(ids)} tokens; set engine.dtype=float32, raise engine.tolerance if it only rounds "
+                "more, or take engine=transformers"
+            )
+
+    def _generate(
+        self, model: PreTrainedModel, questions: Sequence[tuple[Tokens, int]], asked: dict[str, Any], title: str
+    ) -> list[Any]:
+        """vLLM's response to each prompt and seed, in order."""
+        from vllm import SamplingParams
+
+        with self._serving(model):
+            found = self._llm.generate(
+                [{"prompt_token_ids": ids} for ids, _ in questions],
+                [SamplingParams(seed=seed, **asked) for _, seed in questions],
+                use_tqdm=(lambda total, **_: progress(total=total, name=title)) if title else False,
+            )
+        return [one.outputs[0] for one in found]
+
+
+@contextmanager
+def _without_torchrun() -> Iterator[None]:
+    """What torchrun says of this run's processes is not said to those that are started here."""
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    said = {name: value for name, value in os.environ.items() if name in ours or name.startswith("TORCHELASTIC_")}
+    for name in said:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(said)
+
+
+@contextmanager
+def closing(engine: Any) -> Iterator[Any]:
+    """The engine, which lets go in the end what it holds."""
+    try:
+        yield engine
+    finally:
+        if close := getattr(getattr(engine, "func", engine), "close", None):
+            close()
+
+
+def _against_spare_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[int, float] | None:
+    """What keeps a sampler from the rows of the head that are no token's, as `sample` does; None: there are none."""
+    rows = {*range(model.config.get_text_config().vocab_size)} - {*models.vocabulary(tokenizer).tolist()}
+    return dict.fromkeys(sorted(rows), -100.0) or None
+
+
+def _apart(model: PreTrainedModel, prompt: Tokens, drawn: Tokens, scored: Logps) -> float:
+    """How far log-probs of a response are from those of the model: the mean distance of a token's, in nats."""
+    with torch.no_grad():
+        batch = collate_responses([(prompt, [drawn])], packed=False).to(device_of(model))
+        ours = token_logps(model, batch).tolist()
+    return sum(abs(one - other) for one, other in zip(ours, scored, strict=True)) / len(drawn)
 
 
 def seed_of(seed: int, place: int) -> int:

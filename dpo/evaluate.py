@@ -26,6 +26,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpo import engines
 from dpo.cache import digest, remember
 from dpo.data.batches import (
     Batch,
@@ -51,6 +52,7 @@ from dpo.settings import (
     BestOf,
     Evaluation,
     baseline_best_of,
+    deciding,
     evaluation_judge,
     evaluation_of,
     policy_best_of,
@@ -59,6 +61,7 @@ from dpo.settings import (
 from dpo.sweep.directory import before, finish
 from dpo.sweep.inputs import load
 from dpo.sweep.schema import number_of_samples
+from dpo.sweep.signature import instantiate
 from dpo.training import distributed
 from dpo.training.distributed import all_sum, any_true, device_of, is_main
 from dpo.training.log import progress
@@ -275,7 +278,10 @@ def _drawn(
     title: str,
 ) -> list[Sample]:
     seed = int(digest(["evaluation", settings.seed, stream])[:8], 16)
-    return sample(model, tokenizer, encoded, settings.sampling, seed, title)
+    if settings.engine is None:
+        return sample(model, tokenizer, encoded, settings.sampling, seed, title)
+    with engines.closing(instantiate(settings.engine)) as engine:
+        return engine(model, tokenizer, encoded, range(len(encoded)), settings.sampling, seed, title)
 
 
 def at(settings: Evaluation, temperature: float) -> Evaluation:
@@ -405,6 +411,7 @@ def _key(
     return {
         "weights": weights,
         "seed": settings.seed,
+        **({} if settings.engine is None else {"engine": deciding(settings.engine)}),
         **inputs(model, tokenizer, encoded, settings.sampling),
     }
 
@@ -482,7 +489,9 @@ def show(
     prompts = prompts[: settings.log_samples]
     if not prompts:
         return []
-    return describe(prompts, respond(policy, tokenizer, prompts, settings, "", title=""), judge)[0]
+    return describe(prompts, respond(policy, tokenizer, prompts, replace(settings, engine=None), "", title=""), judge)[
+        0
+    ]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -21,7 +21,7 @@ from typing import Any
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo import evaluate, sft
+from dpo import engines, evaluate, sft
 from dpo.cache import add_answers, answers_in, digest, remember
 from dpo.data.batches import truncated_prompts
 from dpo.data.records import Dataset, Text, parse, write_rows
@@ -100,23 +100,23 @@ def candidates(
     }
 
     def build(folder: Path) -> None:
-        engine, own = instantiate(settings.engine), vocabulary(tokenizer)
-        for split in SPLITS:
-            samples = _sampled(
-                partial(engine, model, tokenizer, sampling=sampling, seed=seed_of(settings.seed, split)),
-                [ids for _, ids in fed[split] for _ in range(n)],
-                AT_ONCE * sampling.batch_size,
-                f"sampling {split} pairs",
-                folder / f"{split}.unfinished",  # which `remember` takes away
-            )
-            asked = [
-                (prompt, start) for prompt, (start, _) in zip(prompts[split], fed[split], strict=True) for _ in range(n)
-            ]
-            found = [
-                Candidate(prompt, start, _whole_characters(one, tokenizer), own)
-                for (prompt, start), one in zip(asked, samples, strict=True)
-            ]
-            write_rows(folder / f"{split}.jsonl", map(row, found))
+        own = vocabulary(tokenizer)
+        with engines.closing(instantiate(settings.engine)) as engine:
+            for split in SPLITS:
+                samples = _sampled(
+                    partial(engine, model, tokenizer, sampling=sampling, seed=seed_of(settings.seed, split)),
+                    [ids for _, ids in fed[split] for _ in range(n)],
+                    AT_ONCE * sampling.batch_size,
+                    f"sampling {split} pairs",
+                    folder / f"{split}.unfinished",  # which `remember` takes away
+                )
+                whole_and_fed = zip(prompts[split], (start for start, _ in fed[split]), strict=True)
+                asked = [both for both in whole_and_fed for _ in range(n)]
+                found = [
+                    Candidate(prompt, start, _whole_characters(one, tokenizer), own)
+                    for (prompt, start), one in zip(asked, samples, strict=True)
+                ]
+                write_rows(folder / f"{split}.jsonl", map(row, found))
 
     folder, _ = remember(settings.cache, "candidates", key, build, distributed.any_true)
     return read(folder)

@@ -28,6 +28,7 @@ class Evaluation:
     prompts: int  # test prompts, one response to each
     log_samples: int  # responses to look at while training
     rule: Rule | None  # which of two judged responses is preferred; None: that of the higher score
+    engine: Any  # the node of the config; None: responses come from transformers
     sampling: Sampling  # of the win-rate samples
     seed: int
     limits: Limits
@@ -149,7 +150,7 @@ def identity_of(node: Any) -> dict[str, Any]:
     asked; of a model in a folder what is in that.
     """
     options: Any = OmegaConf.to_container(node, resolve=True)
-    options = {key: value for key, value in options.items() if key not in ("server", "cache")}
+    options = {key: value for key, value in options.items() if key not in ("server", "cache", "llm")}
     return options | ({"weights": sketch(folder)} if (folder := folder_of(options)) is not None else {})
 
 
@@ -163,7 +164,7 @@ def evaluation_of(config: Any) -> Evaluation:
     read = config.packed, config.micro_batch_tokens
     rule = instantiate(config.get("rule") if asked.get("rule") is None else asked.rule)
     which = asked.prompts, asked.log_samples, rule
-    return Evaluation(*which, sampling, config.seed, limits_of(config), *read, config.cache)
+    return Evaluation(*which, asked.get("engine"), sampling, config.seed, limits_of(config), *read, config.cache)
 
 
 def policy_best_of(config: Any) -> BestOf | None:

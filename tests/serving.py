@@ -87,6 +87,9 @@ class Served:
         for _ in range(body["max_tokens"]):
             made = self.model(torch.tensor([fed]), past_key_values=past, use_cache=True)
             logits, past = made.logits[0, -1].double(), made.past_key_values
+            raw = logits.log_softmax(-1)
+            for row, bias in body.get("logit_bias", {}).items():
+                logits[int(row)] += bias
             if (temperature := body.get("temperature", 1.0)) == 0:
                 token = int(logits.argmax())
             else:
@@ -95,7 +98,7 @@ class Served:
                 token = int(order[torch.multinomial(chances, 1, generator=generator)])
             tokens.append(token)
             fed = [token]
-            logps.append(float(logits.log_softmax(-1)[token]))
+            logps.append(float(raw[token]))
             if token in stops or token == self.tokenizer.eos_token_id:
                 break
         return tokens, logps

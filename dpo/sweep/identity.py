@@ -11,7 +11,7 @@ ALIASES = {"loss.beta": "beta"} | {f"policy.{key}": key for key in ("lr", "max_l
 
 # Groups of keys that are no part of a run's identity where the key that switches them on is null.
 SWITCHES = {"policy.lora.": "policy.lora.rank"}
-SWITCHES |= {key: key for key in ("policy.adapter", "rule", "evaluation.rule")}
+SWITCHES |= {key: key for key in ("policy.adapter", "rule", "evaluation.rule", "evaluation.engine")}
 SWITCHES |= {f"data.{key}": f"data.{key}" for key in ("config", "split", "validation_split", "columns", "prompt")}
 
 RECORDED = ("id", "choices", "provenance")  # added when the config is frozen, and by nobody else
@@ -22,7 +22,8 @@ NON_NUMERIC = (
     *("activation_checkpointing", "sharding", "evaluate_every", "evaluate_prompts", "checkpoint_every"),
     *("checkpoints_kept", "evaluation.log_samples", "evaluation.instructions"),
     *("generation.batch_size", "evaluation.batch_size", "scorer"),
-    *(f"{group}.{key}" for group in ("judge", "evaluation.judge", "engine") for key in ("server", "cache")),
+    *(f"{group}.{key}" for group in ("judge", "evaluation.judge") for key in ("server", "cache")),
+    *(f"{group}.{key}" for group in ("engine", "evaluation.engine") for key in ("server", "cache", "llm")),
     *("policy.micro_batch_tokens", "policy.generation_batch_size"),  # of keys that are listed
     *("figure", "table"),  # an experiment is what its keys say
     *RECORDED,
@@ -45,8 +46,9 @@ def non_numeric(key: str, config: dict[str, Any] | None = None) -> bool:
     """Whether a key is outside a run's identity: it cannot change a number (of `config`, which may select a step)."""
     if key == "evaluate_every" and config and config.get("keep", "last") != "last":
         return False  # what is evaluated can be selected
-    if config and (switch := next((one for group, one in SWITCHES.items() if key.startswith(group)), None)):
-        return switch in config and config[switch] is None
+    switch = next((one for group, one in SWITCHES.items() if key.startswith(group)), None)
+    if config and switch in config and config[switch] is None:
+        return True
     return _outside(key)
 
 

@@ -43,8 +43,8 @@ class Rehearsal:
             (read_instructions, config["evaluation"]["instructions"]),
             (instantiate, config["judge"]),
         ]
-        nodes = config["evaluation"].get("judge"), config["evaluation"].get("rule"), config.get("rule")
-        attempts += [(instantiate, node) for node in nodes if node is not None]
+        nodes = [config["evaluation"].get(group) for group in ("judge", "engine", "rule")]
+        attempts += [(instantiate, node) for node in (*nodes, config.get("rule")) if node is not None]
         attempts += [(_ruled, config["judge"], config.get("rule")), (_ruled, *_of_evaluation(config))]
         if number_of_samples(config["evaluation"].get("baseline")) or config.get("best_of", 1) > 1:
             attempts.append((_chosen_by, config["judge"]))

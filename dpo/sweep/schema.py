@@ -85,6 +85,7 @@ class Evaluation:
 @dataclass
 class Comparison(Evaluation):
     judge: Any
+    engine: Any
     rule: Any
     baseline: str
 
@@ -262,7 +263,7 @@ def misfits(config: dict[str, Any]) -> list[str]:
     """What keeps the options of the open groups from their functions, which are imported for it."""
     nodes = [(group, config.get(group)) for group in OPEN_GROUPS]
     found = [problem for group, node in nodes if node is not None for problem in check_signature(group, node)]
-    for group in ("judge", "rule"):
+    for group in ("judge", "engine", "rule"):
         if (other := config["evaluation"].get(group)) is not None:
             found += [f"evaluation.{problem}" for problem in check_signature(group, other)]
     return found
@@ -310,7 +311,7 @@ def _keys(node: Any, schema: type, prefix: str = "") -> list[str]:
             problems += _keys(node[key], expected, f"{prefix}{key}.")
         elif not fits(node[key], expected):
             problems.append(f"{prefix}{key} must be {kind(expected)}, got {node[key]!r}")
-        elif key in OPEN_GROUPS and node[key] is None and key not in ("judge", "rule", "scorer"):
+        elif not prefix and key in OPEN_GROUPS and node[key] is None and key not in ("judge", "rule", "scorer"):
             problems.append(f"{key} must be an option, got null; choose one: {key}=..., --help lists them")
     return problems
 

@@ -187,7 +187,10 @@ def test_no_number_is_beyond_arithmetic():
         ("~lr", "lr must be given"),
         ("~adam_betas", "adam_betas must be given"),
         ("loss.beta=[1]", "beta must be float, got [1]"),
-        ("command=foo", "command must be one of data, evaluate, generate, judge, rounds, score, sft, show, train, got foo"),
+        (
+            "command=foo",
+            "command must be one of data, evaluate, generate, judge, rounds, score, sft, show, train, got foo",
+        ),
         ("command=score", "per_token must be given"),
         ("adam_betas=[0.9,nan]", "adam_betas must be a number of size"),
         ("loss.label_smoothing=nan", "loss.label_smoothing must be a number of size"),

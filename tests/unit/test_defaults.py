@@ -87,7 +87,7 @@ TRAIN = {
         "outliers": 0.0,
         "outlier": "another",
     },
-    "evaluation": {**SHARED["evaluation"], "judge": None, "rule": None, "baseline": "initial"},
+    "evaluation": {**SHARED["evaluation"], "judge": None, "engine": None, "rule": None, "baseline": "initial"},
 }
 SFT = {**SHARED, "name": "sft", "command": "sft"}
 ROUNDS = {**TRAIN, "name": "rounds", "command": "rounds", "rounds": 3, "held_to": "previous", "prompts": "fresh"}
@@ -253,6 +253,21 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
         "cache": "${cache}",
     },
     "engine/transformers": {"_target_": "dpo.engines.transformers", **CALLED},
+    "engine/vllm": {
+        "_target_": "dpo.engines.Vllm",
+        **CALLED,
+        "dtype": "float32",
+        "tolerance": 0.1,
+        "cache": "${cache}",
+        "llm": {
+            "max_model_len": "${max_length}",
+            "gpu_memory_utilization": 0.5,
+            "tensor_parallel_size": 1,
+            "enforce_eager": False,
+            "enable_chunked_prefill": False,
+            "trust_remote_code": "${policy.trust_remote_code}",
+        },
+    },
     "judge/gold": SHARED["judge"],
     "judge/hasty": {"_target_": "dpo.judges.hasty", **CALLED},
     "judge/none": {"judge": None},

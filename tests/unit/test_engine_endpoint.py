@@ -62,6 +62,18 @@ def test_a_response_is_that_of_its_seed_and_place(policy, served, prompts, tmp_p
         assert (one["max_tokens"], one["temperature"], one["top_p"]) == (6, 1.0, 0.9)
 
 
+def test_ids_that_are_no_tokens_are_never_drawn(policy, served, prompts, tmp_path):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(policy[0].name_or_path), policy[1]
+    with torch.no_grad():
+        likely = 200 * model.lm_head.weight[3]
+        model.lm_head.weight[len(tokenizer) :] = torch.stack([likely, -likely, likely])
+        served.model.lm_head.weight.copy_(model.lm_head.weight)
+    with serving(served) as url:
+        found = engine(url, tmp_path)(model, tokenizer, prompts * 4, range(16), replace(WARM, top_p=1.0), 0, "")
+    assert max(token for one in found for token in one.response_ids) < len(tokenizer)
+    assert {len(one["logit_bias"]) for one in served.asked} == {3}
+
+
 def test_what_was_sampled_is_kept_as_it_comes(policy, served, prompts, tmp_path):
     with serving(served) as url:
         served.faults += ["good"] * 7 + [500] * 9  # five of the handshake and two responses

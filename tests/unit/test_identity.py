@@ -38,6 +38,7 @@ SWITCHED = {  # those that do where the first is given
     "policy.adapter": ("policy.adapter",),
     "rule": ("rule",),
     "evaluation.rule": ("evaluation.rule",),
+    "evaluation.engine": ("evaluation.engine",),
 }
 
 

@@ -52,8 +52,9 @@ DECIDE = {  # kind -> settings that decide what is made; all others do not
     "candidates": {f"generation.{key}" for key in ("samples_per_prompt", "temperature", "top_p")}
     | {"max_length", "max_new_tokens", "seed", "engine._target_", "engine._partial_"},
     "pairs": {"judge._target_", "rule", "generation.pairs_per_prompt", "seed"},
-    "baseline": {"evaluation.prompts", "evaluation.temperature"} | {"max_length", "max_new_tokens", "seed"},
-    "best_of_n": {"evaluation.prompts", "evaluation.temperature", "judge._target_", "rule"}
+    "baseline": {"evaluation.prompts", "evaluation.temperature", "evaluation.engine"}
+    | {"max_length", "max_new_tokens", "seed"},
+    "best_of_n": {"evaluation.prompts", "evaluation.temperature", "evaluation.engine", "judge._target_", "rule"}
     | {"max_length", "max_new_tokens", "seed"},
     "reference": {"precision"},
     "other-reference": {"precision", "policy.date"},
@@ -84,6 +85,7 @@ OTHER = {  # setting -> another value that is valid, where one more, or one word
         "engine._partial_": False,
     },
     **{key: {"_target_": "dpo.judges.accurate_then_short", "_partial_": True} for key in ("rule", "evaluation.rule")},
+    "evaluation.engine": {"_target_": "dpo.engines.transformers", "_partial_": True},
 }
 CHATS = [[{"role": "user", "content": f"Is {n} even, {'or odd, ' * n}please?"}] for n in (1, 2, 15)]
 TODAY = "{{ strftime_now('%d %b %Y') }}"
