@@ -52,7 +52,7 @@ from dpo.settings import (
     BestOf,
     Evaluation,
     baseline_best_of,
-    deciding,
+    identity_of,
     evaluation_judge,
     evaluation_of,
     policy_best_of,
@@ -411,7 +411,7 @@ def _key(
     return {
         "weights": weights,
         "seed": settings.seed,
-        **({} if settings.engine is None else {"engine": deciding(settings.engine)}),
+        **({} if settings.engine is None else {"engine": identity_of(settings.engine)}),
         **inputs(model, tokenizer, encoded, settings.sampling),
     }
 

@@ -189,7 +189,7 @@ def test_no_number_is_beyond_arithmetic():
         ("loss.beta=[1]", "beta must be float, got [1]"),
         (
             "command=foo",
-            "command must be one of data, evaluate, generate, judge, rounds, score, sft, show, train, got foo",
+            "command must be one of data, evaluate, generate, judge, rounds, score, sft, show, train, got",
         ),
         ("command=score", "per_token must be given"),
         ("adam_betas=[0.9,nan]", "adam_betas must be a number of size"),
