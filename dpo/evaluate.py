@@ -52,9 +52,9 @@ from dpo.settings import (
     BestOf,
     Evaluation,
     baseline_best_of,
-    identity_of,
     evaluation_judge,
     evaluation_of,
+    identity_of,
     policy_best_of,
     policy_spec,
 )
