@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo import evaluate
-from dpo.cache import digest
+from dpo.cache import digest_large
 from dpo.data.batches import Batch, Batches, Pair, collate_pairs, collate_responses, size
 from dpo.data.instructions import read_instructions, write_outputs
+from dpo.data.lazy import Lazy
 from dpo.data.records import write_rows
 from dpo.losses import Loss, PairLogps, dpo
 from dpo.losses.pairs import READ, asked_by, frozen, metrics, sees_whole_step, unbound
@@ -85,7 +86,8 @@ def run(config: DictConfig, directory: Path) -> None:
     baseline = {"kl_baseline": str(against.path)} if others and evaluate.reads_alike(against, tokenizer) else {}
     reference = pending.prepare(policy_spec(config, start), policy, pairs, scoring)
     logger.info(f"reference: {reference.held}")
-    packed = config.packed and packable(policy, [pair.prompt_responses for pair in pairs["train"]])
+    learned = Lazy(len(pairs["train"]), lambda row: pairs["train"][row].prompt_responses)
+    packed = config.packed and packable(policy, learned)
 
     def batches(split: str, batch_size: int, tokens: int, seed: int) -> Batches[Pair, Batch]:
         return Batches(
@@ -184,9 +186,13 @@ def run(config: DictConfig, directory: Path) -> None:
     distributed.leave()
 
 
-def _tokens(pairs: dict[str, list[Pair]]) -> str:
+def _tokens(pairs: dict[str, Sequence[Pair]]) -> str:
     """Digest of all pairs as they are trained on."""
-    return digest({split: [_learned(pair) for pair in items] for split, items in pairs.items()})
+
+    def learned(items: Sequence[Pair]) -> Sequence[Any]:
+        return Lazy(len(items), lambda row: _learned(items[row]))
+
+    return digest_large({split: learned(items) for split, items in pairs.items()})
 
 
 def _learned(pair: Pair) -> Any:

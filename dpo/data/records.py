@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from dpo.cache import digest
+from dpo.cache import digest_large
 
 logger = logging.getLogger(__name__)
 Text = str | list[dict[str, str]]  # plain text, or chat messages {"role", "content"}
@@ -134,7 +134,7 @@ def contents(dataset: Dataset) -> str:
         ]
 
     preferences = {split: rows(pairs) for split, pairs in dataset.preferences.items()}
-    return digest([rows(dataset.demonstrations), preferences, dataset.prompts])[:16]
+    return digest_large([rows(dataset.demonstrations), preferences, dataset.prompts])[:16]
 
 
 def file(path: str, validation_path: str | None, validation_fraction: float, on_faulty: OnFaulty) -> Dataset:

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from dpo.cache import digest, remember
 from dpo.data.batches import PromptResponses, Tokens, balance_by_tokens, collate_responses, size
+from dpo.data.lazy import Lazy
 from dpo.data.records import listed
 from dpo.losses.pairs import TIE_TOLERANCE
 from dpo.policy.logps import differing, forward_tokens, packable, token_logps
@@ -71,7 +73,9 @@ def score(
     Raises: RuntimeError, and keeps nothing, if a log-prob is not finite; if one is missing in what is kept.
     """
     contents = [_content(tokens) for tokens in sequences]
-    distinct = dict(sorted(zip(contents, sequences, strict=True)))
+    distinct = {content: row for row, content in sorted(enumerate(contents), key=itemgetter(1))}  # the row of each
+    rows_kept = list(distinct.values())
+    kept = Lazy(len(distinct), lambda place: sequences[rows_kept[place]])
     key = {
         "weights": weights,
         "sequences": digest([content.hex() for content in distinct]),  # token ids and where responses begin
@@ -80,10 +84,10 @@ def score(
     }
 
     def build(folder: Path) -> None:
-        items = [(prompt, [response]) for prompt, response in distinct.values()]
+        items = Lazy(len(kept), lambda place: (kept[place][0], [kept[place][1]]))
         faulty = broken(model)  # no layout of rows would help
         packed = settings.packed and not faulty and packable(model, items)
-        values = _score(model, list(distinct.values()), settings, packed, name)
+        values = _score(model, kept, settings, packed, name)
         finite = {content for content, logps in zip(distinct, values, strict=True) if logps.sum().isfinite()}
         if bad := [source for source, content in zip(sources, contents, strict=True) if content not in finite]:
             cause = f"The weights are finite; precision=fp32 or packed=false may help (precision={settings.precision})."
@@ -196,9 +200,9 @@ def _share(chunks: list[list[list[int]]]) -> list[list[list[int]]]:
 
 def _shares(sequences: Sequence[Tokens], tokens: int) -> list[list[list[int]]]:
     """Rows of the sequences, together where they continue the same prompt, in shares of at most `tokens`."""
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    by_prompt: dict[bytes, list[int]] = {}
     for row, (prompt, _) in enumerate(sequences):
-        by_prompt.setdefault(tuple(prompt), []).append(row)
+        by_prompt.setdefault(np.array(prompt, dtype=np.int32).tobytes(), []).append(row)
     groups = [rows[first : first + BRANCHES] for rows in by_prompt.values() for first in range(0, len(rows), BRANCHES)]
     sizes = [size((sequences[rows[0]][0], [sequences[row][1] for row in rows])) for rows in groups]
     return [[groups[place] for place in share] for share in balance_by_tokens(sizes, tokens, 1)]
