@@ -213,8 +213,7 @@ class Frozen(Precomputed):
         self, pairs: Sequence[Pair], split: str, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, settings: Scoring
     ) -> Sequence[Tokens]:
         """What is scored: chosen responses, then rejected ones."""
-        sides = (Lazy(len(pairs), lambda row: pairs[row].chosen), Lazy(len(pairs), lambda row: pairs[row].rejected))
-        return joined(sides)
+        return Lazy(2 * (n := len(pairs)), lambda row: pairs[row].chosen if row < n else pairs[row - n].rejected)
 
 
 class Initial(Frozen):
@@ -297,8 +296,8 @@ class Unconditional(Frozen):
             [start] = encode_prompts([self.prompt], tokenizer, settings.max_length)
         else:
             start = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
-        sides = super().sequences(pairs, split, tokenizer, spec, settings)
-        return Lazy(len(sides), lambda row: (start, sides[row][1]))
+        n = len(pairs)
+        return Lazy(2 * n, lambda row: (start, pairs[row].chosen_ids if row < n else pairs[row - n].rejected_ids))
 
 
 class PrecomputedFiles(Precomputed):

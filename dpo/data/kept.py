@@ -148,9 +148,9 @@ def _heard() -> Iterator[list[tuple[int, str]]]:
     said: list[tuple[int, str]] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append((record.levelno, record.getMessage()))  # type: ignore[method-assign]
-    of_data = logging.getLogger("dpo.data")
-    of_data.addHandler(handler)
+    above = logger.parent or logger  # of the other modules here, too
+    above.addHandler(handler)
     try:
         yield said
     finally:
-        of_data.removeHandler(handler)
+        above.removeHandler(handler)
