@@ -9,6 +9,7 @@ import pytest
 from conftest import CHAT_TEMPLATE, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.normalizers import Lowercase
 
 from dpo import cache
 from dpo.cache import digest, digest_large
@@ -130,6 +131,7 @@ def test_what_decides_tokens_makes_them_anew_and_nothing_else(tmp_path, monkeypa
     assert ask(rules=(300, "error", "drop")) == 1
     assert ask(apart=False) == 1
     assert ask(change=lambda tokenizer: setattr(tokenizer, "chat_template", CHAT_TEMPLATE)) == 1
+    assert ask(change=lambda tokenizer: setattr(tokenizer.backend_tokenizer, "normalizer", Lowercase())) == 1
     assert ask(change=lambda tokenizer: tokenizer.add_tokens(["Italy"])) == 1
     assert ask(change=lambda tokenizer: tokenizer.add_special_tokens({"sep_token": "Rome"})) == 1
     assert ask(change=lambda tokenizer: setattr(tokenizer, "eos_token", tokenizer.convert_ids_to_tokens(5))) == 1
@@ -175,8 +177,9 @@ def _ask(folder: str, rank: str) -> list[list[int]]:
 
 
 def test_of_processes_and_ranks_that_ask_at_once_one_tokenizes(tmp_path):
+    """Whichever comes first: no rank waits for another, which may be on its way."""
     with multiprocessing.get_context("spawn").Pool(3) as pool:
-        found = pool.starmap(_ask, [(str(tmp_path), rank) for rank in ("0", "1", "0")])
+        found = pool.starmap(_ask, [(str(tmp_path), rank) for rank in ("1", "2", "1")])
     plain = [pair.chosen_ids for pair in tokenize(TEXTS[:2], tiny_tokenizer("gpt2"), 300, "error")]
     assert found == [plain] * 3
     assert len(list(tmp_path.glob("tokenized by *"))) == entries(tmp_path) == 1
