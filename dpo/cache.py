@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,45 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 LARGE = 64 * 2**20  # bytes above which a file's content is checked by `--verify` alone
+AT_ONCE = 1000  # items of a long sequence that are written as one text
 FEW = 3  # fields in which an entry may differ to explain why there is none for others
 
 
 def digest(value: Any) -> str:
     """SHA-256, in hex, of a JSON value (dictionaries by sorted key; floats by their exact repr)."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_dumps(value).encode()).hexdigest()
+
+
+def digest_large(value: Any) -> str:
+    """The same as `digest`, of what would be large as one text; a sequence need not be a list, nor in memory."""
+    hashed = hashlib.sha256()
+    for part in _json(value):
+        hashed.update(part.encode())
+    return hashed.hexdigest()
+
+
+def _json(value: Any) -> Iterator[str]:
+    """The JSON of `digest` in pieces."""
+    if isinstance(value, dict):
+        for place, name in enumerate(sorted(value)):
+            yield f"{'{,'[place > 0]}{_dumps(name)}:"
+            yield from _json(value[name])
+        yield "}" if value else "{}"
+    elif isinstance(value, Sequence) and not isinstance(value, str) and len(value) > AT_ONCE:
+        for first in range(0, len(value), AT_ONCE):
+            yield "[,"[first > 0] + _dumps(list(value[first : first + AT_ONCE]))[1:-1]
+        yield "]"
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for place, item in enumerate(value):
+            yield "[,"[place > 0]
+            yield from _json(item)
+        yield "]" if value else "[]"
+    else:
+        yield _dumps(value)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def entry(root: str | Path, kind: str, key: dict[str, Any]) -> Path:
@@ -45,6 +77,7 @@ def remember(
     build: Callable[[Path], None],
     any_true: Callable[[bool], bool] = bool,
     about: Callable[[], dict[str, Any]] = dict,
+    alone: bool = False,
 ) -> tuple[Path, bool]:
     """The folder that `build` filled for this key, and whether it was there already.
 
@@ -58,20 +91,24 @@ def remember(
     any_true: whether a flag is set on any process of this run; bool: it is the only one. All build together, since a
     sharded model needs them, and what rank 0 built is kept.
 
+    alone: any process can build it by itself, so the processes of one run wait as those of others do. Then all that
+    the folder holds is compared with its checksums, however large: nothing else tells what it holds.
+
     Raises: RuntimeError if the folder is there, but not as it was written.
     """
     folder = entry(root, kind, key)
-    if int(os.environ.get("RANK", "0")) > 0:  # the launcher ends every rank when rank 0 fails
+    checked = math.inf if alone else LARGE
+    if not alone and int(os.environ.get("RANK", "0")) > 0:  # the launcher ends every rank when rank 0 fails
         return folder, _beside(build, any_true)
     if folder.is_dir():
         any_true(False)
-        return _intact(folder), True
+        return _intact(folder, checked), True
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         exists = folder.is_dir()
         any_true(not exists)
         if exists:
-            return _intact(folder), True
+            return _intact(folder, checked), True
         details = about()
         if missed := why_missed(folder.parent, {**details, **key}):
             logger.info(f"{kind} {folder.name} is not in the cache: {missed}")
@@ -213,9 +250,9 @@ def damages(folder: Path, up_to: float = math.inf) -> list[str]:
     return changed + missing + ([] if digest(key)[:20] == folder.name else ["key.json is of another folder"])
 
 
-def _intact(folder: Path) -> Path:
+def _intact(folder: Path, up_to: float) -> Path:
     """The folder, if what it holds is what was written. Weights are told by their fingerprint when they are loaded."""
-    if faults := damages(folder, up_to=LARGE):
+    if faults := damages(folder, up_to):
         raise RuntimeError(
             f"{folder} must hold what was written there, found otherwise: {'; '.join(faults[:3])}; delete that folder, "
             f"and it is made again (python -m dpo.cache {folder.parent.parent} --verify checks the others)"

@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.cache import digest
 from dpo.data.batches import Batch, Pair, Tokens, encode_prompts, tokenize
+from dpo.data.lazy import Lazy, joined
 from dpo.data.records import Preference, preference, report
 from dpo.data.sources import jsonl_files, listed, parse
 from dpo.data.tokens import encode_alone, encoded, vocabulary
@@ -78,7 +78,7 @@ class Pending(Protocol):
         """
 
     def prepare(
-        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Scoring
+        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, Sequence[Pair]], settings: Scoring
     ) -> Reference:
         """The reference, before the policy is sharded or trained. pairs: those of each split."""
 
@@ -94,7 +94,7 @@ class Precomputed(ABC):
 
     @abstractmethod
     def prepare(
-        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Scoring
+        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, Sequence[Pair]], settings: Scoring
     ) -> Table:
         """See `Pending`."""
 
@@ -126,13 +126,13 @@ class Frozen(Precomputed):
                 models.check_length(self.spec(initial), "max_length", settings.max_length)
 
     def prepare(
-        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Scoring
+        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, Sequence[Pair]], settings: Scoring
     ) -> Table:
         reference = self.start(initial, policy, pairs, settings)
         return reference.finish() if isinstance(reference, Streamed) else reference
 
     def start(
-        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Scoring
+        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, Sequence[Pair]], settings: Scoring
     ) -> Table | Streamed:
         """The same; what a pool scores can be read meanwhile."""
         self.check(initial, settings)
@@ -145,7 +145,7 @@ class Frozen(Precomputed):
         if self.path is not None:
             model, _ = models.load(self.spec(initial), distributed.device_of(policy))
         weights, comparable = models.fingerprint(model), self.same_tokens and self.sees_prompt
-        asked, began = list(chain.from_iterable(sequences.values())), time.monotonic()
+        asked, began = joined([*sequences.values()]), time.monotonic()
         sources = [
             f"{pair.source or f'{split} row {row}, counted from 0'} ({pair.sides[side]})"
             for split, items in pairs.items()
@@ -171,7 +171,7 @@ class Frozen(Precomputed):
         return "initial policy" if self.path is None else self.path
 
     def about(
-        self, pairs: dict[str, list[Pair]], tokenizer: PreTrainedTokenizerBase, settings: Scoring
+        self, pairs: dict[str, Sequence[Pair]], tokenizer: PreTrainedTokenizerBase, settings: Scoring
     ) -> dict[str, Any]:
         """What the token ids that are scored come from: of a key that misses, why they are others."""
         return {
@@ -186,9 +186,9 @@ class Frozen(Precomputed):
 
     def sequences(
         self, pairs: Sequence[Pair], split: str, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, settings: Scoring
-    ) -> list[Tokens]:
+    ) -> Sequence[Tokens]:
         """What is scored: chosen responses, then rejected ones."""
-        return [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
+        return Lazy(2 * (n := len(pairs)), lambda row: pairs[row].chosen if row < n else pairs[row - n].rejected)
 
 
 def scored_ahead(pending: object) -> Frozen:
@@ -232,7 +232,7 @@ class OtherTokenizer(Frozen):
 
     def sequences(
         self, pairs: Sequence[Pair], split: str, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, settings: Scoring
-    ) -> list[Tokens]:
+    ) -> Sequence[Tokens]:
         most = self.max_length or models.positions_of(spec) or sys.maxsize
         texts = [pair.text for pair in pairs if pair.text is not None]
         what = f"{split} pairs in the tokens of the reference {self.path}"
@@ -275,13 +275,14 @@ class Unconditional(Frozen):
 
     def sequences(
         self, pairs: Sequence[Pair], split: str, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, settings: Scoring
-    ) -> list[Tokens]:
+    ) -> Sequence[Tokens]:
         if self.prompt:
             encode_alone([self.prompt], tokenizer, "texts of reference.prompt")  # refused by its name
             [start] = encode_prompts([self.prompt], tokenizer, settings.max_length)
         else:
             start = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
-        return [(start, pair.chosen_ids) for pair in pairs] + [(start, pair.rejected_ids) for pair in pairs]
+        n = len(pairs)
+        return Lazy(2 * n, lambda row: (start, pairs[row].chosen_ids if row < n else pairs[row - n].rejected_ids))
 
 
 class PrecomputedFiles(Precomputed):
@@ -303,7 +304,7 @@ class PrecomputedFiles(Precomputed):
             raise ValueError("per_token=true needs a reference that is a model, not reference=precomputed")
 
     def prepare(
-        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Scoring
+        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, Sequence[Pair]], settings: Scoring
     ) -> Table:
         self.check(initial, settings)
         path = Path(self.path)
@@ -350,7 +351,7 @@ class ReferenceFree:
         pass
 
     def prepare(
-        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Scoring
+        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, Sequence[Pair]], settings: Scoring
     ) -> Reference:
         return self
 
@@ -376,7 +377,7 @@ class Live:
         self.scored.check(initial, settings)
 
     def prepare(
-        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Scoring
+        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, Sequence[Pair]], settings: Scoring
     ) -> Reference:
         alone = self.scored.path is not None or not lora.layers(policy)
         device = distributed.device_of(policy)
@@ -404,7 +405,7 @@ class EMA:
         pass
 
     def prepare(
-        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, list[Pair]], settings: Scoring
+        self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, Sequence[Pair]], settings: Scoring
     ) -> Reference:
         model, _ = models.load(initial, distributed.device_of(policy))
         weights = models.fingerprint(policy)

@@ -21,7 +21,8 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import generate, sft
-from dpo.data.batches import TOO_LONG, Pair, filter_identical, mismatched, tokenize
+from dpo.data.batches import Pair, mismatched
+from dpo.data.kept import kept_tokens
 from dpo.data.records import Dataset, Preference, row, write_rows
 from dpo.data.treatment import Treatment, summary, treat
 from dpo.data.truncation import Limits
@@ -106,12 +107,14 @@ def named(what: str, sides: Sequence[str], of_both: Sequence[Any]) -> dict[str, 
     return {f"{side}_{what}": value for side, value in zip(sides, of_both, strict=True)}
 
 
-def encode(config: DictConfig, dataset: Dataset) -> tuple[PreTrainedTokenizerBase, dict[str, list[Pair]]]:
+def encode(config: DictConfig, dataset: Dataset) -> tuple[PreTrainedTokenizerBase, dict[str, Sequence[Pair]]]:
     """The policy's tokenizer, and the pairs that the data brings in tokens: bad ones stop here, before any model."""
     models.check_length(policy_spec(config), "max_length", config.max_length)
     tokenizer = models.load_tokenizer(policy_spec(config))
     preferences = treated(dataset.preferences, treatment_of(config), config.seed)
-    return tokenizer, tokenized(preferences, tokenizer, limits_of(config), dataset.on_faulty, needs_labels(config))
+    return tokenizer, tokenized(
+        preferences, tokenizer, limits_of(config), dataset.on_faulty, needs_labels(config), config.cache
+    )
 
 
 def needs_labels(config: DictConfig) -> bool:
@@ -134,15 +137,16 @@ def tokenized(
     limits: Limits,
     on_faulty: str,
     labels: bool,
-) -> dict[str, list[Pair]]:
-    """What a loss learns from; labels: see `dpo.data.batches.mismatched`."""
-    rules, found = (limits.max_length, limits.on_too_long), {}
+    cache: str,
+) -> dict[str, Sequence[Pair]]:
+    """What a loss learns from; labels: see `dpo.data.batches.mismatched`. cache: folder that keeps the tokens."""
+    rules = limits.max_length, limits.on_too_long, on_faulty
+    found: dict[str, Sequence[Pair]] = {}
     for split in SPLITS:
         if split in preferences:
-            what = f"{split} pairs"
-            pairs = tokenize(preferences[split], tokenizer, *rules, what, TOO_LONG, on_faulty)
-            if not labels or pairs[0].label is None:
-                pairs = filter_identical(pairs, on_faulty, what)
+            what, some = f"{split} pairs", preferences[split]
+            apart = not labels or some[0].label is None
+            pairs = kept_tokens(some, tokenizer, *rules, what, apart, cache)
             found[split] = mismatched(pairs, tokenizer, limits.max_length, what) if labels else pairs
     return found
 
@@ -152,8 +156,8 @@ def prepare(
     dataset: Dataset,
     judge: Judge | None,
     tokenizer: PreTrainedTokenizerBase,
-    pairs: dict[str, list[Pair]],
-) -> tuple[str, PreTrainedModel, dict[str, list[Pair]]]:
+    pairs: dict[str, Sequence[Pair]],
+) -> tuple[str, PreTrainedModel, dict[str, Sequence[Pair]]]:
     """Where the initial policy is, that policy, and the pairs of both splits in tokens. tokenizer, pairs: of `encode`.
 
     The policy is trained first, and the pairs are sampled from it, where the config and the data bring none. Several
@@ -171,5 +175,5 @@ def prepare(
         if config.pairs.off_policy:
             found = generate.beside_humans(found, dataset)
         preferences = treated(cached_preferences(found, judge, pairing_of(config)), treatment_of(config), config.seed)
-        pairs = tokenized(preferences, tokenizer, settings.limits, rule, needs_labels(config))
+        pairs = tokenized(preferences, tokenizer, settings.limits, rule, needs_labels(config), config.cache)
     return start, policy, pairs

@@ -119,5 +119,6 @@ def _held_out(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Ev
             f"of=pairs shows pairs that the data bring, found {found}; give a file of pairs, such as one of "
             "dpo.judge: data=file data.path=..."
         )
-    pairs = score.tokenized(first, tokenizer, settings.limits, dataset.on_faulty, labels=False)["validation"]
+    rules = settings.limits, dataset.on_faulty, False
+    pairs = score.tokenized(first, tokenizer, *rules, settings.cache)["validation"]
     return [tokens for pair in pairs for tokens in (pair.chosen, pair.rejected)]

@@ -47,7 +47,12 @@ class Table:
 
 
 def table_of(
-    held: str, weights: str, scores: Scores, sequences: dict[str, list[Tokens]], kl_target: str | None, is_initial: bool
+    held: str,
+    weights: str,
+    scores: Scores,
+    sequences: dict[str, Sequence[Tokens]],
+    kl_target: str | None,
+    is_initial: bool,
 ) -> Table:
     """Scores of the sequences of each split: chosen responses, then rejected ones."""
     table, lengths, tokens, first = {}, {}, {}, 0
@@ -78,8 +83,8 @@ def stream(
     model: PreTrainedModel,
     which: ModelSpec,
     held: str,
-    sequences: dict[str, list[Tokens]],
-    rules: tuple[list[Tokens], str, Scoring, str, list[str], Callable[[], dict[str, Any]]],
+    sequences: dict[str, Sequence[Tokens]],
+    rules: tuple[Sequence[Tokens], str, Scoring, str, list[str], Callable[[], dict[str, Any]]],
     kl_target: str | None,
     is_initial: bool,
 ) -> "Streamed":
@@ -114,7 +119,7 @@ class Streamed:
         self,
         held: str,
         fingerprint: str,
-        sequences: dict[str, list[Tokens]],
+        sequences: dict[str, Sequence[Tokens]],
         work: Callable[[Callable[[bytes, Tensor], None]], Scores],
         live: tuple[Sequence[int], Tensor],
         settings: Scoring,

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import evaluate
-from dpo.cache import digest
+from dpo.cache import digest_large
 from dpo.data.batches import Batch, Batches, Pair, collate_pairs, collate_responses, size
 from dpo.data.chats import ends
 from dpo.data.instructions import read_instructions, write_outputs
+from dpo.data.lazy import Lazy
 from dpo.data.records import Text, write_rows
 from dpo.data.report import brief
 from dpo.losses import Loss, PairLogps, dpo
@@ -94,7 +95,8 @@ def run(config: DictConfig, directory: Path) -> None:
     baseline = {"kl_baseline": str(against.path)} if others and evaluate.reads_alike(against, tokenizer) else {}
     reference: Reference = make(policy_spec(config, start), policy, pairs, scoring)
     logger.info(f"reference: {reference.held}")
-    packed = config.packed and packable(policy, [pair.prompt_responses for pair in pairs["train"]])
+    learned = Lazy(len(pairs["train"]), lambda row: pairs["train"][row].prompt_responses)
+    packed = config.packed and packable(policy, learned)
 
     def batches(split: str, batch_size: int, tokens: int, seed: int) -> Batches[Pair, Batch]:
         return Batches(
@@ -205,7 +207,7 @@ def facts(
     tokenizer: PreTrainedTokenizerBase,
     weights: str,
     reference: Reference,
-    pairs: dict[str, list[Pair]],
+    pairs: dict[str, Sequence[Pair]],
     test: Sequence[Text],
 ) -> card.Facts:
     """What a model card tells beside the config. weights: fingerprint of those before training."""
@@ -214,9 +216,13 @@ def facts(
     return card.Facts(weights, reference.fingerprint, sizes, not isinstance(test[0], str), tuple(names))
 
 
-def _tokens(pairs: dict[str, list[Pair]]) -> str:
+def _tokens(pairs: dict[str, Sequence[Pair]]) -> str:
     """Digest of all pairs as they are trained on."""
-    return digest({split: [_learned(pair) for pair in items] for split, items in pairs.items()})
+
+    def learned(items: Sequence[Pair]) -> Sequence[Any]:
+        return Lazy(len(items), lambda row: _learned(items[row]))
+
+    return digest_large({split: learned(items) for split, items in pairs.items()})
 
 
 def _learned(pair: Pair) -> Any:

@@ -105,12 +105,25 @@ def tokenize(
     responses are cut from the right and lose their end. The text of a pair is cut with it, see `dpo.data.truncation`.
     what, advice: for messages. on_faulty: see `dpo.data.tokens.encode`.
     """
+    return [pair for _, pair in numbered(preferences, tokenizer, max_length, on_too_long, what, advice, on_faulty)]
+
+
+def numbered(
+    preferences: Sequence[Preference],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    on_too_long: str,
+    what: str,
+    advice: str,
+    on_faulty: str,
+) -> list[tuple[int, Pair]]:
+    """As `tokenize`, each pair with the number of its preference, from 0."""
     sides = [[(pair.chosen, pair.chosen_ended), (pair.rejected, pair.rejected_ended)] for pair in preferences]
     prompts, sources = [pair.prompt for pair in preferences], [pair.source for pair in preferences]
     encoded = encode(prompts, sides, tokenizer, what, sources, on_faulty)
     encoded = _as_sampled(encoded, preferences, tokenizer, what)
     encoded = fitted(encoded, tokenizer, max_length, on_too_long, what, sources, advice)
-    return [_pair(item, preferences[item.row], tokenizer) for item in encoded]
+    return [(item.row, _pair(item, preferences[item.row], tokenizer)) for item in encoded]
 
 
 def filter_identical(pairs: Sequence[Pair], on_faulty: str, what: str) -> list[Pair]:

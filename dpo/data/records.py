@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo.cache import digest
+from dpo.cache import digest_large
 from dpo.data.sources import SHOWN, Source, elsewhere, kind, listed, parse, write_rows
 from dpo.data.sources import read as read_rows
 
@@ -129,7 +129,7 @@ def contents(dataset: Dataset) -> str:
         ]
 
     preferences = {split: rows(pairs) for split, pairs in dataset.preferences.items()}
-    return digest([rows(dataset.demonstrations), preferences, dataset.prompts])[:16]
+    return digest_large([rows(dataset.demonstrations), preferences, dataset.prompts])[:16]
 
 
 def file(

@@ -383,8 +383,8 @@ def packable(model: PreTrainedModel, items: Sequence[PromptResponses]) -> bool:
 
 @torch.no_grad()
 def _packable(model: PreTrainedModel, items: Sequence[PromptResponses]) -> bool:
-    by_size = sorted(items, key=size)
-    tried = [by_size[index * (len(by_size) - 1) // 3] for index in range(4)]
+    by_size = sorted(range(len(items)), key=[size(item) for item in items].__getitem__)
+    tried = [items[by_size[index * (len(by_size) - 1) // 3]] for index in range(4)]
     packed, padded = (collate_responses(tried, packed=flag).to(device_of(model)) for flag in (True, False))
     try:
         fast, _ = sequence_logps(model, packed)

@@ -110,8 +110,7 @@ class Pool:
         of each as it comes: the log-probs of its tokens, (tokens,) float32.
         """
 
-        def run(distinct: dict[bytes, Tokens], folder: Path) -> list[Tensor]:
-            contents, sequences = list(distinct), list(distinct.values())
+        def run(contents: Sequence[bytes], sequences: Sequence[Tokens], folder: Path) -> list[Tensor]:
             turn = {content: number for number, content in reversed([*enumerate(first)])}
             passes = shares(sequences, forward_tokens(settings.micro_batch_tokens, packed))
             passes.sort(key=lambda share: min(turn[contents[row]] for rows in share for row in rows))

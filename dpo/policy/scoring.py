@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from dpo.cache import digest, entry, remember
 from dpo.data.batches import PromptResponses, Tokens, balance_by_tokens, collate_responses, size
+from dpo.data.lazy import Lazy
 from dpo.data.records import listed
 from dpo.losses.pairs import TIE_TOLERANCE
 from dpo.policy.logps import differing, forward_tokens, packable, token_logps
@@ -29,7 +31,7 @@ SCORING_VERSION = 4  # part of the cache key: raise it when a change of the scor
 LIVE = 8  # sequences that are scored again, to compare what is cached with what the model says now
 # Of distinct sequences, by their digests, what `score` calls the log-probs of their tokens, in that order. It may keep
 # what it has in the folder, and finds it there if it was stopped.
-Passes = Callable[[dict[bytes, Tokens], Path], list[Tensor]]
+Passes = Callable[[Sequence[bytes], Sequence[Tokens], Path], list[Tensor]]
 BRANCHES = 4  # responses that share a prompt at most: attention is worked out, and hidden, between them, too
 
 
@@ -78,17 +80,19 @@ def score(
     Raises: RuntimeError, and keeps nothing, if a log-prob is not finite; if one is missing in what is kept.
     """
     contents = [content_of(tokens) for tokens in sequences]
-    distinct = dict(sorted(zip(contents, sequences, strict=True)))
+    distinct = {content: row for row, content in sorted(enumerate(contents), key=itemgetter(1))}  # the row of each
+    rows_kept = list(distinct.values())
+    kept = Lazy(len(distinct), lambda place: sequences[rows_kept[place]])
     key = _key(distinct, weights, settings)
 
     def build(folder: Path) -> None:
         faulty: list[str] = []
         if isinstance(by, PreTrainedModel):
             faulty = broken(by)  # no layout of rows would help
-            packed = settings.packed and not faulty and packable(by, alone(distinct.values()))
-            values = _score(by, list(distinct.values()), settings, packed, name)
+            packed = settings.packed and not faulty and packable(by, alone(kept))
+            values = _score(by, kept, settings, packed, name)
         else:
-            values = by(distinct, folder / "passes")
+            values = by(list(distinct), kept, folder / "passes")
         finite = {content for content, logps in zip(distinct, values, strict=True) if logps.sum().isfinite()}
         if bad := [source for source, content in zip(sources, contents, strict=True) if content not in finite]:
             cause = f"The weights are finite; precision=fp32 or packed=false may help (precision={settings.precision})."
@@ -129,11 +133,11 @@ def score(
 
 def is_kept(sequences: Sequence[Tokens], weights: str, settings: Scoring) -> bool:
     """Whether the cache has what `score` would give."""
-    distinct = dict(sorted((content_of(tokens), tokens) for tokens in sequences))
+    distinct = sorted({content_of(tokens) for tokens in sequences})
     return entry(settings.cache, "reference", _key(distinct, weights, settings)).is_dir()
 
 
-def _key(distinct: dict[bytes, Tokens], weights: str, settings: Scoring) -> dict[str, Any]:
+def _key(distinct: Iterable[bytes], weights: str, settings: Scoring) -> dict[str, Any]:
     """What decides scores: the cache's key. distinct: sorted, by `content_of`."""
     return {
         "weights": weights,
@@ -188,9 +192,9 @@ def sums(token_logps: Sequence[Tensor]) -> Tensor:
     return torch.stack([values.double().sum() for values in token_logps]).float()
 
 
-def alone(sequences: Iterable[Tokens]) -> list[PromptResponses]:
+def alone(sequences: Sequence[Tokens]) -> Sequence[PromptResponses]:
     """Each response by itself."""
-    return [(prompt, [response]) for prompt, response in sequences]
+    return Lazy(len(sequences), lambda place: (sequences[place][0], [sequences[place][1]]))
 
 
 def content_of(tokens: Tokens) -> bytes:
@@ -248,9 +252,9 @@ def _share(chunks: list[list[list[int]]]) -> list[list[list[int]]]:
 
 def shares(sequences: Sequence[Tokens], tokens: int) -> list[list[list[int]]]:
     """Rows of the sequences, together where they continue the same prompt, in shares of at most `tokens`."""
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    by_prompt: dict[bytes, list[int]] = {}
     for row, (prompt, _) in enumerate(sequences):
-        by_prompt.setdefault(tuple(prompt), []).append(row)
+        by_prompt.setdefault(np.array(prompt, dtype=np.int32).tobytes(), []).append(row)
     groups = [rows[first : first + BRANCHES] for rows in by_prompt.values() for first in range(0, len(rows), BRANCHES)]
     sizes = [size((sequences[rows[0]][0], [sequences[row][1] for row in rows])) for rows in groups]
     return [[groups[place] for place in share] for share in balance_by_tokens(sizes, tokens, 1)]

@@ -217,7 +217,7 @@ def test_where_it_has_no_room_it_is_cut(capsys):
     assert f"1 desirable and 1 undesirable responses, of which 1 are cut to {room} tokens beside another" in said
 
 
-def test_what_is_cut_is_told_of_each_response():
+def test_what_is_cut_is_told_of_each_response(tmp_path):
     """By on_too_long=truncate, of the response and of the one that comes beside it."""
     limits = types.SimpleNamespace(max_length=8, on_too_long="truncate")
     pairs = [Preference("Hi", " the capital of Italy is Rome, you know", " no"), Preference("H", " yes", " never")]
@@ -229,15 +229,20 @@ def test_what_is_cut_is_told_of_each_response():
         " never": (),
     }
     for some in (pairs, turned):
-        made = tokenized({"train": some}, TOKENIZER, limits, "error", True)["train"]
+        made = tokenized({"train": some}, TOKENIZER, limits, "error", True, str(tmp_path))["train"]
         assert {one.text.chosen: one.cut for one in made} == expected
 
 
-def test_a_pair_is_two_responses():
+def test_a_pair_is_two_responses(tmp_path):
     """Its chosen one is desirable; what a policy sampled keeps its token ids."""
     given = [Preference(f"Is {n} even?", f" yes {n}", f" no {n}", n != 2, True) for n in range(6)]
     made = tokenized(
-        {"train": given}, TOKENIZER, types.SimpleNamespace(max_length=99, on_too_long="error"), "error", True
+        {"train": given},
+        TOKENIZER,
+        types.SimpleNamespace(max_length=99, on_too_long="error"),
+        "error",
+        True,
+        str(tmp_path),
     )
     assert [(one.text.prompt, one.text.chosen, one.text.chosen_ended, one.label) for one in made["train"]] == [
         row
@@ -252,7 +257,14 @@ def test_a_pair_is_two_responses():
         assert one.text.prompt.split()[1] != one.text.rejected.split()[1]
     same = [*given, Preference("Is 7 even?", " yes", " yes")]
     with pytest.raises(ValueError, match="chosen and rejected have the same tokens"):
-        tokenized({"train": same}, TOKENIZER, types.SimpleNamespace(max_length=99, on_too_long="error"), "error", True)
+        tokenized(
+            {"train": same},
+            TOKENIZER,
+            types.SimpleNamespace(max_length=99, on_too_long="error"),
+            "error",
+            True,
+            str(tmp_path),
+        )
 
 
 def test_sampled_ids_stay_with_their_response():
