@@ -1,7 +1,7 @@
 """From prompts and a judge to a better summarizer: Anyscale's case study (2024) in the embedded world.
 
     python -m analysis.summarization runs/summarization
-    python -m analysis.summarization runs/summarization runs/rounds      with rounds against one round of their budget
+    python -m analysis.summarization runs/summarization runs/rounds      with rounds, and one round of their budget
 
 prints the tables and the findings, and writes them, the figures and the numbers of each run beside the runs.
 """
@@ -22,8 +22,8 @@ from dpo.results.failures import failures
 from dpo.results.figures import COLOURS, plain, tidy
 
 SETTING = ("beta", "lr")
-KEYS = (*SETTING, "seed", "loss", "round", "best_of")
-BUDGET = (*SETTING, "seed", "round", "reference", "data.train")
+KEYS = (*SETTING, "seed", "loss", "best_of")
+OF_ROUNDS = (*SETTING, "seed", "round", "reference", "data.train")
 MEASURES = {  # columns of the results: title as in the case study, measure, format
     "three right or more": ("enough", ".3f"),
     "four right or more": ("four_correct", ".3f"),
@@ -49,7 +49,7 @@ DETECTORS = {  # of the failures that the case study names
 def read(path: str | Path, rounds: str | Path | None = None, **only: str) -> Frames:
     """The finished runs of a sweep by `table=summarization`, and of one by `table=rounds`. only: values of keys.
 
-    runs: a row per run or round of it, best of n among them. budget: a row per round and run of `table=rounds`.
+    runs: a row per run, best of n among them. rounds: a row per round, and per run of one round on as many samples.
 
     Raises: ValueError as `seeds.finished`, or if there is no run of DPO.
     """
@@ -59,8 +59,8 @@ def read(path: str | Path, rounds: str | Path | None = None, **only: str) -> Fra
         raise ValueError(f"{path} must hold runs of loss=dpo, which all are compared with, found none: run them")
     if rounds is None:
         return {"runs": final}
-    budget = seeds.finished(rounds, BUDGET, only)
-    return {"runs": final, "budget": budget.reindex(columns=[*dict.fromkeys([*budget, *BUDGET])])}
+    chains = seeds.finished(rounds, OF_ROUNDS, only)
+    return {"runs": final, "rounds": chains.reindex(columns=[*dict.fromkeys([*chains, *OF_ROUNDS])])}
 
 
 def named(same: pd.DataFrame) -> pd.DataFrame:
@@ -69,20 +69,14 @@ def named(same: pd.DataFrame) -> pd.DataFrame:
     return same.assign(setting=pd.Series(names, same.index, dtype=object))
 
 
-def _single(final: pd.DataFrame, loss: str) -> pd.DataFrame:
-    """The trained runs of a loss that are a first round, or the only one."""
-    first = final["best_of"].isna() & (final["round"].fillna(1) == 1)
-    return named(seeds.trained(final[first & (final["loss"].fillna("dpo") == loss)]))
-
-
 def of_dpo(final: pd.DataFrame) -> pd.DataFrame:
-    """The runs of DPO, one round each, at all settings."""
-    return _single(final, "dpo")
+    """The runs of DPO at all settings."""
+    return named(seeds.trained(final[final["best_of"].isna() & (final["loss"].fillna("dpo") == "dpo")]))
 
 
 def of_sft(final: pd.DataFrame) -> pd.DataFrame:
     """The runs of SFT on the chosen samples, at all learning rates."""
-    same = _single(final, "sft")
+    same = seeds.trained(final[final["loss"] == "sft"])
     return same.assign(setting=same["lr"].map(lambda lr: f"lr {short(lr)}"))
 
 
@@ -96,26 +90,31 @@ def sampled(final: pd.DataFrame) -> list[int]:
     return sorted(int(n) for n in final["best_of"].dropna().unique() if n > 1)
 
 
-def of_round(final: pd.DataFrame, number: int) -> pd.DataFrame:
-    """A round of the chains, at all their settings; of the first only those that have a second."""
-    chains = named(final[final["best_of"].isna()])
+def of_round(rounds: pd.DataFrame, number: int) -> pd.DataFrame:
+    """A round of the chains, at all their settings: each held to the round before, on fresh prompts."""
+    chains = named(rounds[(rounds["reference"] != "other") & ~offline(rounds)])
     going = chains.loc[chains["round"] > 1, "setting"].unique()
     return chains[(chains["round"] == number) & chains["setting"].isin(going)]
 
 
-def last_round(final: pd.DataFrame) -> int:
-    number = final["round"].max()
-    return 1 if np.isnan(number) else int(number)
+def offline(rounds: pd.DataFrame) -> pd.Series:
+    """Which runs are one round on more articles than the rounds of chains have."""
+    return rounds["data.train"] > rounds["data.train"].min()
 
 
-def results(final: pd.DataFrame) -> pd.DataFrame:
+def last_round(rounds: pd.DataFrame | None) -> int:
+    return 1 if rounds is None else int(rounds["round"].fillna(1).max())
+
+
+def results(final: pd.DataFrame, rounds: pd.DataFrame | None = None) -> pd.DataFrame:
     """The table of the case study: each method at its setting of best mean win rate; as published below ours.
 
     Where a method has several settings, the interval of its win rate holds for the best of them; others are of the runs
     shown, which were chosen by win rate.
     """
     methods = {"untuned": best_of(final, 1), "SFT on chosen": of_sft(final), "DPO": of_dpo(final)}
-    methods |= {f"round {number}": of_round(final, number) for number in range(2, last_round(final) + 1)}
+    if rounds is not None:
+        methods |= {f"round {number}": of_round(rounds, number) for number in range(2, last_round(rounds) + 1)}
     methods |= {f"best of {n}": best_of(final, n) for n in sampled(final)}
     rows = {}
     for method, same in methods.items():
@@ -150,30 +149,27 @@ def failed(final: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
 
 
-def by_round(final: pd.DataFrame) -> pd.DataFrame:
+def by_round(rounds: pd.DataFrame) -> pd.DataFrame:
     """Win rate over the policy before the first round, by round and setting."""
     rows: dict[int, dict[str, str]] = {}
-    for number in range(1, last_round(final) + 1):
-        for setting, same in of_round(final, number).groupby("setting", sort=False):
+    for number in range(1, last_round(rounds) + 1):
+        for setting, same in of_round(rounds, number).groupby("setting", sort=False):
             rows.setdefault(number, {})[str(setting)] = seeds.cell(same, "score")
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("round")
 
 
-def chains_against_budget(budget: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The last rounds of `table=rounds`, held to the round before or to the first policy, which is then no initial one,
-    and one offline round on as many samples.
+def of_equal_budget(rounds: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The last round of the chains, held to the round before or to the first policy, which is then no initial one; and
+    one round on as many samples, at whose setting all are.
     """
-    rounds, articles = budget["round"].fillna(1), budget["data.train"]
-    last = budget[(rounds == rounds.max()) & (rounds > 1)]
+    single = named(rounds[offline(rounds)])
+    last = named(rounds[rounds["round"] == last_round(rounds)])
+    last = last[last["setting"].isin(single["setting"])]
     original = last["reference"] == "other"
-    return {
-        "previous": last[~original],
-        "original": last[original],
-        "offline": budget[(rounds == 1) & (articles == articles.max()) & (articles > articles.min())],
-    }
+    return {"previous": last[~original], "original": last[original], "one round": single}
 
 
-def claims(final: pd.DataFrame, budget: pd.DataFrame | None = None) -> pd.DataFrame:
+def claims(final: pd.DataFrame, rounds: pd.DataFrame | None = None) -> pd.DataFrame:
     """What the case study says, and what it does not (ours)."""
     dpo, sft, untuned, margin = of_dpo(final), of_sft(final), best_of(final, 1), seeds.margin(final)
     top, settings = seeds.at_best(dpo, "setting"), dpo["setting"].nunique()
@@ -191,12 +187,8 @@ def claims(final: pd.DataFrame, budget: pd.DataFrame | None = None) -> pd.DataFr
     what = "best win rate of DPO minus that of SFT"
     found.append(seeds.holds("3. DPO is better than SFT on the chosen samples", what, more, margin=margin))
     found += [together(dpo), *breaks(dpo)]
-    for number in range(2, last_round(final) + 1):
-        gain = seeds.best_minus_best(of_round(final, number), of_round(final, number - 1), "setting")
-        claim, what = f"6. Round {number} improves on round {number - 1}", "best win rate of it minus that of the other"
-        found.append(seeds.holds(claim, what, gain, margin=margin))
-    if budget is not None:
-        found += against_budget(budget)
+    if rounds is not None:
+        found += of_rounds(rounds)
     for n in sampled(final)[-1:]:
         over = seeds.best_minus_best(dpo, best_of(final, n).assign(setting="best"), "setting")
         claim, what = f"8. DPO is better than best of {n} of the untuned policy (ours)", "best win rate of DPO minus it"
@@ -237,20 +229,26 @@ def breaks(dpo: pd.DataFrame) -> list[seeds.Finding]:
     return found
 
 
-def against_budget(budget: pd.DataFrame) -> list[seeds.Finding]:
-    """Rounds against one round of their budget, and whom a later round is held to."""
-    of, margin = chains_against_budget(budget), seeds.margin(budget)
-    more = seeds.paired(of["previous"], of["offline"])
-    claim = "7a. Rounds are better than one round on as many samples"
-    found = [seeds.holds(claim, "win rate of the last round minus that of one round", more, margin=margin)]
-    nearer = seeds.paired(of["previous"], of["original"])
+def of_rounds(rounds: pd.DataFrame) -> list[seeds.Finding]:
+    """What further rounds are good for, at the best setting of each; and whom a later one is held to."""
+    found, margin, what = [], seeds.margin(rounds), "best win rate of it minus that of the other"
+    for number in range(2, last_round(rounds) + 1):
+        gain = seeds.best_minus_best(of_round(rounds, number), of_round(rounds, number - 1), "setting")
+        found.append(seeds.holds(f"6. Round {number} improves on round {number - 1}", what, gain, margin=margin))
+    of = of_equal_budget(rounds)
+    more, nearer = (seeds.paired(of["previous"], of[name]) for name in ("one round", "original"))
+    claim, what = (
+        "7a. Rounds are better than one round on as many samples",
+        "win rate of the last minus that of one round",
+    )
+    found.append(seeds.holds(claim, what, more, margin=margin))
     claim = "7b. A later round should be held to the round before, not to the first policy (ours)"
     return [*found, seeds.holds(claim, "win rate of the last rounds, previous minus original", nearer, margin=margin)]
 
 
-def figures(final: pd.DataFrame) -> dict[str, Figure]:
+def figures(final: pd.DataFrame, rounds: pd.DataFrame | None) -> dict[str, Figure]:
     """Win rate and KL of DPO over its two knobs; and the frontier, with SFT, rounds and best of n."""
-    return {"knobs": knobs(final), "frontier": frontier(final)}
+    return {"knobs": knobs(final), "frontier": frontier(final, rounds)}
 
 
 def knobs(final: pd.DataFrame) -> Figure:
@@ -279,7 +277,7 @@ def knobs(final: pd.DataFrame) -> Figure:
     return drawing
 
 
-def frontier(final: pd.DataFrame) -> Figure:
+def frontier(final: pd.DataFrame, rounds: pd.DataFrame | None) -> Figure:
     """Mean win rate against mean KL: lines through the betas of a learning rate, rounds, and best of n at its bound."""
     drawing = Figure(figsize=(7.5, 5), layout="constrained", dpi=150)
     axis = drawing.subplots()
@@ -292,8 +290,8 @@ def frontier(final: pd.DataFrame) -> Figure:
         path(axis, same, "beta", f"DPO, lr {short(rate)} (numbers: beta)", color=next(colours), marker="o")
     if len(sft := of_sft(final)):
         path(axis, sft, "lr", "SFT on chosen (numbers: lr)", color="0.45", marker="s")
-    chains = pd.concat([of_round(final, number) for number in range(1, last_round(final) + 1)])
-    for setting, same in chains.groupby("setting", sort=False):
+    chains = [] if rounds is None else [of_round(rounds, number) for number in range(1, last_round(rounds) + 1)]
+    for setting, same in pd.concat(chains).groupby("setting", sort=False) if chains else ():
         path(axis, same, "round", f"rounds, {setting}", color=next(colours), marker="D", ls="--")
     if sampled(final):
         best = final[final["best_of"] > 1].assign(kl=lambda runs: runs["kl_bound"])
@@ -313,20 +311,17 @@ def path(axis: Axes, same: pd.DataFrame, along: str, label: str, **style: str) -
 
 def study(frames: Frames) -> tuple[dict[str, pd.DataFrame], dict[str, Figure]]:
     """Tables and figures of what `read` has read, by name."""
-    final, budget = frames["runs"], frames.get("budget")
+    final, rounds = frames["runs"], frames.get("rounds")
     tables = {
-        "results": results(final),
+        "results": results(final, rounds),
         "win_rate": over_knobs(final, "score"),
         "kl": over_knobs(final, "kl", ".1f"),
         "detectors": failed(final),
     }
-    if last_round(final) > 1:
-        tables["rounds"] = by_round(final)
-    if budget is not None:
-        of = chains_against_budget(budget)
-        cells = {name: seeds.measures(runs.assign(all=name), ["all"]) for name, runs in of.items() if len(runs)}
-        tables["budget"] = pd.concat(cells.values()).rename_axis("held to, or offline")
-    return tables | {"claims": claims(final, budget)}, figures(final)
+    if rounds is not None:
+        same = [runs.assign(held_to=name) for name, runs in of_equal_budget(rounds).items()]
+        tables |= {"rounds": by_round(rounds), "equal_budget": seeds.measures(pd.concat(same), ["held_to"])}
+    return tables | {"claims": claims(final, rounds)}, figures(final, rounds)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ from analysis import published, summarization
 from analysis.summarization import of_dpo, of_round, of_sft
 
 NONE = float("nan")
-NOT_NOISY = ("beta", "lr", "best_of", "kl_bound", "round")
+NOT_NOISY = ("beta", "lr", "best_of", "kl_bound")
 
 
-def row(score, beta=0.1, lr=5e-4, loss="dpo", number=NONE, best_of=NONE, **more):
+def row(score, beta=0.1, lr=5e-4, loss="dpo", best_of=NONE, **more):
     measured = {"enough": 0.1 + score, "compression/median": 0.8 - 0.4 * score, "kl": 10 * score, "kl_bound": NONE}
     measured |= {"ended": 0.9, "valid": 0.9}
-    return {"loss": loss, "beta": beta, "lr": lr, "round": number, "best_of": best_of, "score": score} | measured | more
+    return {"loss": loss, "beta": beta, "lr": lr, "best_of": best_of, "score": score} | measured | more
 
 
 def runs(rows):
@@ -42,9 +42,8 @@ def world(sign=1.0):
     }
     if sign < 0:  # all below a half, and a weak constraint costs less at the high rate
         grid = {(0.01, 5e-4): 0.3, (0.1, 5e-4): 0.35, (0.01, 2e-3): 0.25, (0.1, 2e-3): 0.2}
-    rows += [row(score, *setting, number=1.0) for setting, score in grid.items()]
+    rows += [row(score, *setting) for setting, score in grid.items()]
     best = max(grid.values())
-    rows += [row(best + sign * 0.05, number=2.0), row(best + sign * 0.1, number=3.0)]
     frame = runs(rows)
     at_start = frame["best_of"] == 1
     # what DPO at its best has beside its score, against the untuned policy's 0.6 and 0.6
@@ -57,13 +56,18 @@ def world(sign=1.0):
 
 
 def chains(sign=1.0):
-    """Of `table=rounds`."""
-    rows = [row(0.6, number=1.0), row(0.7, number=2.0), row(0.7 + 0.1 * sign, number=3.0)]
-    rows += [row(0.7, number=2.0), row(0.7, number=3.0), row(0.7 - 0.1 * sign, number=1.0)]
+    """Three rounds at two betas; at one of them held to the first policy, too, and one round on thrice the articles."""
+    rows, marks = [], []
+    for beta, start in ((0.03, 0.6), (0.1, 0.7)):
+        rows += [row(start + sign * gain, beta) for gain in (0.0, 0.05, 0.1)]
+        marks += [(1.0, "initial", 800), (2.0, "initial", 800), (3.0, "initial", 800)]
+    rows += [row(0.7), row(0.7), row(0.7 - sign * 0.1), row(0.9, 0.3)]
+    marks += [(2.0, "other", 800), (3.0, "other", 800), (1.0, "initial", 2400), (1.0, "initial", 800)]
     frame = runs(rows)
-    at = frame["run"].str.partition(",")[0].astype(int)
-    reference = pd.Series("initial", frame.index).where(~at.isin([3, 4]), "other")
-    return frame.assign(reference=reference, **{"data.train": at.map(lambda one: 2400 if one == 5 else 800)})
+    number = frame["run"].str.partition(",")[0].astype(int)
+    for place, key in enumerate(("round", "reference", "data.train")):
+        frame[key] = number.map(lambda at, place=place: marks[at][place])
+    return frame
 
 
 @pytest.mark.parametrize("sign,said", [(1.0, "supports"), (-1.0, "refutes")])
@@ -116,9 +120,9 @@ def test_what_is_level_decides_nothing():
 
 def test_what_is_missing_is_said():
     final = runs([row(0.6)])
-    found = summarization.claims(final, chains().iloc[:16])  # whose last round has nothing beside it
+    found = summarization.claims(final, chains().iloc[:16])  # two rounds, and nothing beside the last
     missing = found["measured"].str.contains("not measured")
-    assert missing[~found.index.str.match("1|5")].all()
+    assert missing[~found.index.str.match("1|5|6")].all()
     assert not {"supports", "refutes"} & {*found["verdict"][missing]}
     tables, figures = summarization.study({"runs": final})
     assert {"results", "win_rate", "kl", "detectors", "claims"} == {*tables}
@@ -127,7 +131,7 @@ def test_what_is_missing_is_said():
 
 def test_tables():
     final = world()
-    tables, _ = summarization.study({"runs": final, "budget": chains()})
+    tables, _ = summarization.study({"runs": final, "rounds": chains()})
     found = tables["results"]
     assert found.index.tolist() == [
         *("untuned", "SFT on chosen, lr 0.0005", "DPO, beta 0.1, lr 0.0005"),
@@ -162,11 +166,12 @@ def test_tables():
     ]
     assert detected.loc["SFT on chosen, lr 0.002", ["alarms", "degenerate"]].tolist() == ["0 of 8", "0 of 8"]
     rounds = tables["rounds"]
-    assert rounds.columns.tolist() == ["beta 0.1, lr 0.0005"]  # settings without a second round are no chains
+    assert rounds.columns.tolist() == ["beta 0.03, lr 0.0005", "beta 0.1, lr 0.0005"]
     assert rounds["beta 0.1, lr 0.0005"].str[:5].tolist() == ["0.700", "0.750", "0.800"]
-    budget = tables["budget"]
-    assert budget.index.tolist() == ["previous", "original", "offline"]
-    assert budget["score"].str[:5].tolist() == ["0.800", "0.700", "0.600"]
+    assert rounds["beta 0.03, lr 0.0005"].str[:5].tolist() == ["0.600", "0.650", "0.700"]
+    equal = tables["equal_budget"]
+    assert equal.index.tolist() == ["previous", "original", "one round"]
+    assert equal["score"].str[:5].tolist() == ["0.800", "0.700", "0.600"]
 
 
 def test_published_numbers():
@@ -179,7 +184,7 @@ def test_published_numbers():
 
 
 def test_figures():
-    figures = summarization.study({"runs": world()})[1]
+    figures = summarization.study({"runs": world(), "rounds": chains()})[1]
     score, kl = curves(figures["knobs"])
     assert [axis.get_ylabel() for axis in figures["knobs"].axes] == ["win rate", "KL (nats per response)"]
     assert [axis.get_yscale() for axis in figures["knobs"].axes] == ["linear", "log"]
@@ -196,11 +201,16 @@ def test_figures():
     assert lines["best of n, at its bound of KL"] == pytest.approx(np.array([[np.log(4) - 0.75, 0.6]]), abs=1e-3)
     assert len(lines["SFT on chosen (numbers: lr)"]) == 2
     told = [text.get_text() for text in axis.texts]
-    assert told == ["0.01", "0.1", "0.01", "0.1", "0.0005", "0.002", "1", "2", "3", "4"]
+    assert told == ["0.01", "0.1", "0.01", "0.1", "0.0005", "0.002", "1", "2", "3", "1", "2", "3", "4"]
 
 
 def test_only_chains_with_a_second_round_are_rounds():
+    """Held to the round before: a round on more articles is no first round, one at a beta without a second neither."""
+    rounds = chains()
+    for number in (1, 2, 3):
+        found = of_round(rounds, number)
+        assert found["setting"].unique().tolist() == ["beta 0.03, lr 0.0005", "beta 0.1, lr 0.0005"]
+        assert len(found) == 16
     final = world()
-    assert of_round(final, 1)["setting"].unique().tolist() == ["beta 0.1, lr 0.0005"]
     assert len(of_dpo(final)) == 4 * 8
     assert pd.isna(of_dpo(final)["best_of"]).all()
