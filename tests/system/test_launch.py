@@ -123,7 +123,8 @@ NOUNS = {
     "train": VERB,
 }
 PROJECT = (
-    *("__init__.py", "cache.py", "data/records.py", "data/instructions.py", "world/sizes.py"),
+    *("__init__.py", "cache.py", "data/records.py", "data/sources.py", "data/instructions.py"),
+    "world/sizes.py",
     *("sweep/*.py", "results/*.py"),
 )
 

@@ -87,7 +87,7 @@ def test_help_at_once():
 
 
 def test_verbs(tmp_path):
-    assert "VERB must be one of train, sft, " in called(tmp_path, "trane", code=1)
+    assert "VERB must be one of data, train, sft, " in called(tmp_path, "trane", code=1)
     assert "nowhere must be a folder of run directories" in called(tmp_path, "results", "nowhere", code=1)
 
 

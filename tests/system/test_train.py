@@ -70,6 +70,7 @@ def test_a_sweep_shares_what_does_not_depend_on_beta(tmp_path, capfd):
     kinds = {kind.name: sum(entry.is_dir() for entry in kind.iterdir()) for kind in (tmp_path / "cache").iterdir()}
     assert kinds == {
         "sft": 1,
+        "tokens": 2,  # training and held-out pairs
         "candidates": 1,
         "pairs": 1,
         "baseline": 1,

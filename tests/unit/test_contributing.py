@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 BLOCKS = [textwrap.dedent(block) for block in re.findall(r"^ *```python\n(.*?)^ *```", PAGE, re.DOTALL | re.MULTILINE)]
 EXAMPLES = {  # name -> module, group, options
-    "webgpt": ("dpo.data.hub", "data", {"validation_path": None, "validation_fraction": 0.5, "on_faulty": "drop"}),
+    "forum": ("dpo.data.hub", "data", {"validation_path": None, "validation_fraction": 0.5, "on_faulty": "drop"}),
     "longer": ("dpo.judges.rules", "judge", {}),
     "fuller": ("dpo.judges.rules", "judge", {"margin": 1}),
     "greedy": ("dpo.engines", "engine", {}),
@@ -42,7 +42,7 @@ def written(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any],
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_has_the_signature_of_its_group(name, monkeypatch):
     node, _ = written(name, monkeypatch)
-    assert check_signature(EXAMPLES[name][1], node | ({"path": "x"} if name == "webgpt" else {})) == []
+    assert check_signature(EXAMPLES[name][1], node | ({"path": "x"} if name == "forum" else {})) == []
 
 
 def test_every_example_is_tried():
@@ -50,15 +50,12 @@ def test_every_example_is_tried():
 
 
 def test_the_data_set(tmp_path, monkeypatch):
-    rows = [
-        {"question": {"full_text": f"{row}?"}, "answer_0": "no", "answer_1": "yes", "score_0": 0, "score_1": row - 1}
-        for row in range(9)
-    ]
+    rows = [{"question": f"{row}?", "a": "no", "b": "yes", "votes_a": 0, "votes_b": row - 1} for row in range(9)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    node, _ = written("webgpt", monkeypatch)
+    node, _ = written("forum", monkeypatch)
     data = instantiate({**node, "path": str(tmp_path / "rows.jsonl")})
     pairs = {pair.prompt: (pair.chosen, pair.rejected) for split in data.preferences.values() for pair in split}
-    assert pairs == {f"{row}?\n\n": ("yes", "no") if row else ("no", "yes") for row in range(9) if row != 1}
+    assert pairs == {f"{row}?": ("yes", "no") if row else ("no", "yes") for row in range(9) if row != 1}
 
 
 def test_the_judges(monkeypatch):

@@ -22,7 +22,7 @@ from dpo.data.chats import ends
 from dpo.policy import model as models
 from dpo.policy.sampling import Sampling, sample
 from dpo.settings import generation_of
-from dpo.sweep.schema import identity
+from dpo.sweep.identity import identity
 from dpo.training import distributed
 
 GREEDY = Sampling(6, 0.0, 1.0, 8)
