@@ -85,6 +85,12 @@ def try_out(loss): ...
 def asked_by(loss): return ()
 OF_REFERENCE = ()
 """
+REFERENCES = """
+class Initial:
+    check = prepare = None
+    def __init__(self): ...
+def scored_ahead(pending): ...
+"""
 LOSSES = """
 from dpo.losses.pairs import Loss
 
@@ -101,7 +107,7 @@ MADE = """
 from pathlib import Path
 from dpo.world import sizes
 
-def made(base, cache, device):
+def pretrained(base, cache, device):
     print("makes", base, "for", device, flush=True)
     Path(sizes.place(base, cache)).mkdir(parents=True)
 """
@@ -110,7 +116,7 @@ NOUNS = {
     "losses/pairs": PAIRS,
     "judges": "def gold(prompts, responses) -> list[dict[str, float]]: ...",
     "engines": ENGINES,
-    "references": "class Initial:\n    check = prepare = None\n    def __init__(self): ...",
+    "references": REFERENCES,
     "world/language": WORLD,
     "world/pretrain": MADE,
     "data/__init__": "",
@@ -119,7 +125,7 @@ NOUNS = {
     "policy/sampling": "class Sample: ...",
     "policy/lora": "class Lora: ...",
     "policy/model": "class ModelSpec: ...\ndef resolve_path(path): return path\ndef check_lora(*given): ...",
-    "results/figures": "def draw(frame, path): path.touch()",
+    "results/figures": "def draw(frame, path, column): path.touch()",
     "train": VERB,
 }
 PROJECT = (

@@ -81,7 +81,8 @@ def test_help_at_once():
     assert done.returncode == 0
     for verb in VERBS:
         assert f"\n  {verb} " in done.stdout
-        assert (ROOT / "dpo" / f"{MODULES.get(verb, verb).replace('.', '/')}.py").exists()
+        module = ROOT / "dpo" / MODULES.get(verb, verb).replace(".", "/")
+        assert module.with_suffix(".py").exists() or (module / "__main__.py").exists()
     assert "torch" not in done.stderr
     assert "hydra" not in done.stderr
 

@@ -22,6 +22,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dpo import evaluate, score, sft, train
+from dpo.data import kept
 from dpo.data.batches import Batches
 from dpo.policy import model as models
 from dpo.policy import scoring
@@ -153,7 +154,7 @@ WATCHED = [
         (scoring, "collate_responses"),
         (scoring, "balance_by_tokens"),
     ),
-    *((score, "tokenize"), (score, "filter_identical")),
+    *((kept, "numbered"), (kept, "filter_identical")),
     *((train, "token_logps"), (sft, "sequence_logps"), (scoring, "token_logps"), (evaluate, "sequence_kl")),
     *((Log, "__init__"), (Batches, "__init__")),
 ]
@@ -342,9 +343,9 @@ def check_calls(run: Run, base: str) -> None:
     assert "<user 2001>" in AutoTokenizer.from_pretrained(policy).apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False
     )
-    rules = [(one["max_length"], one["on_too_long"], one["on_faulty"]) for one in calls["score.tokenize"]]
+    rules = [(one["max_length"], one["on_too_long"], one["on_faulty"]) for one in calls["kept.numbered"]]
     assert rules == [(LONGEST, "drop", "keep")] * 2
-    assert [one["on_faulty"] for one in calls["score.filter_identical"]] == ["keep"] * 2
+    assert [one["on_faulty"] for one in calls["kept.filter_identical"]] == ["keep"] * 2
     (demonstrated,) = calls["sft.tokenize_demonstrations"]
     assert [demonstrated[name] for name in ("max_length", "on_too_long", "on_faulty")] == [LONGEST, "drop", "keep"]
     assert {(one["key"], one["length"]) for one in calls["model.check_length"]} == {("max_length", LONGEST)}
