@@ -1,17 +1,21 @@
 """What the report says that training costs, against what torch and peft count."""
 
+import json
+
 import pandas as pd
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo.data import report
+from dpo.data.__main__ import main
 from dpo.data.batches import collate_pairs, mismatched, size, tokenize
 from dpo.data.records import Preference
 from dpo.data.truncation import Limits
 from dpo.policy import cost, lora
 from dpo.policy import model as models
 from dpo.policy.logps import sequence_logps
+from tests.composing import compose
 
 LIMITS = Limits(200, 20, "error")
 
@@ -39,7 +43,7 @@ def table(pairs):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("packed", [True, False])
 def test_flops_of_a_forward_pass(tiny_model, kind, packed):
-    """All but attention scores, and what is left out of a packed row: the last feed-forward part where none is scored."""
+    """All but attention scores, and with them what a packed row leaves out: the last feed-forward part of prompts."""
     model, tokenizer = models.load(tiny_model(kind), "cpu")
     pairs = tokenize(preferences()[:1], tokenizer, 200, "error")
     batch = collate_pairs(pairs, torch.arange(1), torch.ones(1, dtype=torch.bool), pad_id=0, packed=packed)
@@ -160,3 +164,103 @@ def test_activations_are_those_that_autograd_keeps(tiny_model):
     words = model.config.vocab_size
     tiles, whole = (needed(model, packed=flag).activations for flag in (True, False))
     assert whole - tiles == 4 * words * (100 - 2 * 40)
+
+
+@pytest.fixture
+def costed(tmp_path, tiny_model):
+    """`costed(*overrides)`: what `dpo.data` says that training costs, on 24 pairs and 8 to hold out."""
+    for name, first, last in (("train", 0, 24), ("shown", 50, 58)):
+        lines = [
+            {"prompt": f"Say {'so ' * (n % 7)}{n}:", "chosen": f" no{n} a", "rejected": " b"}
+            for n in range(first, last)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pairs = "data=file", f"data.path={tmp_path}/train.jsonl", f"data.validation_path={tmp_path}/shown.jsonl"
+    folders = [f"report={tmp_path}/report", f"cache={tmp_path}/cache"]
+    sizes = ["max_length=60", "max_new_tokens=9", "batch_size=5", "device=cpu"]
+
+    def made(*overrides, data=pairs):
+        main(compose("data", *data, *folders, *sizes, f"policy.path={tiny_model('llama')}", *overrides))
+        return json.loads((tmp_path / "report" / "report.json").read_text())["cost"]
+
+    return made
+
+
+def test_flops_of_training_and_its_reference(costed, tiny_model):
+    """Per token and weight 6 to train, 2 for a reference: of all pairs once, or at each step."""
+    alone = costed("reference=reference_free")
+    assert (alone["steps"], alone["trained"]) == (5, alone["parameters"])
+    model, tokenizer = models.without_weights(tiny_model("llama")), models.load_tokenizer(tiny_model("llama"))
+    splits = [[(f"Say {'so ' * (n % 7)}{n}:", f" no{n} a", " b") for n in some] for some in (range(24), range(50, 58))]
+    pairs = [tokenize([Preference(*one) for one in some], tokenizer, 60, "error") for some in splits]
+    tokens = [sum(size(pair.prompt_responses) for pair in some) for some in pairs]
+    scored = [sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in some) for some in pairs]
+    forward = [cost.forward(model, *one) for one in zip(tokens, scored, strict=True)]
+    assert alone["tokens"] == tokens[0]
+    assert alone["flops"] == pytest.approx(3 * forward[0])
+    asked = costed("reference=initial"), costed("reference=ema"), costed("reference=live")
+    expected = 3 * forward[0] + sum(forward), 4 * forward[0], 4 * forward[0]
+    assert [one["flops"] for one in asked] == pytest.approx(expected)
+    size_of = 4 * alone["parameters"]
+    weights = [one["memory"]["weights"] for one in (alone, *asked)]
+    assert weights == [4 * size_of, 4 * size_of, 5 * size_of, 5 * size_of]
+    assert costed("reference=reference_free", "epochs=2")["flops"] == pytest.approx(6 * forward[0])
+    again = costed("reference=reference_free", "activation_checkpointing=true")
+    assert again["flops"] == pytest.approx(4 * forward[0])
+    some = costed("reference=reference_free", "steps=2")
+    assert (some["steps"], some["tokens"]) == (2, pytest.approx(tokens[0] * 10 / 24, abs=1))
+    assert some["flops"] == pytest.approx(3 * forward[0] * 10 / 24)
+
+
+def test_flops_with_a_larger_reference(costed, tiny_model, tmp_path):
+    larger = models.load(tiny_model("llama"), "cpu")
+    config = larger[0].config
+    config.num_hidden_layers *= 5
+    type(larger[0])(config).save_pretrained(tmp_path / "larger")
+    larger[1].save_pretrained(tmp_path / "larger")
+    alone, own = costed("reference=reference_free"), costed("reference=initial")
+    other = costed("reference=other", f"reference.path={tmp_path}/larger")
+    beside = costed("reference=live", f"reference.path={tmp_path}/larger")
+    size_of = 4 * cost.parameters(models.without_weights(str(tmp_path / "larger")))
+    assert other["flops"] - alone["flops"] > 2 * (own["flops"] - alone["flops"])
+    assert other["memory"]["weights"] == max(alone["memory"]["weights"], alone["memory"]["weights"] // 4 + size_of)
+    assert beside["memory"]["weights"] == alone["memory"]["weights"] + size_of
+
+
+def test_adapters_cost_less(costed, tiny_model):
+    """No gradients of the model's weights, and its own policy without adapters is the live reference."""
+    whole, few = (costed("reference=reference_free", f"policy.lora.rank={rank}") for rank in ("null", 2))
+    added = cost.adapters(models.without_weights(tiny_model("llama")), lora.Lora(2, 32, "all-linear", 0))
+    assert (few["trained"], few["parameters"]) == (added, whole["parameters"])
+    assert few["flops"] == pytest.approx(whole["flops"] * 2 / 3 + 6 * added * whole["tokens"])
+    assert few["memory"]["weights"] == 4 * whole["parameters"] + 4 * 4 * added
+    live, ema = (costed(f"reference={name}", "policy.lora.rank=2")["memory"]["weights"] for name in ("live", "ema"))
+    assert (live, ema) == (few["memory"]["weights"], few["memory"]["weights"] + 4 * whole["parameters"])
+    targets = costed("reference=reference_free", "policy.lora.rank=2", "policy.lora.targets=[q_proj]")
+    assert 0 < targets["trained"] < added
+
+
+def test_pairs_for_a_loss_of_labels_are_twice_as_many(costed):
+    pairs, labels = costed("reference=reference_free"), costed("loss=kto", "reference=reference_free")
+    assert (pairs["steps"], labels["steps"]) == (5, 10)
+    assert labels["tokens"] == 2 * pairs["tokens"]
+
+
+def test_prompts_cost_at_most(costed, tmp_path):
+    """Each makes pairs_per_prompt pairs, of responses of max_new_tokens."""
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"word {n}"}) + "\n" for n in range(40)))
+    data = "data=prompts", f"data.path={tmp_path}/prompts.jsonl", "judge=shorter"
+    made = costed("reference=reference_free", data=data)
+    assert made["upper_bound"]
+    numbers = json.loads((tmp_path / "report" / "report.json").read_text())["splits"]["train"]
+    assert made["steps"] == -(-2 * numbers["prompts"] // 5)
+    assert made["tokens"] >= 2 * numbers["prompts"] * (2 * 9 + 2)
+
+
+def test_the_table_fits_100_columns(costed, capsys):
+    costed()
+    said = capsys.readouterr().out.splitlines()
+    table = [line for line in said if " of 24" in line]
+    assert len(table) > 10
+    assert len({len(line) for line in table}) == 1  # aligned
+    assert 90 < max(len(line) for line in said if "/" not in line) <= 100
