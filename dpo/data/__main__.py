@@ -111,8 +111,11 @@ def _cost(config: DictConfig, tables: dict[str, pd.DataFrame], paired: bool) -> 
     flops += sum(cost.forward(other, every, some if config.packed else every) for every, some in passes)
 
     share = scored / tokens if tokens else 0.0
-    micro = int(min(config.micro_batch_tokens, tokens / max(1, items) * config.batch_size))
-    micro = max(micro, int(train[:, 0].max(initial=0)))
+    longest, mean = int(train[:, 0].max(initial=0)), tokens / max(1, items)
+    micro = max(longest, int(min(config.micro_batch_tokens, mean * config.batch_size)))
+    if not config.packed:  # each is padded to the longest, and a micro-batch goes by sizes without that
+        pairs = min(config.batch_size, config.micro_batch_tokens / max(1.0, mean / 2 + scored / max(1, items) / 2))
+        micro = int(max(1, pairs) * longest)
     how = config.optimizer, config.precision, config.activation_checkpointing, config.packed
     device = distributed.device(config.device)
     of_other = cost.parameters(other) * (scores and apart)

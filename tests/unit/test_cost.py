@@ -246,15 +246,24 @@ def test_pairs_for_a_loss_of_labels_are_twice_as_many(costed):
     assert labels["tokens"] == 2 * pairs["tokens"]
 
 
+def test_a_padded_micro_batch_is_as_long_as_its_longest_pair(costed):
+    """So that with one pair more than twice the others' length the rest are padded to that."""
+    tokens = {packed: costed(f"packed={packed}")["memory"]["activations"] for packed in ("true", "false")}
+    fewer = costed("packed=false", "micro_batch_tokens=1")["memory"]["activations"]
+    assert tokens["false"] > 4 * fewer  # five pairs
+    assert costed("packed=true", "micro_batch_tokens=1")["memory"]["activations"] > tokens["true"] / 5
+
+
 def test_prompts_cost_at_most(costed, tmp_path):
     """Each makes pairs_per_prompt pairs, of responses of max_new_tokens."""
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"word {n}"}) + "\n" for n in range(40)))
-    data = "data=prompts", f"data.path={tmp_path}/prompts.jsonl", "judge=shorter"
+    data = "data=prompts", f"data.path={tmp_path}/prompts.jsonl", "data.validation=4", "data.test=4", "judge=shorter"
     made = costed("reference=reference_free", data=data)
     assert made["upper_bound"]
     numbers = json.loads((tmp_path / "report" / "report.json").read_text())["splits"]["train"]
     assert made["steps"] == -(-2 * numbers["prompts"] // 5)
-    assert made["tokens"] >= 2 * numbers["prompts"] * (2 * 9 + 2)
+    mean = numbers["lengths"]["prompt"]["50%"]  # of like prompts
+    assert made["tokens"] == pytest.approx(2 * numbers["prompts"] * (2 * 9 + mean), rel=0.02)
 
 
 def test_the_table_fits_100_columns(costed, capsys):
