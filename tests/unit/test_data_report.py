@@ -272,6 +272,9 @@ def test_prompts_alone(tmp_path, tiny_model):
     total = {name: sum(one.count for one in findings if one.name == name) for name in {one.name for one in findings}}
     assert total["prompts above the budget"] == total["control characters"] == 1
     assert sum(numbers[split]["prompts"] for split in numbers) == 42
+    most = int(tables["train"].prompt.median())  # a prompt of just so many tokens fits
+    findings, _ = report.of_prompts(data, tables, Limits(most + 20, 20, "error"), str(tmp_path))
+    assert counts(findings)["prompts above the budget"] == (tables["train"].prompt > most).sum() > 0
 
 
 def test_the_cache_goes_by_content(tmp_path, tiny_model):
