@@ -246,12 +246,14 @@ def test_pairs_for_a_loss_of_labels_are_twice_as_many(costed):
     assert labels["tokens"] == 2 * pairs["tokens"]
 
 
-def test_a_padded_micro_batch_is_as_long_as_its_longest_pair(costed):
-    """So that with one pair more than twice the others' length the rest are padded to that."""
-    tokens = {packed: costed(f"packed={packed}")["memory"]["activations"] for packed in ("true", "false")}
-    fewer = costed("packed=false", "micro_batch_tokens=1")["memory"]["activations"]
-    assert tokens["false"] > 4 * fewer  # five pairs
-    assert costed("packed=true", "micro_batch_tokens=1")["memory"]["activations"] > tokens["true"] / 5
+def test_a_padded_micro_batch_is_as_long_as_its_longest_pair(costed, tiny_model):
+    """So of batch_size pairs all are, if there is room for them."""
+    tokenizer, model = models.load_tokenizer(tiny_model("llama")), models.without_weights(tiny_model("llama"))
+    rows = [Preference(f"Say {'so ' * (n % 7)}{n}:", f" no{n} a", " b") for n in range(24)]
+    pairs = tokenize(rows, tokenizer, 60, "error")
+    longest = max(2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
+    found = [costed("packed=false", *more)["memory"]["activations"] for more in ((), ("micro_batch_tokens=1",))]
+    assert found == [needed(model, packed=False, tokens=n * longest).activations for n in (5, 1)]
 
 
 def test_prompts_cost_at_most(costed, tmp_path):
