@@ -100,9 +100,9 @@ def policy_spec(config: Any, path: str | None = None) -> ModelSpec:
 
 
 def lora_of(config: Any) -> Lora | None:
-    """The adapters that `dpo.train` or `dpo.sft` trains; None: all weights, or nothing."""
+    """The adapters that `dpo.train` or `dpo.sft` trains, and `dpo.data` counts; None: all weights, or nothing."""
     asked = config.policy.get("lora")  # runs from before have none
-    if asked is None or asked.rank is None or config.command not in ("sft", "train"):
+    if asked is None or asked.rank is None or config.command not in ("data", "sft", "train"):
         return None
     targets = asked.targets if isinstance(asked.targets, str) else tuple(asked.targets)
     return Lora(asked.rank, asked.alpha, targets, config.seed)

@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import json
 import logging
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,20 +22,19 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
-from torch import nn
 
 from dpo.data import records, report
 from dpo.data.measure import measured, measured_prompts
+from dpo.policy import cost
 from dpo.policy import model as models
-from dpo.policy.cost import cost, memory_of
 from dpo.references import EMA, Frozen, Live
 from dpo.results.figures import COLOURS, tidy
-from dpo.score import treated
-from dpo.settings import limits_of, policy_spec, treatment_of
+from dpo.score import needs_labels, treated
+from dpo.settings import limits_of, lora_of, policy_spec, treatment_of
 from dpo.sweep.signature import instantiate
 from dpo.training import distributed
 
-MARKS = {"ok": " ", "look": "?", "bad": "!"}
+MARKS, WIDTH = {"ok": " ", "look": "?", "bad": "!"}, 100
 
 
 def main(config: DictConfig) -> None:
@@ -51,10 +51,10 @@ def main(config: DictConfig) -> None:
         table = measured(pairs, tokenizer, config.cache)
         known = {pair.source for pair in pairs}
         refused = [(where, why) for where, why in refused if where not in known]
-        findings, splits, tables = report.of_pairs(dataset, table, refused, limits, on_faulty)
+        findings, splits, tables = report.of_pairs(dataset, table, refused, limits, on_faulty, config.cache)
     else:
         tables = {name: measured_prompts(some, tokenizer, config.cache) for name, some in dataset.prompts.items()}
-        findings, splits = report.of_prompts(dataset, tables, limits)
+        findings, splits = report.of_prompts(dataset, tables, limits, config.cache)
     made = {
         "data": config.data.get("path") or config.data._target_,
         "tokenizer": spec.path,
@@ -66,9 +66,7 @@ def main(config: DictConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     figure(tables["train"], config.max_length).savefig(folder / "report.png")
-    print(
-        "\n".join([*lines(made, findings), f"{folder}/report.json has examples of each, {folder}/report.png lengths"])
-    )
+    print(*lines(made, findings), f"{folder}/report.json has examples of each, {folder}/report.png lengths", sep="\n")
 
 
 @contextmanager
@@ -89,67 +87,74 @@ def heard() -> Iterator[list[tuple[str, str]]]:
 
 def _cost(config: DictConfig, tables: dict[str, pd.DataFrame], paired: bool) -> dict[str, Any]:
     """Of pairs; of prompts at most, with as many pairs as may be made of them, and responses as long as they may be."""
-    sizes = {}
+    limits, spec, sizes = limits_of(config), policy_spec(config), {}
     for split in {"train", "validation"} & tables.keys():
-        rows = tables[split][tables[split].prompt >= 0]
-        if paired:
-            responses = rows.chosen + rows.rejected.where(rows.rejected >= 0, rows.chosen)
-            sizes[split] = (rows.prompt * (1 if config.packed else 2) + responses).to_numpy()
-        else:
-            of_pair = rows.prompt * (1 if config.packed else 2) + 2 * config.max_new_tokens
-            sizes[split] = np.repeat(of_pair.to_numpy(), config.generation.pairs_per_prompt)
+        rows, copies = tables[split][tables[split].prompt >= 0], 1
+        if not paired:
+            copies, most = config.generation.pairs_per_prompt, config.max_new_tokens
+            rows = rows.assign(prompt=rows.prompt.clip(upper=limits.prompt), chosen=most, rejected=most)
+        sizes[split] = report.sizes(rows, limits, needs_labels(config), config.packed).repeat(copies, axis=0)
     train = sizes["train"]
-    count, mean = len(train), float(train.mean()) if len(train) else 0.0
-    steps = config.steps if config.steps is not None else config.epochs * -(-count // config.batch_size)
-    trained_on = mean * min(steps * config.batch_size, steps * count)
-    if config.steps is None:
-        trained_on = mean * count * config.epochs
-    reference = instantiate(config.reference)
-    moving = isinstance(reference, EMA | Live)
-    scored = trained_on if moving else sum(map(float, (one.sum() for one in sizes.values())))
-    scored *= isinstance(reference, EMA | Live | Frozen)
-    model = models.without_weights(policy_spec(config))
-    adapters = None
-    if config.policy.lora.rank is not None:
-        linear = [
-            one for one in model.modules() if isinstance(one, nn.Linear) and one is not model.get_output_embeddings()
-        ]
-        adapters = sum(config.policy.lora.rank * sum(layer.weight.shape) for layer in linear)
-    longest = int(train.max()) if count else 0
-    micro = max(longest, min(config.micro_batch_tokens, round(mean * config.batch_size)))
-    how = config.optimizer, config.precision, config.activation_checkpointing, moving
-    expected = cost(model, adapters, trained_on, scored, micro, *how)
+    steps, items = report.seen(len(train), config.batch_size, config.epochs, config.steps)
+    tokens, scored = train.mean(axis=0) * items if len(train) else (0.0, 0.0)
+
+    policy, added, reference = models.without_weights(spec), lora_of(config), instantiate(config.reference)
+    adapted = None if added is None else cost.adapters(policy, added)
+    asked = reference.scored if isinstance(reference, Live) else reference  # the model, as a table
+    scores, moves = isinstance(asked, EMA | Frozen), isinstance(reference, EMA | Live)
+    other = models.without_weights(asked.spec(spec)) if isinstance(asked, Frozen) and asked.path else policy
+    apart = isinstance(reference, EMA) or other is not policy or (moves and adapted is None)
+    passes = [] if not scores else [(tokens, scored)] if moves else [one.sum(axis=0) for one in sizes.values()]
+    flops = cost.forward(policy, tokens, scored if config.packed else tokens)
+    flops *= (3 if adapted is None else 2) + config.activation_checkpointing
+    flops += 6.0 * (adapted or 0) * tokens
+    flops += sum(cost.forward(other, every, some if config.packed else every) for every, some in passes)
+
+    share = scored / tokens if tokens else 0.0
+    longest, mean = int(train[:, 0].max(initial=0)), tokens / max(1, items)
+    micro = max(longest, int(min(config.micro_batch_tokens, mean * config.batch_size)))
+    if not config.packed:  # each is padded to the longest, and a micro-batch goes by sizes without that
+        pairs = min(config.batch_size, config.micro_batch_tokens / max(1.0, mean / 2 + scored / max(1, items) / 2))
+        micro = int(max(1, pairs) * longest)
+    how = config.optimizer, config.precision, config.activation_checkpointing, config.packed
     device = distributed.device(config.device)
+    of_other = cost.parameters(other) * (scores and apart)
+    memory = cost.memory(policy, adapted, of_other, moves, micro, int(micro * share), *how, device.type)
     return {
         "upper_bound": not paired,
         "steps": steps,
-        "tokens": int(trained_on),
-        **vars(expected),
+        "tokens": int(tokens),
+        "flops": float(flops),
+        "parameters": cost.parameters(policy),
+        "trained": cost.parameters(policy) if adapted is None else adapted,
+        "memory": vars(memory),
         "device": str(device),
-        "device_memory": memory_of(device),
+        "device_memory": cost.memory_of(device),
     }
 
 
 def lines(made: dict[str, Any], findings: Sequence[report.Finding]) -> Iterator[str]:
-    """The terminal's table."""
-    yield f"{made['data']}, in tokens of {made['tokenizer']}"
+    """The terminal's table, in 100 columns."""
+    yield f"{made['data']}\nin tokens of {made['tokenizer']}"
     yield f"\n  {'tokens':24}" + "".join(f"{name:>8}" for name in ("min", "5%", "50%", "95%", "99%", "max"))
     for split, numbers in made["splits"].items():
         for name, values in numbers["lengths"].items():
-            yield f"  {f'{split} {name}':24}" + "".join(f"{value:8.0f}" for value in values.values())
+            yield f"  {f'{split} {name}':24}" + "".join(f"{value:8,.0f}" for value in values.values())
     yield "\n  ! stops or misleads training   ? worth a look   (held-out lines that are fine are in report.json)"
     shown = [one for one in findings if one.verdict != "ok" or one.split in ("train", "all")]
     for one in sorted(shown, key=lambda one: ["bad", "look", "ok"].index(one.verdict)):
         said = one.note or f"{one.count:,} of {one.of:,}"
-        yield f"{MARKS[one.verdict]} {one.split:10} {one.name:45} {said:>28}  {one.advice}"
-    of, bound = made["cost"], "at most " * made["cost"]["upper_bound"]
-    needed = of["weights"] + of["activations"]
-    fits = needed < of["device_memory"]
-    yield f"\n  {bound}{of['steps']:,} steps, {of['tokens']:,} tokens, {of['flops']:.1e} FLOPs: fewer epochs are fewer"
-    yield (
-        f"{' ' if fits else '!'} about {needed / 1e9:.1f} GB of {of['device']}'s {of['device_memory'] / 1e9:.0f}: "
-        "if too much, lower micro_batch_tokens, or set activation_checkpointing=true, policy.lora.rank or processes"
-    )
+        yield f"{MARKS[one.verdict]} {one.split:10} {one.name:53} {said:>32}"
+        if one.verdict != "ok":
+            yield from textwrap.wrap(one.advice, WIDTH, initial_indent=" " * 15, subsequent_indent=" " * 15)
+    of, memory = made["cost"], cost.Memory(**made["cost"]["memory"])
+    bound, fits = "at most " * of["upper_bound"], memory.total < of["device_memory"]
+    yield f"\n  training: {bound}{of['steps']:,} steps, {of['tokens']:,} tokens, {of['flops']:.1e} FLOPs"
+    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in vars(memory).items())
+    whole = f"{memory.total / 1e9:.1f} of the {of['device_memory'] / 1e9:.0f} GB of {of['device']}"
+    yield f"{' ' if fits else '!'} memory: about {whole} ({parts})"
+    if not fits:
+        yield "  lower micro_batch_tokens, set activation_checkpointing=true or policy.lora.rank, or use more processes"
 
 
 def figure(rows: pd.DataFrame, max_length: int) -> Figure:

@@ -3,6 +3,7 @@
 It is worked out by all cores, and kept in the cache under the content of the pairs and the tokenizer.
 """
 
+import json
 import multiprocessing
 import os
 import re
@@ -17,14 +18,14 @@ import pandas as pd
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from dpo.cache import digest, remember
+from dpo.cache import digest, digest_large, remember
 from dpo.data import near
 from dpo.data.chats import Literal, as_text
 from dpo.data.records import Preference, Text, fault_of, row
 from dpo.data.tokens import encoded
 from dpo.training.log import progress
 
-VERSION = 1  # of what decides the columns beside the pairs and the tokenizer
+VERSION = 1  # part of the cache keys: raise it when a change of the code changes what is kept
 AT_ONCE = 1000  # items that a process takes
 ODD = {  # characters that no one typed on purpose; joiners, which some scripts and emoji need, are none of them
     "control characters": re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"),
@@ -51,8 +52,20 @@ def measured_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase
     return _kept("measured", list(prompts), _prompts, prompts, tokenizer, cache)
 
 
-def sketched(texts: Sequence[str]) -> NDArray[np.uint64]:
-    """`near.signatures`, by all cores."""
+def near_duplicates(texts: dict[str, list[str]], cache: str) -> dict[str, list[int]]:
+    """By split the place in texts["train"] of another text that each is near (`dpo.data.near`), or -1; kept, too."""
+
+    def build(folder: Path) -> None:
+        sketches = {split: _sketched(some) for split, some in texts.items()}
+        known = {split: () if split == "train" else (texts["train"], sketches["train"]) for split in texts}
+        found = {split: near.near(some, sketches[split], *known[split]).tolist() for split, some in texts.items()}
+        (folder / "places.json").write_text(json.dumps(found))
+
+    folder, _ = remember(cache, "near", {"texts": digest_large(texts), "version": VERSION}, build)
+    return dict(json.loads((folder / "places.json").read_text()))
+
+
+def _sketched(texts: Sequence[str]) -> NDArray[np.uint64]:
     parts = _spread(near.signatures, texts, None, "looking for near-duplicates")
     return np.concatenate(parts) if parts else near.signatures([])
 
@@ -66,7 +79,7 @@ def _kept(
     cache: str,
 ) -> pd.DataFrame:
     reads = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token]
-    key = {"items": digest(content), "tokenizer": digest(reads), "version": VERSION}
+    key = {"items": digest_large(content), "tokenizer": digest(reads), "version": VERSION}
 
     def build(folder: Path) -> None:
         found = pd.concat(_spread(measure, items, tokenizer, "measuring"), ignore_index=True)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -24,6 +25,7 @@ READ = (  # what other formats have a policy read beside the prompt
     *("chat_template_kwargs", "chat_template"),
 )
 
+SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 FAULTY = "Mend them, or set data.on_faulty=drop to leave them out or data.on_faulty=keep to train on them."
 
 
@@ -80,6 +82,7 @@ class Preference:
     token_ids: TokenIds | None = None  # of responses that a policy sampled: their text may have other ids, too
     measures: Measures = field(default=Measures(), compare=False)
     label: bool | None = None
+    score_gap: float | None = field(default=None, compare=False)  # by the data's own scores: chosen less rejected
 
     @property
     def sides(self) -> tuple[str, str]:
@@ -326,7 +329,8 @@ def preference(row: dict[str, Any]) -> Preference:
         raise ValueError(f"must have prompt, chosen and rejected; found no {' and no '.join(missing)}{hint}")
     prompt, (chosen, rejected), ended = responses_of(row, ("chosen", "rejected"))
     pair = Preference(prompt, chosen, rejected, ended[0], ended[1])
-    return replace(pair, token_ids=_token_ids(row, chosen, rejected), measures=_measures(row))
+    more: dict[str, Any] = {"measures": _measures(row), "score_gap": _score_gap(row)}
+    return replace(pair, token_ids=_token_ids(row, chosen, rejected), **more)
 
 
 def implicit(row: dict[str, Any]) -> Preference:
@@ -377,6 +381,14 @@ def _measures(row: dict[str, Any]) -> Measures:
         return Measures()
     values: dict[str, Any] = {name: tuple(value) if isinstance(value := row[name], list) else value for name in names}
     return Measures(**values)
+
+
+def _score_gap(row: dict[str, Any]) -> float | None:
+    for names in SCORES:
+        scores: list[Any] = [row.get(name) for name in names]
+        if all(type(score) in (int, float) and math.isfinite(score) for score in scores):
+            return float(scores[0] - scores[1])
+    return None
 
 
 def _token_ids(row: dict[str, Any], chosen: Text, rejected: Text) -> TokenIds | None:

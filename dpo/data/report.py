@@ -1,26 +1,23 @@
 """What is wrong, odd or worth knowing in data, counted before training: `python -m dpo.data` shows it."""
 
 import json
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from dpo.data import near
 from dpo.data.batches import Pair
 from dpo.data.chats import as_text
-from dpo.data.measure import ODD, sketched
-from dpo.data.records import Dataset, Preference, Text, parse
+from dpo.data.measure import ODD, near_duplicates
+from dpo.data.records import Dataset, Preference, Text
 from dpo.data.truncation import Limits
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 0.99, 1.0)
 BIASED = 0.1  # how far from one half the share of longer chosen responses may be before it is worth a look
 SHOWN = 10  # examples of a finding
-SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,7 @@ def of_pairs(
     refused: Sequence[tuple[str, str]],
     limits: Limits,
     on_faulty: str,
+    cache: str,
 ) -> tuple[list[Finding], dict[str, Any], dict[str, pd.DataFrame]]:
     """Findings, numbers, and by split the rows that training would learn from.
 
@@ -83,7 +81,8 @@ def of_pairs(
         found += of_split
         numbers[split] = {"pairs": len(usable), "given": len(rows), **lengths}
         kept[split] = usable[tokens(usable) <= limits.max_length] if limits.on_too_long == "drop" else usable
-    found += _prompts({split: [pair.prompt for pair in pairs] for split, pairs in dataset.preferences.items()})
+    prompts = {split: [pair.prompt for pair in pairs] for split, pairs in dataset.preferences.items()}
+    found += _prompts(prompts, cache)
     return found, numbers, kept
 
 
@@ -130,7 +129,7 @@ def _by_length(split: str, value: float, of: int) -> Finding:
 
 
 def of_prompts(
-    dataset: Dataset, tables: dict[str, pd.DataFrame], limits: Limits
+    dataset: Dataset, tables: dict[str, pd.DataFrame], limits: Limits, cache: str
 ) -> tuple[list[Finding], dict[str, Any]]:
     """The same of prompts without responses. tables: `measured_prompts` of each split."""
     found, numbers = [], {}
@@ -145,12 +144,36 @@ def of_prompts(
         found.append(finding("prompts above the budget", split, list(long.source), len(usable), "look", text))
         found += _odd(usable, split)
         numbers[split] = {"prompts": len(usable), "given": len(rows), "lengths": {"prompt": quantiles(usable.prompt)}}
-    return [*found, *_prompts(dataset.prompts)], numbers
+    return [*found, *_prompts(dataset.prompts, cache)], numbers
 
 
 def tokens(rows: pd.DataFrame) -> pd.Series:
     """Of the prompt and the longer response."""
     return rows.prompt + rows[["chosen", "rejected"]].max(axis=1)
+
+
+def sizes(rows: pd.DataFrame, limits: Limits, labels: bool, packed: bool) -> NDArray[np.int64]:
+    """Tokens that each item of training has in a pass, and how many of them are scored: a pair's, or of a loss that
+    reads labels those of a response beside one to another prompt, as long on average.  # (items, 2)
+
+    With on_too_long=truncate after the cut, see `dpo.data.batches.tokenize`.
+    """
+    both = rows[["chosen", "rejected"]].to_numpy()
+    both = np.where(both < 0, both[:, :1], both)  # a response with a label has none beside it yet
+    prompts = rows.prompt.to_numpy()
+    if limits.on_too_long == "truncate":
+        prompts = np.minimum(prompts, np.maximum(limits.max_length - both.max(axis=1, initial=0), 1))
+        both = np.minimum(both, limits.max_length - prompts[:, None])
+    found = np.stack([prompts * (1 if packed else 2) + both.sum(axis=1), both.sum(axis=1)], axis=1)
+    return found.repeat(2 if labels and (rows.rejected >= 0).any() else 1, axis=0)
+
+
+def seen(items: int, batch_size: int, epochs: int, steps: int | None) -> tuple[int, int]:
+    """Optimizer steps, and items that they take: the last step of an epoch has what is left."""
+    each = -(-items // batch_size)
+    steps = epochs * each if steps is None else steps
+    whole, more = divmod(steps, max(1, each))
+    return steps, whole * items + more * min(batch_size, items)
 
 
 def _too_long(rows: pd.DataFrame, lengths: pd.Series, split: str, limits: Limits) -> Finding:
@@ -200,8 +223,8 @@ def _identity(pair: Preference, turned: bool = False) -> str:
 
 
 def _labels(pairs: Sequence[Preference], split: str) -> list[Finding]:
-    """Whether the chosen response has the higher score, where there are scores."""
-    gaps = gaps_of(pairs)
+    """Whether the chosen response has the higher score, where there are scores: a judge's, or columns of the data."""
+    gaps = [pair.score_gap if pair.measures.gap is None else pair.measures.gap for pair in pairs]
     known = [(pair, gap) for pair, gap in zip(pairs, gaps, strict=True) if gap is not None]
     if not known:
         return []
@@ -216,48 +239,24 @@ def _labels(pairs: Sequence[Preference], split: str) -> list[Finding]:
     ]
 
 
-def gaps_of(pairs: Sequence[Preference]) -> list[float | None]:
-    """The score of the chosen response less that of the rejected one: the judge's of pairs that it made, or that which
-    the line of a pair has in the columns of SCORES.
-    """
-    files: dict[str, list[str]] = defaultdict(list)
-    for pair in pairs:
-        path, comma, line = (pair.source or "").rpartition(", ")
-        if pair.measures.gap is None and pair.label is None and comma and path.endswith((".jsonl", ".jsonl.gz")):
-            files[path].append(line)
-    scored = {f"{path}, {line}": gap for path in files for line, gap in parse(path, _gap)}
-    return [scored.get(pair.source or "") if pair.measures.gap is None else pair.measures.gap for pair in pairs]
-
-
-def _gap(row: dict[str, Any]) -> float | None:
-    for names in SCORES:
-        both = [row.get(name) for name in names]
-        if all(isinstance(score, int | float) for score in both):
-            return float(row[names[0]]) - float(row[names[1]])
-    return None
-
-
-def _prompts(prompts: dict[str, list[Text]]) -> list[Finding]:
+def _prompts(prompts: dict[str, list[Text]], cache: str) -> list[Finding]:
     """Prompts that are there again, in their split and across; word for word, and nearly."""
     texts = {split: list(dict.fromkeys(map(as_text, some))) for split, some in prompts.items()}
-    sketches = {split: sketched(some) for split, some in texts.items()}
+    if texts.get("test") == texts.get("validation"):
+        texts.pop("test", None)
     train, found = set(texts["train"]), []
+    own = {split: [one for one in some if split == "train" or one not in train] for split, some in texts.items()}
+    places = near_duplicates(own, cache)
     for split, some in texts.items():
         all_of = len(prompts[split])
         more = all_of - len(some)
         text = "all their pairs are used, so they weigh more; often meant"
         found.append(Finding("prompts that are there before", split, more, all_of, "ok", text))
-        if split == "test" and some == texts.get("validation"):
-            continue
         if split != "train":
             shared = [one for one in map(as_text, prompts[split]) if one in train]
             leak = "held-out numbers are of what was trained on; split by prompt"
             found.append(finding("prompts of the training split", split, _brief(shared), all_of, "bad", leak))
-        own = [one for one in some if split == "train" or one not in train]
-        mine = sketches[split][[place for place, one in enumerate(some) if split == "train" or one not in train]]
-        known = () if split == "train" else (texts["train"], sketches["train"])
-        place = near.near(own, mine, *known)
-        alike = [one for one, other in zip(own, place, strict=True) if other >= 0]
+        alike = [one for one, other in zip(own[split], places[split], strict=True) if other >= 0]
         what = "near-duplicate prompts" if split == "train" else "prompts near one of the training split"
         text = "keep one of each" if split == "train" else "held-out numbers are too good; move them to training"
         found.append(finding(what, split, _brief(alike), len(some), "look", text))

@@ -112,6 +112,7 @@ def flipped(pair: Preference) -> Preference:
         chosen_ended=pair.rejected_ended,
         rejected_ended=pair.chosen_ended,
         token_ids=None if ids is None else replace(ids, chosen=ids.rejected, rejected=ids.chosen),
+        score_gap=None if pair.score_gap is None else -pair.score_gap,
         measures=replace(
             measures,
             gap=None if measures.gap is None else -measures.gap,

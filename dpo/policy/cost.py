@@ -1,63 +1,88 @@
-"""What training costs before it begins: arithmetic and memory, as estimates from a model's config."""
+"""What training costs before it begins: arithmetic and memory, estimated from the shapes of a model."""
 
 import os
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from dpo.policy import lora
 from dpo.policy.logps import TILE
 
 FLOAT = 4  # bytes: weights, gradients and moments are float32
-COPIES = {"adamw": 4, "rmsprop": 3}  # of each trained weight: itself, its gradient, the optimizer's moments
+COPIES = {"adamw": 4.0, "adamw_8bit": 2.5, "rmsprop": 3.0}  # of a trained weight: itself, its gradient, moments
+LIBRARIES = 500_000_000  # bytes of a process that has loaded no model
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of one process. Sharded over several, weights and their copies are divided among them."""
+class Memory:
+    """Bytes of one process. Sharded over several, weights are divided among them."""
 
-    parameters: int  # all of the model
-    trained: int  # of them, or of adapters beside them
-    flops: float  # of all steps and of the reference
-    weights: int  # bytes: weights, gradients and the optimizer's moments; those of a reference that stays in memory
-    activations: int  # bytes, roughly: see `cost`
+    libraries: int
+    weights: int  # with gradients and the optimizer's moments, and of a reference beside the policy
+    activations: int  # kept for the backward pass of a micro-batch, with what that needs beside them
+    saving: int  # on a CPU: a checkpoint's copy of weights and moments, and its bytes as they are written
+
+    @property
+    def total(self) -> int:
+        return self.libraries + self.weights + self.activations + self.saving
 
 
-def cost(
+def parameters(model: PreTrainedModel) -> int:
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def adapters(model: PreTrainedModel, added: lora.Lora) -> int:
+    """Weights of the adapters that are trained. Raises: ValueError as `lora.targets`."""
+    layers: list[Any] = [model.get_submodule(name) for name in lora.targets(model, added)]
+    return added.rank * sum(sum(layer.weight.shape) for layer in layers)
+
+
+def forward(model: PreTrainedModel, tokens: float, scored: float) -> float:
+    """FLOPs: 2 for each weight that a token is multiplied by, those of the head where a token is scored.
+
+    Attention scores are not counted, and all experts of a mixture are.
+    """
+    head = model.get_output_embeddings().weight
+    read = {id(head)} | {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}  # may be tied
+    body = sum(weight.numel() for weight in model.parameters() if id(weight) not in read)
+    return 2.0 * (body * tokens + head.numel() * scored)
+
+
+def memory(
     model: PreTrainedModel,
-    trained: int | None,
-    steps_tokens: float,
-    reference_tokens: float,
-    micro_batch_tokens: int,
+    adapted: int | None,
+    reference: int,
+    beside: bool,
+    tokens: int,
+    scored: int,
     optimizer: str,
     precision: str,
     checkpointing: bool,
-    held: bool,
-) -> Cost:
-    """model: on the meta device. trained: weights of adapters, which are trained in place of the model's; None: all.
-    steps_tokens, reference_tokens: how many the policy is trained on, and how many a reference scores. held: the
-    reference is a second model in memory.
+    packed: bool,
+    device: str,
+) -> Memory:
+    """adapted: weights of adapters that are trained in place of the model's; None: all are. reference: weights of
+    another model, beside the policy at each step or while it scores. tokens, scored: of the largest micro-batch.
 
-    A token costs 6 operations for each weight that multiplies: 2 in the forward pass, 4 in the backward, of which 2 are
-    for the gradients of weights, which adapters do without; activation checkpointing adds 2, and a reference's pass is
-    2. Attention scores are not counted. A layer keeps about 10 widths and 4 feed-forward widths for each token, and
-    the head two tiles of logits.
+    A layer keeps about 10 widths and 4 feed-forward widths a token, and a backward pass has as much of one layer again;
+    the head, two tiles of logits (not packed: those of all tokens) and the gradient of its weights.
     """
-    config = model.config.get_text_config()
-    total = sum(weight.numel() for weight in model.parameters())
-    embeddings = 0 if config.tie_word_embeddings else int(cast(Any, model.get_input_embeddings()).weight.numel())
-    each = 6 + 2 * checkpointing - 2 * (trained is not None)
-    flops = (total - embeddings) * (each * steps_tokens + 2.0 * reference_tokens)
-    of_trained = total if trained is None else trained
-    weights = FLOAT * (COPIES[optimizer] * of_trained + (trained is not None) * total + held * total)
-    width, layers = config.hidden_size, config.num_hidden_layers
-    feed_forward = getattr(config, "intermediate_size", None) or 4 * width
-    of_layer = 10 * width + 4 * feed_forward
-    kept = width * layers + of_layer if checkpointing else of_layer * layers
-    size = 2 if precision == "bf16" else FLOAT
-    logits = 2 * FLOAT * min(TILE, micro_batch_tokens * config.vocab_size)
-    return Cost(total, of_trained, flops, weights, kept * micro_batch_tokens * size + logits)
+    config, total = model.config.get_text_config(), parameters(model)
+    trained, frozen = (total, 0) if adapted is None else (adapted, total)
+    copies = COPIES[optimizer] * trained + frozen
+    weights = max(copies + beside * reference, frozen + trained + reference)
+    width, layers, words = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    layer = 10 * width + 4 * (getattr(config, "intermediate_size", None) or 4 * width)
+    kept = width * layers + 2 * layer if checkpointing else layer * (layers + 1)
+    mixed = precision == "bf16"  # halves matrix products, not norms and sums, and has weights in bfloat16, too
+    activations = kept * tokens * (2.5 if mixed else FLOAT) + 2 * total * mixed
+    activations += FLOAT * (2 * min(TILE, scored * words) if packed else tokens * words)
+    activations += FLOAT * width * words * (adapted is None)
+    saved = 2 * FLOAT * (COPIES[optimizer] - 1) * trained * (device == "cpu")
+    return Memory(LIBRARIES, int(FLOAT * weights), int(activations), int(saved))
 
 
 def memory_of(device: torch.device) -> int:

@@ -33,7 +33,7 @@ def test_a_report_on_dialogues(tmp_path, tiny_model):
     assert sum(given.values()) == 40
     assert made["cost"]["steps"] == -(-given["train"] // 4)
     weights = 4 * 4 * made["cost"]["parameters"]  # bytes: themselves, gradients, two moments
-    assert made["cost"]["weights"] == weights
+    assert made["cost"]["memory"]["weights"] == weights
     assert "there is no turn of the assistant" in done.stdout
     assert not (tmp_path / "runs").exists()
     assert (tmp_path / "report" / "report.png").stat().st_size > 1000

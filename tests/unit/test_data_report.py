@@ -9,9 +9,12 @@ import pytest
 from dpo.cache import digest
 from dpo.data import near, report
 from dpo.data.__main__ import figure, heard
+from dpo.data.batches import size, tokenize
+from dpo.data.hub import unpaired
 from dpo.data.measure import measured, measured_prompts
 from dpo.data.prompts import prompts
 from dpo.data.records import file
+from dpo.data.treatment import flipped
 from dpo.data.truncation import Limits
 from dpo.policy.model import load_tokenizer
 
@@ -60,7 +63,7 @@ def reported(tmp_path, tiny_model, rows, held_out, on_faulty="drop", kind="gpt2"
     pairs = [pair for some in data.preferences.values() for pair in some]
     table = measured(pairs, load_tokenizer(tiny_model(kind)), str(tmp_path / "cache"))
     limits = Limits(200, 20, "drop")
-    return report.of_pairs(data, table, [], limits, on_faulty), refused, table
+    return report.of_pairs(data, table, [], limits, on_faulty, str(tmp_path / "cache")), refused, table
 
 
 def counts(findings, split="train"):
@@ -74,6 +77,7 @@ def test_every_planted_fault_is_found_and_counted(tmp_path, tiny_model):
             rows += plant(clean(number) | {"n": number})
             number += 1
     held_out = [clean(n) for n in range(2000, 2020)] + [clean(3), clean(4) | {"prompt": clean(4)["prompt"] + "?"}]
+    held_out += [clean(n) | {"chosen": f"\x07{clean(n)['chosen']}"} for n in range(3000, 3004)]
     (findings, numbers, kept), refused, _ = reported(tmp_path, tiny_model, rows, held_out)
     found = counts(findings)
     assert {name: found.get(name) for name in PLANTED} == TIMES | {
@@ -83,6 +87,12 @@ def test_every_planted_fault_is_found_and_counted(tmp_path, tiny_model):
     assert found["prompts that are there before"] == twice
     shown = counts(findings, "validation")
     assert (shown["prompts of the training split"], shown["prompts near one of the training split"]) == (1, 1)
+    others = shown.keys() & PLANTED.keys()
+    assert {name: shown[name] for name in others} == dict.fromkeys(others, 0) | {"control characters": 4}
+    of = {one.split: one.of for one in findings if one.name == "control characters"}
+    assert of == {"train": numbers["train"]["pairs"], "validation": 26}
+    given = {split: some["given"] for split, some in numbers.items()}
+    assert given == {"train": len(rows), "validation": 26}
     faulty = TIMES["chosen is empty"] + TIMES["chosen and rejected are the same"]
     assert len(refused) == faulty
     assert numbers["train"]["pairs"] == len(rows) - faulty
@@ -113,7 +123,9 @@ def test_a_response_that_merges_with_its_prompt(tmp_path, tiny_model):
 
 def test_lengths_are_those_of_the_tokenizer(tmp_path, tiny_model):
     rows = [clean(n) for n in range(3200)]  # enough for several processes
-    (_, numbers, _), _, table = reported(tmp_path, tiny_model, rows, [clean(n) for n in range(5000, 5020)])
+    for row in rows[::5]:
+        row["rejected"] = " " + " ".join(row["chosen"].strip(" .").split()[::-1]) + "."  # as long
+    (findings, numbers, _), _, table = reported(tmp_path, tiny_model, rows, [clean(n) for n in range(5000, 5020)])
     tokenizer = load_tokenizer(tiny_model("gpt2"))
     lengths = {name: [len(tokenizer(row[name]).input_ids) for row in rows] for name in rows[0]}
     assert table.prompt.tolist()[:3200] == lengths["prompt"]
@@ -125,6 +137,78 @@ def test_lengths_are_those_of_the_tokenizer(tmp_path, tiny_model):
     assert numbers["train"]["longer_is_chosen"] == pytest.approx(
         (np.sign(chosen - rejected) / 2 + 0.5).mean(), abs=1e-12
     )
+    assert (chosen == rejected).any()
+    assert counts(findings)["the longer response is chosen"] == (chosen > rejected).sum()
+    assert numbers["train"]["length_auc"] == pytest.approx(np.mean([(a > rejected).mean() + (a == rejected).mean() / 2
+                                                                    for a in chosen]))  # fmt: skip
+
+
+@pytest.mark.parametrize("longer", ["chosen", "rejected"])
+def test_lengths_that_tell_the_label(tmp_path, tiny_model, longer):
+    rows = [clean(n) for n in range(30)]
+    for row in rows:
+        row[longer] += " and more of it, and still more, and more."
+    (findings, numbers, _), _, _ = reported(tmp_path, tiny_model, rows, [clean(n) for n in range(200, 220)])
+    assert numbers["train"]["length_auc"] == numbers["train"]["longer_is_chosen"] == (longer == "chosen")
+    said = {(one.split, one.name): (one.verdict, one.note) for one in findings}
+    assert said["train", "length tells the label, AUC"] == ("look", f"{longer == 'chosen':.3f}")
+    assert said["train", "the longer response is chosen"][0] == "look"
+    assert said["validation", "the longer response is chosen"] == ("ok", "50.0% with ties as halves")
+
+
+@pytest.mark.parametrize("on_too_long", ["error", "drop", "truncate"])
+def test_a_pair_may_have_max_length_tokens(tmp_path, tiny_model, on_too_long):
+    rows, held_out = [clean(n) for n in range(40)], [clean(n) for n in range(200, 220)]
+    paths = [write(tmp_path / f"{name}.jsonl", some) for name, some in (("train", rows), ("held_out", held_out))]
+    data = file(*paths, 0.1, "error")
+    pairs = [*data.preferences["train"], *data.preferences["validation"]]
+    tokenizer = load_tokenizer(tiny_model("gpt2"))
+    table = measured(pairs, tokenizer, str(tmp_path))
+    lengths = (table.prompt + table[["chosen", "rejected"]].max(axis=1))[:40].tolist()
+    most = sorted(lengths)[-5]
+    above = sum(length > most for length in lengths)
+    findings, _, kept = report.of_pairs(data, table, [], Limits(most, 5, on_too_long), "error", str(tmp_path))
+    assert counts(findings)[f"pairs above max_length={most}"] == above > 0
+    assert len(kept["train"]) == 40 - above * (on_too_long == "drop")
+    if on_too_long != "error":
+        trained_on = tokenize(data.preferences["train"], tokenizer, most, on_too_long)
+        sizes = report.sizes(kept["train"], Limits(most, 5, on_too_long), False, True)
+        assert sizes[:, 0].tolist() == [size(pair.prompt_responses) for pair in trained_on]
+
+
+def test_responses_with_a_label(tmp_path, tiny_model):
+    """20 desirable ones, of which two are there twice and one is undesirable, too; all of them are the longer ones."""
+    rows = [{"prompt": clean(n)["prompt"], "completion": " yes, " * 9, "label": True} for n in range(20)]
+    rows += [{"prompt": clean(n)["prompt"], "completion": " no", "label": False} for n in range(100, 110)]
+    rows += [rows[0], rows[1], rows[2] | {"label": False}]
+    data = unpaired(write(tmp_path / "train.jsonl", rows), write(tmp_path / "shown.jsonl", rows[3:5]), "", 0.1, "error")
+    pairs = [pair for some in data.preferences.values() for pair in some]
+    table = measured(pairs, load_tokenizer(tiny_model("gpt2")), str(tmp_path))
+    assert set(table.rejected) == {-1}
+    findings, numbers, _ = report.of_pairs(data, table, [], Limits(200, 20, "error"), "error", str(tmp_path))
+    found = counts(findings)
+    assert (found["pairs that are there twice"], found["pairs that contradict another"]) == (2, 1)
+    assert (found["desirable responses"], found["prompts that are there before"]) == (22, 3)
+    assert numbers["train"]["length_auc"] == pytest.approx((22 * 10 + 22 / 2) / (22 * 11))
+    assert list(numbers["train"]["lengths"]) == ["prompt", "completion"]
+    assert counts(findings, "validation")["prompts of the training split"] == 2
+
+
+def test_scores_come_from_any_file_and_turn_with_their_pair(tmp_path, tiny_model):
+    rows = [clean(n) | {"score_chosen": n % 3, "score_rejected": 1.0} for n in range(30)]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    data = file(str(tmp_path / "train.json"), write(tmp_path / "shown.jsonl", [clean(n) for n in range(200, 210)]), 0.1,
+                "error")  # fmt: skip
+    pairs = data.preferences["train"]
+    assert [pair.score_gap for pair in pairs] == [n % 3 - 1.0 for n in range(30)]
+    data.preferences["train"] = [*pairs[:1], flipped(pairs[5]), *pairs[1:5], *pairs[6:]]  # 5: above 0
+    both = [pair for some in data.preferences.values() for pair in some]
+    table = measured(both, load_tokenizer(tiny_model("gpt2")), str(tmp_path))
+    findings, _, _ = report.of_pairs(data, table, [], Limits(200, 20, "error"), "error", str(tmp_path))
+    against = next(one for one in findings if one.name == "labels against their scores")
+    assert (against.split, against.count, against.of, against.verdict) == ("train", 11, 30, "look")
+    assert counts(findings)["scores that are tied"] == 10
+    assert "labels against their scores" not in counts(findings, "validation")
 
 
 def test_auc_by_brute_force():
@@ -184,10 +268,13 @@ def test_prompts_alone(tmp_path, tiny_model):
     data = prompts(write(tmp_path / "prompts.jsonl", rows), None, 0, 4, 4, "error")
     tokenizer = load_tokenizer(tiny_model("gpt2"))
     tables = {split: measured_prompts(some, tokenizer, str(tmp_path)) for split, some in data.prompts.items()}
-    findings, numbers = report.of_prompts(data, tables, Limits(150, 20, "error"))
+    findings, numbers = report.of_prompts(data, tables, Limits(150, 20, "error"), str(tmp_path))
     total = {name: sum(one.count for one in findings if one.name == name) for name in {one.name for one in findings}}
     assert total["prompts above the budget"] == total["control characters"] == 1
     assert sum(numbers[split]["prompts"] for split in numbers) == 42
+    most = int(tables["train"].prompt.median())  # a prompt of just so many tokens fits
+    findings, _ = report.of_prompts(data, tables, Limits(most + 20, 20, "error"), str(tmp_path))
+    assert counts(findings)["prompts above the budget"] == (tables["train"].prompt > most).sum() > 0
 
 
 def test_the_cache_goes_by_content(tmp_path, tiny_model):
@@ -199,3 +286,7 @@ def test_the_cache_goes_by_content(tmp_path, tiny_model):
     rows[0]["chosen"] += " one more"
     reported(tmp_path, tiny_model, rows, held_out)
     assert len([*(tmp_path / "cache" / "measured").glob("*/rows.json")]) == 2
+    assert len([*(tmp_path / "cache" / "near").glob("*/places.json")]) == 1  # its prompts are as they were
+    rows[0]["prompt"] = rows[1]["prompt"] + "!"
+    (now, _, _), _, _ = reported(tmp_path, tiny_model, rows, held_out)
+    assert [counts(some)["near-duplicate prompts"] for some in (before, again, now)] == [0, 0, 2]
