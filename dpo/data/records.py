@@ -27,6 +27,10 @@ READ = (  # what other formats have a policy read beside the prompt
 FAULTY = "Mend them, or set data.on_faulty=drop to leave them out or data.on_faulty=keep to train on them."
 
 
+class NoneLeft(ValueError):
+    """Nothing to learn from is left of some records: of others there may be."""
+
+
 @dataclass(frozen=True)
 class Demonstration:
     """A response to imitate. ended: False when it was cut before its end, so that no EOS is learned there."""
@@ -242,7 +246,7 @@ def report(
         said = f"{source}: {len(faults)} of {total} {what} are faulty, {dropped} dropped ({counts})"
         logger.warning(said, extra={"faults": [(f"{source}, {where}", fault) for where, fault in faults]})
     if faults and dropped == total:
-        raise ValueError(f"{source}: one of the {what} must be sound, found {total}, all of them faulty")
+        raise NoneLeft(f"{source}: one of the {what} must be sound, found {total}, all of them faulty")
 
 
 def split_pairs(
@@ -399,14 +403,12 @@ def _other_data(row: dict[str, Any]) -> str:
     """What a line is that is no pair, and what reads it."""
     if {"chosen", "rejected"} <= row.keys() and all(TURN in str(row[name]) for name in ("chosen", "rejected")):
         return "; dialogues like those of hh-rlhf are read by data=hh"
+    if {"responses", "scores"} <= row.keys():
+        return "; several responses with a score each are read by data=ranked"
     if "label" in row and "completion" in row:
         return "; single responses with a label are read by data=unpaired"
     if {"messages", "completion", "response", "conversations"} & row.keys() and "rejected" not in row:
-        return (
-            "; this is data of demonstrations (SFT), and pairs are needed: dpo.sft learns from the chosen responses of "
-            "pairs, or from the demonstrations of a dpo.data.records.Dataset that a function of yours returns "
-            "(data._target_)"
-        )
+        return "; this is data of demonstrations, which dpo.sft reads by data=sft"
     return ""
 
 
