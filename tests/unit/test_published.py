@@ -281,7 +281,7 @@ def test_the_command_line_of_a_study_writes(tmp_path, monkeypatch, capsys):
     assert "table_1" in (said := capsys.readouterr().out)
     assert "0.500" in said
     written = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.*"))
-    assert written == ["one/frames/runs.csv", "one/frontier.png", "one/table_1.csv"]
+    assert written == ["one/frames/runs.csv", "one/frontier.pdf", "one/frontier.png", "one/table_1.csv"]
     assert pd.read_csv(folders[0] / "table_1.csv").to_dict("list") == {"beta": [0.1], "score": [0.5]}
     assert pd.read_csv(folders[0] / "frames" / "runs.csv").to_dict("list") == {"run": ["a"], "score": [0.5]}
 
