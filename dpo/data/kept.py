@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo.cache import digest, digest_large, remember
 from dpo.data.batches import TOO_LONG, Pair, filter_identical, numbered
 from dpo.data.lazy import Lazy
-from dpo.data.records import NoneLeft, Preference, TokenIds
+from dpo.data.records import NoneLeft, Preference, plain
 
 logger = logging.getLogger(__name__)
 TOKENS_VERSION = 1  # part of the cache key: raise it when a change of the code changes tokens, or how they are kept
@@ -110,17 +110,13 @@ def decides_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _row(pair: Preference) -> list[Any]:
-    return [_plain(getattr(pair, name)) for name in TEXT]
-
-
-def _plain(value: Any) -> Any:
-    return vars(value) if isinstance(value, TokenIds) else value
+    return [plain(getattr(pair, name)) for name in TEXT]
 
 
 def _changed(pair: Pair, preference: Preference) -> dict[str, Any]:
     """What a pair has that its preference does not say. Of `token_ids` that can only be that they are not its own."""
     text = {
-        name: _plain(value)
+        name: plain(value)
         for name in TEXT
         if (value := getattr(pair.text, name)) is not (before := getattr(preference, name)) and value != before
     }

@@ -117,7 +117,8 @@ class Dataset:
         return [found[_key(prompt)] for prompt in prompts]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A field of a pair as JSON has it."""
     return asdict(value) if isinstance(value, TokenIds) else value
 
 
@@ -128,7 +129,7 @@ def contents(dataset: Dataset) -> str:
         columns = fields(records[0]) if records else ()
         defaults = {column.name: column.default for column in columns if column.compare}
         return [
-            {name: _plain(getattr(row, name)) for name, default in defaults.items() if getattr(row, name) != default}
+            {name: plain(getattr(row, name)) for name, default in defaults.items() if getattr(row, name) != default}
             for row in records
         ]
 

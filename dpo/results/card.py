@@ -108,6 +108,7 @@ def _title(config: Mapping[str, Any]) -> str:
 
 def _text(config: Mapping[str, Any], rows: list[Row], facts: Facts, repositories: list[str]) -> str:
     policy, reference, made = config["policy"], config["reference"], config.get("provenance", {})
+    sources = repositories or [_shown(config["data"].get("path"))]
     rank = (policy.get("lora") or {}).get("rank")
     given = {
         "policy before training": f"{_shown(_start(policy))}{'' if policy['path'] else ', after SFT'}",
@@ -116,7 +117,7 @@ def _text(config: Mapping[str, Any], rows: list[Row], facts: Facts, repositories
         "loss": f"{_option(config, 'loss')}, beta {config['beta']:g}",
         "reference": ", ".join([_option(config, "reference"), *filter(None, [_shown(reference.get("path"))])]),
         "its digest": f"`{facts.reference}`",
-        "data": ", ".join([_option(config, "data"), *filter(None, repositories or [_shown(config["data"].get("path"))])]),
+        "data": ", ".join([_option(config, "data"), *filter(None, sources)]),
         "its size": ", ".join(f"{size} in {split}" for split, size in facts.sizes.items()),
         "digest of its content": f"`{_contents(config)}`",
         "optimizer": f"{config['optimizer']}, {config['batch_size']} per step, {config['precision']}",
