@@ -110,7 +110,7 @@ def remember(
         if exists:
             return _intact(folder, checked), True
         details = about()
-        if missed := why_missed(folder.parent, {**details, **key}):
+        if not alone and (missed := why_missed(folder.parent, {**details, **key})):  # that is made anew in no time
             logger.info(f"{kind} {folder.name} is not in the cache: {missed}")
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         unfinished.mkdir(exist_ok=True)

@@ -211,7 +211,7 @@ def scoring_of(config: Any) -> Scoring:
 
 def scoring_beside(config: Any) -> Scoring:
     """The same, in the pool that the config names, if it names one."""
-    pool = instantiate(config.get("scorer"))  # runs from before have none
+    pool = instantiate(config.scorer)
     return replace(scoring_of(config), pool=pool, seed=config.seed, batch_size=config.batch_size)
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo.cache import digest, digest_large, remember
 from dpo.data.batches import TOO_LONG, Pair, filter_identical, numbered
 from dpo.data.lazy import Lazy
-from dpo.data.records import Preference, TokenIds
+from dpo.data.records import NoneLeft, Preference, plain
 
 logger = logging.getLogger(__name__)
 TOKENS_VERSION = 1  # part of the cache key: raise it when a change of the code changes tokens, or how they are kept
@@ -64,10 +64,15 @@ def kept_tokens(
         with _heard() as said:
             for first in range(0, len(preferences), AT_ONCE):
                 some = preferences[first : first + AT_ONCE]
-                found = numbered(some, tokenizer, max_length, on_too_long, what, TOO_LONG, on_faulty)
-                row_of = {id(pair): row for row, pair in found}
-                pairs = [pair for _, pair in found]
-                pairs = filter_identical(pairs, on_faulty, what) if apart else pairs
+                try:
+                    found = numbered(some, tokenizer, max_length, on_too_long, what, TOO_LONG, on_faulty)
+                    row_of = {id(pair): row for row, pair in found}
+                    pairs = [pair for _, pair in found]
+                    pairs = filter_identical(pairs, on_faulty, what) if apart else pairs
+                except NoneLeft:
+                    if not rows and first + AT_ONCE >= len(preferences):
+                        raise
+                    continue
                 sides = [side for pair in pairs for side in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
                 parts += [np.array(side, dtype=np.int32) for side in sides]
                 lengths.append(np.array([len(side) for side in sides], dtype=np.int64))
@@ -105,17 +110,13 @@ def decides_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _row(pair: Preference) -> list[Any]:
-    return [_plain(getattr(pair, name)) for name in TEXT]
-
-
-def _plain(value: Any) -> Any:
-    return vars(value) if isinstance(value, TokenIds) else value
+    return [plain(getattr(pair, name)) for name in TEXT]
 
 
 def _changed(pair: Pair, preference: Preference) -> dict[str, Any]:
     """What a pair has that its preference does not say. Of `token_ids` that can only be that they are not its own."""
     text = {
-        name: _plain(value)
+        name: plain(value)
         for name in TEXT
         if (value := getattr(pair.text, name)) is not (before := getattr(preference, name)) and value != before
     }

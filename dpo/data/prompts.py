@@ -27,9 +27,10 @@ def prompts(
 
     Raises: ValueError if there are too few.
     """
-    found, revision = read(Source(path, split, config, columns=columns), _prompt)
+    source = Source(path, split, config, columns=columns)
+    found, revision = read(source, _prompt)
     splits = _parted(path, [one for _, one in found], train, part, validation, test)
-    return Dataset([], {}, splits, on_faulty, revisions={} if revision is None else {path: revision})
+    return Dataset([], {}, splits, on_faulty, revisions={} if revision is None else {str(source): revision})
 
 
 def alpaca_eval(

@@ -29,6 +29,10 @@ SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")
 FAULTY = "Mend them, or set data.on_faulty=drop to leave them out or data.on_faulty=keep to train on them."
 
 
+class NoneLeft(ValueError):
+    """Nothing to learn from is left of some records: of others there may be."""
+
+
 @dataclass(frozen=True)
 class Demonstration:
     """A response to imitate. ended: False when it was cut before its end, so that no EOS is learned there."""
@@ -116,7 +120,8 @@ class Dataset:
         return [found[_key(prompt)] for prompt in prompts]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A field of a pair as JSON has it."""
     return asdict(value) if isinstance(value, TokenIds) else value
 
 
@@ -127,7 +132,7 @@ def contents(dataset: Dataset) -> str:
         columns = fields(records[0]) if records else ()
         defaults = {column.name: column.default for column in columns if column.compare}
         return [
-            {name: _plain(getattr(row, name)) for name, default in defaults.items() if getattr(row, name) != default}
+            {name: plain(getattr(row, name)) for name, default in defaults.items() if getattr(row, name) != default}
             for row in records
         ]
 
@@ -245,7 +250,7 @@ def report(
         said = f"{source}: {len(faults)} of {total} {what} are faulty, {dropped} dropped ({counts})"
         logger.warning(said, extra={"faults": [(f"{source}, {where}", fault) for where, fault in faults]})
     if faults and dropped == total:
-        raise ValueError(f"{source}: one of the {what} must be sound, found {total}, all of them faulty")
+        raise NoneLeft(f"{source}: one of the {what} must be sound, found {total}, all of them faulty")
 
 
 def split_pairs(
@@ -411,14 +416,12 @@ def _other_data(row: dict[str, Any]) -> str:
     """What a line is that is no pair, and what reads it."""
     if {"chosen", "rejected"} <= row.keys() and all(TURN in str(row[name]) for name in ("chosen", "rejected")):
         return "; dialogues like those of hh-rlhf are read by data=hh"
+    if {"responses", "scores"} <= row.keys():
+        return "; several responses with a score each are read by data=ranked"
     if "label" in row and "completion" in row:
         return "; single responses with a label are read by data=unpaired"
     if {"messages", "completion", "response", "conversations"} & row.keys() and "rejected" not in row:
-        return (
-            "; this is data of demonstrations (SFT), and pairs are needed: dpo.sft learns from the chosen responses of "
-            "pairs, or from the demonstrations of a dpo.data.records.Dataset that a function of yours returns "
-            "(data._target_)"
-        )
+        return "; this is data of demonstrations, which dpo.sft reads by data=sft"
     return ""
 
 

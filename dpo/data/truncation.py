@@ -14,7 +14,7 @@ from itertools import pairwise
 from transformers import PreTrainedTokenizerBase
 
 from dpo.data.chats import BREAK, Literal
-from dpo.data.records import Text, listed
+from dpo.data.records import NoneLeft, Text, listed
 from dpo.data.tokens import Encoded, encode_alone, encoded, encodings
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def fitted(
             )
     if not kept:
         others = "" if on_too_long == "truncate" else ", or set on_too_long=truncate"
-        raise ValueError(f"{summary}, so none is left. Raise max_length{others}.")
+        raise NoneLeft(f"{summary}, so none is left. Raise max_length{others}.")
     return kept
 
 

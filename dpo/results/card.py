@@ -16,7 +16,6 @@ from dpo.sweep.identity import identity_keys
 from dpo.win_rates import Z, wilson
 
 CARD = "README.md"
-REPOSITORIES = {"dpo.data.hub.hh": "Anthropic/hh-rlhf", "dpo.data.hub.tldr": "openai/summarize_from_feedback"}
 MEASURED = {  # in this order, where they are
     "win_rate": "win rate over {baseline}, by the judge {judge}",
     "win_rate_lc": "that win rate at equal lengths",
@@ -59,22 +58,20 @@ def write(policy: Path, config: Mapping[str, Any], result: Mapping[str, float], 
 
     Paths are shown as they were given, but of one from the root on the last name alone: the rest is this machine's.
     """
-    data, start = config["data"], _start(config["policy"])
-    repository = data.get("repository") or REPOSITORIES.get(data["_target_"])
-    repository = repository if data.get("path") is None else None
+    start, repositories = _start(config["policy"]), _repositories(config)
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", start) and not Path(start).exists()
     rows = _rows(result, config, facts)
     about = ModelCardData(
         model_name=_title(config),
         base_model=start.partition("@")[0] if on_hub else None,
-        datasets=[repository] if repository else None,
+        datasets=repositories or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["dpo", "preference-optimization"],
         eval_results=[
             EvalResult(
                 task_type="text-generation",
-                dataset_type=repository or _option(config, "data"),
+                dataset_type=repositories[0] if len(repositories) == 1 else _option(config, "data"),
                 dataset_name=_option(config, "data"),
                 dataset_revision=_contents(config),
                 metric_type=row.name,
@@ -84,7 +81,7 @@ def write(policy: Path, config: Mapping[str, Any], result: Mapping[str, float], 
             for row in rows
         ],
     )
-    text = _text(config, rows, facts, repository)
+    text = _text(config, rows, facts, repositories)
     ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}").save(policy / CARD)
 
 
@@ -109,8 +106,9 @@ def _title(config: Mapping[str, Any]) -> str:
     return f"{config['name']}: {_option(config, 'loss')}, beta {config['beta']:g}"
 
 
-def _text(config: Mapping[str, Any], rows: list[Row], facts: Facts, repository: str | None) -> str:
+def _text(config: Mapping[str, Any], rows: list[Row], facts: Facts, repositories: list[str]) -> str:
     policy, reference, made = config["policy"], config["reference"], config.get("provenance", {})
+    sources = repositories or [_shown(config["data"].get("path"))]
     rank = (policy.get("lora") or {}).get("rank")
     given = {
         "policy before training": f"{_shown(_start(policy))}{'' if policy['path'] else ', after SFT'}",
@@ -119,7 +117,7 @@ def _text(config: Mapping[str, Any], rows: list[Row], facts: Facts, repository: 
         "loss": f"{_option(config, 'loss')}, beta {config['beta']:g}",
         "reference": ", ".join([_option(config, "reference"), *filter(None, [_shown(reference.get("path"))])]),
         "its digest": f"`{facts.reference}`",
-        "data": ", ".join([_option(config, "data"), *filter(None, [repository or _shown(config["data"].get("path"))])]),
+        "data": ", ".join([_option(config, "data"), *filter(None, sources)]),
         "its size": ", ".join(f"{size} in {split}" for split, size in facts.sizes.items()),
         "digest of its content": f"`{_contents(config)}`",
         "optimizer": f"{config['optimizer']}, {config['batch_size']} per step, {config['precision']}",
@@ -188,10 +186,18 @@ def _contents(config: Mapping[str, Any]) -> str:
     return str(config.get("provenance", {}).get("inputs", {}).get("data", "unknown"))
 
 
+def _repositories(config: Mapping[str, Any]) -> list[str]:
+    """The data sets that were read on the hub."""
+    read = config.get("provenance", {}).get("revisions", {})
+    return sorted({place.partition(",")[0].partition("@")[0] for place in read})
+
+
 def _shown(value: Any) -> Any:
     """A value, but of a place on this machine its last name."""
     if isinstance(value, list):
         return [_shown(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _shown(one) for key, one in value.items()}
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 

@@ -111,7 +111,8 @@ def save(drawing: Figure, path: Path) -> list[Path]:
     for file in written:
         unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
         with rc_context(FONTS):
-            drawing.savefig(unfinished, format=file.suffix[1:])
+            undated = {"CreationDate": None} if file.suffix == ".pdf" else {}  # the same figure is the same bytes
+            drawing.savefig(unfinished, format=file.suffix[1:], metadata=undated)
         unfinished.replace(file)
     return written
 

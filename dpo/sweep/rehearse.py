@@ -58,6 +58,12 @@ class Rehearsal:
         if not demonstrations and config["policy"]["path"] is None:
             wrong = "policy.path must be given where the data have no demonstrations to make a policy from, found none"
             return {"problems": [f"{wrong}; add policy.path=..."], "inputs": {}}
+        if not with_pairs and config["judge"] is None and config["command"] in ("train", "score", "rounds"):
+            wrong = (
+                "judge must be one that makes pairs of sampled responses where the data have none, found no pairs and "
+                "no judge; choose one: judge=..., --help lists them (dpo.sft learns from demonstrations alone)"
+            )
+            return {"problems": [wrong], "inputs": {}}
         if with_pairs and config.get("pairs", {}).get("off_policy"):
             wrong = "pairs.off_policy=true makes pairs of prompts, found data with pairs; leave it out"
             return {"problems": [wrong], "inputs": {}}

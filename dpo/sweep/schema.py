@@ -278,7 +278,7 @@ def faults(config: dict[str, Any]) -> list[str]:
     if problems := _keys(config, SCHEMAS[config["command"]]):
         return problems
     problems = [*_numbers(config), *_batches(config), *_sharding(config), *_places(config), *_best_of(config)]
-    problems += _lora(config)
+    problems += [*_lora(config), *_served(config)]
     if config["policy"]["base"] is None and (config["policy"]["path"] is None or config["command"] == "sft"):
         sft = "policy.base, a model to make a policy from, must be given; add policy.base="
         train = "policy.path, an SFT policy, or policy.base, a model to make one from, must be given; add policy.path="
@@ -421,6 +421,18 @@ def _sharding(config: dict[str, Any]) -> list[str]:
     elif config["optimizer"] == "adamw_8bit" and processes > 1:  # it does not know FSDP2's weights
         problems.append(f"optimizer=adamw_8bit needs processes=1, got {processes}; use adamw, or policy.lora.rank")
     return problems
+
+
+def _served(config: dict[str, Any]) -> list[str]:
+    """A server has the weights that it was started with, so none has those that a run is yet to train."""
+    trains = config["command"] in ("train", "rounds") and config["steps"] != 0
+    engine = config["evaluation"].get("engine") or {}
+    if not trains or engine.get("_target_") != "dpo.engines.Endpoint":
+        return []
+    return [
+        "evaluation.engine must not be endpoint in a run that trains, since no server holds what it will have trained; "
+        "take vllm, or serve the trained policy and call dpo.evaluate with it"
+    ]
 
 
 def _lora(config: dict[str, Any]) -> list[str]:

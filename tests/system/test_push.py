@@ -22,6 +22,7 @@ from dpo import train
 from dpo.data.records import contents
 from dpo.policy import model as models
 from dpo.push import push
+from dpo.results import card as cards
 from dpo.sweep.signature import instantiate
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +96,23 @@ def test_nothing_of_this_machine_is_pushed(runs, kind):
         assert str(runs).encode() not in content, file
         assert SECRET.encode() not in content, file
     assert "| policy before training | base |" in card(runs / kind)
+
+
+def test_a_card_of_several_sources(runs, tmp_path):
+    """It names the data sets of the hub, and no place on this machine, however deep a config has it."""
+    config = OmegaConf.to_container(OmegaConf.load(runs / "weights" / "config.yaml"))
+    sources = [{"path": str(tmp_path / "mine.jsonl"), "weight": 2}, {"path": "owner/name@main"}]
+    config["data"] = {"_target_": "dpo.data.mixture.mixture", "sources": sources, "validation_fraction": 0.1}
+    config["choices"]["data"] = "mixture"
+    read = {"owner/name@main, train split": "1" * 40, "owner/name@main, test split": "1" * 40, "an/other": "2" * 40}
+    config["provenance"]["revisions"] = read
+    facts = cards.Facts("a", "b", {"train": 3, "validation": 2}, False, ("</s>",))
+    cards.write(tmp_path, config, {"kl": 1.0, "kl/se": 0.1}, facts)
+    text = (tmp_path / "README.md").read_text()
+    assert ModelCard.load(tmp_path / "README.md").data.datasets == ["an/other", "owner/name"]
+    assert "| data | mixture, an/other, owner/name |" in text
+    assert "mine.jsonl" in text
+    assert str(tmp_path) not in text
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -96,6 +96,7 @@ def test_both_pages_have_one_sft_recipe():
         (["sharding.offload=true"], "sharding.offload needs several processes, got 1"),
         (["optimizer=adamw_8bit", "processes=2"], "optimizer=adamw_8bit needs processes=1, got 2"),
         (["policy=pretrained"], "add policy.path="),
+        (["engine@evaluation.engine=endpoint"], "evaluation.engine must not be endpoint in a run that trains"),
         (["+loss.gama=1"], "loss.gama is not an option of dpo.losses.dpo, which has beta, label_smoothing"),
         (["~loss.label_smoothing"], "loss.label_smoothing must be given"),
         (["loss.label_smoothing=much"], "loss.label_smoothing must be float, got 'much'"),
@@ -262,3 +263,10 @@ def test_options_of_data_that_are_off_are_no_part_of_a_run(key):
     assert identity(before) == identity(config(*given))
     on = "{prompt: question}" if key == "columns" else "implicit"
     assert identity(config(*given, f"data.{key}={on}")) != identity(before)
+
+
+def test_a_server_answers_for_a_policy_that_is_there():
+    """A run without steps, and an evaluation, have the policy that the server was started with."""
+    served = "engine@evaluation.engine=endpoint"
+    check(config(served, "evaluation.engine.served=m", "steps=0"))
+    check(config(served, "evaluation.engine.served=m", command="evaluate"))

@@ -288,4 +288,5 @@ def test_a_figure_is_saved_as_png_and_pdf_with_its_fonts(tmp_path):
     assert content.startswith(b"%PDF")
     assert b"/Subtype /TrueType" in content or b"/CIDFontType2" in content
     assert b"/Type3" not in content
+    assert b"CreationDate" not in content  # drawn again it is the same bytes
     assert rcParams["pdf.fonttype"] == 3  # of whoever imports this

@@ -214,3 +214,14 @@ def test_items_are_made_when_they_are_asked_for():
         squares[4]
     assert [*joined([[], squares, [], [7]])] == [0, 1, 4, 9, 7]
     assert joined([squares, [7]])[-1] == 7
+
+
+def test_a_part_of_which_nothing_is_left_does_not_stop_the_others(tmp_path, monkeypatch):
+    """Where the rows are divided decides nothing; of no rows at all it is refused."""
+    monkeypatch.setattr(kept, "AT_ONCE", 1)
+    same, long, sound = TEXTS[4], TEXTS[2], TEXTS[0]
+    for number, some in enumerate(([same, sound], [sound, long], [long, sound, same])):
+        rules = tiny_tokenizer("gpt2"), 60, "drop", "drop", "train pairs", True, str(tmp_path / str(number))
+        assert [pair.text for pair in kept_tokens(some, *rules)] == [sound]
+        with pytest.raises(ValueError, match=r"none is left|one of the train pairs must be sound"):
+            kept_tokens([one for one in some if one is not sound], *rules)

@@ -127,11 +127,20 @@ def test_an_option_that_does_not_fit_is_not_called(base, monkeypatch):
 
 
 def test_pairs_of_prompts_are_not_made_where_there_are_pairs(base):
-    base = with_(with_(base, "judge", None), "pairs", {**base["pairs"], "off_policy": True})
-    [problem] = Rehearsal().of(base)["problems"]
+    base = with_(base, "pairs", {**base["pairs"], "off_policy": True})
+    [problem] = Rehearsal().of(with_(base, "judge", None))["problems"]
     assert problem == "pairs.off_policy=true makes pairs of prompts, found data with pairs; leave it out"
     world = OmegaConf.to_container(OmegaConf.load(Path(__file__).parents[2] / "conf/data/world.yaml"))
-    assert "off_policy" not in str(Rehearsal().of(with_(base, "data", {**world, "seed": 0}))["problems"])
+    assert not Rehearsal().of(with_(base, "data", {**world, "seed": 0}))["problems"]
+
+
+def test_prompts_without_a_judge_make_no_pairs(base):
+    world = OmegaConf.to_container(OmegaConf.load(Path(__file__).parents[2] / "conf/data/world.yaml"))
+    base = with_(with_(base, "data", {**world, "seed": 0}), "judge", None)
+    for command in ("train", "score"):
+        [problem] = Rehearsal().of(with_(base, "command", command))["problems"]
+        assert problem.startswith("judge must be one that makes pairs")
+    assert not Rehearsal().of(with_(base, "command", "generate"))["problems"]
 
 
 def test_data_of_many_configs_are_parsed_once(base, monkeypatch):
