@@ -18,9 +18,10 @@ import pandas as pd
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from dpo.cache import digest, digest_large, remember
+from dpo.cache import digest_large, remember
 from dpo.data import near
 from dpo.data.chats import Literal, as_text
+from dpo.data.kept import decides_tokens
 from dpo.data.records import Preference, Text, fault_of, row
 from dpo.data.tokens import encoded
 from dpo.training.log import progress
@@ -78,8 +79,7 @@ def _kept(
     tokenizer: PreTrainedTokenizerBase,
     cache: str,
 ) -> pd.DataFrame:
-    reads = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token]
-    key = {"items": digest_large(content), "tokenizer": digest(reads), "version": VERSION}
+    key = {"items": digest_large(content), "version": VERSION, **decides_tokens(tokenizer)}
 
     def build(folder: Path) -> None:
         found = pd.concat(_spread(measure, items, tokenizer, "measuring"), ignore_index=True)

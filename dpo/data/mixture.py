@@ -76,6 +76,10 @@ def _part(source: Any, validation_fraction: float, on_faulty: OnFaulty) -> tuple
         return file(validation_fraction=validation_fraction, on_faulty=on_faulty, **options), weight
     if not isinstance(asked["data"], Dataset):
         raise ValueError(f"data must be the node of a data set, with its _target_, found {asked['data']!r}")
+    if weight != 1 and not (asked["data"].preferences or asked["data"].demonstrations):
+        raise ValueError(
+            f"weight must be 1 of prompts alone, each of which is taken once, found {weight}; leave it out"
+        )
     return asked["data"], weight
 
 

@@ -94,6 +94,14 @@ def test_demonstrations_are_mixed_too(tmp_path):
     assert data.prompts["test"] == both[0].prompts["test"] + both[1].prompts["test"]
 
 
+def test_prompts_alone_have_no_weight():
+    """They are asked once each, so a share of them would be taken in silence."""
+    some = Dataset([], {}, {"train": ["a?", "b?"], "validation": [], "test": []})
+    assert mixture([{"data": some}], 0.1, "error").prompts["train"] == ["a?", "b?"]
+    with pytest.raises(ValueError, match=r"data.sources\[0\]: weight must be 1 of prompts alone.* found 0.5"):
+        mixture([{"data": some, "weight": 0.5}], 0.1, "error")
+
+
 def test_revisions_of_all_are_told():
     part = [{"data": Dataset([], {"train": [], "validation": []}, {}, revisions={name: name})} for name in "ab"]
     some = {split: [Preference(split, "b", "c")] for split in ("train", "validation")}
