@@ -28,7 +28,7 @@ FAMILIES = {  # a panel of the frontier each
         *("ipo", "sppo", "cal_dpo", "apo_zero", "apo_down", "nca", "bco", "kto", "kto_paired"),
     ),
     "lengths count": ("simpo", "alpha_dpo", "length_normalized", "r_dpo", "ld_dpo"),
-    "likelihood of the chosen response": ("rpo", "dpop", "cpo", "slic", "orpo", "sft"),
+    "likelihood of the chosen response": ("rpo", "dpop", "cpo", "slic", "orpo"),
     "all pairs of a step": (
         *("beta_dpo", "beta_ipo", "beta_kto", "beta_simpo", "dr_dpo", "dr_ipo", "aot", "aot_unpaired"),
     ),
