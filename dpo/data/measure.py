@@ -62,7 +62,7 @@ def near_duplicates(texts: dict[str, list[str]], cache: str) -> dict[str, list[i
         found = {split: near.near(some, sketches[split], *known[split]).tolist() for split, some in texts.items()}
         (folder / "places.json").write_text(json.dumps(found))
 
-    folder, _ = remember(cache, "near", {"texts": digest_large(texts), "version": VERSION}, build)
+    folder, _ = remember(cache, "near", {"texts": digest_large(texts), "version": VERSION}, build, alone=True)
     return dict(json.loads((folder / "places.json").read_text()))
 
 
@@ -85,7 +85,7 @@ def _kept(
         found = pd.concat(_spread(measure, items, tokenizer, "measuring"), ignore_index=True)
         found.to_json(folder / "rows.json", orient="split")
 
-    folder, _ = remember(cache, kind, key, build)
+    folder, _ = remember(cache, kind, key, build, alone=True)
     return pd.read_json(folder / "rows.json", orient="split")
 
 
