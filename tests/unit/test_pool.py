@@ -225,7 +225,9 @@ def test_what_was_scored_is_kept_when_a_pool_ends(tmp_path, tiny_model, llama, t
     assert sorted(file.name for file in table.folder.iterdir()) == sorted(file.name for file in fresh.folder.iterdir())
 
 
-def test_what_another_layout_kept_is_not_taken(tmp_path, tiny_model, llama):
+def test_what_another_layout_kept_is_not_taken(tmp_path, tiny_model, llama, monkeypatch):
+    """Though its passes are over the same rows."""
+    monkeypatch.setattr(pools, "shares", lambda sequences, tokens: scoring.shares(sequences, 4 * 4))
     with pytest.raises(RuntimeError, match="the pool is gone"):
         start(tmp_path, tiny_model, Here(llama, passes=2), llama, packed=False).finish()
     second = Here(llama)
