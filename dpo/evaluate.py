@@ -489,9 +489,8 @@ def show(
     prompts = prompts[: settings.log_samples]
     if not prompts:
         return []
-    return describe(prompts, respond(policy, tokenizer, prompts, replace(settings, engine=None), "", title=""), judge)[
-        0
-    ]
+    here = replace(settings, engine=None)  # no server or vLLM for a few samples between steps
+    return describe(prompts, respond(policy, tokenizer, prompts, here, "", title=""), judge)[0]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,14 @@ def stream(
     def work(found: Callable[[bytes, Tensor], None]) -> Scores:
         return score(settings.pool.passes(which, weights, packed, settings, name, first, named, found), *rules)
 
-    return Streamed(held, weights, sequences, work, live, settings, kl_target, is_initial)
+    return Streamed(held, weights, sequences, contents, work, live, settings, kl_target, is_initial)
 
 
 class Streamed:
     """The same reference while a pool scores: what asks for a row that is not there yet waits for it.
 
-    work: scores all sequences, in a thread of its own; tells its argument the log-probs of each as they come.
+    contents: of all sequences, by `content_of`. work: scores them, in a thread of its own; tells its argument the
+    log-probs of each as they come.
     live: rows of all sequences, and what the model's own forward says of them; no row is given away before these are
     there and agree. What the work raises is raised by whoever waits.
     """
@@ -120,6 +122,7 @@ class Streamed:
         held: str,
         fingerprint: str,
         sequences: dict[str, Sequence[Tokens]],
+        contents: list[bytes],
         work: Callable[[Callable[[bytes, Tensor], None]], Scores],
         live: tuple[Sequence[int], Tensor],
         settings: Scoring,
@@ -129,9 +132,10 @@ class Streamed:
         self.held, self.fingerprint, self.kl_target, self.is_initial = held, fingerprint, kl_target, is_initial
         self.waited = 0.0  # seconds, of those who asked
         self._sequences, self._settings, self._live = sequences, settings, live
-        self._contents = {split: [content_of(tokens) for tokens in asked] for split, asked in sequences.items()}
-        everything = [content for contents in self._contents.values() for content in contents]
-        self._unchecked = [everything[row] for row in live[0]]
+        self._all = contents
+        found = iter(contents)
+        self._contents = {split: list(islice(found, len(asked))) for split, asked in sequences.items()}
+        self._unchecked = [contents[row] for row in live[0]]
         self._logps: dict[bytes, Tensor] = {}  # () float32, by content
         self._tokens: dict[bytes, Tensor] = {}  # (tokens,) float32, where asked for
         self._checked = False
@@ -177,8 +181,7 @@ class Streamed:
         try:
             outcome: Scores | BaseException = work(self._found)
             if isinstance(outcome, Scores) and outcome.cached:  # another process scored them meanwhile
-                everything = [content for contents in self._contents.values() for content in contents]
-                for row, content in enumerate(everything):
+                for row, content in enumerate(self._all):
                     tokens = outcome.token_logps[row] if outcome.token_logps else None
                     self._add(content, outcome.logps[row], tokens)
         except BaseException as error:

@@ -14,6 +14,16 @@ from types import ModuleType, SimpleNamespace
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+# Of `engine.llm`, for tiny models of tests, here and in vLLM itself
+OPTIONS = {
+    "max_model_len": 64,
+    "gpu_memory_utilization": 0.1,
+    "tensor_parallel_size": 1,
+    "enforce_eager": True,
+    "enable_chunked_prefill": False,
+    "trust_remote_code": False,
+}
+
 
 @dataclass
 class SamplingParams:

@@ -45,12 +45,12 @@ def measured(pairs: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, ca
     beginning of the other. alike: they differ in white space or case alone. typed: a special token of the tokenizer is
     typed in the text, markers: one of another chat format; and a column for each of ODD.
     """
-    return _kept("measured", [row(pair) for pair in pairs], _pairs, pairs, tokenizer, cache)
+    return _kept([row(pair) for pair in pairs], _pairs, pairs, tokenizer, cache)
 
 
 def measured_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, cache: str) -> pd.DataFrame:
     """The columns of `measured` that there are without responses, a row for each prompt."""
-    return _kept("measured", list(prompts), _prompts, prompts, tokenizer, cache)
+    return _kept(list(prompts), _prompts, prompts, tokenizer, cache)
 
 
 def near_duplicates(texts: dict[str, list[str]], cache: str) -> dict[str, list[int]]:
@@ -72,7 +72,6 @@ def _sketched(texts: Sequence[str]) -> NDArray[np.uint64]:
 
 
 def _kept(
-    kind: str,
     content: list[Any],
     measure: Callable[..., pd.DataFrame],
     items: Sequence[Any],
@@ -85,7 +84,7 @@ def _kept(
         found = pd.concat(_spread(measure, items, tokenizer, "measuring"), ignore_index=True)
         found.to_json(folder / "rows.json", orient="split")
 
-    folder, _ = remember(cache, kind, key, build, alone=True)
+    folder, _ = remember(cache, "measured", key, build, alone=True)
     return pd.read_json(folder / "rows.json", orient="split")
 
 

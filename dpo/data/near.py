@@ -21,9 +21,7 @@ COMPARED = 10  # texts of a bucket with which each that falls into it is compare
 SURE = 0.5  # share of agreeing hashes below which a candidate is not looked at: six standard errors below THRESHOLD
 
 _powers = np.random.default_rng(0).integers(2**63, size=SHINGLE, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-_bins = np.arange(BANDS * ROWS, dtype=np.uint64) << np.uint64(
-    64 - 6
-)  # where each of 64 equal parts of the hashes begins
+_bins = np.arange(BANDS * ROWS, dtype=np.uint64) << np.uint64(64 - 6)  # the beginnings of 64 equal parts of the hashes
 
 
 @lru_cache(maxsize=2**12)

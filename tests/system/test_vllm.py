@@ -29,14 +29,6 @@ from dpo.policy import model as models
 from dpo.policy.sampling import Sampling, sample
 
 pytestmark = pytest.mark.vllm
-OPTIONS = {
-    "max_model_len": 64,
-    "gpu_memory_utilization": 0.1,
-    "tensor_parallel_size": 1,
-    "enforce_eager": True,
-    "enable_chunked_prefill": False,
-    "trust_remote_code": False,
-}
 GREEDY = Sampling(12, 0.0, 1.0, 8)
 WARM = Sampling(12, 1.0, 0.9, 8)
 
@@ -59,7 +51,9 @@ def policy(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    with engines.closing(engines.Vllm("float32", 1e-4, str(tmp_path_factory.mktemp("cache")), OPTIONS)) as one:
+    with engines.closing(
+        engines.Vllm("float32", 1e-4, str(tmp_path_factory.mktemp("cache")), vllm_double.OPTIONS)
+    ) as one:
         yield one
 
 
@@ -78,7 +72,7 @@ def test_it_takes_what_we_give(engine):
         name: (one.default, one.default) for name, one in ours.items()
     }
     taken = {*inspect.signature(LLM).parameters, *inspect.signature(EngineArgs).parameters}
-    assert {*OPTIONS, "dtype", "generation_config"} <= taken
+    assert {*vllm_double.OPTIONS, "dtype", "generation_config"} <= taken
 
 
 def test_greedy_responses_are_those_of_generate(policy, engine, prompts):
@@ -206,7 +200,7 @@ def _answers(url):
 def test_what_it_cannot_serve_is_said(tmp_path, tiny_model):
     """Heads of 8, on a CPU; and nothing stays behind."""
     model, tokenizer = models.load(tiny_model("llama"))
-    one = engines.Vllm("float32", 0.1, str(tmp_path), OPTIONS)
+    one = engines.Vllm("float32", 0.1, str(tmp_path), vllm_double.OPTIONS)
     with pytest.raises(RuntimeError, match=r"vLLM must serve .*, a LlamaForCausalLM, found .*; set engine\.llm and"):
         one(model, tokenizer, [[5, 6]], [0], GREEDY, 0, "")
     assert [*tmp_path.iterdir()] == []

@@ -27,14 +27,6 @@ from dpo.training import distributed
 
 GREEDY = Sampling(6, 0.0, 1.0, 8)
 WARM = Sampling(6, 1.0, 0.9, 8)
-LLM = {
-    "max_model_len": 64,
-    "gpu_memory_utilization": 0.1,
-    "tensor_parallel_size": 1,
-    "enforce_eager": True,
-    "enable_chunked_prefill": False,
-    "trust_remote_code": False,
-}
 
 
 @pytest.fixture
@@ -58,7 +50,7 @@ def prompts(policy):
 
 
 def engine(tmp_path, dtype="float32", tolerance=1e-4, **changed):
-    return engines.Vllm(dtype, tolerance, str(tmp_path), {**LLM, **changed})
+    return engines.Vllm(dtype, tolerance, str(tmp_path), {**vllm_double.OPTIONS, **changed})
 
 
 def test_greedy_responses_are_those_of_generate(policy, llm, prompts, tmp_path):
@@ -246,7 +238,7 @@ def test_vllm_is_told_nothing_of_torchrun(policy, llm, prompts, tmp_path, monkey
 def candidates(tmp_path, policy, prompts=PROMPTS, dtype="float32", **changed):
     """What `dpo.generate` makes with this engine."""
     node = {"_target_": "dpo.engines.Vllm", "_partial_": True, "dtype": dtype, "tolerance": 0.1}
-    node |= {"cache": str(tmp_path), "llm": {**LLM, **changed.pop("llm", {})}}
+    node |= {"cache": str(tmp_path), "llm": {**vllm_double.OPTIONS, **changed.pop("llm", {})}}
     settings = OmegaConf.merge(config(tmp_path, **changed), {"engine": node})
     return generate.candidates(*policy, {"train": prompts, "validation": prompts[:2]}, generation_of(settings), "w")
 
@@ -293,7 +285,7 @@ def test_evaluations_are_drawn_by_it(llm, tmp_path, tiny_model):
 
 def test_looking_at_a_policy_in_training_starts_no_vllm(policy, llm, tmp_path):
     node = {"_target_": "dpo.engines.Vllm", "_partial_": True, "dtype": "float32", "tolerance": 0.1}
-    asked = feeding(60, engine={**node, "cache": str(tmp_path), "llm": LLM}, log_samples=2)
+    asked = feeding(60, engine={**node, "cache": str(tmp_path), "llm": vllm_double.OPTIONS}, log_samples=2)
     assert len(evaluate.show(*policy, PROMPTS, None, asked)) == 2
     assert llm.started == []
     assert len(evaluate.respond(*policy, PROMPTS, asked, "policy", title="")) == 6
