@@ -246,6 +246,12 @@ RECIPES = {
     "table=objectives loss=dpo": {**WORLD, "evaluation.prompts": 500},
     "table=label_noise": {**WORLD, "evaluation.prompts": 500},
     "figure=dynamic_beta": {**WORLD, **GAPS},
+    "figure=over_optimization": {
+        **WORLD,
+        "evaluation.prompts": 500,
+        "evaluation.judge._target_": "dpo.judges.gold",
+        "evaluation.judge._partial_": True,
+    },
     "table=dynamic_beta_mixtures loss=dpo": {**WORLD, **GAPS, "loss.keep": 1},
     "table=dynamic_beta_filters loss=dpo": {**WORLD, "loss.filter_by": "gradient", "evaluation.prompts": 500},
     "table=dynamic_beta_variants loss=dpo": {**WORLD, "loss.keep": 1, "evaluation.prompts": 500},
@@ -284,7 +290,7 @@ def defaults(composed):
 @pytest.mark.parametrize("given", RECIPES)
 def test_recipes(composed, defaults, given):
     found, expected = composed(*given.split()), RECIPES[given]
-    groups = ("data.", "judge.", "reference.", "loss.")  # another option has other keys
+    groups = ("data.", "judge.", "reference.", "loss.", "evaluation.judge")  # another option has other keys
     differ = {key for key, value in found.items() if defaults.get(key) != value or key not in defaults} - {"name"}
     differ = {key for key in differ if found[key] is not None or key in defaults or key in expected}
     assert {key: found.get(key, "missing") for key in differ | {*expected}} == expected
@@ -359,6 +365,11 @@ GRIDS = {
         "loss": ["dpo", "ipo", "dr_dpo"],
         "pairs.flip": ["0", "0.1", "0.2", "0.3", "0.4"],
         "beta": ["0.1", "0.3"],
+        "seed": SEEDS,
+    },
+    "over_optimization": {
+        "judge": ["hasty", "gold"],
+        "beta": ["0.003", "0.01", "0.03", "0.1", "0.3", "1"],
         "seed": SEEDS,
     },
     "dynamic_beta": {
