@@ -369,7 +369,7 @@ GRIDS = {
     },
     "over_optimization": {
         "judge": ["hasty", "gold"],
-        "beta": ["0.003", "0.01", "0.03", "0.1", "0.3", "1"],
+        "beta": ["0.003", "0.01", "0.03", "0.1", "0.3", "1", "3", "10"],
         "seed": SEEDS,
     },
     "dynamic_beta": {
