@@ -59,14 +59,15 @@ class Served:
         return {"id": "1", "object": kind, "created": 0, "model": self.name, "usage": usage, "choices": [choice]}
 
     def chat(self, body):
-        [message] = body["messages"]
+        [message], end = body["messages"], "stop"
         if self.answer is None:
             ids = self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True)["input_ids"]
             tokens, _ = self.drawn(ids, body, [])
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            end = "stop" if tokens[-1] == self.tokenizer.eos_token_id else "length"
         else:
             text = self.answer(message["content"], body)
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": end}
         return self.body("chat.completion", choice, len(message["content"].split()), len(text.split()))
 
     def completion(self, body):
