@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import os
+import signal
 import threading
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -103,6 +106,20 @@ class Served:
             if token in stops or token == self.tokenizer.eos_token_id:
                 break
         return tokens, logps
+
+
+def kill(process):
+    """End a command and what it has started, runs in sessions of their own too, by a signal that none of them sees."""
+    parents = {}
+    for folder in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):  # no process, or one that has ended meanwhile
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    family = [process.pid]
+    for one in family:
+        family += [child for child, parent in parents.items() if parent == one]
+    for one in family:
+        with suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
 
 
 @contextmanager
