@@ -17,7 +17,7 @@ import pytest
 import torch
 from serving import Served, kill, serving
 from smol import smollm2
-from test_served_stages import reader
+from test_served_stages import chance
 from whole_runs import ROOT
 
 pytestmark = pytest.mark.long
@@ -27,7 +27,7 @@ INVENTED = [  # articles, for where these are not
     f"{1890 + n}, and the mayor said that repairs would take until autumn. Ferries cross the river every {n} minutes."
     for n, town in enumerate(("Oslo", "Rome", "Bonn", "Kiel", "Cork"), 5)
 ]
-ARTICLES, MESSY, KILLED = 5, 3, 14
+ARTICLES, MESSY, KILLED = 5, 3, 10
 PRICES = 2.0, 10.0
 
 
@@ -74,10 +74,7 @@ def larger(text, body):
 
 
 def answering(text, body):
-    """As of `reader`, but for the questions of the handshake."""
-    if "Anna lives in Oslo." in text:
-        return "Q1) B\nQ2) C"
-    return reader(text, body)
+    return "Q1) B\nQ2) C" if "Anna lives in Oslo." in text else chance(text, body)
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +88,8 @@ def given(smol, tmp_path_factory) -> list[str]:
     prompts = [f"Sum up this article in two sentences.\n\n{text}" for text in articles()]
     file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     return [
-        *("data=prompts", f"data.path={file}", "data.validation=1", "data.test=1", f"policy.path={smol}"),
-        *("max_length=400", "max_new_tokens=12", "generation.samples_per_prompt=3", "threads=1", "device=cpu"),
+        *("data=prompts", f"data.path={file}", "data.validation=2", "data.test=1", f"policy.path={smol}"),
+        *("max_length=400", "max_new_tokens=12", "threads=1", "device=cpu"),
         *("judge.model=smol", "judge.max_tokens=16", "judge.attempts=2", "judge.server.concurrency=2"),
         *(f"judge.server.prices=[{PRICES[0]},{PRICES[1]}]", "wandb.mode=disabled"),
     ]
@@ -110,12 +107,12 @@ def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("which,form", [("pairwise", larger), ("questions", answering)])
-def test_what_a_real_model_says(smol, given, tmp_path, which, form):
+@pytest.mark.parametrize("which,form,samples", [("pairwise", larger, 3), ("questions", answering, 4)])
+def test_what_a_real_model_says(smol, given, tmp_path, which, form, samples):
     """Killed on the way, it asks for nothing twice; what has no form is counted, by what is wrong with it."""
     served = Judge(smol, form)
     with serving(served) as url:
-        asked = [*given, f"judge={which}", f"judge.server.url={url}"]
+        asked = [*given, f"judge={which}", f"judge.server.url={url}", f"generation.samples_per_prompt={samples}"]
         first = started(tmp_path, *asked)
         served.killed = lambda: kill(first)
         assert first.wait() == -signal.SIGKILL, first.stdout.read()
@@ -138,7 +135,7 @@ def test_what_a_real_model_says(smol, given, tmp_path, which, form):
     assert whys["cut at judge.max_tokens"]
     assert re.search(r"\d+ requests, \d+ tokens in, \d+ out, \d\.\d{4} at the given prices", text)
     [manifest] = (tmp_path / "runs").glob("*/*/manifest.json")
-    assert json.loads(manifest.read_text())["train candidates"] == 3 * (ARTICLES - 2)
+    assert json.loads(manifest.read_text())["train candidates"] == samples * (ARTICLES - 3)
     rows = [json.loads(line) for line in (manifest.parent / "train.judged.jsonl").read_text().splitlines()]
     assert all(0 <= row["correct"] <= 5 for row in rows) if which == "questions" else "score" not in rows[0]
 
