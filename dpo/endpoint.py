@@ -92,17 +92,19 @@ class Server:
         key = os.environ[asked["key"]] if asked["key"] else "none"
         return openai.OpenAI(base_url=asked["url"], api_key=key, timeout=asked["timeout"], max_retries=asked["retries"])
 
-    def chat(self, text: str, max_tokens: int, seed: int, temperature: float) -> str:
-        """What the model answers to a user's turn.
+    def chat(self, text: str, max_tokens: int, seed: int, temperature: float) -> tuple[str, bool]:
+        """What the model answers to a user's turn, and whether it was cut at `max_tokens`.
 
         Raises: Refused, or RuntimeError where no request could do: no server, a wrong key, another model.
         """
 
-        def read(body: Any) -> str:
-            said = body.choices[0].message.content
+        def read(body: Any) -> tuple[str, bool]:
+            said, cut = body.choices[0].message.content, body.choices[0].finish_reason == "length"
+            if cut and said is None:  # while it was thinking
+                return "", True
             if not isinstance(said, str):
                 raise TypeError(f"found the content {said!r}")
-            return said
+            return said, cut
 
         return self.asked(
             "chat completion",

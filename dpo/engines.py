@@ -3,14 +3,16 @@
 An engine is a function `(model, tokenizer, prompts, places, sampling, seed, title) -> responses`, which all processes
 of a run call: prompts are token ids, and a response keeps its own. What is drawn for a prompt goes by the seed and its
 place, not by what else is asked for. One that samples in another program does so on rank 0 alone
-(`dpo.training.distributed.on_main`). title: of a progress bar. One that holds something has a method `close`.
+(`dpo.training.distributed.on_main`). title: of a progress bar. One that holds something has a method `close`; one
+that works on many batches at once a method `each`, which gives them as they come.
 """
 
+import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -27,7 +29,9 @@ from dpo.data.chats import ends
 from dpo.endpoint import Refused, Server, ServerOptions
 from dpo.policy import model as models
 from dpo.policy.logps import token_logps
-from dpo.policy.sampling import Sample, Sampling, cut, sample
+from dpo.policy.model import ModelSpec
+from dpo.policy.pool import Draw, Pool, anywhere
+from dpo.policy.sampling import Sample, Sampling, cut, longest_first, sample
 from dpo.training.distributed import device_of, is_main, is_sharded, on_main
 from dpo.training.log import progress
 
@@ -144,6 +148,97 @@ class Endpoint:
         )
 
 
+class PoolOptions(TypedDict):
+    """Of a pool of actors, which decides no response: `conf/engine/ray.yaml` says what each means."""
+
+    concurrency: int
+    batch_size: int
+    num_cpus: float
+    num_gpus: float
+    resources: dict[str, float] | None
+    max_restarts: int
+    max_task_retries: int
+    address: str | None
+
+
+class Ray:
+    """A pool of Ray actors that each hold the model: the batches that `transformers` draws in this process, shared out.
+
+    They read the weights from a copy in the folder `cache`, so these may be of any policy in memory. A batch is
+    the same whichever actor draws it, and is given as it comes. One process of a run, which drives them.
+
+    Raises: ValueError if the options are none that could work. RuntimeError if actors end at some response.
+    """
+
+    def __init__(self, cache: str, trust_remote_code: bool, pool: PoolOptions) -> None:
+        self.pool, self.cache, self.trusts = _Drawers(**pool), cache, trust_remote_code
+        self._weights: str | None = None  # of the copy
+        self._copy: Path | None = None
+
+    def forward(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[list[int]],
+        places: Sequence[int],
+        sampling: Sampling,
+        seed: int,
+        title: str,
+    ) -> list[Sample]:
+        found: dict[int, Sample] = {}
+        with progress(total=len(prompts), name=title) as bar:
+            for rows, samples in self.each(model, tokenizer, prompts, places, sampling, seed):
+                found.update(zip(rows, samples, strict=True))
+                bar.update(len(rows))
+        return [found[row] for row in range(len(prompts))]
+
+    __call__ = forward
+
+    def each(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[list[int]],
+        places: Sequence[int],
+        sampling: Sampling,
+        seed: int,
+    ) -> Iterator[tuple[list[int], list[Sample]]]:
+        """Rows of prompts with their responses, batch by batch, as they come."""
+        self.pool.check()
+        order = longest_first(prompts)
+        batches = [order[first : first + sampling.batch_size] for first in range(0, len(order), sampling.batch_size)]
+        asked = {number: [[prompts[row], places[row]] for row in rows] for number, rows in enumerate(batches)}
+
+        def named(number: int) -> list[str]:
+            texts = [(row, tokenizer.decode(prompts[row])) for row in batches[number]]
+            return [f"response {places[row]}, to {text[:100]!r}" for row, text in texts]
+
+        which = self._copied(model, tokenizer)
+        for number, said in self.pool.stream(asked, Draw(sampling, seed), which, None, named):
+            rows = batches[number]
+            yield rows, [Sample(prompts[row], *one) for row, one in zip(rows, json.loads(said), strict=True)]
+
+    def close(self) -> None:
+        """End the actors, and delete the copy."""
+        if self._copy is not None:
+            self.pool.close()
+            shutil.rmtree(self._copy, ignore_errors=True)
+        self._copy = self._weights = None
+
+    def _copied(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelSpec:
+        if (weights := models.fingerprint(model)) != self._weights or self._copy is None:
+            self.close()
+            self._copy = _folder(self.cache, "ray-")
+            models.save(model, tokenizer, self._copy / "policy")
+            self._weights = weights
+        return anywhere(ModelSpec(str(self._copy / "policy"), self.trusts))
+
+
+class _Drawers(Pool):
+    group, actors, without = "engine.pool", "sampling actors", "engine=ray"
+    advice = "Candidates that came are kept. Give an actor more memory, lower batch_size, or leave out the prompt"
+
+
 class LlmOptions(TypedDict):
     """What vLLM is started with, which decides no response but for rounding: `conf/engine/vllm.yaml` says what each
     means.
@@ -230,7 +325,7 @@ class Vllm:
     def _start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the weights, and start vLLM with them. A collective."""
         torch.cuda.empty_cache()  # what this process keeps to use again is memory that vLLM finds taken
-        folder = on_main(self._folder)
+        folder = on_main(lambda: _folder(self.cache, "vllm-"))
         try:
             if is_main() or is_sharded(model):
                 models.save(model, tokenizer, folder / "policy")
@@ -238,10 +333,6 @@ class Vllm:
         finally:
             if is_main():
                 shutil.rmtree(folder, ignore_errors=True)
-
-    def _folder(self) -> Path:
-        Path(self.cache).mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix="vllm-", dir=self.cache))
 
     def _serve(self, folder: Path, model: PreTrainedModel) -> None:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a fork hangs where torch had threads
@@ -296,6 +387,12 @@ class Vllm:
         return [one.outputs[0] for one in found]
 
 
+def _folder(cache: str, prefix: str) -> Path:
+    """A new folder for a copy of weights, in the cache: where there is room for them."""
+    Path(cache).mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=cache))
+
+
 @contextmanager
 def _without_torchrun() -> Iterator[None]:
     """What torchrun says of this run's processes is not said to those that are started here."""
@@ -317,6 +414,11 @@ def closing(engine: Any) -> Iterator[Any]:
     finally:
         if close := getattr(getattr(engine, "func", engine), "close", None):
             close()
+
+
+def each_of(engine: Any) -> Callable[..., Iterator[tuple[list[int], list[Sample]]]] | None:
+    """What gives responses batch by batch, as they come, of an engine that has it."""
+    return getattr(getattr(engine, "func", engine), "each", None)
 
 
 def _against_spare_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[int, float] | None:

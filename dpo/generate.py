@@ -11,7 +11,7 @@ if __name__ == "__main__":
     launch.command("generate")  # ends here: a run is `python -m dpo.sweep.execute`, and what it imports is slow
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -103,10 +103,12 @@ def candidates(
         own = vocabulary(tokenizer)
         with engines.closing(instantiate(settings.engine)) as engine:
             for split in SPLITS:
+                given = {"sampling": sampling, "seed": seed_of(settings.seed, split)}
                 samples = _sampled(
-                    partial(engine, model, tokenizer, sampling=sampling, seed=seed_of(settings.seed, split)),
+                    partial(engine, model, tokenizer, **given),
+                    partial(each, model, tokenizer, **given) if (each := engines.each_of(engine)) else None,
                     [ids for _, ids in fed[split] for _ in range(n)],
-                    AT_ONCE * sampling.batch_size,
+                    sampling.batch_size,
                     f"sampling {split} pairs",
                     folder / f"{split}.unfinished",  # which `remember` takes away
                 )
@@ -123,19 +125,32 @@ def candidates(
 
 
 def _sampled(
-    engine: Callable[..., list[Sample]], prompts: Sequence[list[int]], at_once: int, title: str, kept: Path
+    engine: Callable[..., list[Sample]],
+    each: Callable[..., Iterator[tuple[list[int], list[Sample]]]] | None,
+    prompts: Sequence[list[int]],
+    batch_size: int,
+    title: str,
+    kept: Path,
 ) -> list[Sample]:
-    """A response to each prompt. Those to `at_once` prompts are added to the file `kept` when they have come, so a run
-    that was killed goes on there. In the order in which they would be sampled at once, so as they would be.
+    """A response to each prompt. Those that came are added to the file `kept`, `AT_ONCE` batches at a time or, where
+    the engine has a method `each`, batch by batch, so a run that was killed goes on there. In the order in which they
+    would be sampled at once, so as they would be.
     """
     known: dict[int, list[Any]] = distributed.on_main(lambda: answers_in(kept, mend=True))
-    order = longest_first(prompts)
+    order, size = longest_first(prompts), batch_size if each else AT_ONCE * batch_size
+    chunks = [order[first : first + size] for first in range(0, len(prompts), size)]
+    left = [places for places in chunks if not all(place in known for place in places)]
+
+    def come() -> Iterator[tuple[list[int], list[Sample]]]:
+        if each is None:
+            for places in left:
+                yield places, engine([prompts[place] for place in places], places, title="")
+        elif places := [place for some in left for place in some]:
+            for rows, samples in each([prompts[place] for place in places], places):
+                yield [places[row] for row in rows], samples
+
     with progress(total=len(prompts), name=title, first=len(known)) as bar:
-        for first in range(0, len(prompts), at_once):
-            places = order[first : first + at_once]
-            if all(place in known for place in places):
-                continue
-            few = engine([prompts[place] for place in places], places, title="")
+        for places, few in come():
             new = {place: [one.response_ids, one.text, one.ended] for place, one in zip(places, few, strict=True)}
             if distributed.is_main():
                 add_answers(kept, {}, new)

@@ -150,7 +150,7 @@ def identity_of(node: Any) -> dict[str, Any]:
     asked; of a model in a folder what is in that.
     """
     options: Any = OmegaConf.to_container(node, resolve=True)
-    options = {key: value for key, value in options.items() if key not in ("server", "cache", "llm")}
+    options = {key: value for key, value in options.items() if key not in ("server", "cache", "llm", "pool")}
     return options | ({"weights": sketch(folder)} if (folder := folder_of(options)) is not None else {})
 
 

@@ -8,7 +8,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dpo.sweep.launch import Combinations
+from dpo.sweep.launch import Combinations, in_hydras_words
 from dpo.sweep.plan import Composed
 
 ROOT = Path(__file__).parents[1]
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 def composed(verb: str, *overrides: str) -> Composed:
     """What a sweep of `verb` makes of a combination of overrides."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return _combinations(verb).compose(overrides)
+        return _combinations(verb).compose(in_hydras_words(overrides))
 
 
 def compose(verb: str, *overrides: str) -> DictConfig:

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import os
+import signal
 import threading
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -59,14 +62,15 @@ class Served:
         return {"id": "1", "object": kind, "created": 0, "model": self.name, "usage": usage, "choices": [choice]}
 
     def chat(self, body):
-        [message] = body["messages"]
+        [message], end = body["messages"], "stop"
         if self.answer is None:
             ids = self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True)["input_ids"]
             tokens, _ = self.drawn(ids, body, [])
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            end = "stop" if tokens[-1] == self.tokenizer.eos_token_id else "length"
         else:
             text = self.answer(message["content"], body)
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": end}
         return self.body("chat.completion", choice, len(message["content"].split()), len(text.split()))
 
     def completion(self, body):
@@ -102,6 +106,20 @@ class Served:
             if token in stops or token == self.tokenizer.eos_token_id:
                 break
         return tokens, logps
+
+
+def kill(process):
+    """End a command and what it has started, runs in sessions of their own too, by a signal that none of them sees."""
+    parents = {}
+    for folder in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):  # no process, or one that has ended meanwhile
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    family = [process.pid]
+    for one in family:
+        family += [child for child, parent in parents.items() if parent == one]
+    for one in family:
+        with suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
 
 
 @contextmanager

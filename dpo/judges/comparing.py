@@ -9,20 +9,28 @@ and is averaged into `evaluation.json`. An empty judgement is that of a response
 says of two responses to a prompt whether the first wins, ties or loses. The signature tells them apart.
 
 A judge whose answers cost time or money is a class with a method `each`, of the same arguments. It gives the place of a
-question and its answer, in any order, as they come, and each is kept: no run asks a second time.
+question and its answer, in any order, as they come, and each is kept: no run asks a second time. What it could not
+make out it gives as `Missed`, which is kept, too, and its `otherwise` is what that counts as: see `settled`.
 """
 
 import inspect
+import json
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
+
+from typing_extensions import TypeIs
 
 from dpo.cache import remember_each
 from dpo.data.records import Text
 from dpo.training.distributed import on_main
 
-JUDGES_VERSION = 1  # part of cache keys of answers and judged pairs: raise it when a change of a judge changes its say
+logger = logging.getLogger(__name__)
+
+JUDGES_VERSION = 2  # part of cache keys of answers and judged pairs: raise it when a change of a judge changes its say
 
 Verdict = Literal["win", "tie", "lose"]  # of the first of two responses
 Judgement = dict[str, float]
@@ -31,6 +39,14 @@ Pairwise = Callable[[Sequence[Text], Sequence[str], Sequence[str]], list[Verdict
 Judge = Pointwise | Pairwise
 Rule = Callable[[Judgement, Judgement], float]
 WINS = {"win": 1.0, "tie": 0.5, "lose": 0.0}
+FEW, SHARE = 5, 0.1  # so many questions, or this share of them, may stay without an answer in the asked form
+
+
+class Missed(TypedDict):
+    """In place of an answer that has not the asked form."""
+
+    missed: str  # why, in the same words for all of a kind
+    said: str  # how what was said begins
 
 
 def compare(
@@ -90,18 +106,62 @@ def cached_judge(judge: Judge, node: Any, cache: str | Path) -> Judge:
     each: Callable[..., Iterator[tuple[int, Any]]] | None = getattr(_function(judge), "each", None)
     if each is None:
         return judge
-    pairwise = is_pairwise(judge)
+    pairwise, otherwise = is_pairwise(judge), getattr(_function(judge), "otherwise", None)
 
     @wraps(_function(judge).forward)
     def remembered(*columns: Sequence[Any]) -> list[Any]:
-        def answer(questions: list[Any]) -> Iterator[tuple[int, Any]]:
-            for place, said in each(*map(list, zip(*questions, strict=True))):
-                yield place, _checked(said, pairwise)
-
         questions = [*zip(*columns, strict=True)]
-        return remember_each(cache, "answers", {"judge": node, "judges": JUDGES_VERSION}, questions, answer)
+
+        def answer(some: list[Any]) -> Iterator[tuple[int, Any]]:
+            for place, said in up_to_limit(each(*map(list, zip(*some, strict=True))), len(questions)):
+                yield place, said if is_missed(said) else _checked(said, pairwise)
+
+        kept = remember_each(cache, "answers", {"judge": node, "judges": JUDGES_VERSION}, questions, answer)
+        return settled(kept, otherwise)
 
     return remembered
+
+
+def is_missed(said: Any) -> TypeIs[Missed]:
+    return isinstance(said, dict) and "missed" in said
+
+
+def settled(answers: Sequence[Any], otherwise: Any) -> list[Any]:
+    """The answers, with `otherwise` for those that were missed, which a warning counts by their reasons.
+
+    Raises: RuntimeError if these are more than `FEW` and than the share `SHARE`.
+    """
+    if missed := [one for one in answers if is_missed(one)]:
+        if len(missed) > _limit(len(answers)):
+            raise _too_many(missed, f"of {len(answers)}")
+        logger.warning(f"{_counted(missed, f'of {len(answers)}')}. They count as {json.dumps(otherwise)}")
+    return [otherwise if is_missed(one) else one for one in answers]
+
+
+def up_to_limit(answers: Iterator[tuple[int, Any]], total: int) -> Iterator[tuple[int, Any]]:
+    """The places and answers, until more are missed than `settled` takes of `total`: the rest is not to be paid for."""
+    missed = []
+    for number, (place, said) in enumerate(answers, 1):
+        yield place, said
+        missed += [said] if is_missed(said) else []
+        if len(missed) > _limit(total):
+            raise _too_many(missed, f"of the first {number} of {total}")
+
+
+def _limit(total: int) -> float:
+    return max(FEW, SHARE * total)
+
+
+def _counted(missed: Sequence[Missed], of: str) -> str:
+    whys = ", ".join(f"{count} {why}" for why, count in Counter(one["missed"] for one in missed).most_common())
+    return f"judge: {len(missed)} {of} answers have not the asked form: {whys}; one begins {missed[-1]['said']!r}"
+
+
+def _too_many(missed: Sequence[Missed], of: str) -> RuntimeError:
+    return RuntimeError(
+        f"{_counted(missed, of)}. At most {FEW}, or {SHARE:.0%}, may be so. All that was answered is kept for these "
+        "options; take another judge.model, or raise judge.max_tokens, if answers are cut, or judge.attempts"
+    )
 
 
 def is_pairwise(judge: Judge) -> bool:

@@ -3,23 +3,24 @@
 Prompts are in our own words. `dpo.endpoint` asks; what is kept, and not asked for again, is in `dpo.judges.comparing`.
 """
 
-import json
 import logging
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 from dpo.cache import digest, remember_each
 from dpo.data.chats import as_text
 from dpo.data.records import Text
 from dpo.endpoint import Refused, Server, ServerOptions
-from dpo.judges.comparing import Verdict
+from dpo.judges.comparing import JUDGES_VERSION, Missed, Verdict, is_missed, settled, up_to_limit
 from dpo.world.language import ENOUGH
 
 logger = logging.getLogger(__name__)
+Read = TypeVar("Read")
 
-FEW, SHARE = 5, 0.1  # so many questions, or this share of them, may stay without an answer in the asked form
+BEGINS = 200  # characters of an answer that are kept of one without the asked form
 LETTERS = "ABCDE"
 QUESTIONS = 5  # on an article
 UNSURE = "Unsure"
@@ -72,9 +73,11 @@ class Pairwise:
     """A language model compares two responses by `criterion`; `compare` asks it in both orders.
 
     attempts: how often it is asked until its answer has the asked form: first at `temperature`, then at 1. An answer
-    that never has it is a tie, counted in a warning. max_tokens: of an answer.
+    that never has it is a tie, see `settled`. max_tokens: of an answer.
     Raises: ValueError if the options are none that could work. RuntimeError if too many answers miss the form.
     """
+
+    otherwise: Verdict = "tie"
 
     def __init__(
         self,
@@ -89,19 +92,19 @@ class Pairwise:
         self.asking = _Asking(Server(model, server, "judge"), temperature, max_tokens, attempts)
 
     def forward(self, prompts: Sequence[Text], firsts: Sequence[str], seconds: Sequence[str]) -> list[Verdict]:
-        return _in_order(self.each(prompts, firsts, seconds))
+        return _in_order(self.each(prompts, firsts, seconds), self.otherwise)
 
     __call__ = forward
 
     def each(
         self, prompts: Sequence[Text], firsts: Sequence[str], seconds: Sequence[str]
-    ) -> Iterator[tuple[int, Verdict]]:
+    ) -> Iterator[tuple[int, Verdict | Missed]]:
         both = zip(prompts, firsts, seconds, strict=True)
         texts = [
             COMPARE.format(criterion=self.criterion, prompt=as_text(prompt), first=first, second=second)
             for prompt, first, second in both
         ]
-        return self.asking.each(texts, verdict, "tie", "judged pairs")
+        return self.asking.each(texts, verdict, "judged pairs")
 
     def handshake(self) -> None:
         """Ask for one verdict, before a run begins. Raises: RuntimeError if none comes."""
@@ -113,11 +116,14 @@ class Questions:
     """Multiple-choice questions on the article, answered from the summary alone: `correct` of five are right.
 
     Measures: `score` and `correct`, right answers; `enough`, whether three or more; `unsure`, how many it could not
-    answer (or not in the asked form). An article to which no five questions come in the asked form is not judged.
+    answer: all, where it never answers in the asked form, see `settled`. An article to which no five questions come in
+    that form is not judged.
     The model writes the questions, and answers them; both are asked as of `Pairwise`. Questions are kept in the folder
     `cache`, so that each article has one set of them for all responses and runs.
     (Anyscale, Direct Preference Optimization with Synthetic Data, 2024: stages 1 and 3.)
     """
+
+    otherwise = {"score": 0.0, "correct": 0.0, "enough": 0.0, "unsure": float(QUESTIONS)}  # noqa: RUF012
 
     def __init__(
         self,
@@ -133,18 +139,23 @@ class Questions:
         self.key = {"model": model, "temperature": temperature, "max_tokens": max_tokens, "attempts": attempts}
 
     def forward(self, prompts: Sequence[Text], responses: Sequence[str]) -> list[dict[str, float]]:
-        return _in_order(self.each(prompts, responses))
+        return _in_order(self.each(prompts, responses), self.otherwise)
 
     __call__ = forward
 
-    def each(self, prompts: Sequence[Text], responses: Sequence[str]) -> Iterator[tuple[int, dict[str, float]]]:
+    def each(
+        self, prompts: Sequence[Text], responses: Sequence[str]
+    ) -> Iterator[tuple[int, dict[str, float] | Missed]]:
         asked = self.of_articles([as_text(prompt) for prompt in prompts])
         for place in (place for place, questions in enumerate(asked) if not questions):
             yield place, {}
         places = [place for place, questions in enumerate(asked) if questions]
         texts = [ANSWER.format(response=responses[place], questions=shown(asked[place])) for place in places]
-        for row, found in self.asking.each(texts, answers, {}, "judged summaries"):
+        for row, found in self.asking.each(texts, partial(answers, asked=QUESTIONS), "judged summaries"):
             place = places[row]
+            if is_missed(found):
+                yield place, found
+                continue
             right = float(sum(found.get(nth) == one["answer"] for nth, one in enumerate(asked[place], 1)))
             unsure = float(sum(nth not in found for nth in range(1, QUESTIONS + 1)))
             yield place, {"score": right, "correct": right, "enough": float(right >= ENOUGH), "unsure": unsure}
@@ -152,12 +163,16 @@ class Questions:
     def of_articles(self, articles: Sequence[str]) -> list[list[dict[str, Any]]]:
         """Five questions on each article, in an order of their own; none where the model wrote none in the form."""
 
+        distinct = [*dict.fromkeys(articles)]
+
         def write(some: list[str]) -> Iterator[tuple[int, Any]]:
             texts = [ASK.format(questions=QUESTIONS, prompt=article) for article in some]
-            return self.asking.each(texts, questions_in, [], "written questions")
+            return up_to_limit(self.asking.each(texts, questions_in, "written questions"), len(distinct))
 
-        written = remember_each(self.cache, "questions", {**self.key, "prompt": digest(ASK)}, articles, write)
-        return [shuffled(some, article) for some, article in zip(written, articles, strict=True)]
+        key = {**self.key, "prompt": digest(ASK), "judges": JUDGES_VERSION}
+        written: list[Any] = settled(remember_each(self.cache, "questions", key, distinct, write), [])
+        on = {article: shuffled(some, article) for article, some in zip(distinct, written, strict=True)}
+        return [on[article] for article in articles]
 
     def handshake(self) -> None:
         """Ask for the answers to two questions, before a run begins. Raises: RuntimeError if none come."""
@@ -166,7 +181,7 @@ class Questions:
             {"question": "Where does Anna live?", "choices": ["Rome", "Oslo", "Bonn", "Kiel", "Cork"], "answer": "B"}
         ]
         two += [{"question": "What is her pet?", "choices": ["cat", "fish", "dog", "hen", "cow"], "answer": "C"}]
-        self.asking.handshake(ANSWER.format(response=text, questions=shown(two)), answers)
+        self.asking.handshake(ANSWER.format(response=text, questions=shown(two)), partial(answers, asked=2))
 
 
 class _Asking:
@@ -179,75 +194,79 @@ class _Asking:
             raise ValueError(f"judge.temperature must be in [0, 2], got {temperature}")
         self.server, self.temperature, self.max_tokens, self.attempts = server, temperature, max_tokens, attempts
 
-    def each(self, texts: Sequence[str], read: Any, otherwise: Any, title: str) -> Iterator[tuple[int, Any]]:
-        """The place of each text and what `read` finds in the answer to it, as they come; last `otherwise` for those
-        without one in the asked form, with a warning that counts them.
-        """
-        missed: dict[int, str] = {}
-        for place, (found, said) in self.server.each(lambda text: self._once(text, read), texts, title):
-            if found is None:
-                missed[place] = said
-            else:
-                yield place, found
-        if texts:
-            logger.info(f"{title}: {self.server.bill.said(self.server.options['prices'])}")
-        if not missed:
-            return
-        count = (
-            f"{title}: {len(missed)} of {len(texts)} have no answer in the asked form in {self.attempts} attempts; the "
-            f"last to one is {next(iter(missed.values()))[:200]!r}"
-        )
-        if len(missed) > max(FEW, SHARE * len(texts)):
-            raise RuntimeError(
-                f"{count}. The others are kept. Take another judge.model, or raise judge.max_tokens, if answers are "
-                "cut, or judge.attempts"
-            )
-        logger.warning(f"{count}. They count as {json.dumps(otherwise)}")
-        for place in missed:
-            yield place, otherwise
+    def each(
+        self, texts: Sequence[str], read: Callable[[str], Read], title: str
+    ) -> Iterator[tuple[int, Read | Missed]]:
+        """The place of each text and what `read` finds in the answer to it, as they come; last what was paid."""
+        try:
+            yield from self.server.each(lambda text: self._once(text, read), texts, title)
+        finally:
+            if texts:
+                logger.info(f"{title}: {self.server.bill.said(self.server.options['prices'])}")
 
-    def handshake(self, text: str, read: Any) -> None:
-        found, said = self._once(text, read)
-        if found is None:
+    def handshake(self, text: str, read: Callable[[str], Any]) -> None:
+        if is_missed(found := self._once(text, read)):
             raise RuntimeError(
-                f"the judge {self.server.model} must answer in the asked form, found {said[:200]!r} in {self.attempts} "
-                "attempts to a plain question; take another judge.model, or raise judge.max_tokens if that is cut"
+                f"the judge {self.server.model} must answer in the asked form, found {found['said']!r} in "
+                f"{self.attempts} attempts to a plain question, the last {found['missed']}; take another judge.model, "
+                "or raise judge.max_tokens if it was cut"
             )
 
-    def _once(self, text: str, read: Any) -> tuple[Any, str]:
-        """What is read of the first answer in the asked form, None if none has it; and the last answer."""
-        said = ""
+    def _once(self, text: str, read: Callable[[str], Read]) -> Read | Missed:
+        """What is read of the first answer in the asked form; where none has it, why the last has not."""
+        why = said = ""
         for attempt in range(self.attempts):
             try:
-                said = self.server.chat(text, self.max_tokens, attempt, 1.0 if attempt else self.temperature)
+                said, cut = self.server.chat(text, self.max_tokens, attempt, 1.0 if attempt else self.temperature)
             except Refused as error:
-                return None, str(error)
-            if (found := read(said)) is not None:
-                return found, said
-        return None, said
+                return {"missed": "refused by the server", "said": str(error)[:BEGINS]}
+            try:
+                return read(said)
+            except ValueError as error:
+                why = "cut at judge.max_tokens" if cut else str(error) if said.strip() else "empty"
+        return {"missed": why, "said": said[:BEGINS]}
 
 
-def verdict(said: str) -> Verdict | None:
-    """The last verdict in a judge's answer, of the first response; None if there is none."""
-    words = r"(a tie|A|B|tie)\b"  # in this order: "a tie" is no A
-    found = re.findall(rf"verdict\W*{words}", said, re.IGNORECASE) or re.findall(rf"^\W*{words}\W*$", said, re.I)
+def verdict(said: str) -> Verdict:
+    """The verdict of the first response that a judge's answer ends in, alone in its last line or after a sentence.
+
+    Raises: ValueError that says why there is none. A judge that talks of verdicts has not given one.
+    """
+    words = r"(a tie|tie|A|B)\b"
+    last = said.strip().rpartition("\n")[2]
+    found = re.search(rf"(?:^|[.!?]\s)[^\w\"]*verdict\W*{words}\W*$", last, re.I) or re.search(
+        rf"^\W*{words}\W*$", last, re.I
+    )
+    if not found:
+        raise ValueError("without a verdict in the last line")
+    told = {one.lower().removeprefix("a ") for one in re.findall(rf"verdict\W*{words}", said, re.I)}
+    if len(told) > 1:
+        raise ValueError("with several verdicts")
     said_of: dict[str, Verdict] = {"a": "win", "b": "lose", "tie": "tie", "a tie": "tie"}
-    return said_of[found[-1].lower()] if found else None
+    return said_of[found[1].lower()]
 
 
-def questions_in(said: str) -> list[dict[str, Any]] | None:
-    """The questions that a judge wrote, read strictly: exactly five, each with five different choices and a letter."""
+def questions_in(said: str) -> list[dict[str, Any]]:
+    """The questions that a judge wrote, read strictly: exactly five different ones, each with five different choices
+    and a letter.
+
+    Raises: ValueError that says what they are not.
+    """
     choices = "".join(rf"\s*\n\s*{letter}\) *(.+)" for letter in LETTERS)
     found = re.findall(rf"Q(\d+)\) *(.+){choices}\s*\n\s*Answer: *\(?([{LETTERS}])\b", said)
     numbers = [int(number) for number, *_ in found]
     written = len(re.findall(r"^\s*Q\d+\)", said, re.MULTILINE))
     if numbers != [*range(1, QUESTIONS + 1)] or written != QUESTIONS:
-        return None
+        raise ValueError(f"without {QUESTIONS} questions in the asked form")
     some = [
         {"question": text.strip(), "choices": [one.strip() for one in five], "answer": letter}
         for _, text, *five, letter in found
     ]
-    return some if all(len({*one["choices"]}) == len(LETTERS) for one in some) else None
+    if not all(len({*one["choices"]}) == len(LETTERS) for one in some):
+        raise ValueError("with a choice twice")
+    if len({one["question"] for one in some}) < QUESTIONS:
+        raise ValueError("with a question twice")
+    return some
 
 
 def shuffled(questions: Sequence[dict[str, Any]], article: str) -> list[dict[str, Any]]:
@@ -270,11 +289,22 @@ def shown(questions: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def answers(said: str) -> dict[int, str] | None:
-    """The letter that a judge gives each question it is sure of; None if no line has the asked form."""
-    found = re.findall(rf"^\W*Q(\d+)\) *\(?([{LETTERS}]|{UNSURE})\b", said, re.MULTILINE)
-    return {int(number): letter for number, letter in found if letter != UNSURE} if found else None
+def answers(said: str, asked: int) -> dict[int, str]:
+    """The letter that a judge gives each of the `asked` questions that it is sure of.
+
+    Raises: ValueError if not each of them has a line in the asked form, and one answer. "Q1) A man" is none: it may be
+    the question, said again.
+    """
+    one = rf"(?:([{LETTERS}])(?=[).:,*\]]|\s*$)|({UNSURE})\b)"
+    lines = re.findall(rf"^\W*Q(\d+)\) *\(?{one}", said, re.MULTILINE)
+    found = {(int(number), letter or unsure) for number, letter, unsure in lines if int(number) <= asked}
+    numbers = [number for number, _ in found]
+    if len({*numbers}) < len(numbers):
+        raise ValueError("with several answers to a question")
+    if len(numbers) < asked:
+        raise ValueError("without a line for each question")
+    return {number: letter for number, letter in found if letter != UNSURE}
 
 
-def _in_order(answers: Iterable[tuple[int, Any]]) -> list[Any]:
-    return [said for _, said in sorted(answers, key=lambda one: one[0])]
+def _in_order(answers: Iterable[tuple[int, Any]], otherwise: Any) -> list[Any]:
+    return settled([said for _, said in sorted(answers, key=lambda one: one[0])], otherwise)

@@ -1,7 +1,9 @@
-"""Score beside training, in a pool of Ray actors that each hold the model (the design of Anyscale's llmforge).
+"""A pool of Ray actors that each hold a model: they score beside training (the design of Anyscale's llmforge), or
+sample responses.
 
-Passes go through Ray Data in the order in which training reads their rows. Each is the very pass that `scoring.score`
-would make, over the same rows, so no value depends on the actor, on how many there are, or on one that died.
+Shares go through Ray Data in their order. Each is the very pass that `scoring.score` would make, or the batch that
+`sampling.sample` would draw, over the same rows, so nothing depends on the actor, on how many there are, or on one that
+died.
 """
 
 import json
@@ -13,7 +15,7 @@ import socket
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,15 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.cache import digest
-from dpo.data.batches import PromptResponses, Tokens
+from dpo.data.batches import Tokens
 from dpo.data.records import listed
 from dpo.policy import model as models
 from dpo.policy.logps import forward_tokens
 from dpo.policy.model import ModelSpec
+from dpo.policy.sampling import Sampling, sample
 from dpo.policy.scoring import Passes, Scoring, forward, items_of, parted, shares
 from dpo.training.log import progress
 
@@ -39,9 +43,12 @@ STARTS = 3  # of a Ray of one's own: on a busy machine it may end before it has 
 class Pool:
     """Actors that score. Each takes `num_cpus`, `num_gpus` and `resources` of what Ray has, and runs on a GPU if given.
 
-    batch_size: passes that an actor is handed at once. max_restarts: of an actor that died. max_task_retries: of what
-    it was handed then. address: of a running Ray; None: one of this machine, for the time of scoring.
+    batch_size: shares that an actor is handed at once. max_restarts: of an actor that died. max_task_retries: of what
+    it was handed then. address: of a running Ray; None: one of this machine, until `close`.
     """
+
+    group, actors, without = "scorer", "scoring actors", "scorer=ray"  # for messages, as
+    advice = "What was scored is kept. Give an actor more memory, lower micro_batch_tokens, or leave out the response"
 
     def __init__(
         self,
@@ -60,9 +67,9 @@ class Pool:
         least |= {f"resources.{name}": (amount, 0) for name, amount in (resources or {}).items()}
         for name, (value, minimum) in least.items():
             if not minimum <= value < math.inf:
-                raise ValueError(f"scorer.{name} must be at least {minimum}, got {value}")
+                raise ValueError(f"{self.group}.{name} must be at least {minimum}, got {value}")
         if find_spec("ray") is None:
-            raise ValueError("scorer=ray needs the package ray, found none; pip install -e '.[ray]'")
+            raise ValueError(f"{self.without} needs the package ray, found none; pip install -e '.[ray]'")
         self.concurrency, self.batch_size, self.address = concurrency, batch_size, address
         self.needs = {"CPU": num_cpus, "GPU": num_gpus, **(resources or {})}  # of one actor
         self.options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus, "resources": resources}
@@ -78,8 +85,8 @@ class Pool:
                 self._start()
             except (OSError, ValueError) as error:
                 raise ValueError(
-                    f"scorer.address must be host:port of a running Ray, or auto, got {self.address}: {error}; null "
-                    "starts one here"
+                    f"{self.group}.address must be host:port of a running Ray, or auto, got {self.address}: {error}; "
+                    "null starts one here"
                 ) from error
             self._check_room(_ray().cluster_resources())
         elif self.needs["GPU"] * self.concurrency > (found := torch.cuda.device_count()):
@@ -89,8 +96,8 @@ class Pool:
         for name, amount in self.needs.items():
             if amount and self.concurrency * amount > has.get(name, 0):
                 raise ValueError(
-                    f"{self.concurrency} scoring actors must find {amount:g} {name} each, found {has.get(name, 0):g} "
-                    "in all; lower scorer.concurrency, or what each takes"
+                    f"{self.concurrency} {self.actors} must find {amount:g} {name} each, found {has.get(name, 0):g} "
+                    f"in all; lower {self.group}.concurrency, or what each takes"
                 )
 
     def passes(
@@ -135,19 +142,33 @@ class Pool:
                 def rows(place: int) -> list[str]:
                     return [sources[contents[row]] for rows in passes[place] for row in rows]
 
-                for place, logps in self._stream(asked, (_anywhere(which), weights, settings.precision, packed), rows):
-                    unfinished = files[place].with_suffix(".unfinished")
-                    save_file({"logps": logps}, unfinished)
-                    unfinished.rename(files[place])
-                    take(passes[place], logps)
+                task = Score(settings.precision, packed)
+                try:
+                    for place, said in self.stream(asked, task, anywhere(which), weights, rows):
+                        logps = torch.from_numpy(np.frombuffer(said, dtype=np.float32).copy())
+                        unfinished = files[place].with_suffix(".unfinished")
+                        save_file({"logps": logps}, unfinished)
+                        unfinished.rename(files[place])
+                        take(passes[place], logps)
+                finally:
+                    self.close()
             return [values[row] for row in range(len(sequences))]
 
         return run
 
-    def _stream(
-        self, asked: dict[int, list[PromptResponses]], model: tuple[Any, ...], rows: Callable[[int], list[str]]
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Places of passes, in their order, with what each gives."""
+    def stream(
+        self,
+        asked: dict[int, Any],
+        task: "Score | Draw",
+        which: ModelSpec,
+        weights: str | None,
+        rows: Callable[[int], list[str]],
+    ) -> Iterator[tuple[int, bytes]]:
+        """Places of the shares that are asked, in their order, with what the task makes of each.
+
+        which: the model, see `anywhere`. weights: its fingerprint; None: of a copy that nobody else writes. rows: what
+        a share is made of, for messages.
+        """
         if not asked:
             return
         ray = _ray()
@@ -157,22 +178,24 @@ class Pool:
         data.execution_options.preserve_order = True
         data.enable_progress_bars = data.print_on_execution_start = False
         data.max_errored_blocks = 0
-        lines = [{"place": place, "share": json.dumps(items).encode()} for place, items in asked.items()]
-        scored = ray.data.from_items(lines, override_num_blocks=-(-len(lines) // self.batch_size)).map_batches(
+        lines = [{"place": place, "share": json.dumps(share).encode()} for place, share in asked.items()]
+        made = ray.data.from_items(lines, override_num_blocks=-(-len(lines) // self.batch_size)).map_batches(
             Worker,
-            fn_constructor_args=(*model, torch.get_num_threads(), self.needs["GPU"] > 0, begun),
+            fn_constructor_args=(which, weights, task, torch.get_num_threads(), self.needs["GPU"] > 0, begun),
             batch_size=self.batch_size,
             compute=ray.data.ActorPoolStrategy(size=self.concurrency),
             **self.options,
             **self.lives,
         )
         try:
-            for line in scored.iter_rows():
-                yield line["place"], torch.from_numpy(np.frombuffer(line["logps"], dtype=np.float32).copy())
+            for line in made.iter_rows():
+                yield line["place"], line["made"]
         except Exception as error:
             raise self._named(error, ray.get(begun.left.remote()), rows) from error
-        finally:
-            ray.shutdown()
+
+    def close(self) -> None:
+        """End what was started, or leave what was joined."""
+        _ray().shutdown()
 
     def _start(self) -> None:
         """Start Ray, or join it. Raises: RuntimeError if it does not start."""
@@ -194,7 +217,7 @@ class Pool:
                 if start == STARTS:
                     raise RuntimeError(
                         f"Ray must start on this machine, found that it does not, {STARTS} times: {error}; leave out "
-                        "scorer=ray, or set scorer.address to one that runs"
+                        f"{self.without}, or set {self.group}.address to one that runs"
                     ) from error
                 logger.warning(f"ray: did not start ({error}), it is started again: {start + 1} of {STARTS}")
 
@@ -208,9 +231,8 @@ class Pool:
             names += [rows(int(place))[row] for row in within] or rows(int(place))
         cause = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         return RuntimeError(
-            f"scoring actors must live through every response, found that they ended {most} times at "
-            f"{'this one' if len(names) == 1 else f'one of these {len(names)}'}:{listed(names)}\n{cause}\nWhat was "
-            "scored is kept. Give an actor more memory, lower micro_batch_tokens, or leave out the response"
+            f"{self.actors} must live through every response, found that they ended {most} times at "
+            f"{'this one' if len(names) == 1 else f'one of these {len(names)}'}:{listed(names)}\n{cause}\n{self.advice}"
         )
 
 
@@ -230,40 +252,74 @@ def _ray() -> Any:
     return ray
 
 
-def _anywhere(which: ModelSpec) -> ModelSpec:
+def anywhere(which: ModelSpec) -> ModelSpec:
     """The same model for a process that works in another folder, or on another machine that sees the files."""
     folder = Path(models.resolve_path(which.path))
     adapter = None if which.adapter is None else str(Path(which.adapter).resolve())
     return replace(which, path=str(folder.resolve()) if folder.is_dir() else which.path, adapter=adapter, layout=None)
 
 
+@dataclass(frozen=True)
+class Score:
+    """What an actor does with a share: a pass over prompts with their responses."""
+
+    precision: str
+    packed: bool
+
+    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, share: list[Any]) -> bytes:
+        items = [(prompt, responses) for prompt, responses in share]
+        return forward(model, items, self.precision, self.packed).numpy().tobytes()
+
+    @staticmethod
+    def alone(share: list[Any]) -> list[Any]:
+        """The share of each row by itself."""
+        return [[(prompt, [one])] for prompt, responses in share for one in responses]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The same: a batch of responses, to prompts with their places."""
+
+    sampling: Sampling
+    seed: int
+
+    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, share: list[Any]) -> bytes:
+        prompts, places = zip(*share, strict=True)
+        drawn = sample(model, tokenizer, prompts, self.sampling, self.seed, "", places)
+        return json.dumps([[one.response_ids, one.text, one.ended] for one in drawn]).encode()
+
+    @staticmethod
+    def alone(share: list[Any]) -> list[Any]:
+        return [[row] for row in share]
+
+
 class Worker:
-    """An actor: the model, and one pass after another. begun: a handle of `Begun`."""
+    """An actor: the model, and one share after another. begun: a handle of `Begun`."""
 
     def __init__(
-        self, which: ModelSpec, weights: str, precision: str, packed: bool, threads: int, cuda: bool, begun: Any
+        self, which: ModelSpec, weights: str | None, task: Score | Draw, threads: int, cuda: bool, begun: Any
     ) -> None:
         torch.set_num_threads(threads)  # with others the last bits would be others
-        self.model, _ = models.load(which, "cuda" if cuda else "cpu")
-        if (found := models.fingerprint(self.model)) != weights:
+        self.model, self.tokenizer = models.load(which, "cuda" if cuda else "cpu")
+        if weights is not None and (found := models.fingerprint(self.model)) != weights:
             raise RuntimeError(
                 f"a scoring actor must load the weights {weights[:12]} from {which.path}, found {found[:12]}; the same "
                 "files must be there for all machines of the pool"
             )
-        self.precision, self.packed, self.begun = precision, packed, begun
+        self.task, self.begun = task, begun
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        values = np.empty(len(batch["place"]), dtype=object)
-        for number, (place, share) in enumerate(zip(batch["place"].tolist(), batch["share"], strict=True)):
-            items = [(prompt, responses) for prompt, responses in json.loads(share)]
+        made = np.empty(len(batch["place"]), dtype=object)
+        for number, (place, said) in enumerate(zip(batch["place"].tolist(), batch["share"], strict=True)):
+            share = json.loads(said)
             if self._begin(place):  # an actor died here: at which row?
-                for row, alone in enumerate((prompt, [one]) for prompt, responses in items for one in responses):
+                for row, alone in enumerate(self.task.alone(share)):
                     self._begin(f"{place}/{row}")
-                    forward(self.model, [alone], self.precision, self.packed)
+                    self.task(self.model, self.tokenizer, alone)
                     self.begun.end.remote(f"{place}/{row}")
-            values[number] = forward(self.model, items, self.precision, self.packed).numpy().tobytes()
+            made[number] = self.task(self.model, self.tokenizer, share)
             self.begun.end.remote(str(place))
-        return {"place": batch["place"], "logps": values}
+        return {"place": batch["place"], "made": made}
 
     def _begin(self, what: Any) -> bool:
         import ray

@@ -48,6 +48,8 @@ from dpo.sweep.schema import OPEN_GROUPS, check
 from dpo.sweep.signature import check_signature, instantiate
 from dpo.world import sizes
 
+EXPERIMENTS = ("figure", "table")  # groups: folders of experiments/
+
 
 def command(verb: str) -> NoReturn:
     """What `python -m dpo.VERB` does with the command line: --help, a plan of one, or with -m a sweep."""
@@ -56,10 +58,17 @@ def command(verb: str) -> NoReturn:
         print(line, file=sys.stderr, flush=True)
     if problem := _null(sys.argv[1:]):
         sys.exit(problem)
-    # Hydra's word for the option of a group at a key
-    sys.argv[1:] = [re.sub(r"^evaluation\.(judge|rule)=", r"\1@evaluation.\1=", argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = in_hydras_words(sys.argv[1:])
     hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name=verb)(single)()
     sys.exit()
+
+
+def in_hydras_words(arguments: Sequence[str]) -> list[str]:
+    """The command line with the option of a group at a key as Hydra names it, and an experiment appended to what the
+    command composes: so what the experiment says wins over every page of `conf/`, and the command line over both.
+    """
+    at_keys = [re.sub(r"^evaluation\.(judge|rule)=", r"\1@evaluation.\1=", argument) for argument in arguments]
+    return [f"+{one}" if one.partition("=")[0] in EXPERIMENTS else one for one in at_keys]
 
 
 def single(config: DictConfig) -> NoReturn:
@@ -116,7 +125,8 @@ class Combinations:
     def compose(self, overrides: Sequence[str]) -> Composed:
         """Raises: HydraException, OmegaConfBaseException if they fit nothing, or one another."""
         given = [self.parsed(override) for override in overrides]
-        plain = all(one.type == OverrideType.CHANGE and not one.is_hydra_override() for one in given)
+        changes = [one for one in given if one.key_or_group not in EXPERIMENTS]
+        plain = all(one.type == OverrideType.CHANGE and not one.is_hydra_override() for one in changes)
         if not plain or "${" in str(overrides):
             return self._by_hydra(overrides)
         values = [one for one in given if not (one.package or self.is_group(one.key_or_group))]
@@ -364,7 +374,7 @@ def _null(arguments: Sequence[str]) -> str | None:
     """What to say of `loss=null`, where Hydra speaks of a NoneType."""
     for argument in arguments:
         group, _, option = argument.lstrip("+").partition("=")
-        if group in (*OPEN_GROUPS, "policy", "figure", "table") and "null" in option.lower().split(","):
+        if group in (*OPEN_GROUPS, "policy", *EXPERIMENTS) and "null" in option.lower().split(","):
             how = {"judge": "judge=none is no judge", "reference": "reference=reference_free is no reference"}
             how["scorer"] = "scorer=here is no pool"
             return f"{group} must be one of its options, got null; {how.get(group, f'leave out {argument}')}"

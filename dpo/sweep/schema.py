@@ -416,6 +416,12 @@ def _sharding(config: dict[str, Any]) -> list[str]:
         problems.append(
             f"processes must be 1 with scorer=ray, got {processes}; score ahead: python -m dpo.score scorer=ray"
         )
+    engines = (config.get("engine"), config["evaluation"].get("engine"))
+    if processes > 1 and any(one and one["_target_"] == "dpo.engines.Ray" for one in engines):
+        problems.append(
+            f"processes must be 1 with engine=ray, got {processes}; its actors are what samples at once: raise "
+            "engine.pool.concurrency, or sample ahead: python -m dpo.generate engine=ray"
+        )
     if config["optimizer"] == "adamw_8bit" and find_spec("bitsandbytes") is None:
         problems.append("optimizer=adamw_8bit needs bitsandbytes; pip install -e '.[8bit]' -c constraints.txt")
     elif config["optimizer"] == "adamw_8bit" and processes > 1:  # it does not know FSDP2's weights

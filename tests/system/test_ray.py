@@ -16,11 +16,12 @@ from test_pool import OPTIONS
 from test_reference import settings as of_scoring
 from whole_runs import frozen, losses, own, run
 
-from dpo import score
+from dpo import generate, score
 from dpo.data.batches import Pair
 from dpo.policy import model as models
 from dpo.policy import pool as pools
 from dpo.policy.pool import Pool, Worker
+from dpo.policy.sampling import sample
 from dpo.policy.scoring import content_of, forward, shares
 from dpo.references import Initial
 
@@ -215,10 +216,89 @@ def test_a_ray_that_runs_is_joined(tmp_path, tiny_model):
         running.communicate()
 
 
+class DeadlyDrawing(Worker):
+    """An actor that a prompt kills which begins like no other."""
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        def deadly(model: Any, tokenizer: Any, prompts: Any, *given: Any) -> Any:
+            if any(tokenizer.decode(ids).startswith("Deadly") for ids in prompts):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return sample(model, tokenizer, prompts, *given)
+
+        Worker.__call__.__globals__["sample"] = deadly
+        return super().__call__(batch)
+
+
+def candidates(directory: Path, model: str, *given: str) -> dict[str, bytes]:
+    """The files of a run of dpo.generate: three responses to each of nine prompts of many lengths."""
+    prompts = [" ".join(["Well?"] * (n % 4)) + f"What is {n}?" for n in range(12)]
+    prompts[7] = "Deadly question"
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "prompts.jsonl").write_text("".join(json.dumps({"prompt": one}) + "\n" for one in prompts))
+    asked = ["data=prompts", f"data.path={directory / 'prompts.jsonl'}", "data.validation=2", "data.test=1"]
+    asked += [f"policy.path={model}", "policy.generation_batch_size=4", "generation.samples_per_prompt=3", "judge=none"]
+    asked += ["max_new_tokens=6", "max_length=100", "threads=1", "device=cpu", *given]
+    made = directory / "run"
+    made.mkdir(exist_ok=True)
+    generate.run(frozen(made, *asked, verb="generate"), made)
+    assert not list((directory / "cache").glob("ray-*"))  # the copy of the weights
+    return {name: (made / name).read_bytes() for name in ("train.jsonl", "validation.jsonl")}
+
+
+def test_actors_draw_the_very_text_of_the_run_itself(tmp_path, tiny_model):
+    model = tiny_model("llama")
+    here = candidates(tmp_path / "here", model)
+    assert len(here["train.jsonl"].splitlines()) == 27
+    assert candidates(tmp_path / "beside", model, "engine=ray", "engine.pool.concurrency=2") == here
+
+
+@pytest.mark.long
+def test_a_sampling_actor_that_is_killed_is_replaced(tmp_path, tiny_model, monkeypatch):
+    model, seen, add = tiny_model("qwen2"), set(), generate.add_answers
+
+    def kill(*given: Any) -> None:
+        add(*given)
+        if not seen:
+            seen.update(workers())
+            os.kill(min(seen), signal.SIGKILL)
+
+    here = candidates(tmp_path / "here", model)
+    monkeypatch.setattr(generate, "add_answers", kill)
+    assert candidates(tmp_path / "beside", model, "engine=ray") == here
+    assert seen
+    assert workers() == []
+
+
+@pytest.mark.long
+def test_a_prompt_at_which_every_actor_dies_is_named(tmp_path, tiny_model, monkeypatch):
+    """What came before it is kept, and a run without that fault goes on from there."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(pools, "Worker", DeadlyDrawing)
+    model, few = tiny_model("llama"), ["engine=ray", "engine.pool.max_restarts=5", "engine.pool.max_task_retries=2"]
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"^sampling actors must live through every response") as error:
+        candidates(tmp_path / "run", model, *few)
+    assert "'Deadly question'" in str(error.value)
+    assert "What is" not in str(error.value)
+    assert time.monotonic() - began < 300
+    assert workers() == []
+    [kept] = (tmp_path / "run" / "cache" / "candidates").glob("*.unfinished/train.unfinished")
+    known = len(kept.read_text().splitlines()) - 1
+    assert known % 4 == 0
+    assert known > 0
+    monkeypatch.setattr(pools, "Worker", Worker)
+    drawn, add = [], generate.add_answers
+    monkeypatch.setattr(generate, "add_answers", lambda *given: (drawn.append(len(given[2])), add(*given)))
+    assert candidates(tmp_path / "run", model, *few) == candidates(tmp_path / "here", model)
+    assert sum(drawn[: -(-(27 - known) // 4)]) == 27 - known
+
+
 def test_ray_is_imported_only_when_chosen():
     """Not by a run, nor by the options of a pool."""
     code = (
-        "import sys, dpo.train, dpo.score, dpo.sweep.rehearse, dpo.policy.pool as pool;"
+        "import sys, dpo.train, dpo.generate, dpo.score, dpo.sweep.rehearse, dpo.policy.pool as pool;"
         f"pool.Pool(**{OPTIONS!r}).check(); assert 'ray' not in sys.modules, 'imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

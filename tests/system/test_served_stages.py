@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from serving import Served, serving
+from serving import Served, kill, serving
 from whole_runs import ROOT, SMALL, frozen
 
 from dpo import evaluate, generate, judge, train
@@ -32,7 +32,7 @@ def reader(text, body):
         for nth, word in enumerate(words, 1):
             choices = [word, *(f"none{nth}{letter}" for letter in "bcde")]
             said = "\n".join(f"{letter}) {choice}" for letter, choice in zip("ABCDE", choices, strict=True))
-            blocks.append(f"Q{nth}) Which?\n{said}\nAnswer: A")
+            blocks.append(f"Q{nth}) Which of group {nth}?\n{said}\nAnswer: A")
         return "\n\n".join(blocks)
     summary, asked = re.search(r"\[Text\]\n(.*)\n\n\[Questions\]\n(.*)", text, re.DOTALL).groups()
     said = []
@@ -166,7 +166,7 @@ def test_a_stage_that_is_killed_pays_for_no_answer_twice(tmp_path, tiny_model, v
             said = super().reply(path, body, authorization)
             answered.append(json.dumps(body, sort_keys=True))
             if len(answered) == most:
-                os.killpg(process[0].pid, signal.SIGKILL)
+                kill(process[0])
             return said
 
     pairs = tmp_path / "prompts.jsonl"
@@ -197,6 +197,7 @@ def test_a_stage_that_is_killed_pays_for_no_answer_twice(tmp_path, tiny_model, v
             runs.append((process[0].communicate()[0], process[0].returncode))
     assert runs[0][1] == -signal.SIGKILL, runs[0][0]
     assert runs[1][1] == 0, runs[1][0]
+    assert "0 finished, 1 to do" in runs[1][0]
     asked = Counter(answered)
     shaking = 5 if verb == "generate" else 1
     twice = [text for text, count in asked.items() if count > 1]

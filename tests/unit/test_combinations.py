@@ -47,7 +47,7 @@ COMBINATIONS = [
         "sft={lr: 0.5, epochs: 2}",
     ],
     ["judge@evaluation.judge=gold", "data.seed=7", "wandb.mode=disabled", "evaluation.instructions=why"],
-    ["figure=kl_strength", "seed=3"],
+    ["+figure=kl_strength", "seed=3"],
     ["+data.more=1", "data.more=2", "beta=0.5"],  # what adds or takes away may be in the way of what comes after it
     ["loss=robust", "~loss.beta", "beta=0.5"],
     ["loss={beta: 0.7}", "beta=0.4"],  # values for a group, which choose no option

@@ -252,6 +252,16 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
         "tolerance": 0.1,
         "cache": "${cache}",
     },
+    "engine/ray": {
+        "_target_": "dpo.engines.Ray",
+        **CALLED,
+        "cache": "${cache}",
+        "trust_remote_code": "${policy.trust_remote_code}",
+        "pool": {
+            **{"concurrency": 1, "batch_size": 1, "num_cpus": 1.0, "num_gpus": 0.0, "resources": None},
+            **{"max_restarts": 3, "max_task_retries": 3, "address": None},
+        },
+    },
     "engine/transformers": {"_target_": "dpo.engines.transformers", **CALLED},
     "engine/vllm": {
         "_target_": "dpo.engines.Vllm",

@@ -35,8 +35,8 @@ def at(url, model="m", **changed):
 def test_an_answer_and_its_bill(echo):
     with serving(echo) as url:
         server = at(url, prices=[2.0, 10.0])
-        assert server.chat("say yes", 9, 3, 0.5) == "yes"
-        assert server.chat("say no", 9, 3, 0.0) == "no"
+        assert server.chat("say yes", 9, 3, 0.5) == ("yes", False)
+        assert server.chat("say no", 9, 3, 0.0) == ("no", False)
     first = echo.asked[0]
     assert first["messages"] == [{"role": "user", "content": "say yes"}]
     assert {key: first[key] for key in ("model", "max_tokens", "temperature", "seed")} == {
@@ -69,7 +69,7 @@ def test_a_fault_that_passes_is_asked_again(echo, fault):
     echo.faults += [fault, fault]
     with serving(echo) as url:
         server = at(url)
-        assert server.chat("say yes", 9, 0, 0.0) == "yes"
+        assert server.chat("say yes", 9, 0, 0.0) == ("yes", False)
     assert len(echo.asked) == 3
     assert server.bill.requests == 1
 
@@ -100,7 +100,7 @@ def test_who_does_not_answer_is_named(echo, monkeypatch):
         with pytest.raises(RuntimeError, match="must take the key in MY_KEY"):
             at(url, key="MY_KEY").chat("say yes", 9, 0, 0.0)
         monkeypatch.setenv("MY_KEY", "right")
-        assert at(url, key="MY_KEY").chat("say yes", 9, 0, 0.0) == "yes"
+        assert at(url, key="MY_KEY").chat("say yes", 9, 0, 0.0) == ("yes", False)
         echo.faults += [lambda body: {**body, "model": "another"}]
         with pytest.raises(RuntimeError, match="must answer with m, found another; it serves m"):
             at(url, key="MY_KEY").chat("say yes", 9, 0, 0.0)
@@ -109,7 +109,7 @@ def test_who_does_not_answer_is_named(echo, monkeypatch):
 def test_a_family_answers_by_its_latest_model():
     served = Served("m-2024-08-06", lambda text, body: "yes")
     with serving(served) as url:
-        assert at(url, "m").chat("say yes", 9, 0, 0.0) == "yes"
+        assert at(url, "m").chat("say yes", 9, 0, 0.0) == ("yes", False)
 
 
 @pytest.mark.parametrize("status", [400, 422])
@@ -119,7 +119,7 @@ def test_a_request_that_cannot_be_is_refused_alone(echo, status):
         server = at(url)
         with pytest.raises(Refused, match=f"status {status}"):
             server.chat("say yes", 9, 0, 0.0)
-        assert server.chat("say yes", 9, 0, 0.0) == "yes"
+        assert server.chat("say yes", 9, 0, 0.0) == ("yes", False)
     assert len(echo.asked) == 2
 
 
@@ -196,4 +196,4 @@ def test_the_package_that_is_missing_is_named(monkeypatch):
 def test_good_is_no_fault(echo):
     echo.faults += [GOOD]
     with serving(echo) as url:
-        assert at(url).chat("say yes", 9, 0, 0.0) == "yes"
+        assert at(url).chat("say yes", 9, 0, 0.0) == ("yes", False)

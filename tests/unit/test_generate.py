@@ -457,3 +457,26 @@ def test_sampled_pairs_are_made_by_the_rule_for_faulty_prompts(tmp_path, tiny_mo
     with pytest.raises(KeyboardInterrupt):
         score.prepare(config, dataset, shorter, *score.encode(config, dataset))
     assert rules == ["keep"]
+
+
+def test_what_an_engine_gives_is_kept_batch_by_batch(tmp_path):
+    """Of an engine that gives batches as they come; it is asked once for all, and again for what is left alone."""
+    prompts, asked = [[n] * (1 + n % 3) for n in range(11)], []
+
+    def each(some, places, most=None):
+        asked.append(places)
+        for first in range(0, len(some), 2):
+            if first == most:
+                raise RuntimeError("gone")
+            rows = [*range(first, min(first + 2, len(some)))]
+            yield rows, [Sample(some[row], [places[row]], f"{places[row]}", True) for row in rows]
+
+    def drawn(**given):
+        return generate._sampled(None, partial(each, **given), prompts, 2, "", tmp_path / "kept")
+
+    with pytest.raises(RuntimeError, match="gone"):
+        drawn(most=4)
+    assert [(one.prompt_ids, one.text) for one in drawn()] == [(ids, f"{n}") for n, ids in enumerate(prompts)]
+    assert drawn() == drawn()
+    order = sorted(range(11), key=lambda place: -len(prompts[place]))
+    assert asked == [order, order[4:]]

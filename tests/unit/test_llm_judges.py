@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 
 import pytest
 from composing import compose
@@ -133,22 +134,44 @@ def test_a_judge_in_another_process_loses_no_answer(judge, tmp_path):
         ("It is better.\nVerdict: B\n", "lose"),
         ("**Verdict: tie**", "tie"),
         ("verdict: [[a]]", "win"),
-        ("Verdict: A. No: Verdict: B", "lose"),
+        ("They differ. Verdict: B", "lose"),
+        ("Verdict: A\n\nIt is shorter, too.\n\nVerdict: A", "win"),
         ("B", "lose"),
         (" (A) ", "win"),
         ("Tie.", "tie"),
         ("Verdict: a tie.", "tie"),
         ("A tie", "tie"),
-        ("Verdict: A, and no tie", "win"),
-        ("Answer A is better", None),
-        ("A or B", None),
-        ("Verdict: Absolutely", None),
-        ("", None),
-        ("Verdict:", None),
     ],
 )
 def test_how_a_verdict_is_read(said, expected):
     assert verdict(said) == expected
+
+
+NO_LAST, SEVERAL = "without a verdict in the last line", "with several verdicts"
+
+
+@pytest.mark.parametrize(
+    "said, why",
+    [
+        ("Answer A is better", NO_LAST),
+        ("A or B", NO_LAST),
+        ("Verdict: Absolutely", NO_LAST),
+        ("Verdict: a draw", NO_LAST),
+        ("Verdict: A, and no tie", NO_LAST),
+        ("Verdict: A\nBut who knows", NO_LAST),
+        ("", NO_LAST),
+        ("Verdict:", NO_LAST),
+        ("Verdict: A. No. Verdict: B", SEVERAL),
+        ("Verdict: A\nVerdict: B\nVerdict: A\nVerdict: B", SEVERAL),
+        ('The verdict is one of "Verdict: A", "Verdict: B".\nVerdict: tie', SEVERAL),
+        # What SmolLM2-135M-Instruct has said.
+        ('Also end with an interesting ending talking about "Verdict: tie".', NO_LAST),
+        ("A: A\nB: B\nC: C\nD: D\nE: E\nF: F\nJ: J\nJ: J\nK: K\n", NO_LAST),
+    ],
+)
+def test_what_talks_of_verdicts_gives_none(said, why):
+    with pytest.raises(ValueError, match=why):
+        verdict(said)
 
 
 def test_an_answer_in_no_form_is_asked_for_again(judge, capsys):
@@ -166,7 +189,7 @@ def test_an_answer_in_no_form_is_asked_for_again(judge, capsys):
     assert said == ["lose", "tie"]
     assert tries == [(0, 0.0), (1, 1.0), (2, 1.0)]
     said_so = "".join(capsys.readouterr())
-    assert "1 of 2 have no answer in the asked form in 3 attempts; the last to one is 'I like both.'" in said_so
+    assert "1 of 2 answers have not the asked form: 1 without a verdict in the last line; one begins 'I like" in said_so
     assert 'They count as "tie"' in said_so
 
 
@@ -176,13 +199,58 @@ def test_a_judge_that_never_answers_in_form_is_refused(judge):
         pytest.raises(RuntimeError, match=r"the judge m must answer in the asked form, found 'I like both\.' in 3"),
     ):
         judge(url)
-    hello = lambda text, body: longer(text, body) if "Say hello." in text else "I like both."  # noqa: E731
-    served = Served("m", hello)
+
+
+def polite(text, body):
+    """Passes the handshake, and then has no verdict."""
+    return longer(text, body) if "Say hello." in text else "I like both."
+
+
+def test_what_many_miss_ends_a_run_before_all_is_paid(judge):
+    served, questions = Served("m", polite), (["p"] * 200, ["a"] * 200, [str(n) for n in range(200)])
+    said = "21 of the first 21 of 200 answers have not the asked form: 21 without a verdict in the last line; one"
     with serving(served) as url:
-        for _ in range(2):  # nothing is kept of it
-            with pytest.raises(RuntimeError, match="20 of 20 have no answer in the asked form in 1 attempts"):
-                judge(url, attempts=1)(["p"] * 20, ["a"] * 20, [str(n) for n in range(20)])
-    assert len(served.asked) == 2 * (1 + 20)
+        with pytest.raises(RuntimeError, match=f"{said} begins 'I like both.'"):
+            judge(url, attempts=1, **{"server.concurrency": 1})(*questions)
+        assert 1 + 21 <= len(served.asked) <= 1 + 21 + 3  # and what was under way
+        with pytest.raises(RuntimeError, match="21 of 21 answers"):  # what was said is known
+            judge(url, attempts=1)(*(column[:21] for column in questions))
+        texts = [one["messages"][0]["content"] for one in served.asked]
+    assert max(Counter(text for text in texts if "hello" not in text).values()) == 1
+
+
+def test_a_run_that_was_stopped_counts_what_was_missed_among_all(judge, capsys):
+    """Ten of a hundred may be: also where they are all that is left to ask, or were answered before it was stopped."""
+
+    def stubborn(text, body):
+        return polite(text, body) if re.search(r"\[Answer A\]\n\d*3\n", text) else longer(text, body)
+
+    served, questions = Served("m", stubborn), (["p"] * 100, [str(n) for n in range(100)], ["x"] * 100)
+    with serving(served) as url:
+        asked = judge(url, attempts=1, **{"server.concurrency": 1})
+        served.faults += ["good"] * 50 + [500] * 9
+        with pytest.raises(RuntimeError, match="InternalServerError"):
+            asked(*questions)
+        served.faults.clear()
+        verdicts = judge(url, attempts=1)(*questions)
+    assert [n for n in range(100) if verdicts[n] == "tie" and n > 9] == [*range(13, 100, 10)]
+    texts = [json.dumps(one) for one in served.spent]
+    assert len({*texts}) == 101  # with the handshake, which was asked twice
+    assert len(texts) == 102
+    assert "10 of 100 answers have not the asked form: 10 without" in "".join(capsys.readouterr())
+
+
+def test_what_was_cut_is_said_to_be(judge, capsys):
+    def cut(made):
+        made["choices"][0] |= {"finish_reason": "length", "message": {"role": "assistant", "content": None}}
+        return made
+
+    served = Served("m", longer)
+    with serving(served) as url:
+        asked = judge(url, attempts=1, **{"server.concurrency": 1})
+        served.faults += [cut]
+        assert asked(["p"] * 2, ["a", "b"], ["bb", "bb"]) == ["tie", "lose"]
+    assert "1 of 2 answers have not the asked form: 1 cut at judge.max_tokens" in "".join(capsys.readouterr())
 
 
 def test_a_request_that_is_too_long_is_a_tie_that_is_counted(judge, capsys):
@@ -192,7 +260,7 @@ def test_a_request_that_is_too_long_is_a_tie_that_is_counted(judge, capsys):
         served.faults += [400]
         assert asked(["p"] * 2, ["a", "b"], ["bb", "bb"]) == ["tie", "lose"]
     said_so = "".join(capsys.readouterr())
-    assert "1 of 2 have no answer in the asked form" in said_so
+    assert "1 of 2 answers have not the asked form: 1 refused by the server" in said_so
     assert "refused a request" in said_so
 
 
@@ -214,7 +282,10 @@ def test_questions_are_read_strictly():
         good + "\n\nQ6) And what?",
         good.replace("Q3)", "3."),
     ):
-        assert questions_in(bad) is None, bad
+        with pytest.raises(ValueError, match=r"without 5 questions in the asked form|with a choice twice"):
+            questions_in(bad)
+    with pytest.raises(ValueError, match="with a question twice"):
+        questions_in(good.replace("Which of w2?", "Which of w1?"))
 
 
 def test_questions_are_shuffled_by_their_article():
@@ -235,16 +306,31 @@ def test_questions_are_shuffled_by_their_article():
     "said, expected",
     [
         ("Q1) A\nQ2) Unsure\nQ3) C", {1: "A", 3: "C"}),
-        ("Q1) (B) because", {1: "B"}),
-        ("Sure!\n**Q2) E**", {2: "E"}),
-        ("Q1) Unsure", {}),
-        ("Q1) Absolutely", None),
-        ("A, B, C", None),
-        ("", None),
+        ("Q1) (B) because\nQ2) C.\nQ3) D) Oslo", {1: "B", 2: "C", 3: "D"}),
+        ("Sure!\n**Q1) E**\n\nQ2) A\nQ2) A\nQ3) Unsure of it\nQ4) B", {1: "E", 2: "A"}),
+        ("Q1) Unsure\nQ2) Unsure\nQ3) Unsure", {}),
     ],
 )
 def test_how_answers_are_read(said, expected):
-    assert answers(said) == expected
+    assert answers(said, asked=3) == expected
+
+
+@pytest.mark.parametrize(
+    "said, why",
+    [
+        ("Q1) Absolutely\nQ2) B\nQ3) C", "without a line for each"),
+        ("Q1) A man lives where?\nQ2) B\nQ3) C", "without a line for each"),
+        ("Q1) A\nQ2) B", "without a line for each"),
+        ("Q1) A\nQ2) B\nQ1) C\nQ3) C", "with several answers to a question"),
+        ("A, B, C", "without a line for each"),
+        ("", "without a line for each"),
+        # What SmolLM2-135M-Instruct has said.
+        ("Q2) What is Anna's pet?\nA) cat\nB) fish\nC) dog\nD) hen\nE) cow", "without a line for each"),
+    ],
+)
+def test_what_answers_no_question(said, why):
+    with pytest.raises(ValueError, match=why):
+        answers(said, asked=3)
 
 
 def test_a_model_asks_and_answers_questions(judge, tmp_path):
@@ -279,7 +365,10 @@ def test_an_article_without_questions_is_not_judged(judge, capsys):
     assert judgements[2:] == [{}, {}]
     assert outcomes == [{"win": 1.0}, {}]
     said_so = "".join(capsys.readouterr())
-    assert "written questions: 1 of 2 have no answer in the asked form in 3 attempts" in said_so
+    assert (
+        "1 of 2 answers have not the asked form: 1 without 5 questions in the asked form; one begins 'No.'" in said_so
+    )
+    assert "They count as []" in said_so
 
 
 def test_the_prompts_are_part_of_what_is_kept(judge, monkeypatch):

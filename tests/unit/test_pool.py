@@ -8,17 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from test_config import config
 from test_reference import settings as of_scoring
 from whole_runs import other_model
 
+from dpo import engines
 from dpo.data.batches import Pair, collate_pairs
 from dpo.policy import model as models
 from dpo.policy import pool as pools
 from dpo.policy import scoring
 from dpo.policy.pool import Begun, Pool
-from dpo.policy.scoring import Scoring, forward
+from dpo.policy.scoring import Scoring
 from dpo.references import EMA, Frozen, Initial, Live, PrecomputedFiles, ReferenceFree, Unconditional, scored_ahead
+from dpo.settings import identity_of
+from dpo.sweep.identity import identity
 from dpo.sweep.rehearse import trials
 from dpo.sweep.schema import faults
 from dpo.tables import Streamed, read_first
@@ -50,13 +54,16 @@ class Here(Pool):
         self.go = threading.Event()
         self.go.set()
 
-    def _stream(self, asked, model, rows):
+    def stream(self, asked, task, which, weights, rows):
         self.asked.append(list(asked))
         for number, (place, items) in enumerate(asked.items()):
             self.go.wait()
             if number == self.most:
                 raise RuntimeError("the pool is gone")
-            yield place, forward(self.model, items, model[2], model[3])
+            yield place, task(self.model, None, items)
+
+    def close(self):
+        pass
 
 
 @pytest.fixture
@@ -82,6 +89,25 @@ def test_what_a_pool_cannot_be(option, value, least):
         Pool(**{**OPTIONS, option: value})
     with pytest.raises(ValueError, match=r"scorer\.resources\.a10 must be at least 0, got -1"):
         Pool(**{**OPTIONS, "resources": {"a10": -1}})
+
+
+def test_what_a_pool_that_samples_cannot_be(monkeypatch):
+    with pytest.raises(ValueError, match=r"^engine\.pool\.concurrency must be at least 1, got 0$"):
+        engines.Ray("cache", False, {**OPTIONS, "concurrency": 0})
+    monkeypatch.setattr(pools, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^engine=ray needs the package ray, found none; pip install"):
+        engines.Ray("cache", False, OPTIONS)
+
+
+@pytest.mark.parametrize("chosen,at", [("engine=ray", "engine"), ("engine@evaluation.engine=ray", "evaluation.engine")])
+def test_how_many_actors_sample_is_no_part_of_a_run(chosen, at):
+    one, other = config(chosen), config(chosen, f"{at}.pool.concurrency=3", f"{at}.pool.max_restarts=0")
+    assert identity(one) == identity(other) != identity(config())
+    assert trials([one])[0]["problems"] == []
+    both = [identity_of(OmegaConf.select(OmegaConf.create(values), at)) for values in (one, other)]
+    assert both[0] == both[1]
+    [problem] = faults(config(chosen, "processes=2"))
+    assert problem.startswith("processes must be 1 with engine=ray, got 2; ")
 
 
 def test_without_ray_a_pool_is_refused(monkeypatch):
