@@ -103,6 +103,7 @@ def test_what_is_measured_is_what_is_saved(keep, directory, monkeypatch):
     monkeypatch.setattr(evaluate, "measure", measure)
     _, result = run(directory / f"measured {keep}", *given(directory, f"keep={keep}", "evaluate_every=1", "lr=0.3"))
     assert measured["kl"] is measured["policy"]
+    assert len(lora.in_4_bits(measured["policy"])) == 2 * 7
     assert (result["selected_step"] < 3) == (keep == "best")
     saved = models.load(str(directory / f"measured {keep}" / "policy"))[0]
     batch = collate_responses([([5, 6, 7], [[8, 9], [9]]), ([15], [[16], [17, 3]])], packed=False)

@@ -90,10 +90,11 @@ def servers(group, url):
         ("sft", (), "2d35fdf4d4835f8b"),
         ("score", (), "604473886885dd0d"),
         ("train", ("beta=0.3", "policy=pretrained", "policy.path=x"), "557be3022332b8f6"),
+        ("train", ("policy.lora.rank=8",), "a7ae3d77de313a62"),
         ("train", ("policy.lora.rank=null", "policy.lora.alpha=8", "policy.lora.targets=[x]"), "689c4f9609d62caa"),
     ],
 )
-def test_runs_without_adapters_are_those_of_before(command, overrides, known):
+def test_runs_are_those_of_before_there_was_more(command, overrides, known):
     assert identity(config(*overrides, command=command)) == known
 
 
