@@ -2,7 +2,7 @@
 
     python -m dpo.data data=file data.path=pairs.jsonl policy.path=/models/sft
 
-takes the keys of `dpo.train`, loads a tokenizer and no weights, and writes report.json and report.png.
+takes the keys of `dpo.train`, loads a tokenizer and no weights, and writes report.json, report.png and report.pdf.
 """
 
 if __name__ == "__main__":
@@ -28,7 +28,7 @@ from dpo.data.measure import measured, measured_prompts
 from dpo.policy import cost
 from dpo.policy import model as models
 from dpo.references import EMA, Frozen, Live
-from dpo.results.figures import COLOURS, tidy
+from dpo.results.figures import COLOURS, save, tidy
 from dpo.score import needs_labels, treated
 from dpo.settings import limits_of, lora_of, policy_spec, quantize_of, treatment_of
 from dpo.sweep.signature import instantiate
@@ -65,7 +65,7 @@ def main(config: DictConfig) -> None:
     folder = Path(config.report)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    figure(tables["train"], config.max_length).savefig(folder / "report.png")
+    save(figure(tables["train"], config.max_length), folder / "report.png")
     print(*lines(made, findings), f"{folder}/report.json has examples of each, {folder}/report.png lengths", sep="\n")
 
 
