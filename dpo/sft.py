@@ -27,11 +27,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo import evaluate
 from dpo.cache import digest, remember
 from dpo.data.batches import Batch, Batches, Tokens, collate, size, tokenize_demonstrations
+from dpo.data.chats import ends
 from dpo.data.instructions import read_instructions, write_outputs
 from dpo.data.records import Dataset, Demonstration, write_rows
 from dpo.data.tokens import vocabulary
 from dpo.policy import model as models
 from dpo.policy.logps import packable, sequence_logps
+from dpo.results import card
 from dpo.settings import Sft, evaluation_of, judge_of, lora_of, policy_spec, quantize_of, sft_of
 from dpo.sweep.directory import finish
 from dpo.sweep.inputs import load
@@ -67,6 +69,7 @@ def run(config: DictConfig, directory: Path) -> None:
     if quantize := quantize_of(config):
         base = replace(base, path=quantized_policy(base, quantize, config.cache))
     model, _ = models.load(base, device, adapters)
+    weights = models.fingerprint(model)
     recorded: Any = OmegaConf.to_container(config, resolve=True)
     with Log(directory, config.wandb, run_id=f"{config.name}-{config.id}", group=config.name, config=recorded) as log:
 
@@ -85,6 +88,9 @@ def run(config: DictConfig, directory: Path) -> None:
             write_outputs(directory, instructions, outputs)
         write_rows(directory / "responses.jsonl", responses)
         done = {"steps": steps(settings.recipe, len(items)), "seconds": time.monotonic() - began, **measured}
+        names = tuple(tokenizer.convert_ids_to_tokens(ends(tokenizer, model.generation_config)))
+        facts = card.Facts(weights, None, {"train": len(items)}, not isinstance(test[0], str), names)
+        card.write(directory / "policy", recorded, done, facts)
         finish(directory, "evaluation.json", done)
     distributed.leave()
 
