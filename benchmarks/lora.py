@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 HH = Path(__file__).parents[2] / "shared" / "data" / "hh-harmless-base-1500.jsonl.gz"
-RANKS = ("null", "8", "64")
+VARIANTS = (("null", "null"), ("8", "null"), ("64", "null"), ("8", "nf4"), ("8", "nf4_double"))  # rank, quantize
 PAIRS, SHORT = 12, 600  # pairs, characters of a dialogue
 WATCHED = """
 import ctypes, os, resource, subprocess, sys
@@ -51,21 +51,24 @@ def smollm2(folder: Path) -> None:
     AutoTokenizer.from_pretrained(source, gguf_file=file.name).save_pretrained(folder)
 
 
-def measured(rank: str, model: Path, data: Path, folder: Path, lr: str) -> str:
+def measured(rank: str, quantize: str, model: Path, data: Path, folder: Path, lr: str) -> str:
+    name = f"rank_{rank}_{quantize}"
     command = [
         *(sys.executable, "-c", WATCHED, sys.executable, "-m", "dpo.train", "data=hh", f"data.path={data}"),
         *("data.validation_fraction=0.2", f"policy.path={model}", f"policy.lora.rank={rank}", f"lr={lr}", "steps=2"),
         *("batch_size=8", "schedule=constant", "warmup_steps=0", "max_length=512", "max_new_tokens=8"),
         *("evaluation.prompts=2", "evaluate_every=0", "wandb.mode=disabled", "micro_batch_tokens=1024"),
-        *("checkpoint_every=1", f"runs={folder}", f"cache={folder / 'cache'}", f"name=rank_{rank}"),
+        *("checkpoint_every=1", f"runs={folder}", f"cache={folder / 'cache'}", f"name={name}"),
+        f"policy.lora.quantize={quantize}",
     ]
     said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    [run] = (path.parent for path in (folder / f"rank_{rank}").glob("*/evaluation.json"))
+    [run] = (path.parent for path in (folder / name).glob("*/evaluation.json"))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [f"{row['loss']:.4f}" for row in rows if row["split"] == "train"]
     adapter = run / "adapter" / "adapter_model.safetensors"
     size = f"{adapter.stat().st_size / 1e6:.1f} MB" if adapter.exists() else "none"
-    return f"rank {rank:4}  peak {int(said.split()[-1]) / 1e3:6.0f} MB  losses {' '.join(losses)}  adapter {size}"
+    told = f"rank {rank:4}  {quantize:10}  peak {int(said.split()[-1]) / 1e3:6.0f} MB"
+    return f"{told}  losses {' '.join(losses)}  adapter {size}"
 
 
 def main() -> None:
@@ -78,9 +81,9 @@ def main() -> None:
         with gzip.open(options.data, "rt") if options.data.suffix == ".gz" else open(options.data) as lines:
             rows = [row for row in map(json.loads, lines) if max(map(len, row.values())) < SHORT][:PAIRS]
         (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for rank in RANKS:
+        for rank, quantize in VARIANTS:
             lr = "1e-5" if rank == "null" else "1e-3"
-            print(measured(rank, folder / "smollm2", folder / "pairs.jsonl", folder, lr), flush=True)
+            print(measured(rank, quantize, folder / "smollm2", folder / "pairs.jsonl", folder, lr), flush=True)
 
 
 if __name__ == "__main__":

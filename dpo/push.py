@@ -82,11 +82,11 @@ def check(run: Path, repo: str) -> None:
     if (state := status(run)) != "finished":
         raise ValueError(f"run must be finished, found {run} {state}{f': {why}' if (why := reason(run)) else ''}")
     if not (run / "policy").is_dir():
-        raise ValueError(f"run must have trained a policy, found no {run / 'policy'}; take a run of dpo.train")
+        raise ValueError(f"run must have trained a policy, found no {run / 'policy'}; take one of dpo.train or dpo.sft")
     if not (run / "policy" / CARD).is_file():
         raise ValueError(
-            f"the policy must have a model card, found no {run / 'policy' / CARD}: runs of dpo.train write one since "
-            "there are cards; write it by hand"
+            f"the policy must have a model card, found no {run / 'policy' / CARD}: runs of dpo.train and dpo.sft "
+            "write one since there are cards; write it by hand"
         )
 
 

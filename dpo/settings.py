@@ -105,7 +105,13 @@ def lora_of(config: Any) -> Lora | None:
     if asked is None or asked.rank is None or config.command not in ("data", "sft", "train"):
         return None
     targets = asked.targets if isinstance(asked.targets, str) else tuple(asked.targets)
-    return Lora(asked.rank, asked.alpha, targets, config.seed)
+    return Lora(asked.rank, asked.alpha, targets, config.seed, quantize_of(config))
+
+
+def quantize_of(config: Any) -> str | None:
+    """How the policy that training starts from is quantized, to whatever command it is one."""
+    asked = config.policy.get("lora")
+    return None if asked is None or asked.rank is None else asked.get("quantize")
 
 
 def layout(config: Any) -> ParallelLayout:

@@ -14,7 +14,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo import evaluate
 from dpo.cache import digest, remember
 from dpo.data.batches import Batch, Batches, Tokens, collate, size, tokenize_demonstrations
+from dpo.data.chats import ends
 from dpo.data.instructions import read_instructions, write_outputs
 from dpo.data.records import Dataset, Demonstration, write_rows
 from dpo.data.tokens import vocabulary
 from dpo.policy import model as models
 from dpo.policy.logps import packable, sequence_logps
-from dpo.settings import Sft, evaluation_of, judge_of, lora_of, policy_spec, sft_of
+from dpo.results import card
+from dpo.settings import Sft, evaluation_of, judge_of, lora_of, policy_spec, quantize_of, sft_of
 from dpo.sweep.directory import finish
 from dpo.sweep.inputs import load
 from dpo.training import distributed
@@ -64,7 +66,10 @@ def run(config: DictConfig, directory: Path) -> None:
     test = evaluate.test_prompts(dataset, measuring, tokenizer)
     evaluate.questions(instructions, tokenizer, measuring.limits)  # what cannot be asked stops here, not after training
     device = distributed.join(config.device)
+    if quantize := quantize_of(config):
+        base = replace(base, path=quantized_policy(base, quantize, config.cache))
     model, _ = models.load(base, device, adapters)
+    weights = models.fingerprint(model)
     recorded: Any = OmegaConf.to_container(config, resolve=True)
     with Log(directory, config.wandb, run_id=f"{config.name}-{config.id}", group=config.name, config=recorded) as log:
 
@@ -83,12 +88,26 @@ def run(config: DictConfig, directory: Path) -> None:
             write_outputs(directory, instructions, outputs)
         write_rows(directory / "responses.jsonl", responses)
         done = {"steps": steps(settings.recipe, len(items)), "seconds": time.monotonic() - began, **measured}
+        names = tuple(tokenizer.convert_ids_to_tokens(ends(tokenizer, model.generation_config)))
+        facts = card.Facts(weights, None, {"train": len(items)}, not isinstance(test[0], str), names)
+        card.write(directory / "policy", recorded, done, facts)
         finish(directory, "evaluation.json", done)
     distributed.leave()
 
 
 def initial_policy(config: DictConfig, dataset: Dataset, device: torch.device) -> str:
-    """Folder or hub name of the policy that training starts from: `policy.path`, or the cached SFT of `policy.base`."""
+    """Folder or hub name of the policy that training starts from: `policy.path`, or the cached SFT of `policy.base`; of
+    weights in 4 bits the folder of what they stand for.
+    """
+    path = _whole_policy(config, dataset, device)
+    if (quantize := quantize_of(config)) is None:
+        return path
+    made = quantized_policy(policy_spec(config, path), quantize, config.cache)
+    logger.info(f"policy: its linear weights in 4 bits, {quantize} ({made})")
+    return made
+
+
+def _whole_policy(config: DictConfig, dataset: Dataset, device: torch.device) -> str:
     if config.policy.adapter is not None:
         path = merged_policy(policy_spec(config), config.cache, device)
         logger.info(f"policy: {config.policy.path} with the adapter {config.policy.adapter} merged into it ({path})")
@@ -114,6 +133,21 @@ def merged_policy(spec: models.ModelSpec, cache: str, device: torch.device) -> s
         models.save(model, tokenizer, distributed.gathered([folder])[0] / "policy")
 
     folder, _ = remember(cache, "merged", key, build, distributed.any_true)
+    return str(folder / "policy")
+
+
+def quantized_policy(spec: models.ModelSpec, quantize: str, cache: str) -> str:
+    """Folder of a model in float32 whose linear weights are those that 4 bits stand for: what training in 4 bits starts
+    from and is held to. The bits lie beside it. On the CPU, since a GPU may hold no more than these.
+    """
+    model, tokenizer = models.load(spec)
+    key = {"weights": models.fingerprint(model), "chat_template": tokenizer.chat_template}
+    key |= {"tokenizer": vocabulary(tokenizer), "quantize": quantize}
+
+    def build(folder: Path) -> None:
+        models.save_quantized(model, tokenizer, quantize, folder)
+
+    folder, _ = remember(cache, "quantized", key, build)
     return str(folder / "policy")
 
 

@@ -32,6 +32,7 @@ from dpo.data.records import Text, write_rows
 from dpo.data.report import brief
 from dpo.losses import Loss, PairLogps, dpo
 from dpo.losses.pairs import READ, asked_by, frozen, metrics, sees_whole_step, unbound
+from dpo.policy import lora
 from dpo.policy import model as models
 from dpo.policy.best import BestCheckpoint
 from dpo.policy.logps import (
@@ -49,7 +50,7 @@ from dpo.policy.logps import (
 from dpo.references import Pending, Reference, scored_ahead
 from dpo.results import card
 from dpo.score import encode, prepare
-from dpo.settings import baseline_best_of, evaluation_of, judges_of, lora_of, policy_spec, scoring_beside
+from dpo.settings import baseline_best_of, evaluation_of, judges_of, lora_of, policy_spec, quantize_of, scoring_beside
 from dpo.sweep.directory import finish, remember_initial
 from dpo.sweep.inputs import load
 from dpo.sweep.signature import instantiate
@@ -87,7 +88,7 @@ def run(config: DictConfig, directory: Path) -> None:
     evaluate.questions(instructions, tokenizer, measuring.limits)  # what cannot be asked stops here, not after training
     start, policy, pairs = prepare(config, dataset, of_pairs, tokenizer, pairs)
     logger.info(brief(pairs["train"]))
-    weights, device = models.fingerprint(policy), distributed.device_of(policy)
+    weights, device, in_4_bits = models.fingerprint(policy), distributed.device_of(policy), quantize_of(config)
     if distributed.is_main():
         remember_initial(directory, start)
     against, initial = policy_spec(config, config.evaluation.baseline), (policy, tokenizer, weights)
@@ -134,9 +135,13 @@ def run(config: DictConfig, directory: Path) -> None:
         return on_held_out[done]
 
     def measure(model: PreTrainedModel, prompts: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-        """Against `evaluation.baseline`, on the first test prompts; loads what KL is measured to."""
-        paths = {"kl": start} | ({"kl_reference": reference.kl_target} if reference.kl_target else {}) | baseline
-        kl_targets = {name: models.load(policy_spec(config, path), device)[0] for name, path in paths.items()}
+        """Against `evaluation.baseline`, on the first test prompts; loads what KL is measured to. A policy in 4 bits is
+        that itself, without its adapters: in float32 it may not fit where it is trained.
+        """
+        paths = {} if in_4_bits else {"kl": start}
+        paths |= ({"kl_reference": reference.kl_target} if reference.kl_target else {}) | baseline
+        kl_targets = {"kl": model} if in_4_bits else {}
+        kl_targets |= {name: models.load(policy_spec(config, path), device)[0] for name, path in paths.items()}
         first = None if others is None else others[:prompts]
         rows, found = evaluate.measure(model, kl_targets, tokenizer, test[:prompts], first, judge, measuring)
         return rows, {**found, **(evaluate.baseline_kl_bound(best) if others else {})}
@@ -186,7 +191,10 @@ def run(config: DictConfig, directory: Path) -> None:
         selection.update(steps, validate(steps), policy, tokenizer)  # keep=best: unless a former one is better
         selection.finalize(directory / "policy")
         logger.info(f"policy of step {selection.step} of {steps}, validation loss {selection.metrics['loss']:.4f}")
-        trained, _ = models.load(policy_spec(config, str(directory / "policy")), device)
+        if in_4_bits:
+            lora.read(trained := policy, directory / "adapter")
+        else:
+            trained, _ = models.load(policy_spec(config, str(directory / "policy")), device)
         answers = evaluate.answer(trained, tokenizer, instructions, measuring) if instructions else []
         responses, measured = measure(trained, len(test))
         chosen = {"steps": steps, "selected_step": selection.step}

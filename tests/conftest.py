@@ -102,12 +102,14 @@ def tiny_tokenizer(kind: str) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory) -> Callable[[str], str]:
-    """`tiny_model(kind)`: folder of a random model of that family, made once; equal in every session."""
-    made: dict[str, Path] = {}
+def tiny_model(tmp_path_factory) -> Callable[..., str]:
+    """`tiny_model(kind)`: folder of a random model of that family, made once; equal in every session. width: of its
+    states.
+    """
+    made: dict[tuple[str, int], Path] = {}
 
-    def make(kind: str) -> str:
-        if kind not in made:
+    def make(kind: str, width: int = SMALL["hidden_size"]) -> str:
+        if (kind, width) not in made:
             tokenizer = tiny_tokenizer(kind)
             config = CONFIGS[kind](
                 vocab_size=len(tokenizer) + 3,  # real models have more rows than tokens, too
@@ -115,13 +117,15 @@ def tiny_model(tmp_path_factory) -> Callable[[str], str]:
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )
+            if width != SMALL["hidden_size"]:
+                config.hidden_size, config.intermediate_size, config.head_dim = width, 2 * width, width // 4
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-            made[kind] = tmp_path_factory.mktemp("models") / kind
-            model.save_pretrained(made[kind])
-            tokenizer.save_pretrained(made[kind])
-        return str(made[kind])
+            made[kind, width] = tmp_path_factory.mktemp("models") / kind
+            model.save_pretrained(made[kind, width])
+            tokenizer.save_pretrained(made[kind, width])
+        return str(made[kind, width])
 
     return make
 

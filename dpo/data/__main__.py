@@ -2,7 +2,7 @@
 
     python -m dpo.data data=file data.path=pairs.jsonl policy.path=/models/sft
 
-takes the keys of `dpo.train`, loads a tokenizer and no weights, and writes report.json and report.png.
+takes the keys of `dpo.train`, loads a tokenizer and no weights, and writes report.json, report.png and report.pdf.
 """
 
 if __name__ == "__main__":
@@ -28,9 +28,9 @@ from dpo.data.measure import measured, measured_prompts
 from dpo.policy import cost
 from dpo.policy import model as models
 from dpo.references import EMA, Frozen, Live
-from dpo.results.figures import COLOURS, tidy
+from dpo.results.figures import COLOURS, save, tidy
 from dpo.score import needs_labels, treated
-from dpo.settings import limits_of, lora_of, policy_spec, treatment_of
+from dpo.settings import limits_of, lora_of, policy_spec, quantize_of, treatment_of
 from dpo.sweep.signature import instantiate
 from dpo.training import distributed
 
@@ -65,7 +65,7 @@ def main(config: DictConfig) -> None:
     folder = Path(config.report)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    figure(tables["train"], config.max_length).savefig(folder / "report.png")
+    save(figure(tables["train"], config.max_length), folder / "report.png")
     print(*lines(made, findings), f"{folder}/report.json has examples of each, {folder}/report.png lengths", sep="\n")
 
 
@@ -116,10 +116,11 @@ def _cost(config: DictConfig, tables: dict[str, pd.DataFrame], paired: bool) -> 
     if not config.packed:  # each is padded to the longest, and a micro-batch goes by sizes without that
         pairs = min(config.batch_size, config.micro_batch_tokens / max(1.0, mean / 2 + scored / max(1, items) / 2))
         micro = int(max(1, pairs) * longest)
+    added_to = adapted, quantize_of(config)
     how = config.optimizer, config.precision, config.activation_checkpointing, config.packed
     device = distributed.device(config.device)
     of_other = cost.parameters(other) * (scores and apart)
-    memory = cost.memory(policy, adapted, of_other, moves, micro, int(micro * share), *how, device.type)
+    memory = cost.memory(policy, *added_to, of_other, moves, micro, int(micro * share), *how, device.type)
     return {
         "upper_bound": not paired,
         "steps": steps,

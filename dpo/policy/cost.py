@@ -13,6 +13,7 @@ from dpo.policy.logps import TILE
 
 FLOAT = 4  # bytes: weights, gradients and moments are float32
 COPIES = {"adamw": 4.0, "adamw_8bit": 2.5, "rmsprop": 3.0}  # of a trained weight: itself, its gradient, moments
+HELD = {None: 4.0, "nf4": 0.5 + 4 / 64, "nf4_double": 0.5 + 1 / 64 + 4 / (64 * 256)}  # of a weight, with its scale
 LIBRARIES = 500_000_000  # bytes of a process that has loaded no model
 
 
@@ -54,6 +55,7 @@ def forward(model: PreTrainedModel, tokens: float, scored: float) -> float:
 def memory(
     model: PreTrainedModel,
     adapted: int | None,
+    quantize: str | None,
     reference: int,
     beside: bool,
     tokens: int,
@@ -64,25 +66,27 @@ def memory(
     packed: bool,
     device: str,
 ) -> Memory:
-    """adapted: weights of adapters that are trained in place of the model's; None: all are. reference: weights of
-    another model, beside the policy at each step or while it scores. tokens, scored: of the largest micro-batch.
+    """adapted: weights of adapters that are trained in place of the model's; None: all are. quantize: how linear layers
+    are held then. reference: weights of another model, beside the policy at each step or while it scores. tokens,
+    scored: of the largest micro-batch.
 
     A layer keeps about 10 widths and 4 feed-forward widths a token, and a backward pass has as much of one layer again;
     the head, two tiles of logits (not packed: those of all tokens) and the gradient of its weights.
     """
     config, total = model.config.get_text_config(), parameters(model)
-    trained, frozen = (total, 0) if adapted is None else (adapted, total)
-    copies = COPIES[optimizer] * trained + frozen
-    weights = max(copies + beside * reference, frozen + trained + reference)
+    names = [] if quantize is None else lora.linear(model)
+    linear = sum(model.get_parameter(f"{name}.weight").numel() for name in names)
+    trained, frozen = (total, 0) if adapted is None else (adapted, FLOAT * (total - linear) + HELD[quantize] * linear)
+    weights = frozen + FLOAT * max(COPIES[optimizer] * trained + beside * reference, trained + reference)
     width, layers, words = config.hidden_size, config.num_hidden_layers, config.vocab_size
     layer = 10 * width + 4 * (getattr(config, "intermediate_size", None) or 4 * width)
     kept = width * layers + 2 * layer if checkpointing else layer * (layers + 1)
     mixed = precision == "bf16"  # halves matrix products, not norms and sums, and has weights in bfloat16, too
-    activations = kept * tokens * (2.5 if mixed else FLOAT) + 2 * total * mixed
+    activations = kept * tokens * (2.5 if mixed else FLOAT) + 2 * (total - linear) * mixed
     activations += FLOAT * (2 * min(TILE, scored * words) if packed else tokens * words)
     activations += FLOAT * width * words * (adapted is None)
     saved = 2 * FLOAT * (COPIES[optimizer] - 1) * trained * (device == "cpu")
-    return Memory(LIBRARIES, int(FLOAT * weights), int(activations), int(saved))
+    return Memory(LIBRARIES, int(weights), int(activations), int(saved))
 
 
 def memory_of(device: torch.device) -> int:

@@ -324,8 +324,12 @@ def sequence_kl(
     tokens: ids that can be sampled, (K,) int64; None: all. Both models' next-token distributions are taken over these
     alone, renormalized: the rows that a model has to spare belong to no token, and the two may have other numbers of
     them (Qwen2.5 3B and 7B).
+
+    reference: without its adapters, if it has some; so it may be the policy, which is then held to what it began as.
     """
-    by_tile = [_logps_by_tile(model, batch) for model in (policy, reference)]
+    of_policy = _logps_by_tile(policy, batch)
+    with without(reference):
+        by_tile = of_policy, _logps_by_tile(reference, batch)
     ratios, kls = [], []
     for rows in tiles(len(batch.labels), max(_rows(policy), _rows(reference))):
         labels = batch.labels[rows, None]  # (n, 1)

@@ -5,6 +5,7 @@ model is sharded: FSDP2 would not sum the gradients of those that come later.
 """
 
 import json
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,9 @@ from dpo.cache import digest
 from dpo.policy.folder import ADAPTER, ADAPTER_CONFIG, read_json
 from dpo.training import distributed
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it misses kernels that are not used here
 ALL, NAME = "all-linear", "default"  # as peft calls all targets, and an adapter
+BLOCK = 64  # weights in 4 bits that share a scale, as in the paper
 BASE = "base.json"  # beside an adapter: whose it is
 PREFIX = "base_model.model."  # of the names in peft's files
 
@@ -37,6 +40,7 @@ class Lora:
     alpha: float  # they add alpha / rank * B A
     targets: str | Sequence[str]  # ALL, or ends of the names of linear layers
     seed: int  # of the first A; the first B is 0
+    quantize: str | None = None  # "nf4" or "nf4_double": what is not trained is held in 4 bits, see `dpo.policy.nf4`
 
 
 def targets(model: PreTrainedModel, lora: Lora) -> list[str]:
@@ -48,10 +52,11 @@ def targets(model: PreTrainedModel, lora: Lora) -> list[str]:
     """
     if find_spec("peft") is None:
         raise ValueError("policy.lora needs peft, found none; pip install -e '.[lora]' -c constraints.txt")
-    head, modules = model.get_output_embeddings(), dict(model.named_modules())
-    linear = [name for name, one in modules.items() if isinstance(one, nn.Linear | Conv1D) and one is not head]
-    known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear)) or "which there are none"
-    found = linear if lora.targets == ALL else []
+    if lora.quantize is not None:
+        _check_quantized(model)
+    head, modules, linear_ones = model.get_output_embeddings(), dict(model.named_modules()), linear(model)
+    known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear_ones)) or "which there are none"
+    found = linear_ones if lora.targets == ALL else []
     for target in () if lora.targets == ALL else lora.targets:
         named = [name for name in modules if f".{name}".endswith(f".{target}")]
         if any(modules[name] is head or isinstance(modules[name], nn.Embedding) for name in named):
@@ -59,13 +64,39 @@ def targets(model: PreTrainedModel, lora: Lora) -> list[str]:
                 f"policy.lora.targets must be linear layers between embeddings and head, got {target}: the head's "
                 f"weight is read as it is; take of {known}"
             )
-        if not named or not {*named} <= {*linear}:
+        if not named or not {*named} <= {*linear_ones}:
             wrong = f"a {type(modules[named[0]]).__name__}" if named else "no layer of that name"
             raise ValueError(f"policy.lora.targets must name linear layers, of {known}; found {wrong}: {target}")
         found += named
     if not found:
         raise ValueError(f"policy.lora needs linear layers beside the head, found none in {type(model).__name__}")
     return sorted({*found})
+
+
+def linear(model: PreTrainedModel) -> list[str]:
+    """The names of all linear layers but the head."""
+    head = model.get_output_embeddings()
+    return [name for name, one in model.named_modules() if isinstance(one, nn.Linear | Conv1D) and one is not head]
+
+
+def _check_quantized(model: PreTrainedModel) -> None:
+    """Raise a ValueError if most of a model could not be held in 4 bits. No weight is looked at."""
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "policy.lora.quantize needs bitsandbytes, found none; pip install -e '.[qlora]' -c constraints.txt"
+        )
+    for name, module in model.named_modules():
+        own = [weight for weight in module.parameters(recurse=False) if weight.dim() > 1]
+        if isinstance(module, nn.Linear) and module.in_features % BLOCK:  # bitsandbytes 0.50 reads such wrong on a CPU
+            raise ValueError(
+                f"policy.lora.quantize needs linear layers whose inputs are a multiple of {BLOCK}, found "
+                f"{module.in_features} of {name}; leave it out: policy.lora.quantize=null"
+            )
+        if own and not isinstance(module, nn.Linear | nn.Embedding):
+            raise ValueError(
+                "policy.lora.quantize needs a model whose matrices are those of linear layers and embeddings, found a "
+                f"{type(module).__name__}, {name}, in {type(model).__name__}; leave it out: policy.lora.quantize=null"
+            )
 
 
 def add(model: PreTrainedModel, lora: Lora) -> None:
@@ -93,6 +124,12 @@ def initialize(model: nn.Module, lora: Lora) -> None:
 def layers(model: nn.Module) -> dict[str, Any]:
     """The layers that have an adapter, by the name that each has without."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def in_4_bits(model: nn.Module) -> dict[str, Any]:
+    """The layers whose weight is, by the name that each has without an adapter."""
+    held = {name: module for name, module in model.named_modules() if hasattr(module, "whole_weight")}
+    return {name.removesuffix(".base_layer"): module for name, module in held.items()}
 
 
 def change(layer: Any) -> Tensor:
@@ -127,6 +164,15 @@ def save(model: PreTrainedModel, folder: Path, weights: str) -> None:
         save_file(tensors, folder / ADAPTER, {"format": "pt"})
         told = {"path": config.base_model_name_or_path, "weights": weights}
         (folder / BASE).write_text(json.dumps(told, indent=1) + "\n")
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, folder: Path) -> None:
+    """Give a model's adapters the weights of those that `save` wrote of it."""
+    stored = load_file(folder / ADAPTER)
+    for name, layer in layers(model).items():
+        for side, weight in zip("AB", _adapters(layer), strict=True):
+            weight.copy_(stored[f"{PREFIX}{name}.lora_{side}.weight"])
 
 
 @torch.no_grad()

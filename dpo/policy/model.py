@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import huggingface_hub.constants
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -37,6 +38,7 @@ disable_progress_bar()  # of loading and saving: runs show their own
 
 logger = logging.getLogger(__name__)
 MODEL = "a causal language model in safetensors"
+BITS = "nf4.safetensors"  # beside the folder of a quantized model
 RANDOM = ("dropout", "pdrop", "layerdrop", "jitter")  # in the names of a config's shares
 WORLD_BASE = Path(__file__).parents[1] / "world" / "base"
 
@@ -67,7 +69,8 @@ def load(
     training mode computes the same. With a layout each of several processes reads its part of every weight, and none
     ever holds the model whole: a collective.
 
-    adapters: LoRA's, to be trained in place of the weights; at first the model computes what it does without.
+    adapters: LoRA's, to be trained in place of the weights; at first the model computes what it does without. Where
+    these are to be held in 4 bits, the folder is one that `dpo.sft.quantized_policy` made.
     """
     spec = spec_of(which)
     tokenizer = load_tokenizer(spec)
@@ -111,7 +114,9 @@ def load(
         nn.Module.to(model, device)
     if adapters:
         trained, every = (sum(p.numel() for p in model.parameters() if p.requires_grad >= flag) for flag in (1, 0))
-        logger.info(f"LoRA of rank {adapters.rank}: {trained:,} weights are trained beside {every - trained:,}")
+        every += sum(layer.weight.numel() for layer in lora.in_4_bits(model).values())  # two are in a byte
+        bits = f", those of linear layers in 4 bits ({adapters.quantize})" if adapters.quantize else ""
+        logger.info(f"LoRA of rank {adapters.rank}: {trained:,} weights are trained beside {every - trained:,}{bits}")
     return model, tokenizer
 
 
@@ -131,6 +136,8 @@ def _read_whole(
         output_loading_info=True,
     )
     if adapters:
+        if adapters.quantize is not None:
+            _hold_in_4_bits(loaded[0], source)
         lora.add(loaded[0], adapters)
         lora.initialize(loaded[0], adapters)
     report = loaded[1]
@@ -139,6 +146,26 @@ def _read_whole(
         "of another shape": sorted(name for name, *_ in report["mismatched_keys"]),
         "that it has no place for": sorted(report["unexpected_keys"]),
     }
+
+
+def _hold_in_4_bits(model: PreTrainedModel, source: str) -> None:
+    file = Path(source).with_name(BITS)
+    if not file.is_file():
+        raise ValueError(f"the bits of {source} must lie in {file}, found none; take a folder of sft.quantized_policy")
+    from dpo.policy import nf4  # which imports bitsandbytes
+
+    nf4.hold(model, load_file(file))
+
+
+def save_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: str, folder: Path) -> None:
+    """Round a model in place to what 4 bits stand for; write `policy/` with that, and beside it the bits.
+
+    kind: see `lora.Lora`.
+    """
+    from dpo.policy import nf4
+
+    save_file(nf4.quantize(model, double=kind == "nf4_double"), folder / BITS)
+    save(model, tokenizer, folder / "policy")
 
 
 def load_tokenizer(which: ModelSpec | str) -> PreTrainedTokenizerBase:
@@ -306,6 +333,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256, in hex, of a model's weights: names, shapes, dtypes and bytes; tied weights count once, adapters do not.
+    Weights in 4 bits are those that they stand for.
 
     For a sharded model a collective, in which each rank hashes some of the weights.
     """
@@ -317,12 +345,14 @@ def fingerprint(model: nn.Module) -> str:
             if index % distributed.world_size() == distributed.rank():
                 lines.append(f"{name} {tuple(whole.shape)} {whole.dtype} {_digest(whole)}\n")
         return hashlib.sha256("".join(sorted(distributed.gathered(lines))).encode()).hexdigest()
+    quantized = lora.in_4_bits(model)
+
+    def line(one: tuple[str, Tensor]) -> str:
+        name, tensor = one[0], sharded_io.whole_weight(*one, quantized)
+        return f"{name} {tuple(tensor.shape)} {tensor.dtype} {_digest(tensor)}\n"
+
     with ThreadPoolExecutor() as pool:  # hashing large arrays releases the interpreter's lock
-        digests = pool.map(_digest, [tensor for _, tensor in named])
-        lines = [
-            f"{name} {tuple(tensor.shape)} {tensor.dtype} {digest}\n"
-            for (name, tensor), digest in zip(named, digests, strict=True)
-        ]
+        lines = [*pool.map(line, named)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -129,10 +129,17 @@ def distinct(model: nn.Module) -> list[tuple[list[str], Tensor]]:
     return sorted(by_id.values(), key=lambda item: item[0][0])
 
 
+def whole_weight(name: str, tensor: Tensor, quantized: dict[str, Any]) -> Tensor:
+    """A tensor of `distinct`; of one in 4 bits what they stand for. quantized: `lora.in_4_bits` of the model."""
+    layer = quantized.get(name.removesuffix(".weight"))
+    return tensor if layer is None else layer.whole_weight()
+
+
 def merged(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
     """The same, with what adapters add, in memory of its own: W + alpha / rank * B A. A collective."""
-    adapted = lora.layers(model)
+    adapted, quantized = lora.layers(model), lora.in_4_bits(model)
     for names, tensor in distinct(model):
+        tensor = whole_weight(names[0], tensor, quantized)
         if layer := adapted.get(names[0].removesuffix(".weight")):
             tensor = tensor.clone()
             distributed.local(tensor).add_(distributed.part(lora.change(layer), tensor))

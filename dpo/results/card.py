@@ -16,6 +16,7 @@ from dpo.sweep.identity import identity_keys
 from dpo.win_rates import Z, wilson
 
 CARD = "README.md"
+LIKELIHOOD = "Maximum likelihood of their responses: -log pi(y | x), summed over tokens (nats)."
 MEASURED = {  # in this order, where they are
     "win_rate": "win rate over {baseline}, by the judge {judge}",
     "win_rate_lc": "that win rate at equal lengths",
@@ -34,7 +35,7 @@ class Facts:
     """What a run knows and its config does not say."""
 
     initial: str  # fingerprint of the weights before training
-    reference: str  # fingerprint of what the policy was held to
+    reference: str | None  # fingerprint of what the policy was held to; None: of a fine-tuned one, nothing
     sizes: Mapping[str, int]  # items to train on and held out, by split
     chat: bool  # prompts are chat messages
     ends: tuple[str, ...]  # tokens at which a response ends
@@ -67,7 +68,7 @@ def write(policy: Path, config: Mapping[str, Any], result: Mapping[str, float], 
         datasets=repositories or None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["dpo", "preference-optimization"],
+        tags=["dpo", "preference-optimization"] if "loss" in config else ["sft"],
         eval_results=[
             EvalResult(
                 task_type="text-generation",
@@ -87,7 +88,7 @@ def write(policy: Path, config: Mapping[str, Any], result: Mapping[str, float], 
 
 def _rows(result: Mapping[str, float], config: Mapping[str, Any], facts: Facts) -> list[Row]:
     judge = _option(config, "judge" if config["evaluation"].get("judge") is None else "evaluation.judge")
-    words, found = {"judge": judge, "baseline": _shown(config["evaluation"]["baseline"])}, []
+    words, found = {"judge": judge, "baseline": _shown(config["evaluation"].get("baseline"))}, []
     for name, what in MEASURED.items():
         value, low, high, error = (result.get(name + end) for end in ("", "/low", "/high", "/se"))
         if value is None or not math.isfinite(value):
@@ -103,34 +104,54 @@ def _rows(result: Mapping[str, float], config: Mapping[str, Any], facts: Facts) 
 
 def _title(config: Mapping[str, Any]) -> str:
     """No directory's name: that may spell a path of this machine."""
-    return f"{config['name']}: {_option(config, 'loss')}, beta {config['beta']:g}"
+    return f"{config['name']}: {_learned(config)}"
+
+
+def _learned(config: Mapping[str, Any]) -> str:
+    """What was learned: the objective. `dpo.sft` names none."""
+    if "loss" not in config:
+        return "supervised fine-tuning"
+    return f"{_option(config, 'loss')}, beta {config['beta']:g}"
 
 
 def _text(config: Mapping[str, Any], rows: list[Row], facts: Facts, repositories: list[str]) -> str:
-    policy, reference, made = config["policy"], config["reference"], config.get("provenance", {})
+    policy, made, preferences = config["policy"], config.get("provenance", {}), "loss" in config
+    recipe = config if preferences else config["sft"]
+    revisions = [*dict.fromkeys(made.get("revisions", {}).values())]
     sources = repositories or [_shown(config["data"].get("path"))]
-    rank = (policy.get("lora") or {}).get("rank")
+    lora = policy.get("lora") or {}
+    first = [_shown(_start(policy)), *(["after SFT"] if preferences and not policy["path"] else [])]
+    if lora.get("quantize"):
+        first.append(f"linear weights in 4 bits ({lora['quantize']})")
+    held = {}
+    if preferences:
+        reference = config["reference"]
+        held["reference"] = ", ".join([_option(config, "reference"), *filter(None, [_shown(reference.get("path"))])])
+        held["its digest"] = f"`{facts.reference}`"
     given = {
-        "policy before training": f"{_shown(_start(policy))}{'' if policy['path'] else ', after SFT'}",
+        "policy before training": ", ".join(first),
         "its weights": f"`{facts.initial}`",
-        "trained": "all weights" if rank is None else f"adapters (LoRA) of rank {rank}, merged",
-        "loss": f"{_option(config, 'loss')}, beta {config['beta']:g}",
-        "reference": ", ".join([_option(config, "reference"), *filter(None, [_shown(reference.get("path"))])]),
-        "its digest": f"`{facts.reference}`",
+        "trained": f"adapters (LoRA) of rank {lora['rank']}, merged" if lora.get("rank") else "all weights",
+        "loss": _learned(config),
+        **held,
         "data": ", ".join([_option(config, "data"), *filter(None, sources)]),
+        **({"its revision": ", ".join(f"`{one}`" for one in revisions)} if revisions else {}),
         "its size": ", ".join(f"{size} in {split}" for split, size in facts.sizes.items()),
         "digest of its content": f"`{_contents(config)}`",
-        "optimizer": f"{config['optimizer']}, {config['batch_size']} per step, {config['precision']}",
-        "learning rate": f"{config['lr']:g} at its peak, {config['schedule']}",
+        "optimizer": f"{config['optimizer']}, {recipe['batch_size']} per step, {config['precision']}",
+        "learning rate": f"{recipe['lr']:g} at its peak, {recipe['schedule']}",
         "seed": config["seed"],
     }
     settings = {key: _shown(value) for key, value in identity_keys(dict(config)).items()}
     versions = [f"{key} {value}" for key, value in made.items() if isinstance(value, str) and key != "commit"]
     changed = ", with uncommitted changes" if made.get("uncommitted_changes") else ""
+    taught, of_kl, of_ties = LIKELIHOOD, "", ""
+    if preferences:
+        taught, of_kl, of_ties = _equation(config["loss"]), ", those of KL at 1,", " Ties count one half."
     said = '[{"role": "user", "content": "..."}]' if facts.chat else '"..."'
     return f"""# {_title(config)}
 
-A causal language model that was trained on preferences. {_equation(config["loss"])}
+A causal language model that was trained on {"preferences" if preferences else "demonstrations"}. {taught}
 
 ```python
 from transformers import pipeline
@@ -149,8 +170,8 @@ A response ends in {" or ".join(f"`{end}`" for end in facts.ends)}: the generati
 
 ## What was measured
 
-Responses were sampled at temperature {config["evaluation"]["temperature"]:g}, those of KL at 1, and cut at
-{config["max_new_tokens"]} tokens. Ties count one half. Intervals are those of prompts and pairs alone: another seed
+Responses were sampled at temperature {config["evaluation"]["temperature"]:g}{of_kl} and cut at
+{config["max_new_tokens"]} tokens.{of_ties} Intervals are those of prompts and pairs alone: another seed
 gives another policy.
 
 | | | 95 % |

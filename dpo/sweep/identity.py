@@ -10,7 +10,7 @@ from dpo.cache import digest
 ALIASES = {"loss.beta": "beta"} | {f"policy.{key}": key for key in ("lr", "max_length", "max_new_tokens")}
 
 # Groups of keys that are no part of a run's identity where the key that switches them on is null.
-SWITCHES = {"policy.lora.": "policy.lora.rank"}
+SWITCHES = {"policy.lora.quantize": "policy.lora.quantize", "policy.lora.": "policy.lora.rank"}  # the first that fits
 SWITCHES |= {key: key for key in ("policy.adapter", "rule", "evaluation.rule", "evaluation.engine")}
 SWITCHES |= {f"data.{key}": f"data.{key}" for key in ("config", "split", "validation_split", "columns", "prompt")}
 

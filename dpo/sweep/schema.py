@@ -20,6 +20,7 @@ class Lora:
     rank: int | None
     alpha: float
     targets: Any
+    quantize: str | None
 
 
 @dataclass
@@ -229,6 +230,7 @@ _CHOICES = {
     "held_to": ("previous", "original"),
     "keep": ("last", "best"),
     "wandb.mode": ("auto", "online", "offline", "disabled"),
+    "policy.lora.quantize": (None, "nf4", "nf4_double"),
     "pairs.outlier": ("another", "shuffled"),
 }
 _ABOVE_ZERO = (
@@ -320,7 +322,8 @@ def _numbers(config: dict[str, Any]) -> list[str]:
     flat, problems = flatten({key: value for key, value in config.items() if key not in RECORDED}), []
     for key, choices in _CHOICES.items():
         if key in flat and flat[key] not in choices:
-            problems.append(f"{key} must be one of {', '.join(choices)}, got {flat[key]}")
+            named = ", ".join("null" if one is None else one for one in choices)
+            problems.append(f"{key} must be one of {named}, got {flat[key]}")
     numbers = {}
     for key, value in flat.items():
         if ALIASES.get(key) in flat:  # the same value again
@@ -447,6 +450,15 @@ def _lora(config: dict[str, Any]) -> list[str]:
     named = isinstance(targets, list) and targets and all(isinstance(one, str) and one for one in targets)
     if targets != "all-linear" and not named:
         problems.append(f"policy.lora.targets must be all-linear or names of layers: [q_proj,v_proj], got {targets}")
+    if (quantize := policy["lora"]["quantize"]) is not None and policy["lora"]["rank"] is None:
+        problems.append(
+            f"policy.lora.quantize needs adapters to train beside what it holds in 4 bits, got {quantize} and "
+            "policy.lora.rank=null; set policy.lora.rank"
+        )
+    if quantize is not None and config["processes"] > 1:  # FSDP2 does not know the scales of its blocks
+        problems.append(
+            f"policy.lora.quantize needs processes=1, got {config['processes']}; use policy.lora.quantize=null"
+        )
     if policy["adapter"] is not None and (policy["path"] is None or config["command"] in ("sft", "rounds")):
         problems.append(
             "policy.adapter needs the model that it is of, policy.path, and a command other than sft and rounds, got "

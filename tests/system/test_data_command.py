@@ -37,6 +37,7 @@ def test_a_report_on_dialogues(tmp_path, tiny_model):
     assert "there is no turn of the assistant" in done.stdout
     assert not (tmp_path / "runs").exists()
     assert (tmp_path / "report" / "report.png").stat().st_size > 1000
+    assert (tmp_path / "report" / "report.pdf").read_bytes().startswith(b"%PDF-")
 
 
 @pytest.mark.parametrize("wrong", ["{", json.dumps({"prompt": "alone"})])

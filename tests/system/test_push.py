@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 from omegaconf import OmegaConf
 from whole_runs import frozen, own
 
-from dpo import train
+from dpo import sft, train
 from dpo.data.records import contents
 from dpo.policy import model as models
 from dpo.push import push
@@ -96,6 +96,47 @@ def test_nothing_of_this_machine_is_pushed(runs, kind):
         assert str(runs).encode() not in content, file
         assert SECRET.encode() not in content, file
     assert "| policy before training | base |" in card(runs / kind)
+
+
+def test_a_fine_tuned_policy_has_a_card_and_can_go(runs):
+    """Of `dpo.sft`: recipe, data and what was measured, and nothing of a loss or reference that it has not."""
+    run = runs / "tuned"
+    run.mkdir()
+    asked = [one for one in own(runs, "") if not one.startswith(("policy", "lr", "steps", "batch"))]
+    more = [
+        f"policy.base={runs / 'base'}",
+        "sft.steps=3",
+        "sft.batch_size=5",
+        "sft.lr=0.01",
+        "evaluation.temperature=0.5",
+    ]
+    config = frozen(run, *asked, *more, verb="sft")
+    config.choices = {"data": "file", "judge": "none"}
+    data = contents(instantiate(config.data))
+    revisions = {"owner/pairs, split train": "f" * 40}
+    config.provenance = {"commit": "0" * 40, "python": "3.11", "inputs": {"data": data}, "revisions": revisions}
+    (run / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    sft.run(config, run)
+    text, measured = card(run), json.loads((run / "evaluation.json").read_text())
+    assert text.partition("---\n\n")[2].startswith("# sft: supervised fine-tuning\n")
+    table = dict(re.findall(r"^\| ([^|]+?) \| ([^|]*?) \|$", text, re.M))
+    digest = models.fingerprint(models.load(str(runs / "base"))[0])
+    assert table["policy before training"] == "base"
+    assert table["its weights"] == f"`{digest}`"
+    assert table["digest of its content"] == f"`{data}`"
+    assert table["its revision"] == f"`{'f' * 40}`"
+    assert table["its size"] == "21 in train"
+    assert table["optimizer"] == "adamw, 5 per step, fp32"
+    assert table["learning rate"] == "0.01 at its peak, cosine"
+    assert f"| length of a response, tokens | {measured['length']:.4g} |  |" in text
+    assert "temperature 0.5 and cut at\n6 tokens. Intervals" in text
+    assert not re.search(r"beta|reference|KL", text.partition("## Settings")[0])
+    assert "/tmp" not in text
+    metadata = ModelCard.load(run / "policy" / "README.md").data
+    assert metadata.tags == ["sft"]
+    assert metadata.datasets == ["owner/pairs"]
+    assert {one.metric_value for one in metadata.eval_results} >= {measured["length"], measured["ended"]}
+    assert text in push(run, "user/name", True, True)
 
 
 def test_a_card_of_several_sources(runs, tmp_path):

@@ -95,6 +95,8 @@ def test_both_pages_have_one_sft_recipe():
         (["processes=4", "sharding.group=3"], "sharding.group must divide the 4 processes, got 3; null is all of them"),
         (["sharding.offload=true"], "sharding.offload needs several processes, got 1"),
         (["optimizer=adamw_8bit", "processes=2"], "optimizer=adamw_8bit needs processes=1, got 2"),
+        (["policy.lora.quantize=nf4"], "got nf4 and policy.lora.rank=null; set policy.lora.rank"),
+        (["policy.lora.rank=8", "policy.lora.quantize=int4"], "must be one of null, nf4, nf4_double, got int4"),
         (["policy=pretrained"], "add policy.path="),
         (["engine@evaluation.engine=endpoint"], "evaluation.engine must not be endpoint in a run that trains"),
         (["+loss.gama=1"], "loss.gama is not an option of dpo.losses.dpo, which has beta, label_smoothing"),

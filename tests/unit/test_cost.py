@@ -109,8 +109,8 @@ def test_steps_and_the_items_of_their_batches(items, epochs, steps, expected):
 
 
 def needed(model, **other):
-    given = {"adapted": None, "reference": 0, "beside": False, "tokens": 100, "scored": 40, "optimizer": "adamw"}
-    given |= {"precision": "fp32", "checkpointing": False, "packed": True, "device": "cuda"}
+    given = {"adapted": None, "quantize": None, "reference": 0, "beside": False, "tokens": 100, "scored": 40}
+    given |= {"optimizer": "adamw", "precision": "fp32", "checkpointing": False, "packed": True, "device": "cuda"}
     return cost.memory(model, **given | other)
 
 

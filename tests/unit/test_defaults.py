@@ -10,7 +10,7 @@ from test_config import config
 
 CONF = Path(__file__).parents[2] / "conf"
 
-ADAPTERS = {"adapter": None, "lora": {"rank": None, "alpha": 32, "targets": "all-linear"}}
+ADAPTERS = {"adapter": None, "lora": {"rank": None, "alpha": 32, "targets": "all-linear", "quantize": None}}
 SHARED = {  # of all commands
     "seed": 0,
     "data": {

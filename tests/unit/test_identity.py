@@ -35,6 +35,7 @@ DO_NOT = {  # those that do not
 }
 SWITCHED = {  # those that do where the first is given
     "policy.lora.rank": ("policy.lora.rank", "policy.lora.alpha", "policy.lora.targets"),
+    "policy.lora.quantize": ("policy.lora.quantize",),
     "policy.adapter": ("policy.adapter",),
     "rule": ("rule",),
     "evaluation.rule": ("evaluation.rule",),
@@ -89,10 +90,11 @@ def servers(group, url):
         ("sft", (), "2d35fdf4d4835f8b"),
         ("score", (), "604473886885dd0d"),
         ("train", ("beta=0.3", "policy=pretrained", "policy.path=x"), "557be3022332b8f6"),
+        ("train", ("policy.lora.rank=8",), "a7ae3d77de313a62"),
         ("train", ("policy.lora.rank=null", "policy.lora.alpha=8", "policy.lora.targets=[x]"), "689c4f9609d62caa"),
     ],
 )
-def test_runs_without_adapters_are_those_of_before(command, overrides, known):
+def test_runs_are_those_of_before_there_was_more(command, overrides, known):
     assert identity(config(*overrides, command=command)) == known
 
 
@@ -190,11 +192,13 @@ def test_every_word_is_one_of_its_choices(base):
         "keep": ("last", "best"),
         "wandb.mode": ("auto", "online", "offline", "disabled"),
         "pairs.outlier": ("another", "shuffled"),
+        "policy.lora.quantize": (None, "nf4", "nf4_double"),
     }
-    base = changed(base, "processes", 1)  # adamw_8bit takes no more
+    base = changed(base, "processes", 1)  # adamw_8bit and 4 bits take no more
     for key, words in choices.items():
         assert [faults(changed(base, key, word)) for word in words] == [[]] * len(words), key
-        assert faults(changed(base, key, "other")) == [f"{key} must be one of {', '.join(words)}, got other"]
+        named = ", ".join(word or "null" for word in words)
+        assert faults(changed(base, key, "other")) == [f"{key} must be one of {named}, got other"]
 
 
 def test_one_default_in_two_places_is_set_in_both():
