@@ -1,5 +1,6 @@
 """Records to tokens, and tokens to batches in an order that can be resumed and sharded."""
 
+import hashlib
 import heapq
 import logging
 from collections.abc import Callable, Sequence
@@ -87,6 +88,13 @@ class Batch:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
         return replace(self, **moved)
+
+
+def content_of(tokens: Tokens) -> bytes:
+    """By what a sequence is known: a digest of its token ids, and of where the response begins."""
+    prompt_ids, response_ids = tokens
+    ids = np.array([len(prompt_ids), *prompt_ids, *response_ids], dtype="<i8")
+    return hashlib.sha256(ids.tobytes()).digest()[:16]
 
 
 def tokenize(
