@@ -8,6 +8,7 @@ it trains: with lists of tokens as `dpo.data.batches.tokenize` makes them, witho
 """
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
@@ -48,6 +49,7 @@ def start(kept: bool, model: str, file: str, folder: str) -> None:
     from dpo.sweep import inputs
     from dpo.train import _tokens
 
+    gc.freeze()  # what is imported, as in a run that is forked
     began = last = time.process_time()
 
     def part(name: str) -> None:

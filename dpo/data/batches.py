@@ -149,6 +149,17 @@ def filter_identical(pairs: Sequence[Pair], on_faulty: str, what: str) -> list[P
     return kept
 
 
+def brief(pairs: Sequence[Pair]) -> str:
+    """What a run says of its training pairs before it begins."""
+    sizes = [(len(pair.chosen_ids), len(pair.rejected_ids), len(pair.prompt_ids)) for pair in pairs]
+    longest = max(prompt + max(chosen, rejected) for chosen, rejected, prompt in sizes)
+    said = f"data: {len(pairs)} training pairs, the longest of {longest} tokens"
+    if pairs[0].label is None:
+        longer = sum((chosen > rejected) + (chosen == rejected) / 2 for chosen, rejected, _ in sizes) / len(sizes)
+        said += f"; the longer response is chosen in {longer:.0%}"
+    return said + "; python -m dpo.data with the same keys says more"
+
+
 def mismatched(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int, what: str) -> list[Pair]:
     """What a loss learns from that reads labels: responses with a label, where a pair is two of them, the chosen one
     desirable and the rejected one not; and in the place of the rejected one the response of another row to another

@@ -9,10 +9,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
+from whole_runs import frozen, own_pairs
 
 from dpo import data
 from dpo.data.records import Dataset, Demonstration, Preference, TokenIds, contents, texts
 from dpo.policy.model import WORLD_BASE
+from dpo.score import encode
 from dpo.sweep import inputs
 from dpo.sweep.signature import instantiate
 from dpo.world.language import world
@@ -220,3 +222,13 @@ def test_what_is_known_is_refused_where_it_is_damaged(tmp_path):
     for ask in (inputs.known, inputs.read):
         with pytest.raises(RuntimeError, match=r"known\.json changed; delete that folder"):
             ask(reading(tmp_path / "pairs.jsonl"), str(tmp_path))
+
+
+def test_pairs_that_are_turned_are_not_known_by_their_texts_before(tmp_path, tiny_model):
+    data = ["data=file", f"data.path={own_pairs(tmp_path / 'pairs.jsonl')}", f"cache={tmp_path / 'cache'}"]
+    given = [*data, "policy=tiny", f"policy.path={tiny_model('llama')}", "judge=none"]
+    found = []
+    for number, more in enumerate(([], ["pairs.flip=1"], [])):
+        config = frozen(tmp_path / str(number), *given, *more)
+        found.append([(pair.chosen_ids, pair.rejected_ids) for pair in encode(config, inputs.load(config))[1]["train"]])
+    assert found[0] == found[2] == [(chosen, rejected) for rejected, chosen in found[1]]
