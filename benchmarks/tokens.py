@@ -8,12 +8,14 @@ it trains: with lists of tokens as `dpo.data.batches.tokenize` makes them, witho
 """
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,15 +40,16 @@ def write(source: str, pairs: int, plain: bool, target: Path) -> None:
 def start(kept: bool, model: str, file: str, folder: str) -> None:
     """The parts of a run's start that go over its data."""
     from dpo.cache import digest
-    from dpo.data.batches import size, tokenize, told_apart
+    from dpo.data.batches import filter_identical, size, tokenize
     from dpo.data.kept import kept_tokens
-    from dpo.data.lazy import Lazy, joined
-    from dpo.data.records import contents
-    from dpo.data.records import file as read
+    from dpo.data.lazy import joined
     from dpo.policy.model import load_tokenizer
-    from dpo.policy.scoring import _content
+    from dpo.policy.scoring import contents_of
+    from dpo.references import Initial
+    from dpo.sweep import inputs
     from dpo.train import _tokens
 
+    gc.freeze()  # what is imported, as in a run that is forked
     began = last = time.process_time()
 
     def part(name: str) -> None:
@@ -61,28 +64,24 @@ def start(kept: bool, model: str, file: str, folder: str) -> None:
 
     part("imported")
     tokenizer = load_tokenizer(model)
-    data = read(file, None, 0.02, "drop")
-    part("read")
-    contents(data)
-    part("digest of the data")
+    node = {"_target_": "dpo.data.records.file", "path": file, "validation_path": None}
+    data, facts = inputs.read({**node, "validation_fraction": 0.02, "on_faulty": "drop"}, folder if kept else None)
+    part("data, and what tells it")
     rules = tokenizer, 1024, "truncate"
     pairs = {}
     for split, some in data.preferences.items():
         if kept:
-            pairs[split] = kept_tokens(some, *rules, "drop", f"{split} pairs", True, folder)
+            pairs[split] = kept_tokens(some, *rules, "drop", f"{split} pairs", True, folder, facts["texts"].get(split))
         else:
-            pairs[split] = told_apart(tokenize(some, *rules, on_faulty="drop"), "drop", split)
+            pairs[split] = filter_identical(tokenize(some, *rules, on_faulty="drop"), "drop", split)
     part("tokens")
     tokens = sum(size(pair.prompt_responses) for items in pairs.values() for pair in items)
     part("sizes")
     _tokens(pairs)
     part("digest of the tokens")
-    sides = [
-        Lazy(len(items), lambda row, items=items, side=side: getattr(items[row], side))
-        for items in pairs.values()
-        for side in ("chosen", "rejected")
-    ]
-    digest(sorted(_content(one).hex() for one in joined(sides)))
+    none: Any = None
+    asked = joined([Initial().sequences(items, split, *[none] * 3) for split, items in pairs.items()])
+    digest(sorted(content.hex() for content in contents_of(asked)))
     part("where the reference's scores lie")
     print(f"    {'all':34}{last - began:8.2f} s   {tokens / 1e6:.1f} M tokens", flush=True)
 

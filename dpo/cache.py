@@ -24,7 +24,8 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 LARGE = 64 * 2**20  # bytes above which a file's content is checked by `--verify` alone
-AT_ONCE = 1000  # items of a long sequence that are written as one text
+AT_ONCE = 1000  # items of a sequence that are written as one text
+SHORT = 10  # items up to which each is written by itself, for it may be large
 FEW = 3  # fields in which an entry may differ to explain why there is none for others
 
 
@@ -34,7 +35,9 @@ def digest(value: Any) -> str:
 
 
 def digest_large(value: Any) -> str:
-    """The same as `digest`, of what would be large as one text; a sequence need not be a list, nor in memory."""
+    """The same as `digest`, of what would be large as one text. A sequence need not be a list, nor in memory; nor need
+    its items, where there are few.
+    """
     hashed = hashlib.sha256()
     for part in _json(value):
         hashed.update(part.encode())
@@ -48,7 +51,7 @@ def _json(value: Any) -> Iterator[str]:
             yield f"{'{,'[place > 0]}{_dumps(name)}:"
             yield from _json(value[name])
         yield "}" if value else "{}"
-    elif isinstance(value, Sequence) and not isinstance(value, str) and len(value) > AT_ONCE:
+    elif isinstance(value, Sequence) and not isinstance(value, str) and len(value) > SHORT:
         for first in range(0, len(value), AT_ONCE):
             yield "[,"[first > 0] + _dumps(list(value[first : first + AT_ONCE]))[1:-1]
         yield "]"
@@ -102,13 +105,13 @@ def remember(
         return folder, _beside(build, any_true)
     if folder.is_dir():
         any_true(False)
-        return _intact(folder, checked), True
+        return intact(folder, checked), True
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         exists = folder.is_dir()
         any_true(not exists)
         if exists:
-            return _intact(folder, checked), True
+            return intact(folder, checked), True
         details = about()
         if not alone and (missed := why_missed(folder.parent, {**details, **key})):  # that is made anew in no time
             logger.info(f"{kind} {folder.name} is not in the cache: {missed}")
@@ -242,7 +245,7 @@ def damages(folder: Path, up_to: float = math.inf) -> list[str]:
         changed = [
             f"{name} changed"
             for name, size in sizes.items()
-            if size != written[name]["bytes"] or (size <= up_to and _sha256(folder / name) != written[name]["sha256"])
+            if size != written[name]["bytes"] or (size <= up_to and sha256(folder / name) != written[name]["sha256"])
         ]
     except (OSError, ValueError, TypeError, LookupError) as error:
         return [f"no record of what was written: {error}"]
@@ -250,7 +253,7 @@ def damages(folder: Path, up_to: float = math.inf) -> list[str]:
     return changed + missing + ([] if digest(key)[:20] == folder.name else ["key.json is of another folder"])
 
 
-def _intact(folder: Path, up_to: float) -> Path:
+def intact(folder: Path, up_to: float = math.inf) -> Path:
     """The folder, if what it holds is what was written. Weights are told by their fingerprint when they are loaded."""
     if faults := damages(folder, up_to):
         raise RuntimeError(
@@ -263,10 +266,11 @@ def _intact(folder: Path, up_to: float) -> Path:
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file that was built."""
     names = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in ("key.json", "files.json"))
-    return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in names}
+    return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in names}
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's content, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

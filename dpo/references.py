@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.cache import digest
 from dpo.data.batches import Batch, Pair, Tokens, encode_prompts, tokenize
-from dpo.data.lazy import Lazy, joined
+from dpo.data.lazy import Lazy, digests_of, joined
 from dpo.data.records import Preference, preference, report
 from dpo.data.sources import jsonl_files, listed, parse
 from dpo.data.tokens import encode_alone, encoded, vocabulary
@@ -146,12 +146,13 @@ class Frozen(Precomputed):
             model, _ = models.load(self.spec(initial), distributed.device_of(policy))
         weights, comparable = models.fingerprint(model), self.same_tokens and self.sees_prompt
         asked, began = joined([*sequences.values()]), time.monotonic()
-        sources = [
-            f"{pair.source or f'{split} row {row}, counted from 0'} ({pair.sides[side]})"
-            for split, items in pairs.items()
-            for side in (0, 1)
-            for row, pair in enumerate(items)
-        ]
+        sources = joined(
+            [
+                Lazy(len(items), partial(_source, items, split, side))
+                for split, items in pairs.items()
+                for side in (0, 1)
+            ]
+        )
         about = partial(self.about, pairs, of_pairs if self.same_tokens else tokenizer, settings)
         counts = " and ".join(f"{len(items)} {split}" for split, items in pairs.items())
         held = f"{self.name()}, weights {weights[:12]}, log-probs of {counts} pairs"
@@ -188,7 +189,14 @@ class Frozen(Precomputed):
         self, pairs: Sequence[Pair], split: str, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, settings: Scoring
     ) -> Sequence[Tokens]:
         """What is scored: chosen responses, then rejected ones."""
-        return Lazy(2 * (n := len(pairs)), lambda row: pairs[row].chosen if row < n else pairs[row - n].rejected)
+        n, known = len(pairs), digests_of(pairs)
+        digests = None if known is None else [both[side] for side in (0, 1) for both in known]
+        return Lazy(2 * n, lambda row: pairs[row].chosen if row < n else pairs[row - n].rejected, digests)
+
+
+def _source(pairs: Sequence[Pair], split: str, side: int, row: int) -> str:
+    pair = pairs[row]
+    return f"{pair.source or f'{split} row {row}, counted from 0'} ({pair.sides[side]})"
 
 
 def scored_ahead(pending: object) -> Frozen:

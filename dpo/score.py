@@ -13,8 +13,9 @@ if __name__ == "__main__":
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from omegaconf import DictConfig
@@ -112,9 +113,9 @@ def encode(config: DictConfig, dataset: Dataset) -> tuple[PreTrainedTokenizerBas
     models.check_length(policy_spec(config), "max_length", config.max_length)
     tokenizer = models.load_tokenizer(policy_spec(config))
     preferences = treated(dataset.preferences, treatment_of(config), config.seed)
-    return tokenizer, tokenized(
-        preferences, tokenizer, limits_of(config), dataset.on_faulty, needs_labels(config), config.cache
-    )
+    known = dataset.texts if preferences is dataset.preferences else {}
+    rules = limits_of(config), dataset.on_faulty, needs_labels(config), config.cache, known
+    return tokenizer, tokenized(preferences, tokenizer, *rules)
 
 
 def needs_labels(config: DictConfig) -> bool:
@@ -138,15 +139,18 @@ def tokenized(
     on_faulty: str,
     labels: bool,
     cache: str,
+    texts: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Sequence[Pair]]:
-    """What a loss learns from; labels: see `dpo.data.batches.mismatched`. cache: folder that keeps the tokens."""
+    """What a loss learns from; labels: see `dpo.data.batches.mismatched`. cache: folder that keeps the tokens. texts:
+    `dpo.data.records.texts` of splits, where that is known.
+    """
     rules = limits.max_length, limits.on_too_long, on_faulty
     found: dict[str, Sequence[Pair]] = {}
     for split in SPLITS:
         if split in preferences:
             what, some = f"{split} pairs", preferences[split]
             apart = not labels or some[0].label is None
-            pairs = kept_tokens(some, tokenizer, *rules, what, apart, cache)
+            pairs = kept_tokens(some, tokenizer, *rules, what, apart, cache, texts.get(split))
             found[split] = mismatched(pairs, tokenizer, limits.max_length, what) if labels else pairs
     return found
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from dpo.data.batches import Batch, Tokens, order_of
 from dpo.policy.logps import differing, packable
 from dpo.policy.model import ModelSpec
-from dpo.policy.scoring import Scores, Scoring, alone, content_of, live_logps, live_rows, score, sums
+from dpo.policy.scoring import Scores, Scoring, alone, contents_of, live_logps, live_rows, score, sums
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def stream(
     rules: what `score` takes: all sequences, weights, settings, name, sources, about.
     """
     asked, weights, settings, name, sources, _ = rules
-    contents, rows = [content_of(tokens) for tokens in asked], live_rows(len(asked))
+    contents, rows = contents_of(asked), live_rows(len(asked))
     packed = settings.packed and packable(model, alone(asked))
     live = rows, live_logps(model, [asked[row] for row in rows], settings)
     order = read_first({split: len(items) // 2 for split, items in sequences.items()}, settings)

@@ -24,12 +24,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import evaluate
 from dpo.cache import digest_large
-from dpo.data.batches import Batch, Batches, Pair, collate_pairs, collate_responses, size
+from dpo.data.batches import Batch, Batches, Pair, brief, collate_pairs, collate_responses, size
 from dpo.data.chats import ends
 from dpo.data.instructions import read_instructions, write_outputs
 from dpo.data.lazy import Lazy
 from dpo.data.records import Text, write_rows
-from dpo.data.report import brief
 from dpo.losses import Loss, PairLogps, dpo
 from dpo.losses.pairs import READ, asked_by, frozen, metrics, sees_whole_step, unbound
 from dpo.policy import lora

@@ -1,5 +1,6 @@
 """Records to tokens, and tokens to batches in an order that can be resumed and sharded."""
 
+import hashlib
 import heapq
 import logging
 from collections.abc import Callable, Sequence
@@ -89,6 +90,13 @@ class Batch:
         return replace(self, **moved)
 
 
+def content_of(tokens: Tokens) -> bytes:
+    """By what a sequence is known: a digest of its token ids, and of where the response begins."""
+    prompt_ids, response_ids = tokens
+    ids = np.array([len(prompt_ids), *prompt_ids, *response_ids], dtype="<i8")
+    return hashlib.sha256(ids.tobytes()).digest()[:16]
+
+
 def tokenize(
     preferences: Sequence[Preference],
     tokenizer: PreTrainedTokenizerBase,
@@ -139,6 +147,17 @@ def filter_identical(pairs: Sequence[Pair], on_faulty: str, what: str) -> list[P
     kept = [pair for pair in pairs if on_faulty == "keep" or pair.chosen_ids != pair.rejected_ids]
     report(faults, len(pairs), len(pairs) - len(kept), on_faulty, "tokens", what)
     return kept
+
+
+def brief(pairs: Sequence[Pair]) -> str:
+    """What a run says of its training pairs before it begins."""
+    sizes = [(len(pair.chosen_ids), len(pair.rejected_ids), len(pair.prompt_ids)) for pair in pairs]
+    longest = max(prompt + max(chosen, rejected) for chosen, rejected, prompt in sizes)
+    said = f"data: {len(pairs)} training pairs, the longest of {longest} tokens"
+    if pairs[0].label is None:
+        longer = sum((chosen > rejected) + (chosen == rejected) / 2 for chosen, rejected, _ in sizes) / len(sizes)
+        said += f"; the longer response is chosen in {longer:.0%}"
+    return said + "; python -m dpo.data with the same keys says more"
 
 
 def mismatched(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int, what: str) -> list[Pair]:

@@ -2,8 +2,9 @@
 
 An entry holds `ids.npy` (int32: of each pair the prompt, the chosen and the rejected response, one after another),
 `offsets.npy` (int64: where each of these begins, and the end), `rows.npy` (int64: which row of the data a pair is),
-`changed.json` (what of a pair's text is not that of its row: of few) and `said.json` (the messages). The arrays are
-memory maps, so processes on one machine share them: 4 bytes a token, where a list of Python's numbers has 40.
+`contents.npy` (`content_of` the chosen and the rejected sequence of each pair, 16 bytes each), `changed.json` (what of
+a pair's text is not that of its row: of few) and `said.json` (the messages). The arrays are memory maps, so processes
+on one machine share them: 4 bytes a token, where a list of Python's numbers has 40.
 """
 
 import inspect
@@ -11,7 +12,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo.cache import digest, digest_large, remember
-from dpo.data.batches import TOO_LONG, Pair, filter_identical, numbered
+from dpo.cache import digest, remember
+from dpo.data.batches import TOO_LONG, Pair, content_of, filter_identical, numbered
 from dpo.data.lazy import Lazy
-from dpo.data.records import NoneLeft, Preference, plain
+from dpo.data.records import TEXT, NoneLeft, Preference, plain, texts
 
 logger = logging.getLogger(__name__)
-TOKENS_VERSION = 1  # part of the cache key: raise it when a change of the code changes tokens, or how they are kept
+TOKENS_VERSION = 2  # part of the cache key: raise it when a change of the code changes tokens, or how they are kept
 AT_ONCE = 100_000  # rows that are tokenized at once, since that takes 20 kB each: messages count by so many
-TEXT = tuple(field.name for field in fields(Preference) if field.compare)
 
 
 def kept_tokens(
@@ -39,15 +39,18 @@ def kept_tokens(
     what: str,
     apart: bool,
     cache: str,
+    rows: str | None = None,
 ) -> Sequence[Pair]:
     """The pairs of `dpo.data.batches.tokenize`, without those of `filter_identical` where `apart`; each is made of the
     map when it is asked for, and has the text of its preference.
 
     What was logged when they were tokenized is logged again. One process tokenizes, also of several in one run, and
-    the others wait. cache: folder. Raises: ValueError as these two, RuntimeError if the entry is damaged.
+    the others wait. cache: folder. rows: `texts` of the preferences, where that is known.
+
+    Raises: ValueError as these two, RuntimeError if the entry is damaged.
     """
     key = {
-        "rows": digest_large(Lazy(len(preferences), lambda row: _row(preferences[row]))),
+        "rows": rows or texts(preferences),
         "what": what,
         "max_length": max_length,
         "on_too_long": on_too_long,
@@ -59,9 +62,10 @@ def kept_tokens(
 
     def build(folder: Path) -> None:
         parts, lengths = [np.zeros(0, dtype=np.int32)], [np.zeros(1, dtype=np.int64)]
-        rows: list[int] = []
+        numbers: list[int] = []
+        contents: list[bytes] = []
         changed: dict[int, Any] = {}
-        with _heard() as said:
+        with heard() as said:
             for first in range(0, len(preferences), AT_ONCE):
                 some = preferences[first : first + AT_ONCE]
                 try:
@@ -70,7 +74,7 @@ def kept_tokens(
                     pairs = [pair for _, pair in found]
                     pairs = filter_identical(pairs, on_faulty, what) if apart else pairs
                 except NoneLeft:
-                    if not rows and first + AT_ONCE >= len(preferences):
+                    if not numbers and first + AT_ONCE >= len(preferences):
                         raise
                     continue
                 sides = [side for pair in pairs for side in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
@@ -78,11 +82,13 @@ def kept_tokens(
                 lengths.append(np.array([len(side) for side in sides], dtype=np.int64))
                 for pair in pairs:
                     if other := _changed(pair, some[row_of[id(pair)]]):
-                        changed[len(rows)] = other
-                    rows.append(first + row_of[id(pair)])
+                        changed[len(numbers)] = other
+                    contents += [content_of(pair.chosen), content_of(pair.rejected)]
+                    numbers.append(first + row_of[id(pair)])
         np.save(folder / "ids.npy", np.concatenate(parts))
         np.save(folder / "offsets.npy", np.concatenate(lengths).cumsum())
-        np.save(folder / "rows.npy", np.array(rows, dtype=np.int64))
+        np.save(folder / "rows.npy", np.array(numbers, dtype=np.int64))
+        np.save(folder / "contents.npy", np.frombuffer(b"".join(contents), dtype="V16").reshape(-1, 2))
         (folder / "changed.json").write_text(json.dumps(changed))
         (folder / "said.json").write_text(json.dumps(said))
 
@@ -109,10 +115,6 @@ def decides_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     }
 
 
-def _row(pair: Preference) -> list[Any]:
-    return [plain(getattr(pair, name)) for name in TEXT]
-
-
 def _changed(pair: Pair, preference: Preference) -> dict[str, Any]:
     """What a pair has that its preference does not say. Of `token_ids` that can only be that they are not its own."""
     text = {
@@ -125,8 +127,8 @@ def _changed(pair: Pair, preference: Preference) -> dict[str, Any]:
 
 
 def _pairs(folder: Path, preferences: Sequence[Preference]) -> Lazy[Pair]:
-    ids, offsets, rows = (
-        np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("ids", "offsets", "rows")
+    ids, offsets, rows, contents = (
+        np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("ids", "offsets", "rows", "contents")
     )
     changed = {int(number): other for number, other in json.loads((folder / "changed.json").read_text()).items()}
 
@@ -140,11 +142,11 @@ def _pairs(folder: Path, preferences: Sequence[Preference]) -> Lazy[Pair]:
         text = replace(text, **other.get("text", {}))
         return Pair(*sides, text, tuple(other.get("cut", ())), other.get("unwritten", False))
 
-    return Lazy(len(rows), pair)
+    return Lazy(len(rows), pair, [(one.tobytes(), other.tobytes()) for one, other in contents])
 
 
 @contextmanager
-def _heard() -> Iterator[list[tuple[int, str]]]:
+def heard() -> Iterator[list[tuple[int, str]]]:
     """What is logged about data meanwhile: levels and messages."""
     said: list[tuple[int, str]] = []
     handler = logging.Handler()

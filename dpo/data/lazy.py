@@ -9,10 +9,10 @@ Made = TypeVar("Made")
 
 
 class Lazy(Sequence[Made], Generic[Made]):
-    """`length` items; item n is make(n), anew each time."""
+    """`length` items; item n is make(n), anew each time. digests: what tells each item, where that is known before."""
 
-    def __init__(self, length: int, make: Callable[[int], Made]) -> None:
-        self.length, self.make = length, make
+    def __init__(self, length: int, make: Callable[[int], Made], digests: Sequence[Any] | None = None) -> None:
+        self.length, self.make, self.digests = length, make, digests
 
     def __len__(self) -> int:
         return self.length
@@ -32,4 +32,10 @@ def joined(parts: Sequence[Sequence[Made]]) -> Lazy[Made]:
         part = bisect_right(starts, number) - 1
         return parts[part][number - starts[part]]
 
-    return Lazy(starts[-1], item)
+    known = [digests for part in parts if (digests := digests_of(part)) is not None]
+    return Lazy(starts[-1], item, joined(known) if parts and len(known) == len(parts) else None)
+
+
+def digests_of(items: Sequence[Any]) -> Sequence[Any] | None:
+    """Those that a `Lazy` was given."""
+    return items.digests if isinstance(items, Lazy) else None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpo.cache import digest_large
+from dpo.data.lazy import Lazy
 from dpo.data.sources import SHOWN, Source, elsewhere, kind, listed, parse, write_rows
 from dpo.data.sources import read as read_rows
 
@@ -94,6 +95,9 @@ class Preference:
         return ("chosen", "rejected") if self.label is None else ("completion", "mismatched")
 
 
+TEXT = tuple(one.name for one in fields(Preference) if one.compare)
+
+
 @dataclass(frozen=True)
 class Dataset:
     """What a run learns from. Splits: train, validation (held-out pairs), test (for win rate and KL)."""
@@ -104,6 +108,7 @@ class Dataset:
     on_faulty: OnFaulty = "error"  # what to do with pairs that are found faulty when they are tokenized
     written: dict[str, list[str]] = field(default_factory=dict)  # split -> what a human responds to each of `prompts`
     revisions: dict[str, str] = field(default_factory=dict)  # what was read on the hub -> its commit
+    texts: dict[str, str] = field(default_factory=dict)  # split -> `texts` of its pairs, where that is known
 
     def written_to(self, prompts: Sequence[Text], split: str) -> list[str]:
         """What a human responds to each of these prompts of a split.
@@ -122,7 +127,7 @@ class Dataset:
 
 def plain(value: Any) -> Any:
     """A field of a pair as JSON has it."""
-    return asdict(value) if isinstance(value, TokenIds) else value
+    return vars(value) if isinstance(value, TokenIds) else value
 
 
 def contents(dataset: Dataset) -> str:
@@ -138,6 +143,11 @@ def contents(dataset: Dataset) -> str:
 
     preferences = {split: rows(pairs) for split, pairs in dataset.preferences.items()}
     return digest_large([rows(dataset.demonstrations), preferences, dataset.prompts])[:16]
+
+
+def texts(pairs: Sequence[Preference]) -> str:
+    """Digest of all that decides what tokens some pairs become, in order."""
+    return digest_large(Lazy(len(pairs), lambda row: [plain(getattr(pairs[row], name)) for name in TEXT]))
 
 
 def file(

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from dpo.data.batches import Pair
 from dpo.data.chats import as_text
 from dpo.data.measure import ODD, near_duplicates
 from dpo.data.records import Dataset, Preference, Text
@@ -280,17 +279,6 @@ def auc(ones: ArrayLike, others: ArrayLike) -> float:
         return 0.5
     below, up_to = np.searchsorted(theirs, ours, "left"), np.searchsorted(theirs, ours, "right")
     return float((below + up_to).mean() / 2 / len(theirs))
-
-
-def brief(pairs: Sequence[Pair]) -> str:
-    """What a run says of its training pairs before it begins."""
-    sizes = [(len(pair.chosen_ids), len(pair.rejected_ids), len(pair.prompt_ids)) for pair in pairs]
-    longest = max(prompt + max(chosen, rejected) for chosen, rejected, prompt in sizes)
-    said = f"data: {len(pairs)} training pairs, the longest of {longest} tokens"
-    if pairs[0].label is None:
-        longer = sum((chosen > rejected) + (chosen == rejected) / 2 for chosen, rejected, _ in sizes) / len(sizes)
-        said += f"; the longer response is chosen in {longer:.0%}"
-    return said + "; python -m dpo.data with the same keys says more"
 
 
 def as_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """Log-probabilities of given responses under a model that does not move: computed once, cached by content."""
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo.cache import digest, entry, remember
-from dpo.data.batches import PromptResponses, Tokens, balance_by_tokens, collate_responses, size
-from dpo.data.lazy import Lazy
+from dpo.data.batches import PromptResponses, Tokens, balance_by_tokens, collate_responses, content_of, size
+from dpo.data.lazy import Lazy, digests_of
 from dpo.data.records import listed
 from dpo.losses.pairs import TIE_TOLERANCE
 from dpo.policy.logps import differing, forward_tokens, packable, token_logps
@@ -79,7 +78,7 @@ def score(
 
     Raises: RuntimeError, and keeps nothing, if a log-prob is not finite; if one is missing in what is kept.
     """
-    contents = [content_of(tokens) for tokens in sequences]
+    contents = contents_of(sequences)
     distinct = {content: row for row, content in sorted(enumerate(contents), key=itemgetter(1))}  # the row of each
     rows_kept = list(distinct.values())
     kept = Lazy(len(distinct), lambda place: sequences[rows_kept[place]])
@@ -94,7 +93,7 @@ def score(
         else:
             values = by(list(distinct), kept, folder / "passes")
         finite = {content for content, logps in zip(distinct, values, strict=True) if logps.sum().isfinite()}
-        if bad := [source for source, content in zip(sources, contents, strict=True) if content not in finite]:
+        if bad := [sources[row] for row, content in enumerate(contents) if content not in finite]:
             cause = f"The weights are finite; precision=fp32 or packed=false may help (precision={settings.precision})."
             if faulty:
                 cause = f"{len(faulty)} of the weights are not finite, such as {faulty[0]}: take another checkpoint."
@@ -118,7 +117,7 @@ def score(
         table = {name: file.get_tensor(name) for name in names}
     finite = table["logps"].isfinite().tolist()
     rows = {content.tobytes(): row for row, content in enumerate(table["digests"].numpy()) if finite[row]}
-    if lost := [source for source, content in zip(sources, contents, strict=True) if content not in rows]:
+    if lost := [sources[row] for row, content in enumerate(contents) if content not in rows]:
         raise RuntimeError(
             f"{folder} must hold a finite log-prob of each response, found none for {len(lost)} of {len(contents)}:"
             f"{listed(lost)}\nIt is damaged; delete it to score again."
@@ -133,7 +132,7 @@ def score(
 
 def is_kept(sequences: Sequence[Tokens], weights: str, settings: Scoring) -> bool:
     """Whether the cache has what `score` would give."""
-    distinct = sorted({content_of(tokens) for tokens in sequences})
+    distinct = sorted({*contents_of(sequences)})
     return entry(settings.cache, "reference", _key(distinct, weights, settings)).is_dir()
 
 
@@ -197,11 +196,10 @@ def alone(sequences: Sequence[Tokens]) -> Sequence[PromptResponses]:
     return Lazy(len(sequences), lambda place: (sequences[place][0], [sequences[place][1]]))
 
 
-def content_of(tokens: Tokens) -> bytes:
-    """By what a sequence is known: a digest of its token ids, and of where the response begins."""
-    prompt_ids, response_ids = tokens
-    ids = np.array([len(prompt_ids), *prompt_ids, *response_ids], dtype="<i8")
-    return hashlib.sha256(ids.tobytes()).digest()[:16]
+def contents_of(sequences: Sequence[Tokens]) -> Sequence[bytes]:
+    """`content_of` of each sequence, made only where it is not known."""
+    known = digests_of(sequences)
+    return [content_of(tokens) for tokens in sequences] if known is None else known
 
 
 @torch.no_grad()

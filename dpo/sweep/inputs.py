@@ -4,10 +4,20 @@ The planner records it in the run's config (`provenance.inputs`), and the run co
 """
 
 import hashlib
+import json
+from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dpo.data.records import Dataset, contents
+from omegaconf import OmegaConf
+
+from dpo import cache as caches
+from dpo import data
+from dpo.cache import digest, entry, intact, remember, sha256
+from dpo.data.kept import heard
+from dpo.data.records import Dataset, contents, texts
 from dpo.data.sources import jsonl_files
 from dpo.policy.model import resolve_path
 from dpo.sweep.directory import before
@@ -22,19 +32,77 @@ PLACES, BLOCK = 64, 2**16  # of a large file so many blocks of so many bytes are
 
 
 def load(config: Any) -> Dataset:
-    """The data of a run.
+    """The data of a run, with what is known of their texts.
 
     Raises: RuntimeError if it, or a model that the config names, is no longer what the run was planned with.
     """
-    dataset: Dataset = instantiate(config.data)
+    node = OmegaConf.to_container(config.data, resolve=True) if OmegaConf.is_config(config.data) else config.data
+    dataset, facts = read(node, config.get("cache"))
     recorded = (config.get("provenance") or {}).get("inputs") or {}
-    found = {"data": contents(dataset), **models(config)} if recorded else {}
+    found = {"data": facts["data"], **models(config)} if recorded else {}
     if changed := [key for key, value in recorded.items() if found.get(key, value) != value]:
         raise RuntimeError(
             f"a run must have the inputs that it was planned with, found another {' and another '.join(changed)}; put "
             "back what was there, or plan it again by the command that made it"
         )
-    return dataset
+    return replace(dataset, texts=facts.get("texts", {}))
+
+
+def read(node: dict[str, Any], cache: str | None) -> tuple[Dataset, dict[str, Any]]:
+    """The data that a node of a config names, and what is known of them, which is kept: see `known`."""
+    before = _source(node)
+    with heard() as said:
+        dataset: Dataset = instantiate(node)
+    after = _source(node)
+    if cache is None or after is None or after != before:  # a file that changes meanwhile is told by neither
+        return dataset, facts_of(dataset)
+
+    def build(folder: Path) -> None:
+        of_texts = {split: texts(pairs) for split, pairs in dataset.preferences.items()}
+        (folder / "known.json").write_text(json.dumps({**facts_of(dataset), "texts": of_texts, "said": said}))
+
+    folder, _ = remember(cache, "data", after, build, alone=True)
+    return dataset, dict(json.loads((folder / "known.json").read_text()))
+
+
+def facts_of(dataset: Dataset) -> dict[str, Any]:
+    """What `known` says of data, but for their texts and messages."""
+    return {
+        "data": contents(dataset),
+        "pairs": bool(dataset.preferences),
+        "single": any(pair.label is not None for pair in dataset.preferences.get("train", ())),
+        "demonstrations": bool(dataset.demonstrations),
+        "revisions": dataset.revisions,
+    }
+
+
+def known(node: dict[str, Any], cache: str) -> dict[str, Any] | None:
+    """What is known of data that a run has read before, with the same content and by the same code; else None.
+
+    `data`: their digest; `texts` of the pairs of each split; whether they bring `pairs`, `single` responses with a
+    label and `demonstrations`; `revisions` on the hub; and what was `said` of them (levels and messages).
+
+    Raises: RuntimeError if that is damaged.
+    """
+    key = _source(node)
+    if key is None or not (folder := entry(cache, "data", key)).is_dir():
+        return None
+    return dict(json.loads((intact(folder) / "known.json").read_text()))
+
+
+def _source(node: dict[str, Any]) -> dict[str, Any] | None:
+    """All that decides what a node reads; None where more does than files here, read by our own code."""
+    files = {key: Path(path).expanduser() for key, path in node.items() if key.endswith("path") and path is not None}
+    ours = str(node["_target_"]).startswith("dpo.data.") and "sources" not in node
+    if not ours or not files or not all(file.is_file() for file in files.values()):
+        return None
+    code = [Path(caches.__file__), *sorted(Path(data.__file__).parent.glob("*.py"))]
+    return {
+        "node": node,
+        "files": {key: sha256(file) for key, file in files.items()},
+        "code": digest([sha256(file) for file in code]),
+        "libraries": {name: version(name) for name in ("datasets", "pyarrow") if find_spec(name)},
+    }
 
 
 def models(config: Any) -> dict[str, str]:

@@ -4,12 +4,12 @@ What many configs share is tried once: their data are parsed once, and a bad fil
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo.data.instructions import read_instructions
-from dpo.data.records import Dataset, contents
 from dpo.data.sources import absent
 from dpo.losses.pairs import OF_REFERENCE, asked_by, try_out
 from dpo.policy.folder import check_adapter
@@ -21,6 +21,8 @@ from dpo.sweep.directory import before
 from dpo.sweep.schema import misfits, number_of_samples
 from dpo.sweep.signature import instantiate
 from dpo.world import sizes
+
+logger = logging.getLogger(__name__)
 
 
 class Rehearsal:
@@ -34,7 +36,7 @@ class Rehearsal:
         if problems := misfits(config):
             return {"problems": problems, "inputs": {}}
         attempts: list[tuple[Any, ...]] = [
-            (_data, config["data"]),
+            (_data, config["data"], config["cache"]),
             (_located, config["policy"]["path"], sizes.present(config["policy"]["base"], config["cache"])),
             (_compared, config["policy"]["path"], config.get("against"), config["evaluation"].get("baseline")),
             (_candidates, config.get("candidates")),
@@ -99,16 +101,18 @@ class Rehearsal:
         return self.tried[key]
 
 
-def _data(node: dict[str, Any]) -> tuple[str, bool, bool, bool, dict[str, str]]:
+def _data(node: dict[str, Any], cache: str) -> tuple[str, bool, bool, bool, dict[str, str]]:
     """A digest of the data, whether it brings pairs, whether these are single responses with a label, whether it
     brings demonstrations, and the revisions of what was read on the hub.
     """
     for key, value in node.items():
         if key.endswith("path") and value is not None and (problem := absent(value)):
             raise ValueError(f"data.{key} {problem}")
-    dataset: Dataset = instantiate(node)
-    single = any(pair.label is not None for pair in dataset.preferences.get("train", ()))
-    return contents(dataset), bool(dataset.preferences), single, bool(dataset.demonstrations), dataset.revisions
+    if (facts := inputs.known(node, cache)) is None:
+        facts = inputs.facts_of(instantiate(node))
+    for level, message in facts.get("said", ()):
+        logger.log(level, message)
+    return facts["data"], facts["pairs"], facts["single"], facts["demonstrations"], facts["revisions"]
 
 
 def _candidates(folder: str | None) -> None:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # A verb that says what it finds, and ends as its settings say.
 VERB = """
-import json, os, signal, sys
+import gc, json, os, signal, sys
 
 def run(config, directory):
     print("said")
@@ -20,7 +20,7 @@ def run(config, directory):
     found |= {"session": os.getsid(0) == os.getpid(), "parent": os.getppid(), "stdin": sys.stdin.read()}
     found |= {"threads": sys.modules["torch"].threads, "main": sys.modules["__main__"].__dict__.get("MARK")}
     found |= {"sigint": signal.getsignal(signal.SIGINT) is signal.default_int_handler, "at": os.getcwd()}
-    found["imported"] = IMPORTED
+    found |= {"imported": IMPORTED, "collects": [COLLECTED, gc.isenabled(), gc.get_freeze_count() > 1000]}
     (directory / "found.json").write_text(json.dumps(found))
     if config["end"] == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -32,12 +32,12 @@ def run(config, directory):
 
 def answer(one, other):
     print("aside")
-    return {"sum": one + other, "imported": IMPORTED, "pid": os.getpid(), "began": BEGAN}
+    return {"sum": one + other, "collects": gc.isenabled(), "imported": IMPORTED, "pid": os.getpid(), "began": BEGAN}
 
 def end(code):
     os._exit(code)
 
-IMPORTED, BEGAN = os.getpid(), dict(os.environ)
+IMPORTED, BEGAN, COLLECTED = os.getpid(), dict(os.environ), gc.isenabled()
 sys.modules["torch"] = torch = type(sys)("torch")
 torch.threads, torch.set_num_threads = None, lambda number: setattr(torch, "threads", number)
 """
@@ -141,6 +141,13 @@ def test_what_they_need_is_imported_once(ended):
         assert not {*imported.values()} & {*codes["pids"], codes["own"]}
     else:
         assert [*imported.values()] == codes["pids"][:3]
+
+
+def test_garbage_is_looked_for_in_what_a_fork_makes_and_not_in_imports(ended):
+    folder, codes, _ = ended
+    served = codes["method"] == "forkserver"
+    assert found(folder, "well")["collects"] == [not served, True, True]
+    assert codes["told"]["collects"]
 
 
 def test_another_process_answers(ended):

@@ -14,11 +14,12 @@ from tokenizers.normalizers import Lowercase
 from dpo import cache
 from dpo.cache import digest, digest_large
 from dpo.data import kept
-from dpo.data.batches import TOO_LONG, filter_identical, tokenize
+from dpo.data.batches import TOO_LONG, content_of, filter_identical, tokenize
 from dpo.data.kept import kept_tokens
-from dpo.data.lazy import Lazy, joined
-from dpo.data.records import Measures, Preference, TokenIds
+from dpo.data.lazy import Lazy, digests_of, joined
+from dpo.data.records import Measures, Preference, TokenIds, texts
 from dpo.data.tokens import vocabulary
+from dpo.references import Initial
 
 PROMPT = "\n\nHuman: What is the capital of Italy?\n\nAssistant:"
 TEXTS = [
@@ -91,6 +92,26 @@ def test_faulty_pairs_are_refused_each_time(tmp_path):
     for _ in range(2):
         with pytest.raises(ValueError, match="have the same tokens"):
             kept_tokens(TEXTS, tokenizer, 300, "error", "error", "train pairs", True, str(tmp_path))
+
+
+def test_what_tells_sequences_is_kept_with_them(tmp_path):
+    """It is what they would be told by, in the order that a reference asks for them."""
+    tokenizer = tiny_tokenizer("gpt2")
+    for _ in range(2):
+        found = kept_tokens(TEXTS, tokenizer, 60, "truncate", "drop", "train pairs", True, str(tmp_path))
+        assert [*digests_of(found)] == [(content_of(pair.chosen), content_of(pair.rejected)) for pair in found]
+        asked = Initial().sequences(found, "train", tokenizer, None, None)
+        assert [*digests_of(joined([asked, asked]))] == 2 * [content_of(one) for one in asked]
+    assert digests_of(joined([asked, Lazy(1, asked.__getitem__)])) is None  # of some they are not known
+
+
+def test_known_texts_are_taken_for_the_key(tmp_path):
+    rules = tiny_tokenizer("gpt2"), 300, "error", "error", "train pairs", True, str(tmp_path)
+    kept_tokens(TEXTS[:2], *rules)
+    kept_tokens(TEXTS[:2], *rules, texts(TEXTS[:2]))
+    assert entries(tmp_path) == 1
+    kept_tokens(TEXTS[:2], *rules, "others")
+    assert entries(tmp_path) == 2
 
 
 def entries(folder):

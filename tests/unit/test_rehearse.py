@@ -10,6 +10,7 @@ from composing import compose
 from omegaconf import OmegaConf
 from whole_runs import frozen, own_pairs
 
+from dpo.data import records
 from dpo.data.records import contents
 from dpo.sweep import inputs, rehearse
 from dpo.sweep.plan import resolve
@@ -147,15 +148,34 @@ def test_data_of_many_configs_are_parsed_once(base, monkeypatch):
     asked = [base, with_(base, "beta", 0.5), with_(base, "loss.label_smoothing", 0.7)]
     seen, data = [], rehearse._data
 
-    def _data(node):
+    def _data(node, cache):
         seen.append(node["path"])
-        return data(node)
+        return data(node, cache)
 
     monkeypatch.setattr(rehearse, "_data", _data)
     found = rehearse.trials(asked)
     assert len(seen) == 1
     assert [bool(one["problems"]) for one in found] == [False, False, True]
     assert found[0] == found[1]
+
+
+def test_data_that_a_run_has_read_are_not_read_again_for_a_plan(base, tmp_path, monkeypatch, capsys):
+    """Until their file changes; and what was said of them is said."""
+    file, config = tmp_path / "pairs.jsonl", with_(base, "cache", str(tmp_path / "cache"))
+    rows = Path(base["data"]["path"]).read_text()
+    file.write_text(rows + '{"prompt": "a", "chosen": "b", "rejected": ""}\n')
+    config = with_(with_(config, "data.path", str(file)), "data.on_faulty", "drop")
+    expected = Rehearsal().of(config)
+    said = capsys.readouterr().out
+    assert "1 dropped" in said
+    inputs.read(config["data"], config["cache"])
+    capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr(records, "paired", None)
+        assert Rehearsal().of(config) == expected
+        assert capsys.readouterr().out == said
+    file.write_text(rows.partition("\n")[2])
+    assert Rehearsal().of(config)["inputs"]["data"] != expected["inputs"]["data"]
 
 
 @pytest.mark.parametrize(
