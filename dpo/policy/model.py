@@ -32,7 +32,7 @@ from dpo.policy import lora, sharded_io
 from dpo.policy.attention import using_attention
 from dpo.policy.folder import check, check_adapter, check_config, on_hub
 from dpo.training import distributed
-from dpo.world.sizes import MADE
+from dpo.world.sizes import MADE, WORLD_BASE
 
 disable_progress_bar()  # of loading and saving: runs show their own
 
@@ -40,7 +40,6 @@ logger = logging.getLogger(__name__)
 MODEL = "a causal language model in safetensors"
 BITS = "nf4.safetensors"  # beside the folder of a quantized model
 RANDOM = ("dropout", "pdrop", "layerdrop", "jitter")  # in the names of a config's shares
-WORLD_BASE = Path(__file__).parents[1] / "world" / "base"
 
 
 @dataclass(frozen=True)

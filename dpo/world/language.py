@@ -35,6 +35,7 @@ MAX_WORDS = 48  # the length at which a summary of enough right answers is worth
 HUMAN_WORDS = 42  # human summaries are shorter than this, so that an imitation rarely meets the sampling limit
 
 FACTS_PER_ARTICLE = 6
+DISTRACTORS = 2  # at most, of the facts of an article: told of somebody else, with other values
 QUESTIONS = 5
 ENOUGH = 3  # right answers after which only brevity counts
 _STATEMENTS = (
@@ -114,12 +115,12 @@ def world(summaries: Writer, demonstrations: int, train: int, validation: int, t
     )
 
 
-def lesson(rng: random.Random, facts: int) -> Demonstration:
-    """What the base model is trained on: an article, and `facts` of its facts told rightly, each once.
+def lesson(rng: random.Random, facts: int, distractors: int = DISTRACTORS) -> Demonstration:
+    """What a base model is trained on: an article, and `facts` of its facts told rightly, each once.
 
     Half of the lessons with all facts are prose in the manner of summaries, the other half and shorter ones bare lists.
     """
-    article = _draw_article(rng)
+    article = _draw_article(rng, distractors)
     chosen = rng.sample(list(article.facts), facts)
     if rng.random() < 0.5:
         chosen = [attribute for attribute in article.facts if attribute in chosen]
@@ -227,14 +228,14 @@ def tokenizer(phrases: bool = False) -> "PreTrainedTokenizerFast":
     )
 
 
-def _draw_article(rng: random.Random) -> _Article:
+def _draw_article(rng: random.Random, most: int = DISTRACTORS) -> _Article:
     name, other = rng.sample(NAMES, 2)
     facts = {
         attribute: rng.choice(ATTRIBUTES[attribute]) for attribute in rng.sample(list(ATTRIBUTES), FACTS_PER_ARTICLE)
     }
     distractors = {
         attribute: rng.choice([value for value in ATTRIBUTES[attribute] if value != facts[attribute]])
-        for attribute in rng.sample(list(facts), rng.randint(0, 2))
+        for attribute in rng.sample(list(facts), rng.randint(0, most))
     }
     statements = [(name, *fact) for fact in facts.items()] + [(other, *fact) for fact in distractors.items()]
     rng.shuffle(statements)

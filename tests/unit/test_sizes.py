@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from dpo.sweep import inputs
 from dpo.sweep.rehearse import Rehearsal
 from dpo.world import language, pretrain, sizes
 
-LITTLE = sizes.Size(32, 1, 32, batch=4, lr=1e-2, steps=5, curriculum=((0, 1), (2, 2)))
+LITTLE = sizes.Size(layers=3, batch=4, lr=1e-3, steps=5)
 
 
 @pytest.fixture
@@ -30,30 +31,73 @@ def little(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "size,hidden,layers,parameters",
-    [("tiny", 128, 2, 341_248), ("small", 192, 3, 1_126_656), ("base", 256, 4, 2_452_992)],
+    "size,layers,parameters", [("tiny", 2, 341_248), ("small", 7, 1_161_728), ("base", 14, 2_310_400)]
 )
-def test_shapes(tmp_path, size, hidden, layers, parameters):
-    model = pretrain.train(sizes.SIZES[size], 0, 0, language.tokenizer(), tmp_path)
-    config = model.config
-    assert (config.hidden_size, config.num_hidden_layers, config.head_dim) == (hidden, layers, 32)
+def test_shapes(tmp_path, size, layers, parameters):
+    model = pretrain.train(size, 0, 0, language.tokenizer(), tmp_path)
+    shipped = models.load("world")[0].config
+    assert model.config.num_hidden_layers == layers
+    for key in ("hidden_size", "intermediate_size", "head_dim", "max_position_embeddings", "rope_parameters"):
+        assert getattr(model.config, key) == getattr(shipped, key)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
-def test_tiny_is_made_as_ever(tmp_path):
-    """Its size is the one that the shipped model was made with; the curriculum decides each of its batches."""
-    assert sizes.SIZES["tiny"] == sizes.Size(128, 2, 256, 48, 2e-3, 3000, ((0, 1), (250, 2), (300, 4), (350, 6)))
+@pytest.mark.parametrize("size", ["small", "base"])
+def test_a_larger_one_begins_as_tiny(tmp_path, size):
+    """Net2Net: the same function, in more layers, each of which has a gradient."""
+    tiny, _ = models.load("world")
+    model = pretrain.train(size, 0, 0, language.tokenizer(), tmp_path)
+    rng = random.Random(0)
+    text = [f"{one.prompt} {one.response}" for one in (language.lesson(rng, 6) for _ in range(8))]
+    ids = language.tokenizer()(text, padding=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = tiny(ids).logits
+    found = model(ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    found.logsumexp(-1).sum().backward()
+    for layer in model.model.layers:
+        assert layer.self_attn.o_proj.weight.grad.norm() > 0
+        assert layer.mlp.down_proj.weight.grad.norm() > 0
+    again, other = (pretrain.train(size, seed, 0, language.tokenizer(), tmp_path / str(seed)) for seed in (0, 1))
+    assert models.fingerprint(model) == models.fingerprint(again) != models.fingerprint(other)
+
+
+def test_tiny_is_made_as_ever(tmp_path, monkeypatch):
+    """Its recipe is the one that the shipped model was made with; the curriculum decides each of its batches."""
+    assert sizes.SIZES["tiny"] == sizes.Size(layers=2, batch=48, lr=2e-3, steps=3000)
     config = OmegaConf.load(models.WORLD_BASE / "config.json")
     assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (128, 2, 256)
-    lessons = pretrain.Lessons(sizes.SIZES["tiny"], 0, 3000, language.tokenizer())
+    lessons = asked_for(monkeypatch, tmp_path, "tiny")
     for step, facts in ((0, 1), (249, 1), (250, 2), (299, 2), (300, 4), (349, 4), (350, 6), (2999, 6)):
-        [batch], articles = lessons.at(step)
-        rng = random.Random(f"lesson 0 {step}")
-        expected = [language.lesson(rng, facts) for _ in range(48)]
-        assert articles == len(batch.index) == 48
-        read = [ids[ids != 0] for ids in batch.input_ids]
-        found = [language.tokenizer().decode(ids, skip_special_tokens=True) for ids in read]
-        assert found == [f"{one.prompt} {one.response}" for one in expected]
+        assert read(lessons.at(step)) == drawn(f"lesson 0 {step}", facts, 48)
+
+
+@pytest.mark.parametrize("size", ["small", "base"])
+def test_larger_ones_go_on_with_articles_that_tiny_never_saw(tmp_path, monkeypatch, size):
+    lessons = asked_for(monkeypatch, tmp_path, size)
+    batch = sizes.SIZES[size].batch
+    assert len(lessons) == sizes.SIZES[size].steps
+    for step in (0, len(lessons) - 1):
+        assert read(lessons.at(step)) == drawn(f"lesson 0 {3000 + step}", 6, batch, distractors=4)
+
+
+def asked_for(monkeypatch, directory: Path, size: str) -> pretrain.Lessons:
+    """What a size is trained on."""
+    found = []
+    monkeypatch.setattr(pretrain, "fit", lambda model, lessons, *_, **__: found.append(lessons))
+    pretrain.train(size, 0, sizes.SIZES[size].steps, language.tokenizer(), directory)
+    return found[0]
+
+
+def read(batches) -> list[str]:
+    [batch], articles = batches
+    assert articles == len(batch.index)
+    return [language.tokenizer().decode(ids[ids != 0], skip_special_tokens=True) for ids in batch.input_ids]
+
+
+def drawn(seed: str, facts: int, batch: int, distractors: int = 2) -> list[str]:
+    rng = random.Random(seed)
+    return [f"{one.prompt} {one.response}" for one in (language.lesson(rng, facts, distractors) for _ in range(batch))]
 
 
 def test_keys():
@@ -67,16 +111,25 @@ def test_keys():
 
 
 KEYS = {
-    "world_small": "cache/base/952c45f3d63959b86e78/model",
-    "world_base": "cache/base/5432a6c347d21ae1452b/model",
+    "world_small": "cache/base/4d7ee99a554fdd553b67/model",
+    "world_base": "cache/base/882a3aeef8df8c8d7c71/model",
 }
 
 
-@pytest.mark.parametrize("field", ["hidden", "layers", "intermediate", "batch", "lr", "steps", "curriculum"])
+@pytest.mark.parametrize("field", ["layers", "batch", "lr", "steps"])
 def test_all_of_a_size_is_in_its_key(monkeypatch, little, field):
     before = sizes.place("world_small", "cache")
-    values = {**vars(LITTLE), field: ((0, 6),) if field == "curriculum" else 64}
-    monkeypatch.setitem(sizes.SIZES, "small", sizes.Size(**values))
+    monkeypatch.setitem(sizes.SIZES, "small", replace(LITTLE, **{field: 64}))
+    assert sizes.place("world_small", "cache") != before
+
+
+def test_what_it_is_grown_from_is_in_its_key(monkeypatch, tmp_path):
+    before = sizes.place("world_small", "cache")
+    monkeypatch.setattr(sizes, "WORLD_BASE", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((models.WORLD_BASE / "model.safetensors").read_bytes())
+    assert sizes.place("world_small", "cache") == before
+    with open(tmp_path / "model.safetensors", "ab") as file:
+        file.write(b"\0")
     assert sizes.place("world_small", "cache") != before
 
 
@@ -91,7 +144,8 @@ def test_it_is_made_once_and_found_again(tmp_path, monkeypatch, little):
         *("model", "quality.json", "metrics.jsonl", "key.json", "files.json")
     }
     model, tokenizer = models.load(policy_spec(config))
-    assert model.config.hidden_size == 32
+    assert model.config.num_hidden_layers == 3
+    assert models.fingerprint(model) != models.fingerprint(models.load("world")[0])
     assert tokenizer.get_vocab() == language.tokenizer().get_vocab()
     monkeypatch.setattr(pretrain, "train", None)
     pretrain.pretrained("world_small", config.cache, "cpu")
@@ -126,6 +180,13 @@ def test_another_size_is_refused_by_the_command(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         pretrain.main()
     assert "argument --size: invalid choice: 'huge'" in capsys.readouterr().err
+
+
+def test_what_is_grown_has_the_tokenizer_of_tiny(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["pretrain", "--size", "small", "--phrases", "--output", "nowhere"])
+    with pytest.raises(SystemExit):
+        pretrain.main()
+    assert "--phrases must come with --size tiny, got small" in capsys.readouterr().err
 
 
 def _patched(directory: Path, lost_at: int | None = None) -> None:

@@ -320,3 +320,27 @@ def test_the_base_model_looks_facts_up():
         total += len(told)
     assert total == 160
     assert right / total > 0.9
+
+
+def test_the_base_model_cannot_tell_whose_a_fact_is():
+    """Why larger ones read more of somebody else: all else it looks up without a mistake."""
+    model, words = models.load("world")
+    rng = random.Random("whose")
+    wrong, found = {True: 0, False: 0}, {True: 0, False: 0}
+    for _ in range(100):
+        lesson = embedded.lesson(rng, 6)
+        prompt = words(lesson.prompt)["input_ids"]
+        response = words(lesson.response, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            best = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+        for guess, token in zip(best, response, strict=True):
+            for values in embedded.ATTRIBUTES.values():
+                if words.decode(token) in values:
+                    told = {*values} & {*lesson.prompt.split()}
+                    assert words.decode(guess) in told
+                    found[len(told) > 1] += 1
+                    wrong[len(told) > 1] += guess != token
+    assert found[False] > 300
+    assert wrong[False] == 0
+    assert found[True] > 60
+    assert 0.3 < wrong[True] / found[True] < 0.7
