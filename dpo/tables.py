@@ -85,7 +85,7 @@ def stream(
     which: ModelSpec,
     held: str,
     sequences: dict[str, Sequence[Tokens]],
-    rules: tuple[Sequence[Tokens], str, Scoring, str, list[str], Callable[[], dict[str, Any]]],
+    rules: tuple[Sequence[Tokens], str, Scoring, str, Sequence[str], Callable[[], dict[str, Any]]],
     kl_target: str | None,
     is_initial: bool,
 ) -> "Streamed":
@@ -122,7 +122,7 @@ class Streamed:
         held: str,
         fingerprint: str,
         sequences: dict[str, Sequence[Tokens]],
-        contents: list[bytes],
+        contents: Sequence[bytes],
         work: Callable[[Callable[[bytes, Tensor], None]], Scores],
         live: tuple[Sequence[int], Tensor],
         settings: Scoring,

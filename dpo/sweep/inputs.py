@@ -36,7 +36,7 @@ def load(config: Any) -> Dataset:
 
     Raises: RuntimeError if it, or a model that the config names, is no longer what the run was planned with.
     """
-    node = OmegaConf.to_container(config.data, resolve=True) if OmegaConf.is_config(config.data) else config.data
+    node: Any = OmegaConf.to_container(config.data, resolve=True) if OmegaConf.is_config(config.data) else config.data
     dataset, facts = read(node, config.get("cache"))
     recorded = (config.get("provenance") or {}).get("inputs") or {}
     found = {"data": facts["data"], **models(config)} if recorded else {}
