@@ -10,8 +10,7 @@ on one machine share them: 4 bytes a token, where a list of Python's numbers has
 import inspect
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +23,7 @@ from dpo.cache import digest, remember
 from dpo.data.batches import TOO_LONG, Pair, content_of, filter_identical, numbered
 from dpo.data.lazy import Lazy
 from dpo.data.records import TEXT, NoneLeft, Preference, plain, texts
+from dpo.data.sources import heard
 
 logger = logging.getLogger(__name__)
 TOKENS_VERSION = 2  # part of the cache key: raise it when a change of the code changes tokens, or how they are kept
@@ -143,17 +143,3 @@ def _pairs(folder: Path, preferences: Sequence[Preference]) -> Lazy[Pair]:
         return Pair(*sides, text, tuple(other.get("cut", ())), other.get("unwritten", False))
 
     return Lazy(len(rows), pair, [(one.tobytes(), other.tobytes()) for one, other in contents])
-
-
-@contextmanager
-def heard() -> Iterator[list[tuple[int, str]]]:
-    """What is logged about data meanwhile: levels and messages."""
-    said: list[tuple[int, str]] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append((record.levelno, record.getMessage()))  # type: ignore[method-assign]
-    above = logger.parent or logger  # of the other modules here, too
-    above.addHandler(handler)
-    try:
-        yield said
-    finally:
-        above.removeHandler(handler)

@@ -11,7 +11,7 @@ import re
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -268,3 +268,17 @@ def kind(value: Any) -> str:
     """The type of a value as JSON calls it."""
     names = {type(None): "null", bool: "a boolean", str: "text", list: "a list", dict: "an object"}
     return names.get(type(value), "a number")
+
+
+@contextmanager
+def heard() -> Iterator[list[tuple[int, str]]]:
+    """What is logged about data meanwhile: levels and messages."""
+    said: list[tuple[int, str]] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append((record.levelno, record.getMessage()))  # type: ignore[method-assign]
+    above = logger.parent or logger  # of the other modules here, too
+    above.addHandler(handler)
+    try:
+        yield said
+    finally:
+        above.removeHandler(handler)

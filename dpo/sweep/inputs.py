@@ -16,9 +16,8 @@ from omegaconf import OmegaConf
 from dpo import cache as caches
 from dpo import data
 from dpo.cache import digest, entry, intact, remember, sha256
-from dpo.data.kept import heard
 from dpo.data.records import Dataset, contents, texts
-from dpo.data.sources import jsonl_files
+from dpo.data.sources import heard, jsonl_files
 from dpo.policy.model import resolve_path
 from dpo.sweep.directory import before
 from dpo.sweep.schema import number_of_samples

@@ -129,7 +129,7 @@ NOUNS = {
     "train": VERB,
 }
 PROJECT = (
-    *("__init__.py", "cache.py", "data/records.py", "data/sources.py", "data/instructions.py"),
+    *("__init__.py", "cache.py", "data/lazy.py", "data/records.py", "data/sources.py", "data/instructions.py"),
     "world/sizes.py",
     *("sweep/*.py", "results/*.py"),
 )
