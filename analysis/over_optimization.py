@@ -138,9 +138,8 @@ def figure(final: pd.DataFrame) -> Figure:
             axis.plot(means["kl"], means[value], marker="o", color=colour, label=label)
             axis.plot(fallen["kl"], fallen[value], "x", color="red", ms=9, zorder=6)
         for beta, mean in means.iterrows():
-            axis.annotate(
-                short(beta), (mean["kl"], mean["score"]), (0, -11), textcoords="offset points", fontsize=7, ha="center"
-            )
+            below = mean["kl"], mean[[*JUDGES]].min()
+            axis.annotate(short(beta), below, (0, -13), textcoords="offset points", fontsize=7, ha="center")
         axis.legend(frameon=False, fontsize=8)
     return drawing
 

@@ -350,8 +350,8 @@ GRIDS = {
     },
     "objectives": {  # those whose beta is of DPO's scale; tests/unit/test_objectives_study.py has the others
         "loss": [
-            *("dpo", "robust", "hinge", "exo", "f_dpo", "chi_po", "wpo", "dr_dpo", "beta_dpo", "aot", "aot_unpaired"),
-            *("apo_zero", "apo_down", "nca", "bco", "kto_paired", "beta_kto", "dpop", "rpo", "cpo", "slic", "r_dpo"),
+            *("dpo", "robust", "hinge", "exo", "f_dpo", "chi_po", "wpo", "dr_dpo", "beta_dpo", "aot"),
+            *("apo_zero", "apo_down", "nca", "bco", "kto_paired", "beta_kto", "dpop", "rpo", "slic", "r_dpo"),
         ],
         "beta": ["0.01", "0.03", "0.1", "0.3", "1"],
         "seed": [str(seed) for seed in range(10)],
