@@ -217,11 +217,11 @@ def test_a_ray_that_runs_is_joined(tmp_path, tiny_model):
 
 
 class DeadlyDrawing(Worker):
-    """An actor that a prompt kills which begins like no other."""
+    """An actor that a prompt kills which has a word like no other."""
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         def deadly(model: Any, tokenizer: Any, prompts: Any, *given: Any) -> Any:
-            if any(tokenizer.decode(ids).startswith("Deadly") for ids in prompts):
+            if any("Deadly" in tokenizer.decode(ids) for ids in prompts):
                 os.kill(os.getpid(), signal.SIGKILL)
             return sample(model, tokenizer, prompts, *given)
 
@@ -232,7 +232,7 @@ class DeadlyDrawing(Worker):
 def candidates(directory: Path, model: str, *given: str) -> dict[str, bytes]:
     """The files of a run of dpo.generate: three responses to each of nine prompts of many lengths."""
     prompts = [" ".join(["Well?"] * (n % 4)) + f"What is {n}?" for n in range(12)]
-    prompts[7] = "Deadly question"
+    prompts[7] = "Deadly."  # the shortest, drawn last: of what is at hand Ray gives the last two batches late
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "prompts.jsonl").write_text("".join(json.dumps({"prompt": one}) + "\n" for one in prompts))
     asked = ["data=prompts", f"data.path={directory / 'prompts.jsonl'}", "data.validation=2", "data.test=1"]
@@ -280,7 +280,7 @@ def test_a_prompt_at_which_every_actor_dies_is_named(tmp_path, tiny_model, monke
     began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"^sampling actors must live through every response") as error:
         candidates(tmp_path / "run", model, *few)
-    assert "'Deadly question'" in str(error.value)
+    assert "Deadly.'" in str(error.value)
     assert "What is" not in str(error.value)
     assert time.monotonic() - began < 300
     assert workers() == []
