@@ -162,7 +162,7 @@ def test_figures_of_tokens(inside):
 
 
 STUDIES = ["kl_strength", "reference_compatibility", "token_level"]
-KEPT = ["dynamic_beta", "label_noise", "over_optimization", "summarization"]  # whose numbers are beside the notebook
+KEPT = ["dynamic_beta", "kl_strength", "label_noise", "over_optimization", "summarization"]  # whose numbers are beside the notebook
 
 
 def test_notebooks(inside):
@@ -204,7 +204,7 @@ def tables(cell: Any) -> bool:
     return cell.source.startswith("tables[") and ".style" not in cell.source  # whose ids are drawn
 
 
-@pytest.mark.parametrize("study", [*STUDIES, *KEPT])
+@pytest.mark.parametrize("study", sorted({*STUDIES, *KEPT}))
 def test_saved_outputs(study):
     """What a reader on the web sees: every table and figure, and nothing else."""
     notebook = nbformat.read(ROOT / f"analysis/{study}.ipynb", as_version=4)
