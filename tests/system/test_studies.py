@@ -162,7 +162,8 @@ def test_figures_of_tokens(inside):
 
 
 STUDIES = ["kl_strength", "reference_compatibility", "token_level"]
-KEPT = ["dynamic_beta", "kl_strength", "label_noise", "over_optimization", "summarization"]  # whose numbers are beside the notebook
+# Whose numbers are beside the notebook.
+KEPT = ["dynamic_beta", "kl_strength", "label_noise", "over_optimization", "summarization"]
 
 
 def test_notebooks(inside):
