@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
@@ -37,9 +38,21 @@ KINDS = ("gemma2", "gpt_neox", "llama", "qwen2")  # two of them have biases
 
 
 @pytest.fixture(scope="module")
-def wide(tiny_model):
-    """`wide(kind)`: folder of a tiny model whose rows are whole blocks."""
-    return lambda kind: tiny_model(kind, 64)
+def wide(tiny_model, tmp_path_factory):
+    """`wide(kind)`: folder of a tiny model whose rows are whole blocks, and whose biases are not 0."""
+    made = tmp_path_factory.mktemp("wide")
+
+    def make(kind: str) -> str:
+        if not (made / kind).is_dir():
+            model, tokenizer = models.load(tiny_model(kind, 64))
+            torch.manual_seed(1)
+            for name, weight in model.named_parameters():
+                if name.endswith("bias"):
+                    nn.init.normal_(weight, std=0.1)
+            models.save(model, tokenizer, made / kind)
+        return str(made / kind)
+
+    return make
 
 
 @pytest.fixture(scope="module")
