@@ -193,6 +193,9 @@ def states(folder: Path) -> dict[str, str]:
 
 @pytest.mark.long
 def test_the_first_run_makes_the_base_model_that_is_not_there(tree):
+    tiny = tree / "dpo/world/base/model.safetensors"  # from which it is grown
+    tiny.parent.mkdir()
+    tiny.write_text("weights")
     sweep = ["-m", "policy=small", "beta=0.01,0.1", "device=cpu"]
     text = said(tree, *sweep, code=0)
     assert re.search(
