@@ -12,7 +12,6 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
@@ -160,11 +159,7 @@ def beside_published(filters: pd.DataFrame) -> pd.DataFrame:
 def slopes(final: pd.DataFrame, gap: str) -> pd.DataFrame:
     """Change of the score for ten times the beta, by least squares, of each seed that has every beta of this gap."""
     same = seeds.trained(final)
-    scores = seeds.wide(same[same[GAP].map(short) == gap], "beta", "score").dropna()
-    if scores.shape[1] < 2 or scores.empty:
-        return pd.DataFrame({"seed": [], "slope": []})
-    steepness = np.polyfit(np.log10(scores.columns.to_numpy(float)), scores.to_numpy(float).T, 1)[0]
-    return pd.DataFrame({"seed": scores.index, "slope": steepness})
+    return seeds.slopes(same[same[GAP].map(short) == gap])
 
 
 def averaged(frame: pd.DataFrame, over: str, value: str = "score") -> pd.DataFrame:

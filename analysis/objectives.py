@@ -170,13 +170,13 @@ def figure(final: pd.DataFrame) -> Figure:
     return drawing
 
 
-def curve(axis: Axes, same: pd.DataFrame, label: str, **style: object) -> None:
-    """Mean win rate against mean KL at each beta, in the order of betas; crosses where most runs are degenerate."""
+def curve(axis: Axes, same: pd.DataFrame, label: str, value: str = "win_rate", **style: object) -> None:
+    """Mean `value` against mean KL at each beta, in the order of betas; crosses where most runs are degenerate."""
     of_beta = same.assign(broken_run=degenerate(same)).groupby("beta")
-    means = of_beta[["kl", "win_rate"]].mean()
-    axis.plot(means["kl"], means["win_rate"], marker="o", label=label, **style)  # type: ignore[arg-type]
+    means = of_beta[["kl", value]].mean()
+    axis.plot(means["kl"], means[value], marker="o", label=label, **style)  # type: ignore[arg-type]
     fallen = means[of_beta["broken_run"].mean() > 0.5]
-    axis.plot(fallen["kl"], fallen["win_rate"], "x", color="red", ms=9, zorder=6)
+    axis.plot(fallen["kl"], fallen[value], "x", color="red", ms=9, zorder=6)
 
 
 def study(frames: Frames) -> tuple[dict[str, pd.DataFrame], dict[str, Figure]]:

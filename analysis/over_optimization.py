@@ -8,11 +8,11 @@ folder holds evaluations of the first one's policies by the proxy.
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import seeds
+from analysis.objectives import curve
 from analysis.report import Frames, main
 from dpo.results import degenerate, short
 from dpo.results.figures import COLOURS, plain, tidy
@@ -62,16 +62,6 @@ def table(final: pd.DataFrame) -> pd.DataFrame:
     return found.rename_axis(["", "beta"]) if rows else found
 
 
-def slopes(same: pd.DataFrame, value: str) -> pd.Series:
-    """Change of `value` for a tenth of the beta, by least squares, of each seed that has every beta."""
-    scores = seeds.wide(same, "beta", value).dropna()
-    if scores.shape[1] < 2 or scores.empty:
-        return pd.Series(dtype=float)
-    return pd.Series(
-        np.polyfit(-np.log10(scores.columns.to_numpy(float)), scores.to_numpy(float).T, 1)[0], scores.index
-    )
-
-
 def at(same: pd.DataFrame, beta: float) -> pd.DataFrame:
     return same[same["beta"] == beta]
 
@@ -101,7 +91,11 @@ def claims(final: pd.DataFrame) -> pd.DataFrame:
     overrated = seeds.paired(at(apart, betas[0]), at(apart, betas[-1]), "apart")
     favoured = max(betas, key=lambda beta: at(same, beta)["proxy"].mean())
     found = [
-        seeds.holds(titles[0], "win rate by the proxy for a tenth of the beta", seeds.interval(slopes(same, "proxy"))),
+        seeds.holds(
+            titles[0],
+            "win rate by the proxy for a tenth of the beta",
+            -seeds.interval(seeds.slopes(same, "proxy")["slope"]),
+        ),
         seeds.all_hold(titles[1], "best win rate by gold between, minus that at", ends, margin),
         seeds.holds(titles[2], "proxy minus gold at the weakest, minus the same at the strongest", overrated),
         seeds.holds(
@@ -130,14 +124,10 @@ def figure(final: pd.DataFrame) -> Figure:
         plain(axis.xaxis)
         axis.axhline(0.5, color="0.5", lw=1, ls="--", zorder=0)
         same = of_pairs(final, judge)
-        of_beta = same.assign(fallen=degenerate(same)).groupby("beta")
-        means = of_beta[["kl", *JUDGES]].mean()
-        fallen = means[of_beta["fallen"].mean() > 0.5]
         for colour, (value, label) in zip(COLOURS, JUDGES.items(), strict=False):
             axis.plot(same["kl"], same[value], ".", color=colour, alpha=0.3, ms=4)
-            axis.plot(means["kl"], means[value], marker="o", color=colour, label=label)
-            axis.plot(fallen["kl"], fallen[value], "x", color="red", ms=9, zorder=6)
-        for beta, mean in means.iterrows():
+            curve(axis, same, label, value, color=colour)
+        for beta, mean in same.groupby("beta")[["kl", *JUDGES]].mean().iterrows():
             below = mean["kl"], mean[[*JUDGES]].min()
             axis.annotate(short(beta), below, (0, -13), textcoords="offset points", fontsize=7, ha="center")
         axis.legend(frameon=False, fontsize=8)

@@ -152,6 +152,15 @@ def wide(frame: pd.DataFrame, key: str, value: str) -> pd.DataFrame:
     return frame.pivot(index="seed", columns=key, values=value)
 
 
+def slopes(frame: pd.DataFrame, value: str = "score") -> pd.DataFrame:
+    """Change of `value` for ten times the beta, by least squares, of each seed that has every beta."""
+    values = wide(frame, "beta", value).dropna()
+    if values.shape[1] < 2 or values.empty:
+        return pd.DataFrame({"seed": [], "slope": []})
+    steepness = np.polyfit(np.log10(values.columns.to_numpy(float)), values.to_numpy(float).T, 1)[0]
+    return pd.DataFrame({"seed": values.index, "slope": steepness})
+
+
 def at_best(frame: pd.DataFrame, key: str = "beta") -> pd.DataFrame:
     """The runs at the setting of `key` that has the best mean score: lucky ones, whose intervals do not know it."""
     return frame[frame[key] == frame.groupby(key)["score"].mean().idxmax()] if len(frame) else frame

@@ -303,6 +303,14 @@ def test_the_base_model_ships_with_the_world():
     assert quality["parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
 
+def looked_up(lesson, model, words):
+    """What the model finds most likely at each token of the response, and that token."""
+    prompt = words(lesson.prompt)["input_ids"]
+    response = words(lesson.response, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        return model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist(), response
+
+
 def test_the_base_model_looks_facts_up():
     """The measured quality, on a few articles: a base model of another vocabulary or training would fail."""
     model, words = models.load("world")
@@ -310,10 +318,7 @@ def test_the_base_model_looks_facts_up():
     right = total = 0
     for _ in range(40):
         lesson = embedded.lesson(rng, 4)
-        prompt = words(lesson.prompt)["input_ids"]
-        response = words(lesson.response, add_special_tokens=False)["input_ids"]
-        with torch.no_grad():
-            best = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+        best, response = looked_up(lesson, model, words)
         values = {value for values in embedded.ATTRIBUTES.values() for value in values}
         told = [(guess, token) for guess, token in zip(best, response, strict=True) if words.decode(token) in values]
         right += sum(guess == token for guess, token in told)
@@ -329,10 +334,7 @@ def test_the_base_model_cannot_tell_whose_a_fact_is():
     wrong, found = {True: 0, False: 0}, {True: 0, False: 0}
     for _ in range(100):
         lesson = embedded.lesson(rng, 6)
-        prompt = words(lesson.prompt)["input_ids"]
-        response = words(lesson.response, add_special_tokens=False)["input_ids"]
-        with torch.no_grad():
-            best = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+        best, response = looked_up(lesson, model, words)
         for guess, token in zip(best, response, strict=True):
             for values in embedded.ATTRIBUTES.values():
                 if words.decode(token) in values:
