@@ -264,18 +264,20 @@ class Vllm:
     serve the model, or its log-probs are others.
     """
 
+    group, otherwise = "engine", "set engine.llm and engine.dtype to what it takes here, or take engine=transformers"
+
     def __init__(
         self, dtype: Literal["float32", "bfloat16", "float16"], tolerance: float, cache: str, llm: LlmOptions
     ) -> None:
         if find_spec("vllm") is None:
-            raise ValueError("engine=vllm needs the package vllm, found none; pip install 'dpo[vllm]'")
+            raise ValueError(f"{self.group}=vllm needs the package vllm, found none; pip install 'dpo[vllm]'")
         if tolerance <= 0:
             raise ValueError(f"engine.tolerance must be above 0, got {tolerance}")
         if not 0 < (share := llm["gpu_memory_utilization"]) <= 1:
-            raise ValueError(f"engine.llm.gpu_memory_utilization must be above 0 and at most 1, got {share}")
+            raise ValueError(f"{self.group}.llm.gpu_memory_utilization must be above 0 and at most 1, got {share}")
         for key in ("max_model_len", "tensor_parallel_size"):
             if (value := llm[key]) < 1:
-                raise ValueError(f"engine.llm.{key} must be at least 1, got {value}")
+                raise ValueError(f"{self.group}.llm.{key} must be at least 1, got {value}")
         self.dtype, self.tolerance, self.cache, self.options = dtype, tolerance, cache, llm
         self._llm: Any = None  # on rank 0
         self._weights: str | None = None  # that it has
@@ -311,7 +313,8 @@ class Vllm:
             self._check_weights(model, prompts[0], asked)
             self._weights = weights
         questions = [(ids, seed_of(seed, place)) for ids, place in zip(prompts, places, strict=True)]
-        found = on_main(lambda: [list(one.token_ids) for one in self._generate(model, questions, asked, title)])
+        asks = partial(self._generate, model, questions, asked, title)
+        found = on_main(lambda: [list(one.outputs[0].token_ids) for one in asks()])
         return [cut(ids, row, stops, tokenizer) for ids, row in zip(prompts, found, strict=True)]
 
     __call__ = forward
@@ -351,7 +354,7 @@ class Vllm:
             self.close()
             raise RuntimeError(
                 f"vLLM must serve {model.name_or_path}, a {type(model).__name__}, found {type(error).__name__}: {error}"
-                "; set engine.llm and engine.dtype to what it takes here, or take engine=transformers"
+                f"; {self.otherwise}"
             ) from error
 
     def _check_weights(self, model: PreTrainedModel, prompt: Tokens, asked: dict[str, Any]) -> None:
@@ -360,6 +363,7 @@ class Vllm:
 
         def tried() -> tuple[Tokens, Logps]:
             [one] = self._generate(model, [(prompt, 0)], asked, "")
+            one = one.outputs[0]
             ids = list(one.token_ids)
             return ids, [given[token].logprob for token, given in zip(ids, one.logprobs, strict=True)]
 
@@ -375,16 +379,33 @@ class Vllm:
     def _generate(
         self, model: PreTrainedModel, questions: Sequence[tuple[Tokens, int]], asked: dict[str, Any], title: str
     ) -> list[Any]:
-        """vLLM's response to each prompt and seed, in order."""
+        """What vLLM gives for each prompt and seed, in order."""
         from vllm import SamplingParams
 
         with self._serving(model):
-            found = self._llm.generate(
+            found: list[Any] = self._llm.generate(
                 [{"prompt_token_ids": ids} for ids, _ in questions],
                 [SamplingParams(seed=seed, **asked) for _, seed in questions],
                 use_tqdm=(lambda total, **_: progress(total=total, name=title)) if title else False,
             )
-        return [one.outputs[0] for one in found]
+        return found
+
+    def logps(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[tuple[Tokens, Tokens]]
+    ) -> list[torch.Tensor]:
+        """Log-probs of the tokens of each response under the model that it was first given, as it reads a prompt.
+
+        sequences: prompts with their responses. Returns: (tokens,) float32 each.
+        """
+        if self._llm is None:
+            self._start(model, tokenizer)
+        asked = {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}  # one token is the least it draws
+        read = [([*prompt, *response], 0) for prompt, response in sequences]
+        found = []
+        for (prompt, response), one in zip(sequences, self._generate(model, read, asked, ""), strict=True):
+            given = one.prompt_logprobs[len(prompt) :]
+            found.append(torch.tensor([at[token].logprob for at, token in zip(given, response, strict=True)]))
+        return found
 
 
 def _folder(cache: str, prefix: str) -> Path:

@@ -160,7 +160,7 @@ class Frozen(Precomputed):
         is_initial = comparable and (model is policy or weights == models.fingerprint(policy))  # reads all weights
         rules = (asked, weights, settings, "reference log-probs", sources, about)
         if settings.pool is not None and not is_kept(asked, weights, settings):
-            held = f"{held} come from a pool of {settings.pool.concurrency} while training reads them"
+            held = f"{held} come from {settings.pool.said} while training reads them"
             return stream(model, self.spec(initial), held, sequences, rules, kl_target, is_initial)
         scores = score(model, *rules)
         where = "from the cache" if scores.cached else f"computed in {time.monotonic() - began:.1f} s"
@@ -204,8 +204,8 @@ def scored_ahead(pending: object) -> Frozen:
     if isinstance(pending, Frozen) and type(pending).prepare is Frozen.prepare:
         return pending
     raise ValueError(
-        "scorer=ray needs a reference that is a model which never moves, scored once (initial, other, other_tokenizer, "
-        f"unconditional), found {type(pending).__name__}; leave out scorer=ray"
+        "a scorer needs a reference that is a model which never moves, scored once (initial, other, other_tokenizer, "
+        f"unconditional), found {type(pending).__name__}; take scorer=here"
     )
 
 

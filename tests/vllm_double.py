@@ -35,6 +35,7 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int = 16
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
     logit_bias: dict[int, float] | None = None
@@ -62,6 +63,7 @@ class LLM:
     ) -> None:
         assert generation_config == "vllm"  # else the folder's own settings
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).double().eval()
+        self.dtype = dtype
         if max_model_len > self.model.config.max_position_embeddings:
             raise ValueError(f"max_model_len ({max_model_len}) is greater than max_position_embeddings")
         self.eos, self.room, self.folder = AutoTokenizer.from_pretrained(model).eos_token_id, max_model_len, Path(model)
@@ -88,9 +90,18 @@ class LLM:
             if len(ids) >= self.room:
                 raise ValueError(f"The decoder prompt (length {len(ids)}) is longer than {self.room}")
             generator = torch.Generator().manual_seed(random.getrandbits(60) if params.seed is None else params.seed)
-            found.append(SimpleNamespace(outputs=[self._drawn(ids, params, generator) for _ in range(params.n)]))
+            drawn = [self._drawn(ids, params, generator) for _ in range(params.n)]
+            read = None if params.prompt_logprobs is None else self._read(ids)
+            found.append(SimpleNamespace(outputs=drawn, prompt_logprobs=read))
         self.given += [one.outputs[0] for one in found]
         return found
+
+    @torch.no_grad()
+    def _read(self, ids):
+        """Log-probs of the tokens of a prompt, of which the first has none."""
+        values = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        after = [{token: SimpleNamespace(logprob=float(values[at, token]))} for at, token in enumerate(ids[1:])]
+        return [None, *after]
 
     @torch.no_grad()
     def _drawn(self, ids, params, generator):

@@ -71,6 +71,7 @@ class Pool:
         if find_spec("ray") is None:
             raise ValueError(f"{self.without} needs the package ray, found none; pip install -e '.[ray]'")
         self.concurrency, self.batch_size, self.address = concurrency, batch_size, address
+        self.said = f"a pool of {concurrency}"  # for messages
         self.needs = {"CPU": num_cpus, "GPU": num_gpus, **(resources or {})}  # of one actor
         self.options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus, "resources": resources}
         self.lives = {"max_restarts": max_restarts, "max_task_retries": max_task_retries}
@@ -121,38 +122,20 @@ class Pool:
             turn = {content: number for number, content in reversed([*enumerate(first)])}
             passes = shares(sequences, forward_tokens(settings.micro_batch_tokens, packed))
             passes.sort(key=lambda share: min(turn[contents[row]] for rows in share for row in rows))
-            names = [[contents[row].hex() for rows in share for row in rows] for share in passes]
-            files = [folder / f"{digest([packed, named])}.safetensors" for named in names]
-            folder.mkdir(parents=True, exist_ok=True)
-            values: dict[int, Tensor] = {}
-            with progress(total=len(sequences), name=name) as bar:
+            task = Score(settings.precision, packed)
 
-                def take(share: list[list[int]], logps: Tensor) -> None:
-                    for row, one in parted(share, sequences, logps):
-                        values[row] = one
-                        found(contents[row], one)
-                    bar.update(sum(map(len, share)))
+            def rows(place: int) -> list[str]:
+                return [sources[contents[row]] for rows in passes[place] for row in rows]
 
-                for share, file in zip(passes, files, strict=True):
-                    if file.exists():  # of a run that was stopped
-                        take(share, load_file(file)["logps"])
-                left = [place for place, file in enumerate(files) if not file.exists()]
+            def made(left: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
                 asked = {place: items_of(passes[place], sequences) for place in left}
+                for place, said in self.stream(asked, task, anywhere(which), weights, rows):
+                    yield place, torch.from_numpy(np.frombuffer(said, dtype=np.float32).copy())
 
-                def rows(place: int) -> list[str]:
-                    return [sources[contents[row]] for rows in passes[place] for row in rows]
-
-                task = Score(settings.precision, packed)
-                try:
-                    for place, said in self.stream(asked, task, anywhere(which), weights, rows):
-                        logps = torch.from_numpy(np.frombuffer(said, dtype=np.float32).copy())
-                        unfinished = files[place].with_suffix(".unfinished")
-                        save_file({"logps": logps}, unfinished)
-                        unfinished.rename(files[place])
-                        take(passes[place], logps)
-                finally:
-                    self.close()
-            return [values[row] for row in range(len(sequences))]
+            try:
+                return each_kept(passes, packed, contents, sequences, folder, name, found, made)
+            finally:
+                self.close()
 
         return run
 
@@ -234,6 +217,45 @@ class Pool:
             f"{self.actors} must live through every response, found that they ended {most} times at "
             f"{'this one' if len(names) == 1 else f'one of these {len(names)}'}:{listed(names)}\n{cause}\n{self.advice}"
         )
+
+
+def each_kept(
+    passes: Sequence[list[list[int]]],
+    layout: Any,
+    contents: Sequence[bytes],
+    sequences: Sequence[Tokens],
+    folder: Path,
+    name: str,
+    found: Callable[[bytes, Tensor], None],
+    made: Callable[[Sequence[int]], Iterator[tuple[int, Tensor]]],
+) -> list[Tensor]:
+    """Log-probs of the tokens of each sequence, of passes that are kept in `folder` as they come: those of a run that
+    was stopped are there already.
+
+    passes: rows of sequences, as `scoring.shares` parts them. layout: what else a pass goes by. made: the passes at the
+    places that are asked for, as they come, (N,) float32 each, which `scoring.parted` reads. found: see `Pool.passes`.
+    """
+    names = [[contents[row].hex() for rows in share for row in rows] for share in passes]
+    files = [folder / f"{digest([layout, named])}.safetensors" for named in names]
+    folder.mkdir(parents=True, exist_ok=True)
+    values: dict[int, Tensor] = {}
+    with progress(total=len(sequences), name=name) as bar:
+
+        def take(share: list[list[int]], logps: Tensor) -> None:
+            for row, one in parted(share, sequences, logps):
+                values[row] = one
+                found(contents[row], one)
+            bar.update(sum(map(len, share)))
+
+        for share, file in zip(passes, files, strict=True):
+            if file.exists():
+                take(share, load_file(file)["logps"])
+        for place, logps in made([place for place, file in enumerate(files) if not file.exists()]):
+            unfinished = files[place].with_suffix(".unfinished")
+            save_file({"logps": logps}, unfinished)
+            unfinished.rename(files[place])
+            take(passes[place], logps)
+    return [values[row] for row in range(len(sequences))]
 
 
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}

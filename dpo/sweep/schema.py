@@ -416,9 +416,8 @@ def _sharding(config: dict[str, Any]) -> list[str]:
     if config["sharding"]["offload"] and processes == 1:
         problems.append("sharding.offload needs several processes, got 1; use processes=2 or more")
     if config.get("scorer") is not None and processes > 1:
-        problems.append(
-            f"processes must be 1 with scorer=ray, got {processes}; score ahead: python -m dpo.score scorer=ray"
-        )
+        which = "scorer=vllm" if config["scorer"]["_target_"].endswith("VllmScorer") else "scorer=ray"
+        problems.append(f"processes must be 1 with {which}, got {processes}; score ahead: python -m dpo.score {which}")
     engines = (config.get("engine"), config["evaluation"].get("engine"))
     if processes > 1 and any(one and one["_target_"] == "dpo.engines.Ray" for one in engines):
         problems.append(

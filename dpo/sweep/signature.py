@@ -37,7 +37,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], dict[tuple[str, ...], str | tuple[str, 
     "rule": (("dpo.judges",), {("first", "second"): "float"}),
     "loss": (("dpo.losses",), {("pair",): "dpo.losses.pairs.Loss"}),
     "reference": (("dpo.references",), {(): ("check", "prepare")}),
-    "scorer": (("dpo.policy.pool",), {(): ("check", "passes")}),
+    "scorer": (("dpo.policy.pool", "dpo.vllm_scorer"), {(): ("check", "passes")}),
     "hydra.launcher": (("hydra_plugins.dpo_launchers",), {(): ("problems", "start")}),
 }
 

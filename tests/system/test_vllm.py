@@ -19,14 +19,17 @@ import torch
 import vllm_double
 from conftest import tiny_tokenizer
 from test_generate import PROMPTS
+from test_reference import settings as of_scoring
 from transformers import LlamaConfig, LlamaForCausalLM
 from whole_runs import frozen
 
 from dpo import engines, generate
-from dpo.data.batches import encode_prompts
+from dpo.data.batches import Pair, collate_pairs, encode_prompts
 from dpo.data.chats import ends
 from dpo.policy import model as models
 from dpo.policy.sampling import Sampling, sample
+from dpo.references import Initial
+from dpo.vllm_scorer import VllmScorer
 
 pytestmark = pytest.mark.vllm
 GREEDY = Sampling(12, 0.0, 1.0, 8)
@@ -153,6 +156,22 @@ def test_a_run_samples_its_candidates(policy, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 3 * 5
     assert len({tuple(one["token_ids"]["response"]) for one in rows}) > 10
+
+
+def test_it_scores_a_reference(policy, prompts, tmp_path):
+    """The log-probs of the run itself, within rounding; of responses of one token and of many, some of a prompt."""
+    pairs = [Pair(ids, [5 + n, 9, 11] * (n + 1), [8 + n]) for n, ids in enumerate(prompts)]
+    index, real = torch.arange(len(pairs)), torch.ones(len(pairs), dtype=torch.bool)
+    batch = collate_pairs(pairs, index, real, pad_id=0, packed=False)
+    options = {key: value for key, value in vllm_double.OPTIONS.items() if key != "max_model_len"}
+
+    def logps(folder, pool=None):
+        asked = of_scoring(tmp_path / folder, pool=pool)
+        return Initial().prepare(policy[0].name_or_path, policy[0], {"train": pairs}, asked).logps(batch, "train")
+
+    found = logps("vllm", VllmScorer(4, str(tmp_path / "copies"), options))
+    assert torch.allclose(found, logps("here"), atol=1e-4, rtol=1e-6)
+    assert [*(tmp_path / "copies").iterdir()] == []
 
 
 def test_its_server_does_behind_the_endpoint(policy, prompts, tmp_path):

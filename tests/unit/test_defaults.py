@@ -434,6 +434,18 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
         "max_task_retries": 3,
         "address": None,
     },
+    "scorer/vllm": {
+        "_target_": "dpo.vllm_scorer.VllmScorer",
+        "batch_size": 256,
+        "cache": "${cache}",
+        "llm": {
+            "gpu_memory_utilization": 0.4,
+            "tensor_parallel_size": 1,
+            "enforce_eager": True,
+            "enable_chunked_prefill": False,
+            "trust_remote_code": "${policy.trust_remote_code}",
+        },
+    },
     "server/local": {
         "url": "http://localhost:8000/v1",
         "key": None,

@@ -125,7 +125,7 @@ def test_more_gpus_than_there_are(monkeypatch):
 
 @pytest.mark.parametrize("reference", [EMA(0.5, 2), Live(None), ReferenceFree(), PrecomputedFiles(__file__)])
 def test_what_a_pool_cannot_score(reference):
-    with pytest.raises(ValueError, match=rf"^scorer=ray needs a reference .*, found {type(reference).__name__}; leave"):
+    with pytest.raises(ValueError, match=rf"^a scorer needs a reference .*, found {type(reference).__name__}; take"):
         scored_ahead(reference)
 
 
@@ -145,7 +145,7 @@ def test_a_plan_refuses_what_no_run_could_use(command):
     fine = config("scorer=ray", command=command)
     assert trials([fine])[0]["problems"] == []
     (problem,) = trials([config("scorer=ray", "reference=ema", command=command)])[0]["problems"]
-    assert problem.startswith("scorer=ray needs a reference")
+    assert problem.startswith("a scorer needs a reference")
     (problem,) = trials([config("scorer=ray", "scorer.max_restarts=-1", command=command)])[0]["problems"]
     assert problem.startswith("scorer.max_restarts must be at least 0")
     (problem,) = trials([config("scorer=ray", "scorer.resources={a10: x}", command=command)])[0]["problems"]
