@@ -2,7 +2,11 @@
 
     python -m analysis.objectives runs/objectives
 
-prints the tables and the findings, and writes them, the figure and the numbers of each run beside the runs.
+prints the tables and the findings, and writes them, the figures and the numbers of each run beside the runs.
+
+A beta that the same runs choose and compare has been lucky. Seeds that ran the `CHOSEN` best betas of each objective,
+where others ran its grid, had no part in that choice: where there are such, they alone compare. They may run all of
+DPO's grid, since its own choice is a part of every comparison.
 """
 
 from itertools import cycle
@@ -33,6 +37,7 @@ FAMILIES = {  # a panel of the frontier each
         *("beta_dpo", "beta_ipo", "beta_kto", "beta_simpo", "dr_dpo", "dr_ipo", "aot", "aot_unpaired"),
     ),
 }
+CHOSEN = 2  # betas of each objective that other seeds run: three seeds that choose one often miss the best
 SAID = {"supports": "better", "refutes": "worse"}  # of the claim that an objective is better than DPO
 
 
@@ -51,6 +56,32 @@ def of_losses(final: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The trained runs of each objective, DPO first."""
     found = {str(loss): same for loss, same in seeds.trained(final).groupby("loss")}
     return {DPO: found.pop(DPO)} | found
+
+
+def fresh(final: pd.DataFrame) -> set[int]:
+    """The seeds that ran fewer betas of each objective but DPO than others: those compare, these choose."""
+    trained = seeds.trained(final)
+    others = trained[trained["loss"] != DPO]
+    betas = others.groupby(["seed", "loss"])["beta"].nunique().groupby("seed").max()
+    return {*betas.index[betas < betas.max()]}
+
+
+def at_chosen(same: pd.DataFrame, new: set[int]) -> pd.DataFrame:
+    """The runs of the seeds `new`, at the betas that are best on the others."""
+    compares = same["seed"].isin(new)
+    best = same[~compares].groupby("beta")["score"].mean().nlargest(CHOSEN)
+    return same[compares & same["beta"].isin(best.index)]
+
+
+def minus_dpo(final: pd.DataFrame, loss: str, looks: int = 1) -> seeds.Interval:
+    """Score of an objective at its best beta minus that of DPO at its own, seed by seed.
+
+    The interval holds whichever betas are the best (`seeds.best_minus_best`): of all, or where some seeds did not
+    choose, of those that were chosen and of all that DPO ran there.
+    """
+    losses, new = of_losses(final), fresh(final)
+    one = at_chosen(losses[loss], new) if new else losses[loss]
+    return seeds.best_minus_best(one, losses[DPO], looks=looks)
 
 
 def chosen_by_others(same: pd.DataFrame) -> pd.Series:
@@ -96,29 +127,29 @@ def needed(found: seeds.Interval, margin: float) -> str:
 
 
 def comparison(final: pd.DataFrame) -> pd.DataFrame:
-    """A row per objective: its best beta, and its score there minus that of DPO at its own, seed by seed.
+    """A row per objective: its best beta, and its score there minus that of DPO at its own (`minus_dpo`).
 
-    The interval holds whichever betas are the best (`seeds.best_minus_best`), at 95 % for each objective; "all" is the
-    verdict of intervals that hold for all objectives together (Bonferroni). "beta by other seeds" is the difference
-    with betas that no seed chooses for itself: a mean without luck, of which an interval would be too narrow. What else
-    is measured is at the best beta.
+    Intervals hold at 95 % for each objective; "all" is the verdict of intervals that hold for all objectives together
+    (Bonferroni). "beta by other seeds", where none is `fresh`, is the difference with betas that no seed chooses for
+    itself: a mean without luck, of which an interval would be too narrow. What else is measured is at the best beta.
     """
-    losses, margin, rows = of_losses(final), seeds.margin(final), {}
+    losses, margin, new, rows = of_losses(final), seeds.margin(final), fresh(final), {}
     dpo, measured = losses[DPO], "kl" in final and final["kl"].notna().any()
     for loss, same in losses.items():
-        top, betas = seeds.at_best(same), sorted(same["beta"].unique())
-        best = top["beta"].iloc[0]
+        tried = same[same["seed"].isin(new)] if new and loss == DPO else at_chosen(same, new) if new else same
+        top, betas = seeds.at_best(tried), sorted(same["beta"].unique())
+        best = top["beta"].iloc[0] if len(top) else nan
         end = len(betas) > 1 and best in (betas[0], betas[-1])
         broken = f"{int(degenerate(same).sum())} of {len(same)}"
         row = {"beta": short(best) + (", the end of its grid" if end else "")}
-        row |= {"score": seeds.cell(top, "score", found=seeds.best(same))}
+        row |= {"score": seeds.cell(top, "score", found=seeds.best(tried))}
         if loss != DPO:
-            found = seeds.best_minus_best(same, dpo)
-            together = seeds.best_minus_best(same, dpo, looks=len(losses) - 1)
-            by_others = (chosen_by_others(same) - chosen_by_others(dpo)).mean()
+            found, together = (minus_dpo(final, loss, looks) for looks in (1, len(losses) - 1))
+            by_others = nan if new else (chosen_by_others(same) - chosen_by_others(dpo)).mean()
             row |= {"minus DPO": str(found), "verdict": said(found, margin), "seeds for it": needed(found, margin)}
             row |= {"all": said(together, margin)}
-            row |= {"beta by other seeds": "" if np.isnan(by_others) else f"{by_others:.3f}"}
+            if not new:
+                row |= {"beta by other seeds": "" if np.isnan(by_others) else f"{by_others:.3f}"}
             if measured:
                 level = seeds.interval(at_equal_kl(same, dpo)["score"])
                 row |= {"minus DPO at equal KL": str(level), "verdict at equal KL": said(level, margin)}
@@ -139,15 +170,37 @@ def claims(final: pd.DataFrame) -> pd.DataFrame:
         if loss not in losses:
             found.append(seeds.unmeasured(claim, f"it takes runs of loss={loss}"))
             continue
-        above = seeds.best_minus_best(losses[str(loss)], losses[DPO])
+        above = minus_dpo(final, str(loss))
         what = f"best score of {loss} minus that of DPO" if more else f"best score of DPO minus that of {loss}"
         found.append(seeds.holds(claim, what, above if more else -above, margin=margin))
     return seeds.findings(found)
 
 
-def figure(final: pd.DataFrame) -> Figure:
-    """Win rate against KL: a curve through the means of each objective, a panel per family, each with DPO."""
-    losses = of_losses(final)
+def differences(final: pd.DataFrame) -> Figure:
+    """`minus_dpo` of each objective with its interval, in order; grey where it counts as equivalent to DPO."""
+    margin = seeds.margin(final)
+    found = {loss: minus_dpo(final, loss) for loss in of_losses(final) if loss != DPO}
+    order = sorted((loss for loss in found if isfinite(found[loss].half)), key=lambda loss: found[loss].mean)
+    drawing = Figure(figsize=(6.5, 1.2 + 0.22 * len(order)), layout="constrained", dpi=150)
+    axis = drawing.subplots()
+    tidy(axis, "Each objective at its best beta", "score minus that of DPO at its own", "")
+    axis.axvspan(-margin, margin, color="0.92", zorder=0)
+    axis.axvline(0, color="0.5", lw=1, ls="--", zorder=1)
+    for place, loss in enumerate(order):
+        one = found[loss]
+        colour = COLOURS[0] if said(one, margin) in SAID.values() else "0.4"
+        sides = [[one.mean - one.low], [one.high - one.mean]]
+        axis.errorbar(one.mean, place, xerr=sides, fmt="o", color=colour, ms=4, lw=1.4)
+    axis.set_yticks(range(len(order)), order)
+    return drawing
+
+
+def frontier(final: pd.DataFrame) -> Figure:
+    """Win rate against KL: a curve through the means of each objective, a panel per family, each with DPO.
+
+    Of the seeds that ran the grids: a mean of other seeds at one beta would put a kink into its curve.
+    """
+    losses = of_losses(final[~final["seed"].isin(fresh(final))])
     known = {loss for family in FAMILIES.values() for loss in family}
     panels = FAMILIES | {"other objectives": tuple(loss for loss in losses if loss not in {*known, DPO})}
     shown = {title: [one for one in family if one in losses] for title, family in panels.items()}
@@ -186,7 +239,7 @@ def study(frames: Frames) -> tuple[dict[str, pd.DataFrame], dict[str, Figure]]:
     tables = {"objectives": comparison(final), "claims": claims(final)}
     tables |= {"measures": seeds.measures(trained, ["loss", "beta"])}
     drawn = {"kl", "win_rate"} <= set(trained.dropna(axis="columns", how="all"))
-    return tables, {"frontier": figure(final)} if drawn else {}
+    return tables, {"differences": differences(final)} | ({"frontier": frontier(final)} if drawn else {})
 
 
 if __name__ == "__main__":

@@ -354,7 +354,7 @@ GRIDS = {
             *("apo_zero", "apo_down", "nca", "bco", "kto_paired", "beta_kto", "dpop", "rpo", "slic", "r_dpo"),
         ],
         "beta": ["0.01", "0.03", "0.1", "0.3", "1"],
-        "seed": [str(seed) for seed in range(10)],
+        "seed": [str(seed) for seed in range(3)],
     },
     "tuned_reference": {
         "reference": ["initial", "world_tuned"],

@@ -163,7 +163,7 @@ def test_figures_of_tokens(inside):
 
 STUDIES = ["kl_strength", "reference_compatibility", "token_level"]
 # Whose numbers are beside the notebook.
-KEPT = ["dynamic_beta", "kl_strength", "label_noise", "over_optimization", "summarization"]
+KEPT = ["dynamic_beta", "kl_strength", "label_noise", "objectives", "over_optimization", "summarization"]
 
 
 def test_notebooks(inside):

@@ -102,6 +102,65 @@ def test_a_choice_by_other_seeds_has_no_luck():
     assert objectives.chosen_by_others(better).tolist() == pytest.approx([1.1, 0.9, 1.1, 0.9])
 
 
+@pytest.fixture
+def two_steps():
+    """Grids on three seeds, and on the other five that of DPO, the two best betas of SimPO, and the best one of IPO."""
+    final = runs_of([*of("simpo", ABOVE), *of("dpo", DPO), *of("orpo", BELOW), *of("ipo", LEVEL)])
+    others = final["loss"] + final["beta"].astype(str)
+    return final[(final["seed"] < 3) | (final["loss"] == "dpo") | others.isin(["simpo3.0", "simpo30.0", "ipo0.03"])]
+
+
+def test_seeds_that_chose_no_beta_compare_alone(two_steps):
+    """Of five differences, by Student; what the three that chose the betas scored is no part. DPO has all its betas."""
+    final = two_steps.copy()
+    final.loc[(final["loss"] == "simpo") & (final["seed"] < 3) & (final["beta"] == 3.0), "score"] += 5.0  # luck
+    table = objectives.comparison(final)
+    new = final[final["seed"] >= 3]
+    dpo = [values(new, loss="dpo", beta=beta) for beta in DPO]
+    for loss, betas in (("simpo", [3.0, 30.0]), ("ipo", [0.03]), ("dpo", DPO)):
+        mine = [values(new, loss=loss, beta=beta) for beta in betas]
+        low = max(min(student(one - other, len(mine))[1] for other in dpo) for one in mine)
+        high = min(max(student(one - other, 3)[2] for one in mine) for other in dpo)
+        mean = max(one.mean() for one in mine) - max(one.mean() for one in dpo)
+        if loss != "dpo":
+            assert numbers(table.loc[loss, "minus DPO"]) == pytest.approx([mean, low, high], abs=6e-4)
+        level = [max(student(one, looks)[at] for one in mine) for at, looks in ((0, 1), (1, len(mine)), (2, 1))]
+        assert numbers(table.loc[loss, "score"]) == pytest.approx(level, abs=6e-4)
+    assert table["verdict"].to_dict() == {"dpo": "", "ipo": "equivalent", "orpo": "undecided", "simpo": "better"}
+    assert table.loc["orpo", "minus DPO"] == "not measured"
+    assert table.loc["orpo", "score"] == ""
+    assert "beta by other seeds" not in table
+    assert table.loc["simpo", ["degenerate runs", "at the best beta"]].tolist() == ["0 of 19", "0 of 5"]
+    found = objectives.claims(final)
+    assert numbers(found["measured"].iloc[0]) == pytest.approx(numbers(table.loc["simpo", "minus DPO"]), abs=1e-9)
+    low = final.assign(score=final["score"] - (final["loss"] == "simpo") * (final["seed"] >= 3))
+    changed = objectives.comparison(low).loc["simpo"]
+    assert changed[["beta", "verdict"]].tolist() == ["3", "worse"]
+    assert numbers(changed["minus DPO"]) == pytest.approx(np.subtract(numbers(table.loc["simpo", "minus DPO"]), 1))
+    other = final.assign(beta=final["beta"].where((final["loss"] != "ipo") | (final["seed"] < 3), 0.003))
+    assert objectives.comparison(other).loc["ipo", "minus DPO"] == "not measured"  # at a beta that was not chosen
+
+
+def test_the_frontier_is_of_seeds_that_ran_grids(two_steps):
+    final = two_steps.copy()
+    final.loc[final["seed"] >= 3, "win_rate"] = 9.0
+    assert max(np.concatenate([line.get_ydata() for line in objectives.frontier(final).axes[0].lines])) < 1
+
+
+def test_differences(final):
+    """A point per objective in the order of its difference, with its interval; coloured where better or worse."""
+    unsure = (final["loss"] == "simpo") & (final["beta"] == 30.0)  # may be the best: the upper side is wider
+    final.loc[unsure, "score"] += 0.1 * (-1.0) ** final.loc[unsure, "seed"]
+    axis = objectives.differences(final).axes[0]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["orpo", "ipo", "simpo"]
+    for place, (loss, bars) in enumerate(zip(("orpo", "ipo", "simpo"), axis.containers, strict=True)):
+        expected = numbers(objectives.comparison(final).loc[loss, "minus DPO"])
+        (x,), (y,) = bars.lines[0].get_data()
+        ends = bars.lines[2][0].get_segments()[0][:, 0]
+        assert (y, bars.lines[0].get_color() == "0.4") == (place, loss == "ipo")
+        assert [x, *ends] == pytest.approx(expected, abs=6e-4)
+
+
 @pytest.mark.parametrize("off,word", [(0.1, "better"), (-0.1, "worse"), (0.0, "equivalent")])
 def test_equal_kl(off, word):
     """One whose curve lies above at every KL is better there, though its best beta is no better, or its KL higher."""
@@ -184,13 +243,13 @@ def test_frontier(final):
         *of("dpo", DPO),
         *(row for family in objectives.FAMILIES.values() for loss in family for row in of(loss, DPO)),
     ]
-    every = objectives.figure(runs_of(all_of, seeds=1)).axes
+    every = objectives.frontier(runs_of(all_of, seeds=1)).axes
     assert [axis.get_title(loc="left") for axis in every] == list(objectives.FAMILIES)
     assert [len(axis.get_legend().get_texts()) for axis in every] == [9, 10, 6, 6, 9]
-    strange = objectives.figure(runs_of([*of("dpo", DPO), *of("mine", ABOVE)]))
+    strange = objectives.frontier(runs_of([*of("dpo", DPO), *of("mine", ABOVE)]))
     assert [axis.get_title(loc="left") for axis in strange.axes] == ["other objectives"]
-    assert not objectives.study({"runs": final.drop(columns="kl")})[1]  # nothing to draw
-    assert len(objectives.figure(runs_of(of("dpo", DPO))).axes) == 1
+    assert list(objectives.study({"runs": final.drop(columns="kl")})[1]) == ["differences"]
+    assert len(objectives.frontier(runs_of(of("dpo", DPO))).axes) == 1
 
 
 def test_every_objective_has_a_panel():
@@ -214,22 +273,38 @@ def commands():
     return [shlex.split(line)[3:] for line in lines]
 
 
-def grids():
-    """Objective: its betas, by the commands of the header, and what else they give it."""
+def grids(apart=False):
+    """Objective: its betas, by the commands of the header, and what else they give it. apart: on seeds of their own."""
     params, found = dict(OmegaConf.load(FILE).hydra.sweeper.params), {}
     for given in commands():
         assert given[0] == "table=objectives"
+        if apart != any(one.startswith("seed=") for one in given):
+            continue
         both = [*(f"{key}={value}" for key, value in params.items()), *given[1:]]
         parsed = OverridesParser.create().parse_overrides(both)
         axes = {
             one.get_key_element(): list(one.sweep_string_iterator()) if one.is_sweep_override() else [str(one.value())]
             for one in parsed
         }
+        assert axes["seed"] == [str(seed) for seed in (range(3, 10) if apart else range(3))]
         more = [f"{key}={values[0]}" for key, values in axes.items() if key not in ("loss", "beta", "seed")]
         for loss in axes["loss"]:
             assert loss not in found
             found[loss] = (axes["beta"], more)
     return found
+
+
+def test_each_objective_is_confirmed_at_the_best_betas_of_its_grid():
+    """With the options that it had on the grid, at the betas that the kept runs of the grids choose; DPO at all."""
+    found, confirmed = grids(), grids(apart=True)
+    assert {*confirmed} == {*found}
+    kept = pd.read_csv(ROOT / "analysis/frames/objectives/runs.csv")
+    chosen = objectives.of_losses(kept[kept["seed"] < 3])
+    assert confirmed.pop("dpo") == found["dpo"]
+    for loss, (betas, more) in confirmed.items():
+        assert more == found[loss][1]
+        best = chosen[loss].groupby("beta")["score"].mean().nlargest(objectives.CHOSEN)
+        assert {*map(float, betas)} == {*best.index}
 
 
 @pytest.mark.long
