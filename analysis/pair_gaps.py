@@ -25,7 +25,8 @@ def gaps(run: str | Path, split: str = "train") -> pd.DataFrame:
     """A row per pair of one finished run, as it was treated, with its label.
 
     Columns: `kind` and `flipped` (see docs/pairs.md), `gap`, the reward gap after training, beta * (log-ratio of chosen
-    less that of rejected), and `weight`, see `weights`, under the run's objective as evaluation has it.
+    less that of rejected), `policy` and `before`, log-prob of chosen less that of rejected after and before training in
+    nats, and `weight`, see `weights`, under the run's objective as evaluation has it.
     """
     run = Path(run)
     config: Any = OmegaConf.load(run / "config.yaml")
@@ -42,6 +43,8 @@ def gaps(run: str | Path, split: str = "train") -> pd.DataFrame:
             "kind": [one.kind if one else None for one in measures],
             "flipped": [bool(one and one.flipped) for one in measures],
             "gap": (config.beta * pair.margins).numpy(),
+            "policy": (chosen - rejected).numpy(),
+            "before": (chosen_before - rejected_before).numpy(),
             "weight": weights(frozen(instantiate(config.loss)), pair).numpy(),
         }
     )
@@ -63,11 +66,12 @@ def of_runs(
     final: pd.DataFrame,
     keys: list[str],
     summary: Callable[[pd.DataFrame], pd.DataFrame],
+    split: str = "train",
 ) -> pd.DataFrame:
     """What `summary` makes of the pairs of each run of `final` in a sweep's folder, with its settings of `keys`."""
     frames = []
     for _, row in progress([*final.iterrows()], name=f"pairs of the runs in {path}"):
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # each run says what it loads
-            found = summary(gaps(Path(path) / row["run"]))
+            found = summary(gaps(Path(path) / row["run"], split))
         frames.append(found.assign(**{key: row[key] for key in ["run", *keys] if key in row}))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()

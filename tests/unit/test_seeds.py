@@ -293,7 +293,8 @@ def test_degenerate_is_a_state_of_its_own():
 def test_scores_and_their_margins():
     """AlpacaEval's comes first, in percent; each has its own format and margin of equivalence."""
     assert [*SCORES.items()] == [
-        *(("alpaca_eval/length_controlled", (".2f", 100.0, 1.0)), ("win_rate", (".3f", 1.0, 0.05)))
+        *(("alpaca_eval/length_controlled", (".2f", 100.0, 1.0)), ("win_rate", (".3f", 1.0, 0.05))),
+        ("rewards/accuracies", (".3f", 1.0, 0.01)),
     ]
     found = frame(seed=[0], score=[16.25])
     assert (margin(found), cell(found, "score")) == (0.05, "16.250")
