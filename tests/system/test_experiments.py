@@ -256,8 +256,8 @@ RECIPES = {
     "figure=smollm2_hh": {
         **{"data._target_": "dpo.data.hub.hh", "data.on_faulty": "drop", "data.validation_fraction": 0.05},
         **{"data.subset": "harmless-base", "data.chat": True, "judge": None},
-        **{"policy.path": "HuggingFaceTB/SmolLM2-135M-Instruct", "policy.base": None, "policy.lr": 5e-7},
-        **{"policy.max_length": 1024, "policy.max_new_tokens": 256, "max_length": 320, "max_new_tokens": 192},
+        **{"policy.path": "HuggingFaceTB/SmolLM2-135M-Instruct", "policy.base": None, "policy.lr": 2e-5},
+        **{"policy.max_length": 320, "policy.max_new_tokens": 192, "max_length": 320, "max_new_tokens": 192},
         **dict.fromkeys(["policy.generation_batch_size", "generation.batch_size", "evaluation.batch_size"], 16),
         **{"steps": 16, "lr": 2e-5, "schedule": "cosine", "warmup_steps": 0.1, "on_too_long": "drop", "threads": 1},
         **{"evaluate_every": 0, "checkpoint_every": 0, "evaluation.prompts": 32, "evaluation.log_samples": 0},
