@@ -196,7 +196,7 @@ def figure(final: pd.DataFrame) -> Figure:
             means = [one.mean for one in found.values()]
             bars = [one.half if one.seeds > 1 else nan for one in found.values()]
             axis.errorbar([*found], means, bars, **{**style, **more})
-        curve(frontier, same, way, SCORE, **{**style, "marker": "", "lw": 1})
+        curve(frontier, same, way, SCORE, color=style["color"], lw=1, ms=0)
         means = same.groupby("beta")[["kl", SCORE]].mean()
         points = [of_beta[beta] for beta in means.index]
         frontier.scatter(means["kl"], means[SCORE], c=points, marker=style["marker"], s=36, zorder=3)
