@@ -24,7 +24,7 @@ from dpo.results import degenerate, short
 Floats = NDArray[np.float64]
 
 # What a run's score may be: how it is shown, its unit, and the margin within which two settings count as equivalent.
-# Win rates here lie 0.1 to 0.4 apart, length-controlled ones in 2407.13709 2 to 9 points, accuracies 0.02 to 0.05.
+# Win rates here lie 0.1 to 0.4 apart, length-controlled ones in 2407.13709 2 to 9 points.
 SCORES = {
     "alpaca_eval/length_controlled": (".2f", 100.0, 1.0),
     "win_rate": (".3f", 1.0, 0.05),
@@ -346,17 +346,20 @@ def margin(frame: pd.DataFrame) -> float:
     return SCORES[frame["scored_by"].iloc[0]][2] if len(frame) else 0.0
 
 
-def cell(same: pd.DataFrame, value: str, form: str | None = None, found: Interval | None = None) -> str:
+def cell(
+    same: pd.DataFrame, value: str, form: str | None = None, found: Interval | None = None, counted: bool = False
+) -> str:
     """Mean ± 95 % interval over the seeds of a setting, or "degenerate" where most of them are.
 
     Where a few are, the mean holds them too and the cell says how many: without them a setting that often collapses
     would look better than it is. It also says where not all seeds have the value. found: another interval of it.
+    counted: the table counts degenerate runs in a column of its own, so the cell has its number without a word of them.
     """
     if same.empty or value not in same or same[value].isna().all():
         return ""
     if form is None:
         form = SCORES[same["scored_by"].iloc[0]][0] if value == "score" else ".3f"
-    broken, known = int(degenerate(same).sum()), int(same[value].notna().sum())
+    broken, known = 0 if counted else int(degenerate(same).sum()), int(same[value].notna().sum())
     if 2 * broken > len(same):
         return COLLAPSED
     half = f" ± {interval(same[value]).half:{form}}" if known > 1 else ""

@@ -175,7 +175,7 @@ def test_turns_as_chat(tmp_path):
     assert first.rejected == [{"role": "assistant", "content": "Go away."}]
     other = next(pair for pair in pairs if pair.prompt == [{"role": "user", "content": "7?"}])
     assert (other.chosen[0]["content"], other.rejected[0]["content"]) == ("Yes.", "No.")  # without the line break
-    with pytest.raises(ValueError, match="2 x the dialogue does not begin with a turn"):
+    with pytest.raises(ValueError, match="line 44: the dialogue does not begin with a turn"):
         hub.hh(path, None, None, True, 0.3, "error")
 
 
