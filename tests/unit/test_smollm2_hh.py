@@ -173,7 +173,7 @@ def test_ties_are_those_of_the_runs_accuracies():
         "policy_chosen_logps": rejected + torch.tensor([1.001, 1.0, 0.98, -2.0]),
         "reference_chosen_logps": rejected + torch.tensor([1.0, 1.001, 1.0, 0.0]),
     }
-    others = {name: rejected for name in ("policy_rejected_logps", "reference_rejected_logps")}
+    others = dict.fromkeys(("policy_rejected_logps", "reference_rejected_logps"), rejected)
     pair = losses.PairLogps(**{**zeros, **chosen, **others})
     for beta in (0.1, 10.0):
         found = pair_gaps.ranked(lambda pair, beta=beta: losses.dpo(pair, beta, label_smoothing=0.0), pair)
@@ -218,7 +218,7 @@ def test_what_is_read(tmp_path, monkeypatch):
 def test_accuracy_is_a_score_where_it_is_asked_for(tmp_path):
     """A study of win rates does not show accuracies in their place; this one has them though there are win rates."""
     run(tmp_path / "unjudged", None, {REWARD: 0.6})
-    with pytest.raises(ValueError, match="needs a win rate or, where no judge is at hand, .* have none"):
+    with pytest.raises(ValueError, match=r"needs a win rate or, where no judge is at hand, .* have none"):
         seeds.finished(tmp_path / "unjudged", ["beta", "seed"], {})
     run(tmp_path / "judged", 12.0, {REWARD: 0.6})
     for given, score in ({}, 12.0), ({"scores": [REWARD]}, 0.6):
