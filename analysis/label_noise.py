@@ -23,7 +23,7 @@ KEYS = ("beta", "seed", "loss", FLIP, PRIME)
 METHODS = {"dpo": "DPO", "cdpo": "cDPO", "robust": "robust DPO", "ipo": "IPO", "dr_dpo": "Dr. DPO"}
 PUBLISHED_PRIME = 1.0  # beta' at which Dr. DPO is compared with others: with more tries it would be luckier
 CLEAN = "rewards/accuracies"  # on held-out pairs, whose labels are never flipped
-NEAR = 0.01  # accuracy within which two settings count as equivalent
+NEAR = seeds.SCORES[CLEAN][2]
 SHOWN = {CLEAN: "accuracy on clean pairs", "score": "score"}
 
 

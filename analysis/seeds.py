@@ -23,9 +23,14 @@ from dpo.results import degenerate, short
 
 Floats = NDArray[np.float64]
 
-# What a run's score may be, the first that every run has: how it is shown, its unit, and the margin within which two
-# settings count as equivalent. Win rates here lie 0.1 to 0.4 apart, length-controlled ones in 2407.13709 2 to 9 points.
-SCORES = {"alpaca_eval/length_controlled": (".2f", 100.0, 1.0), "win_rate": (".3f", 1.0, 0.05)}
+# What a run's score may be: how it is shown, its unit, and the margin within which two settings count as equivalent.
+# Win rates here lie 0.1 to 0.4 apart, length-controlled ones in 2407.13709 2 to 9 points.
+SCORES = {
+    "alpaca_eval/length_controlled": (".2f", 100.0, 1.0),
+    "win_rate": (".3f", 1.0, 0.05),
+    "rewards/accuracies": (".3f", 1.0, 0.01),
+}
+JUDGED = ("alpaca_eval/length_controlled", "win_rate")  # the scores of a study that names no other
 MEASURES = {  # beside the score: title, measure and format
     "policy accuracy": ("logps/accuracies", ".3f"),
     "length": ("length", ".1f"),
@@ -257,12 +262,19 @@ def all_hold(claim: str, what: str, parts: Mapping[str, Interval], margin: float
     )
 
 
-def finished(path: str | Path, keys: Sequence[str], only: Mapping[str, str], shown: Sequence[str] = ()) -> pd.DataFrame:
-    """`results.final` where each key of `only` has that value, with columns `score`, the length-controlled win rate
-    of AlpacaEval (in percent) where `dpo.results.alpaca_eval` has added it to the runs, else the win rate, `scored_by`,
-    which of them, and `untrained`, whether the run has measured a policy before training (steps=0).
+def finished(
+    path: str | Path,
+    keys: Sequence[str],
+    only: Mapping[str, str],
+    shown: Sequence[str] = (),
+    scores: Sequence[str] = JUDGED,
+) -> pd.DataFrame:
+    """`results.final` where each key of `only` has that value, with columns `score`, the first of `scores` that every
+    run has, `scored_by`, which of them, and `untrained`, whether the run has measured a policy before training
+    (steps=0).
 
-    shown: further settings that are columns.
+    shown: further settings that are columns. scores: of `SCORES`. That of AlpacaEval, in percent, is there where
+    `dpo.results.alpaca_eval` has added it to the runs. A study without a judge asks for the accuracy on held-out pairs.
 
     Raises: ValueError if there is no such run, key or score, or two runs differ in none of `keys`.
     """
@@ -283,13 +295,13 @@ def finished(path: str | Path, keys: Sequence[str], only: Mapping[str, str], sho
     steps = frame.get("steps", pd.Series(nan, frame.index))
     frame = frame.assign(untrained=pd.to_numeric(steps, errors="coerce") == 0)
     apart(path, frame, [key for key in keys if key in frame])
-    known = [score for score in SCORES if score in frame and frame[score].notna().all()]
+    known = [score for score in scores if score in frame and frame[score].notna().all()]
     if not known:
-        unscored = frame[frame.reindex(columns=list(SCORES)).isna().all(axis=1)]["run"].tolist()
-        raise ValueError(
-            f"every run in {path} needs a win rate or, where no judge is at hand, the scores that python -m "
-            f"dpo.results.alpaca_eval adds; {', '.join(unscored[:3]) or 'some have one, some the other: all'} have none"
-        )
+        unscored = frame[frame.reindex(columns=list(scores)).isna().all(axis=1)]["run"].tolist()
+        needed = "a win rate or, where no judge is at hand, the scores that python -m dpo.results.alpaca_eval adds"
+        lacking = ", ".join(unscored[:3]) or "some have one, some the other: all"
+        asked = needed if scores is JUDGED else " or ".join(scores)
+        raise ValueError(f"every run in {path} needs {asked}; {lacking} have none")
     return frame.assign(score=frame[known[0]] * SCORES[known[0]][1], scored_by=known[0])
 
 
@@ -334,17 +346,20 @@ def margin(frame: pd.DataFrame) -> float:
     return SCORES[frame["scored_by"].iloc[0]][2] if len(frame) else 0.0
 
 
-def cell(same: pd.DataFrame, value: str, form: str | None = None, found: Interval | None = None) -> str:
+def cell(
+    same: pd.DataFrame, value: str, form: str | None = None, found: Interval | None = None, counted: bool = False
+) -> str:
     """Mean ± 95 % interval over the seeds of a setting, or "degenerate" where most of them are.
 
     Where a few are, the mean holds them too and the cell says how many: without them a setting that often collapses
     would look better than it is. It also says where not all seeds have the value. found: another interval of it.
+    counted: the table counts degenerate runs in a column of its own, so the cell has its number without a word of them.
     """
     if same.empty or value not in same or same[value].isna().all():
         return ""
     if form is None:
         form = SCORES[same["scored_by"].iloc[0]][0] if value == "score" else ".3f"
-    broken, known = int(degenerate(same).sum()), int(same[value].notna().sum())
+    broken, known = 0 if counted else int(degenerate(same).sum()), int(same[value].notna().sum())
     if 2 * broken > len(same):
         return COLLAPSED
     half = f" ± {interval(same[value]).half:{form}}" if known > 1 else ""

@@ -77,7 +77,7 @@ def workload(name: str, count: int, path: Path) -> tuple[list[Pair], int]:
 
 def _hh(path: Path) -> list[Pair]:
     """Real pairs in a byte-level BPE that is trained on them, prompts cut from the left to 512 tokens in all."""
-    preferences = hh(str(path), None, None, 0.01, "drop").preferences["train"]
+    preferences = hh(str(path), None, None, False, 0.01, "drop").preferences["train"]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     texts = (f"{pair.prompt}{side}" for pair in preferences for side in (pair.chosen, pair.rejected))

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 def write(source: str, pairs: int, plain: bool, target: Path) -> None:
     from dpo.data import hub, records
 
-    found = hub.hh(source, None, None, 0.01, "drop").preferences["train"]
+    found = hub.hh(source, None, None, False, 0.01, "drop").preferences["train"]
     rows = []
     for number in range(pairs):
         one = found[number % len(found)]

@@ -5,6 +5,7 @@ another revision (owner/name@revision), too. None: where they are published. Of 
 folder) the published held-out split is the validation split; of a file it is `validation_path`, or a share of it.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -26,12 +27,15 @@ CONVERTED = "refs/convert/parquet"  # the hub's own copy of a data set that is p
 FROM_FEEDBACK = Source(f"openai/summarize_from_feedback@{CONVERTED}", "train", folder="comparisons")
 WEBGPT = Source(f"openai/webgpt_comparisons@{CONVERTED}", "train", folder="default")
 HC3 = Source(f"Hello-SimpleAI/HC3@{CONVERTED}", "train", folder="all")
+ROLES = {HUMAN: "user", TURN: "assistant"}  # of Anthropic's dialogues
+SPEAKERS = re.compile(f"({HUMAN}|{TURN})")
 
 
 def hh(
     path: str | None,
     validation_path: str | None,
     subset: str | None,
+    chat: bool,
     validation_fraction: float,
     on_faulty: OnFaulty,
 ) -> Dataset:
@@ -40,12 +44,12 @@ def hh(
     A prompt is the dialogue up to and with its last "Assistant:"; responses keep the space that follows it.
 
     path: its rows, or None: the splits train and test of Anthropic/hh-rlhf. subset: a folder on the hub such as
-    "harmless-base"; None: all of them. on_faulty: see `dpo.data.records.filter_pairs`; dialogues that part before
-    their last turn are no pair.
+    "harmless-base"; None: all of them. chat: True makes chat messages of the turns, without the space about them.
+    on_faulty: see `dpo.data.records.filter_pairs`; dialogues that part before their last turn are no pair.
     """
 
     files = path, validation_path, validation_fraction, on_faulty
-    return _read(_pair, *files, Source("Anthropic/hh-rlhf", "train", folder=subset), "test")
+    return _read(_in_turns if chat else _pair, *files, Source("Anthropic/hh-rlhf", "train", folder=subset), "test")
 
 
 def ultrafeedback(
@@ -270,6 +274,20 @@ def _pair(row: dict[str, Any]) -> Preference | str:
     if HUMAN in chosen or HUMAN in rejected:
         return "the last turn is not the assistant's"
     return Preference(prompt + turn, chosen, rejected)
+
+
+def _in_turns(row: dict[str, Any]) -> Preference | str:
+    """The pair of two dialogues in chat messages."""
+    pair = _pair(row)
+    if isinstance(pair, str):
+        return pair
+    before, *turns = SPEAKERS.split(str(pair.prompt).removesuffix(TURN))
+    if before.strip() or not turns:
+        return "the dialogue does not begin with a turn"
+    spoken = zip(turns[::2], turns[1::2], strict=True)
+    prompt = [{"role": ROLES[who], "content": text.strip()} for who, text in spoken]
+    better, worse = ([{"role": "assistant", "content": str(one).strip()}] for one in (pair.chosen, pair.rejected))
+    return preference({"prompt": prompt, "chosen": better, "rejected": worse})
 
 
 def _comparison(row: dict[str, Any]) -> Preference | str:

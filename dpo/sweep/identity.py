@@ -9,10 +9,11 @@ from dpo.cache import digest
 # The home of a default -> the key that decides. A frozen config shows the value in force at both.
 ALIASES = {"loss.beta": "beta"} | {f"policy.{key}": key for key in ("lr", "max_length", "max_new_tokens")}
 
-# Groups of keys that are no part of a run's identity where the key that switches them on is null.
+# Groups of keys that are no part of a run's identity where the key that switches them on is null or false.
 SWITCHES = {"policy.lora.quantize": "policy.lora.quantize", "policy.lora.": "policy.lora.rank"}  # the first that fits
 SWITCHES |= {key: key for key in ("policy.adapter", "rule", "evaluation.rule", "evaluation.engine")}
-SWITCHES |= {f"data.{key}": f"data.{key}" for key in ("config", "split", "validation_split", "columns", "prompt")}
+OF_DATA = ("config", "split", "validation_split", "columns", "prompt", "chat")
+SWITCHES |= {f"data.{key}": f"data.{key}" for key in OF_DATA}
 
 RECORDED = ("id", "choices", "provenance")  # added when the config is frozen, and by nobody else
 
@@ -47,7 +48,7 @@ def non_numeric(key: str, config: dict[str, Any] | None = None) -> bool:
     if key == "evaluate_every" and config and config.get("keep", "last") != "last":
         return False  # what is evaluated can be selected
     switch = next((one for group, one in SWITCHES.items() if key.startswith(group)), None)
-    if config and switch in config and config[switch] is None:
+    if config and switch in config and (config[switch] is None or config[switch] is False):
         return True
     return _outside(key)
 

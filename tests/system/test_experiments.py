@@ -170,6 +170,7 @@ PRIOR = {"reference._target_": "dpo.references.Unconditional", "reference.path":
 TUNED = "runs/paper_kl_strength/beta=0.01,policy=mistral_7b/policy"
 HH = {  # 2407.08639, as its code has it
     "data._target_": "dpo.data.hub.hh",
+    "data.chat": False,
     **{"data.on_faulty": "drop", "data.validation_fraction": 0.05, "on_too_long": "truncate", "judge": None},
     **{"policy.path": None, "policy.base": "EleutherAI/pythia-2.8b", "beta": 0.1, "epochs": 1},
     **{"batch_size": 64, "lr": 5e-7, "optimizer": "rmsprop", "schedule": "constant", "warmup_steps": 150},
@@ -251,6 +252,15 @@ RECIPES = {
         "evaluation.prompts": 500,
         "evaluation.judge._target_": "dpo.judges.gold",
         "evaluation.judge._partial_": True,
+    },
+    "figure=smollm2_hh": {
+        **{"data._target_": "dpo.data.hub.hh", "data.on_faulty": "drop", "data.validation_fraction": 0.05},
+        **{"data.subset": "harmless-base", "data.chat": True, "judge": None},
+        **{"policy.path": "HuggingFaceTB/SmolLM2-135M-Instruct", "policy.base": None, "policy.lr": 2e-5},
+        **{"policy.max_length": 320, "policy.max_new_tokens": 192, "max_length": 320, "max_new_tokens": 192},
+        **dict.fromkeys(["policy.generation_batch_size", "generation.batch_size", "evaluation.batch_size"], 16),
+        **{"steps": 16, "lr": 2e-5, "schedule": "cosine", "warmup_steps": 0.1, "on_too_long": "drop", "threads": 1},
+        **{"evaluate_every": 0, "checkpoint_every": 0, "evaluation.prompts": 32, "evaluation.log_samples": 0},
     },
     "table=dynamic_beta_mixtures loss=dpo": {**WORLD, **GAPS, "loss.keep": 1},
     "table=dynamic_beta_filters loss=dpo": {**WORLD, "loss.filter_by": "gradient", "evaluation.prompts": 500},
@@ -372,6 +382,7 @@ GRIDS = {
         "beta": ["0.003", "0.01", "0.03", "0.1", "0.3", "1", "3", "10"],
         "seed": SEEDS,
     },
+    "smollm2_hh": {"reference": ["initial", "reference_free"], "beta": ["0.01", "0.1", "1", "10"], "seed": ["0"]},
     "dynamic_beta": {
         "pairs.gap": ["low", "0.5", "high"],
         "beta": ["0.01", "0.03", "0.1", "0.3", "1"],

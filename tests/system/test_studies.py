@@ -149,6 +149,8 @@ def test_gaps_are_those_of_the_pairs(inside):
     found = pair_gaps.gaps(run, "validation")
     measured = pd.read_json(run / "evaluation.json", typ="series")
     assert found["gap"].mean() == pytest.approx(measured["rewards/margins"], abs=1e-5)
+    for ranks, accuracy in (("reward", "rewards/accuracies"), ("policy", "logps/accuracies")):
+        assert found[ranks].mean() == pytest.approx(measured[accuracy], abs=1e-6)
     assert found["weight"].sum() == pytest.approx(1.0, abs=1e-5)
     assert not found["flipped"].any()
 

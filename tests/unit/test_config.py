@@ -256,14 +256,14 @@ def test_an_adapter_needs_its_base(command, given):
     check(config("policy.adapter=x", "policy.path=y", command="train" if command in ("sft", "rounds") else command))
 
 
-@pytest.mark.parametrize("key", ["config", "split", "validation_split", "columns", "prompt"])
+@pytest.mark.parametrize("key", ["config", "split", "validation_split", "columns", "prompt", "chat"])
 def test_options_of_data_that_are_off_are_no_part_of_a_run(key):
     """So runs of before there were such options are found again."""
-    given = "data=file", "data.path=x", "policy.path=x"
+    given = "data=hh" if key == "chat" else "data=file", "data.path=x", "policy.path=x"
     before = config(*given)
     del before["data"][key]
     assert identity(before) == identity(config(*given))
-    on = "{prompt: question}" if key == "columns" else "implicit"
+    on = {"columns": "{prompt: question}", "chat": "true"}.get(key, "implicit")
     assert identity(config(*given, f"data.{key}={on}")) != identity(before)
 
 

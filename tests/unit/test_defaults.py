@@ -195,6 +195,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
         "path": None,
         "validation_path": None,
         "subset": None,
+        "chat": False,
         "validation_fraction": 0.05,
         "on_faulty": "drop",
     },

@@ -10,7 +10,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from dpo.data.hub import FROM_FEEDBACK, hc3, hh, shp, tldr, ultrafeedback, webgpt
+from dpo.data import hub
+from dpo.data.hub import FROM_FEEDBACK, hc3, shp, tldr, ultrafeedback, webgpt
 from dpo.data.sources import read
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "hh-harmless-base-1500.jsonl.gz"
@@ -24,6 +25,11 @@ WRITTEN = [
         for i in range(40)
     ),
 ]
+
+
+def hh(path, validation_path, subset, *given):
+    """As text."""
+    return hub.hh(path, validation_path, subset, False, *given)
 
 
 def save(path, rows):
@@ -152,6 +158,25 @@ def test_hub_without_its_package_says_what_to_install(monkeypatch):
 def dialogues(number: int) -> dict:
     start = f"\n\nHuman: {number}?\n\nAssistant:"
     return {"chosen": start + " Yes.", "rejected": start + " No."}
+
+
+def test_turns_as_chat(tmp_path):
+    """Each word of the dialogue under who said it; what is no turn is told, and counted with other faults."""
+    apart = {"chosen": "Note.\n\nHuman: hi\n\nAssistant: Hm.", "rejected": "Note.\n\nHuman: hi\n\nAssistant: No."}
+    alone = {"chosen": "hi\n\nAssistant: Hm.", "rejected": "hi\n\nAssistant: No."}
+    path = save(tmp_path / "hh.jsonl", [*WRITTEN, apart, alone])
+    data = hub.hh(path, None, None, True, 0.3, "drop")
+    pairs = [pair for split in data.preferences.values() for pair in split]
+    assert len(pairs) == len(WRITTEN) - 2
+    [first] = [pair for pair in pairs if len(pair.prompt) > 1]
+    said = [(turn["role"], turn["content"]) for turn in first.prompt]
+    assert said == [("user", "hi"), ("assistant", "Hello."), ("user", "How are you?")]
+    assert first.chosen == [{"role": "assistant", "content": "Well."}]
+    assert first.rejected == [{"role": "assistant", "content": "Go away."}]
+    other = next(pair for pair in pairs if pair.prompt == [{"role": "user", "content": "7?"}])
+    assert (other.chosen[0]["content"], other.rejected[0]["content"]) == ("Yes.", "No.")  # without the line break
+    with pytest.raises(ValueError, match="line 44: the dialogue does not begin with a turn"):
+        hub.hh(path, None, None, True, 0.3, "error")
 
 
 def chats(number: int, chosen: str = "Yes.", rejected: str = "No.") -> dict:

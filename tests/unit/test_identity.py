@@ -91,6 +91,7 @@ def servers(group, url):
         ("score", (), "604473886885dd0d"),
         ("train", ("beta=0.3", "policy=pretrained", "policy.path=x"), "557be3022332b8f6"),
         ("train", ("policy.lora.rank=8",), "a7ae3d77de313a62"),
+        ("train", ("data=hh", "policy.path=x"), "bebfee5f737f0de7"),
         ("train", ("policy.lora.rank=null", "policy.lora.alpha=8", "policy.lora.targets=[x]"), "689c4f9609d62caa"),
     ],
 )

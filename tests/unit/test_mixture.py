@@ -69,7 +69,7 @@ def test_other_data_and_options_in_a_mixture(tmp_path):
     node = {
         "_target_": "dpo.data.mixture.mixture",
         "sources": [
-            {"data": hh | {"subset": None} | shares, "weight": 2},
+            {"data": hh | {"subset": None, "chat": False} | shares, "weight": 2},
             {"path": str(tmp_path / "c.csv"), "columns": {"prompt": "q"}, "validation_path": str(tmp_path / "d.csv")},
         ],
         **shares,

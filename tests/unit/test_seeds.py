@@ -12,6 +12,7 @@ from analysis import coverage
 from analysis.kl_strength import rising
 from analysis.seeds import (
     COLLAPSED,
+    JUDGED,
     SCORES,
     Interval,
     all_of,
@@ -293,8 +294,10 @@ def test_degenerate_is_a_state_of_its_own():
 def test_scores_and_their_margins():
     """AlpacaEval's comes first, in percent; each has its own format and margin of equivalence."""
     assert [*SCORES.items()] == [
-        *(("alpaca_eval/length_controlled", (".2f", 100.0, 1.0)), ("win_rate", (".3f", 1.0, 0.05)))
+        *(("alpaca_eval/length_controlled", (".2f", 100.0, 1.0)), ("win_rate", (".3f", 1.0, 0.05))),
+        ("rewards/accuracies", (".3f", 1.0, 0.01)),
     ]
+    assert JUDGED == ("alpaca_eval/length_controlled", "win_rate")
     found = frame(seed=[0], score=[16.25])
     assert (margin(found), cell(found, "score")) == (0.05, "16.250")
     found = found.assign(scored_by="alpaca_eval/length_controlled")
