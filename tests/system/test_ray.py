@@ -239,12 +239,12 @@ def judge(tiny_model, tmp_path_factory) -> str:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     path = tmp_path_factory.mktemp("reward") / "model"
-    LlamaForSequenceClassification(LlamaConfig(len(tokenizer), **shape, num_labels=1)).save_pretrained(path)
+    LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tokenizer), **shape, num_labels=1)).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
 
 
-def test_an_evaluation_by_pooledis_that_of_the_run_itself(tmp_path, tiny_model, judge, running):
+def test_an_evaluation_by_pools_is_that_of_the_run_itself(tmp_path, tiny_model, judge, running):
     """The same responses and the same scores, and so the same win rate, to the bit; what no pool could do is refused
     before a model is loaded."""
     (tmp_path / "here").mkdir()
