@@ -221,11 +221,12 @@ class Pool:
         data.enable_progress_bars = data.print_on_execution_start = False
         data.max_errored_blocks = 0
         lines = [{"place": place, "share": json.dumps(share).encode()} for place, share in asked.items()]
-        made = ray.data.from_items(lines, override_num_blocks=-(-len(lines) // self.batch_size)).map_batches(
+        blocks = -(-len(lines) // self.batch_size)
+        made = ray.data.from_items(lines, override_num_blocks=blocks).map_batches(
             Worker,
             fn_constructor_args=(load, weights, task, torch.get_num_threads(), self.needs["GPU"] > 0, begun),
             batch_size=self.batch_size,
-            compute=ray.data.ActorPoolStrategy(size=self.concurrency),
+            compute=ray.data.ActorPoolStrategy(size=min(self.concurrency, blocks)),
             **self.options,
             **self.lives,
         )
