@@ -375,6 +375,8 @@ def test_a_pool_that_waited_for_another_process_reads_what_that_scored(tmp_path,
     expected = Initial().prepare(tiny_model("llama"), llama, {"train": PAIRS}, settings(tmp_path))
     monkeypatch.setattr("dpo.references.is_kept", lambda *_: False)  # not yet, when it was asked
     beside = start(tmp_path, tiny_model, pool := Here(llama), llama, per_token=True)
+    beside.finish()
+    assert len(beside._logps) == len({*beside._all})  # else who asks would wait without end
     assert torch.equal(beside.logps(batch([2, 1]), "train"), expected.logps(batch([2, 1]), "train"))
     assert beside.token_logps(batch([2, 1]), "train").shape == (6,)
     assert pool.asked == []
