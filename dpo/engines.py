@@ -4,7 +4,8 @@ An engine is a function `(model, tokenizer, prompts, places, sampling, seed, tit
 of a run call: prompts are token ids, and a response keeps its own. What is drawn for a prompt goes by the seed and its
 place, not by what else is asked for. One that samples in another program does so on rank 0 alone
 (`dpo.training.distributed.on_main`). title: of a progress bar. One that holds something has a method `close`; one
-that works on many batches at once a method `each`, which gives them as they come.
+that works on many batches at once a method `each`, which gives them as they come; one that can tell whether it could
+start, before a model is loaded, a method `check`.
 """
 
 import json
@@ -30,7 +31,7 @@ from dpo.endpoint import Refused, Server, ServerOptions
 from dpo.policy import model as models
 from dpo.policy.logps import token_logps
 from dpo.policy.model import ModelSpec
-from dpo.policy.pool import Draw, Pool, anywhere
+from dpo.policy.pool import Draw, Pool, PoolOptions, anywhere
 from dpo.policy.sampling import Sample, Sampling, cut, longest_first, sample
 from dpo.training.distributed import device_of, is_main, is_sharded, on_main
 from dpo.training.log import progress
@@ -148,19 +149,6 @@ class Endpoint:
         )
 
 
-class PoolOptions(TypedDict):
-    """Of a pool of actors, which decides no response: `conf/engine/ray.yaml` says what each means."""
-
-    concurrency: int
-    batch_size: int
-    num_cpus: float
-    num_gpus: float
-    resources: dict[str, float] | None
-    max_restarts: int
-    max_task_retries: int
-    address: str | None
-
-
 class Ray:
     """A pool of Ray actors that each hold the model: the batches that `transformers` draws in this process, shared out.
 
@@ -204,7 +192,6 @@ class Ray:
         seed: int,
     ) -> Iterator[tuple[list[int], list[Sample]]]:
         """Rows of prompts with their responses, batch by batch, as they come."""
-        self.pool.check()
         order = longest_first(prompts)
         batches = [order[first : first + sampling.batch_size] for first in range(0, len(order), sampling.batch_size)]
         asked = {number: [[prompts[row], places[row]] for row in rows] for number, rows in enumerate(batches)}
@@ -213,10 +200,14 @@ class Ray:
             texts = [(row, tokenizer.decode(prompts[row])) for row in batches[number]]
             return [f"response {places[row]}, to {text[:100]!r}" for row, text in texts]
 
-        which = self._copied(model, tokenizer)
-        for number, said in self.pool.stream(asked, Draw(sampling, seed), which, None, named):
+        load = partial(models.load, self._copied(model, tokenizer))
+        for number, said in self.pool.stream(asked, Draw(sampling, seed), load, None, named):
             rows = batches[number]
             yield rows, [Sample(prompts[row], *one) for row, one in zip(rows, json.loads(said), strict=True)]
+
+    def check(self) -> None:
+        """Refuse a pool that could not start. Raises: ValueError."""
+        self.pool.check()
 
     def close(self) -> None:
         """End the actors, and delete the copy."""

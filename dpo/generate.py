@@ -28,7 +28,7 @@ from dpo.data.records import Dataset, Text, parse, write_rows
 from dpo.data.tokens import decode, vocabulary
 from dpo.policy import model as models
 from dpo.policy.sampling import Sample, inputs, longest_first
-from dpo.settings import Generation, generation_of, policy_spec
+from dpo.settings import Generation, check_engine, generation_of, policy_spec
 from dpo.sweep.directory import finish
 from dpo.sweep.inputs import load
 from dpo.sweep.signature import instantiate
@@ -66,6 +66,7 @@ def run(config: DictConfig, directory: Path) -> None:
 def of_initial_policy(config: DictConfig, dataset: Dataset) -> dict[str, list[Candidate]]:
     """Candidates of the policy that training would start from, for the prompts of the data. Processes join here."""
     device = distributed.join(config.device)
+    check_engine(config.engine)
     policy, tokenizer = models.load(policy_spec(config, sft.initial_policy(config, dataset, device)), device)
     weights = models.fingerprint(policy)
     return candidates(policy, tokenizer, dataset.prompts, generation_of(config), weights, dataset.on_faulty)

@@ -34,6 +34,7 @@ from dpo.losses.pairs import asked_by
 from dpo.policy import model as models
 from dpo.references import Precomputed, scored_ahead
 from dpo.settings import (
+    check_engine,
     generation_of,
     judge_of,
     limits_of,
@@ -168,6 +169,8 @@ def prepare(
     processes join here.
     """
     device = distributed.join(config.device)
+    if not pairs:
+        check_engine(config.engine)
     start = sft.initial_policy(config, dataset, device)
     rule = dataset.on_faulty
     policy, _ = models.load(policy_spec(config, start), device, lora_of(config))

@@ -170,7 +170,18 @@ def evaluation_of(config: Any) -> Evaluation:
     read = config.packed, config.micro_batch_tokens
     rule = instantiate(config.get("rule") if asked.get("rule") is None else asked.rule)
     which = asked.prompts, asked.log_samples, rule
-    return Evaluation(*which, asked.get("engine"), sampling, config.seed, limits_of(config), *read, config.cache)
+    engine = asked.get("engine")
+    if engine is None and config.get("command") in ("evaluate", "show"):  # which sample nothing else
+        engine = None if config.engine._target_ == "dpo.engines.transformers" else config.engine
+    check_engine(engine)
+    return Evaluation(*which, engine, sampling, config.seed, limits_of(config), *read, config.cache)
+
+
+def check_engine(node: Any) -> None:
+    """Refuse an engine that can tell, before a model is loaded, that it could not start. Raises: ValueError."""
+    engine = instantiate(node)
+    if (check := getattr(getattr(engine, "func", engine), "check", None)) and is_main():
+        check()
 
 
 def policy_best_of(config: Any) -> BestOf | None:

@@ -1,9 +1,9 @@
-"""A pool of Ray actors that each hold a model: they score beside training (the design of Anyscale's llmforge), or
-sample responses.
+"""A pool of Ray actors that each hold a model: they score beside training (the design of Anyscale's llmforge), sample
+responses, or judge them.
 
-Shares go through Ray Data in their order. Each is the very pass that `scoring.score` would make, or the batch that
-`sampling.sample` would draw, over the same rows, so nothing depends on the actor, on how many there are, or on one that
-died.
+Shares go through Ray Data in their order. Each is the very pass that `scoring.score` would make, the batch that
+`sampling.sample` would draw, or the response that `dpo.judges.RewardModel` would judge, so nothing depends on the
+actor, on how many there are, or on one that died.
 """
 
 import json
@@ -12,19 +12,22 @@ import math
 import os
 import secrets
 import socket
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import TypedDict
 
 from dpo.cache import digest
 from dpo.data.batches import Tokens
@@ -38,6 +41,31 @@ from dpo.training.log import progress
 
 logger = logging.getLogger(__name__)
 STARTS = 3  # of a Ray of one's own: on a busy machine it may end before it has begun
+TURN = threading.Lock()  # held by the pool whose Ray this process has: another's actors would find no room there
+
+
+class PoolOptions(TypedDict):
+    """Of a pool, which decides no number: `conf/engine/ray.yaml` says what each means."""
+
+    concurrency: int
+    batch_size: int
+    num_cpus: float
+    num_gpus: float
+    resources: dict[str, float] | None
+    max_restarts: int
+    max_task_retries: int
+    address: str | None
+
+
+class Task(Protocol):
+    """What an actor makes of a share."""
+
+    def __call__(self, model: Any, tokenizer: PreTrainedTokenizerBase, share: list[Any]) -> bytes: ...
+
+    @staticmethod
+    def alone(share: list[Any]) -> list[Any]:
+        """The share of each row by itself; none of a share of one row."""
+        ...
 
 
 class Pool:
@@ -68,37 +96,51 @@ class Pool:
         for name, (value, minimum) in least.items():
             if not minimum <= value < math.inf:
                 raise ValueError(f"{self.group}.{name} must be at least {minimum}, got {value}")
+        if num_gpus > 1 and num_gpus % 1:
+            raise ValueError(f"{self.group}.num_gpus must be a part of one GPU, or whole ones, got {num_gpus}")
+        if ours := {"CPU", "GPU"} & (resources or {}).keys():
+            raise ValueError(
+                f"{self.group}.resources must not name {min(ours)}; give {self.group}.num_{min(ours).lower()}s"
+            )
         if find_spec("ray") is None:
             raise ValueError(f"{self.without} needs the package ray, found none; pip install -e '.[ray]'")
         self.concurrency, self.batch_size, self.address = concurrency, batch_size, address
         self.said = f"a pool of {concurrency}"  # for messages
+        self._started = False
         self.needs = {"CPU": num_cpus, "GPU": num_gpus, **(resources or {})}  # of one actor
         self.options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus, "resources": resources}
         self.lives = {"max_restarts": max_restarts, "max_task_retries": max_task_retries}
 
     def check(self) -> None:
         """Refuse a pool that could not start, before any model is loaded. Raises: ValueError."""
-        if self.address is not None:
-            try:
-                if self.address != "auto":  # Ray itself would ask for minutes, and end the process
-                    host, _, port = self.address.rpartition(":")
-                    socket.create_connection((host, int(port)), timeout=10).close()
-                self._start()
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"{self.group}.address must be host:port of a running Ray, or auto, got {self.address}: {error}; "
-                    "null starts one here"
-                ) from error
-            self._check_room(_ray().cluster_resources())
-        elif self.needs["GPU"] * self.concurrency > (found := torch.cuda.device_count()):
-            self._check_room({"CPU": math.inf, "GPU": found})
+        if self.address is None:
+            own = {name: self.concurrency * amount for name, amount in self.needs.items()}
+            self._check_room([own | {"GPU": torch.cuda.device_count()}])
+            return
+        try:
+            if self.address != "auto":  # Ray itself would ask for minutes, and end the process
+                host, _, port = self.address.rpartition(":")
+                socket.create_connection((host, int(port)), timeout=10).close()
+            self._start()
+            machines = [one["Resources"] for one in _ray().nodes() if one["Alive"]]
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{self.group}.address must be host:port of a running Ray, or auto, got {self.address}: {error}; "
+                "null starts one here"
+            ) from error
+        finally:
+            self.close()
+        self._check_room(machines)
 
-    def _check_room(self, has: dict[str, float]) -> None:
+    def _check_room(self, machines: list[dict[str, float]]) -> None:
+        """machines: what each has. An actor lives on one of them."""
+        on = f" on {len(machines)} machines" if len(machines) > 1 else ""
         for name, amount in self.needs.items():
-            if amount and self.concurrency * amount > has.get(name, 0):
+            if amount and sum(int(has.get(name, 0) / amount + 1e-9) for has in machines) < self.concurrency:
                 raise ValueError(
-                    f"{self.concurrency} {self.actors} must find {amount:g} {name} each, found {has.get(name, 0):g} "
-                    f"in all; lower {self.group}.concurrency, or what each takes"
+                    f"{self.concurrency} {self.actors} must find {amount:g} {name} each, found "
+                    f"{sum(has.get(name, 0) for has in machines):g} in all{on}; lower "
+                    f"{self.group}.concurrency, or what each takes"
                 )
 
     def passes(
@@ -129,7 +171,7 @@ class Pool:
 
             def made(left: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
                 asked = {place: items_of(passes[place], sequences) for place in left}
-                for place, said in self.stream(asked, task, anywhere(which), weights, rows):
+                for place, said in self.stream(asked, task, partial(models.load, anywhere(which)), weights, rows):
                     yield place, torch.from_numpy(np.frombuffer(said, dtype=np.float32).copy())
 
             try:
@@ -142,15 +184,15 @@ class Pool:
     def stream(
         self,
         asked: dict[int, Any],
-        task: "Score | Draw",
-        which: ModelSpec,
+        task: Task,
+        load: Callable[[str], tuple[Any, Any]],
         weights: str | None,
         rows: Callable[[int], list[str]],
     ) -> Iterator[tuple[int, bytes]]:
         """Places of the shares that are asked, in their order, with what the task makes of each.
 
-        which: the model, see `anywhere`. weights: its fingerprint; None: of a copy that nobody else writes. rows: what
-        a share is made of, for messages.
+        load: the model and its tokenizer, onto a device, by a process of any machine. weights: its fingerprint; None:
+        of a copy that nobody else writes. rows: what a share is made of, for messages.
         """
         if not asked:
             return
@@ -162,11 +204,12 @@ class Pool:
         data.enable_progress_bars = data.print_on_execution_start = False
         data.max_errored_blocks = 0
         lines = [{"place": place, "share": json.dumps(share).encode()} for place, share in asked.items()]
-        made = ray.data.from_items(lines, override_num_blocks=-(-len(lines) // self.batch_size)).map_batches(
+        blocks = -(-len(lines) // self.batch_size)
+        made = ray.data.from_items(lines, override_num_blocks=blocks).map_batches(
             Worker,
-            fn_constructor_args=(which, weights, task, torch.get_num_threads(), self.needs["GPU"] > 0, begun),
+            fn_constructor_args=(load, weights, task, torch.get_num_threads(), self.needs["GPU"] > 0, begun),
             batch_size=self.batch_size,
-            compute=ray.data.ActorPoolStrategy(size=self.concurrency),
+            compute=ray.data.ActorPoolStrategy(size=min(self.concurrency, blocks)),
             **self.options,
             **self.lives,
         )
@@ -178,13 +221,18 @@ class Pool:
 
     def close(self) -> None:
         """End what was started, or leave what was joined."""
-        _ray().shutdown()
+        if self._started:
+            _ray().shutdown()
+            self._started = False
+            TURN.release()
 
     def _start(self) -> None:
-        """Start Ray, or join it. Raises: RuntimeError if it does not start."""
+        """Start Ray, or join it, when no other pool has one here. Raises: RuntimeError if it does not start."""
         ray = _ray()
-        if ray.is_initialized():
+        if self._started:
             return
+        TURN.acquire()
+        self._started = True
         if self.address is not None:
             ray.init(address=self.address, **QUIET)
             return
@@ -213,6 +261,8 @@ class Pool:
             within = [int(part) for whole, _, part in (one.partition("/") for one in left) if whole == place and part]
             names += [rows(int(place))[row] for row in within] or rows(int(place))
         cause = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        if not names:
+            return RuntimeError(f"{self.actors} must start, found that they do not: {cause}")
         return RuntimeError(
             f"{self.actors} must live through every response, found that they ended {most} times at "
             f"{'this one' if len(names) == 1 else f'one of these {len(names)}'}:{listed(names)}\n{cause}\n{self.advice}"
@@ -294,7 +344,6 @@ class Score:
 
     @staticmethod
     def alone(share: list[Any]) -> list[Any]:
-        """The share of each row by itself."""
         return [[(prompt, [one])] for prompt, responses in share for one in responses]
 
 
@@ -319,14 +368,20 @@ class Worker:
     """An actor: the model, and one share after another. begun: a handle of `Begun`."""
 
     def __init__(
-        self, which: ModelSpec, weights: str | None, task: Score | Draw, threads: int, cuda: bool, begun: Any
+        self,
+        load: Callable[[str], tuple[Any, Any]],
+        weights: str | None,
+        task: Task,
+        threads: int,
+        cuda: bool,
+        begun: Any,
     ) -> None:
         torch.set_num_threads(threads)  # with others the last bits would be others
-        self.model, self.tokenizer = models.load(which, "cuda" if cuda else "cpu")
+        self.model, self.tokenizer = load("cuda" if cuda else "cpu")
         if weights is not None and (found := models.fingerprint(self.model)) != weights:
             raise RuntimeError(
-                f"a scoring actor must load the weights {weights[:12]} from {which.path}, found {found[:12]}; the same "
-                "files must be there for all machines of the pool"
+                f"an actor must load the weights {weights[:12]} from {self.model.name_or_path}, found {found[:12]}; "
+                "the same files must be there for all machines of the pool"
             )
         self.task, self.begun = task, begun
 

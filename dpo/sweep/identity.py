@@ -23,7 +23,7 @@ NON_NUMERIC = (
     *("activation_checkpointing", "sharding", "evaluate_every", "evaluate_prompts", "checkpoint_every"),
     *("checkpoints_kept", "evaluation.log_samples", "evaluation.instructions"),
     *("generation.batch_size", "evaluation.batch_size", "scorer"),
-    *(f"{group}.{key}" for group in ("judge", "evaluation.judge") for key in ("server", "cache")),
+    *(f"{group}.{key}" for group in ("judge", "evaluation.judge") for key in ("server", "cache", "pool")),
     *(f"{group}.{key}" for group in ("engine", "evaluation.engine") for key in ("server", "cache", "llm", "pool")),
     *("policy.micro_batch_tokens", "policy.generation_batch_size"),  # of keys that are listed
     *("figure", "table"),  # an experiment is what its keys say

@@ -415,14 +415,24 @@ def _sharding(config: dict[str, Any]) -> list[str]:
         problems.append(f"sharding.group must divide the {processes} processes, got {group}; null is all of them")
     if config["sharding"]["offload"] and processes == 1:
         problems.append("sharding.offload needs several processes, got 1; use processes=2 or more")
-    if config.get("scorer") is not None and processes > 1:
-        which = "scorer=vllm" if config["scorer"]["_target_"].endswith("VllmScorer") else "scorer=ray"
-        problems.append(f"processes must be 1 with {which}, got {processes}; score ahead: python -m dpo.score {which}")
-    engines = (config.get("engine"), config["evaluation"].get("engine"))
-    if processes > 1 and any(one and one["_target_"] == "dpo.engines.Ray" for one in engines):
+    nodes = {group: (config.get(group), config["evaluation"].get(group)) for group in ("engine", "judge")}
+    pooled = {group: any(one and one.get("pool") for one in both) for group, both in nodes.items()}
+    scorer = config.get("scorer")
+    by_vllm = scorer is not None and scorer["_target_"].endswith("VllmScorer")
+    pools = {
+        "scorer=ray": ("scorer", scorer is not None and not by_vllm, "score ahead: python -m dpo.score"),
+        "engine=ray": ("engine.pool", pooled["engine"], "sample ahead: python -m dpo.generate"),
+        "judge=reward_model_ray": ("judge.pool", pooled["judge"], "judge ahead: python -m dpo.judge"),
+    }
+    problems += [
+        f"processes must be 1 with {one}, got {processes}; its actors are what works at once: raise "
+        f"{group}.concurrency, or {ahead} {one}"
+        for one, (group, chosen, ahead) in pools.items()
+        if processes > 1 and chosen
+    ]
+    if processes > 1 and by_vllm:
         problems.append(
-            f"processes must be 1 with engine=ray, got {processes}; its actors are what samples at once: raise "
-            "engine.pool.concurrency, or sample ahead: python -m dpo.generate engine=ray"
+            f"processes must be 1 with scorer=vllm, got {processes}; score ahead: python -m dpo.score scorer=vllm"
         )
     if config["optimizer"] == "adamw_8bit" and find_spec("bitsandbytes") is None:
         problems.append("optimizer=adamw_8bit needs bitsandbytes; pip install -e '.[8bit]' -c constraints.txt")

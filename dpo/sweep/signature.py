@@ -115,8 +115,9 @@ def check_signature(group: str, node: Any, at: str | None = None, also: tuple[st
 
 def _misfits(at: str, value: Any, annotation: Any) -> list[str]:
     """What keeps a value from being of a type; of a dictionary with typed keys, which of these."""
-    if is_typeddict(annotation) and isinstance(value, dict):
-        types = get_type_hints(annotation)
+    keyed = [one for one in (annotation, *get_args(annotation)) if is_typeddict(one)]
+    if keyed and isinstance(value, dict):
+        types = get_type_hints(keyed[0])
         if value.keys() == types.keys():
             return [problem for key, one in types.items() for problem in _misfits(f"{at}.{key}", value[key], one)]
         return [f"{at} must have the keys {', '.join(types)}, got {', '.join(map(str, value))}"]

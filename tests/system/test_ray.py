@@ -14,10 +14,12 @@ import pytest
 import torch
 from test_pool import OPTIONS
 from test_reference import settings as of_scoring
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 from whole_runs import frozen, losses, own, run
 
-from dpo import generate, score
+from dpo import evaluate, generate, score
 from dpo.data.batches import Pair
+from dpo.judges import RewardModel
 from dpo.policy import model as models
 from dpo.policy import pool as pools
 from dpo.policy.pool import Pool, Worker
@@ -64,8 +66,25 @@ class Deadly(Worker):
         return super().__call__(batch)
 
 
+@pytest.fixture(scope="module")
+def running():
+    """A Ray of another process, and its address."""
+    code = (
+        "import ray, sys; ray.init(num_cpus=3, resources={'a10': 1}, include_dashboard=False, log_to_driver=False);"
+        "print(ray.get_runtime_context().gcs_address, flush=True); sys.stdin.read()"
+    )
+    os.environ.setdefault("RAY_AUTH_TOKEN", "0" * 64)  # as those who may join a cluster have it
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster it is what that was started with
+    line = [sys.executable, "-c", code]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process, process.stdout.readlines(1)[-1].strip()
+        process.communicate()
+
+
 def workers() -> list[int]:
-    """Scoring actors that this process, or one that it started, started."""
+    """Actors of a pool that this process, or one that it started, started."""
     parents, named = {}, []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -176,7 +195,7 @@ def test_actors_that_load_other_weights_are_refused(tmp_path, tiny_model):
     asked = replace(of_scoring(tmp_path, micro_batch_tokens=10), pool=Pool(**OPTIONS))
     with torch.no_grad():
         next(model.parameters()).mul_(1.001)
-    with pytest.raises(RuntimeError, match="a scoring actor must load the weights"):
+    with pytest.raises(RuntimeError, match=r"scoring actors must start, .*an actor must load the weights"):
         Initial().prepare(tiny_model("llama"), model, {"train": PAIRS}, asked)
 
 
@@ -189,31 +208,121 @@ def test_an_address_where_no_ray_is(given):
 
 
 @pytest.mark.long
-def test_a_ray_that_runs_is_joined(tmp_path, tiny_model):
-    """It must have what the actors take, before any model is loaded; and it goes on when all is scored."""
-    code = (
-        "import ray, sys; ray.init(num_cpus=3, resources={'a10': 1}, include_dashboard=False, log_to_driver=False);"
-        "print(ray.get_runtime_context().gcs_address, flush=True); sys.stdin.read()"
-    )
-    os.environ.setdefault("RAY_AUTH_TOKEN", "0" * 64)  # as those who may join a cluster have it
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster it is what that was started with
-    import ray
+def test_a_ray_that_runs_is_joined(tmp_path, tiny_model, running):
+    """And it goes on when all is scored."""
+    address = running[1]
+    pool = Asked(address=address, resources={"a10": 1.0})
+    pool.check()
+    found = start(tmp_path / "beside", tiny_model, pool).finish()
+    assert torch.equal(found.table["train"], start(tmp_path / "here", tiny_model, None).table["train"])
+    assert running[0].poll() is None
+    Pool(**{**OPTIONS, "address": address}).check()
 
-    line = [sys.executable, "-c", code]
-    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
-        assert running.stdout is not None
-        address = running.stdout.readlines(1)[-1].strip()
-        with pytest.raises(ValueError, match="2 scoring actors must find 1 a10 each, found 1 in all"):
-            Pool(**{**OPTIONS, "address": address, "resources": {"a10": 1.0}, "concurrency": 2}).check()
-        pool = Asked(address=address, resources={"a10": 1.0})
-        pool.check()
-        found = start(tmp_path / "beside", tiny_model, pool).finish()
-        assert torch.equal(found.table["train"], start(tmp_path / "here", tiny_model, None).table["train"])
-        assert running.poll() is None
-        Pool(**{**OPTIONS, "address": address}).check()
-        ray.shutdown()
-        running.communicate()
+
+@pytest.mark.parametrize(
+    "needs,found",
+    [
+        ({"resources": {"a10": 1.0}, "concurrency": 2}, "2 scoring actors must find 1 a10 each, found 1 in all;"),
+        ({"resources": {"h100": 0.5}}, "1 scoring actors must find 0.5 h100 each, found 0 in all;"),
+        ({"num_gpus": 1.0}, "1 scoring actors must find 1 GPU each, found 0 in all;"),
+    ],
+)
+def test_what_no_machine_has_is_refused_at_first_contact(running, needs, found):
+    with pytest.raises(ValueError, match=f"^{found} lower scorer.concurrency, or what each takes$"):
+        Pool(**{**OPTIONS, "address": running[1], **needs}).check()
+
+
+@pytest.fixture(scope="module")
+def judge(tiny_model, tmp_path_factory) -> str:
+    """A reward model: a classifier with random weights."""
+    torch.manual_seed(2)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    path = tmp_path_factory.mktemp("reward") / "model"
+    LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tokenizer), **shape, num_labels=1)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def test_an_evaluation_by_pools_is_that_of_the_run_itself(tmp_path, tiny_model, judge, running):
+    """The same responses and the same scores, and so the same win rate, to the bit; what no pool could do is refused
+    before a model is loaded."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "beside").mkdir()
+
+    def measured(name: str, *given: str) -> tuple[dict[str, Any], bytes]:
+        asked = [*own(tmp_path / name, tiny_model("llama")), "evaluation.baseline=human", "evaluation.temperature=1"]
+        asked += [f"judge.path={judge}", "judge.max_length=60", "threads=1", "device=cpu", *given]
+        made = _made(tmp_path / name / f"run {len(given)}")
+        evaluate.run(frozen(made, *asked, verb="evaluate"), made)
+        result = json.loads((made / "evaluation.json").read_text())
+        return {**result, "seconds": 0}, (made / "responses.jsonl").read_bytes()
+
+    here = measured("here", "judge=reward_model")
+    pooled = [
+        "judge=reward_model_ray",
+        "engine=ray",
+        *(f"{at}.pool.address={running[1]}" for at in ("judge", "engine")),
+    ]
+    with pytest.raises(ValueError, match="1 sampling actors must find 1 GPU each, found 0"):
+        measured("beside", *pooled, "engine.pool.num_gpus=1")
+    with pytest.raises(ValueError, match="1 judging actors must find 1 h100 each, found 0"):
+        measured("beside", *pooled, "judge.pool.resources={h100: 1}", "seed=1")
+    assert measured("beside", *pooled) == here
+    assert 0 <= here[0]["win_rate"] <= 1
+    assert len({json.loads(line)["score"] for line in here[1].splitlines()}) > 2
+
+
+class DeadlyJudging(Worker):
+    """An actor that one word in a response kills."""
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        task = self.task
+
+        def deadly(model: Any, tokenizer: Any, share: Any) -> bytes:
+            if "Deadly" in share[1]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return task(model, tokenizer, share)
+
+        deadly.alone = task.alone
+        self.task = deadly
+        return super().__call__(batch)
+
+
+TEXTS = [f"Well, {'it is so, ' * (n % 4)}{n}." for n in range(40)]
+
+
+@pytest.mark.long
+def test_a_judging_actor_that_is_killed_is_replaced(judge, running):
+    again = {"max_restarts": 2, "max_task_retries": 2}
+    reward = RewardModel(judge, 60, {**OPTIONS, "address": running[1], "batch_size": 4, **again})
+    reward.handshake()
+    found = {}
+    for place, said in reward.each(["Is it?"] * len(TEXTS), TEXTS):
+        if not found:
+            os.kill(min(workers()), signal.SIGKILL)
+        found[place] = said
+    assert [found[place] for place in range(len(TEXTS))] == RewardModel(judge, 60, None)(["Is it?"] * 40, TEXTS)
+
+
+@pytest.mark.long
+def test_a_response_at_which_every_judging_actor_dies_is_named(judge, running, monkeypatch):
+    """And the judge asks no more than it must to find it; another's weights are refused."""
+    from ray import cloudpickle
+
+    monkeypatch.setattr(pools, "Worker", DeadlyJudging)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    few = {**OPTIONS, "address": running[1], "batch_size": 8, "max_restarts": 2, "max_task_retries": 1}
+    reward, texts = RewardModel(judge, 60, few), [*TEXTS[:20], "Deadly.", *TEXTS[20:]]
+    came, began = [], time.monotonic()
+    with pytest.raises(RuntimeError, match=r"^judging actors must live through every response") as error:
+        came.extend(reward.each(["Is it?"] * len(texts), texts))
+    assert "found that they ended 2 times at this one:\n  'Deadly.', a response to 'Is it?'\n" in str(error.value)
+    assert time.monotonic() - began < 300
+    monkeypatch.setattr(pools, "Worker", Worker)
+    reward._weights = "0" * 64
+    with pytest.raises(RuntimeError, match=r"judging actors must start, .*must load the weights"):
+        [*reward.each(["Is it?"], ["It is."])]
 
 
 class DeadlyDrawing(Worker):

@@ -296,7 +296,19 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
         "max_tokens": 1024,
         "cache": "${cache}",
     },
-    "judge/reward_model": {"_target_": "dpo.judges.RewardModel", **CALLED, "path": None, "max_length": 2048},
+    "judge/reward_model": {
+        "_target_": "dpo.judges.RewardModel",
+        **CALLED,
+        "path": None,
+        "max_length": 2048,
+        "pool": None,
+    },
+    "judge/reward_model_ray": {
+        "pool": {
+            **{"concurrency": 1, "batch_size": 32, "num_cpus": 1.0, "num_gpus": 0.0, "resources": None},
+            **{"max_restarts": 3, "max_task_retries": 3, "address": None},
+        },
+    },
     "judge/shorter": {"_target_": "dpo.judges.shorter", **CALLED},
     "loss/alpha_dpo": {
         "_target_": "dpo.losses.AlphaDPO",

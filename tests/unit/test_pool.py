@@ -3,6 +3,7 @@
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from dpo.policy import scoring
 from dpo.policy.pool import Begun, Pool
 from dpo.policy.scoring import Scoring
 from dpo.references import EMA, Frozen, Initial, Live, PrecomputedFiles, ReferenceFree, Unconditional, scored_ahead
-from dpo.settings import identity_of
+from dpo.settings import evaluation_of, identity_of
 from dpo.sweep.identity import identity
 from dpo.sweep.rehearse import trials
 from dpo.sweep.schema import faults
@@ -99,15 +100,99 @@ def test_what_a_pool_that_samples_cannot_be(monkeypatch):
         engines.Ray("cache", False, OPTIONS)
 
 
-@pytest.mark.parametrize("chosen,at", [("engine=ray", "engine"), ("engine@evaluation.engine=ray", "evaluation.engine")])
-def test_how_many_actors_sample_is_no_part_of_a_run(chosen, at):
-    one, other = config(chosen), config(chosen, f"{at}.pool.concurrency=3", f"{at}.pool.max_restarts=0")
+@pytest.mark.parametrize(
+    "chosen,at",
+    [
+        *(("scorer=ray", "scorer"), ("engine=ray", "engine.pool"), ("judge=reward_model_ray", "judge.pool")),
+        ("judge@evaluation.judge=reward_model_ray", "evaluation.judge.pool"),
+        ("engine@evaluation.engine=ray", "evaluation.engine.pool"),
+    ],
+)
+@pytest.mark.parametrize(
+    "option,said",
+    [
+        *(
+            ("concurrency=0", "concurrency must be at least 1, got 0"),
+            ("batch_size=0", "batch_size must be at least 1"),
+        ),
+        *(("concurrency=-2", "concurrency must be at least 1, got -2"), ("num_cpus=-1", "num_cpus must be at least 0")),
+        *(
+            ("num_gpus=1.5", "num_gpus must be a part of one GPU"),
+            ("resources={GPU: 1}", "resources must not name GPU"),
+        ),
+        *(("batch_size=many", "batch_size must be int, got 'many'"), ("max_restarts=null", "max_restarts must be int")),
+        ("+actors=2", ""),
+    ],
+)
+def test_a_plan_refuses_a_pool_that_could_not_be(chosen, at, option, said):
+    """In the same words, whatever the pool is for; of those of evaluations, too."""
+    path = [f"{at.removesuffix('.pool')}.path=org/reward"] if "judge" in at else []
+    plus, key = ("+", option[1:]) if option[0] == "+" else ("", option)
+    problems = trials([config(chosen, *path, f"{plus}{at}.{key}")])[0]["problems"]
+    words = said or "actors"
+    assert len(problems) == 1
+    assert at.removeprefix("evaluation.") in problems[0]
+    assert words in problems[0]
+    assert trials([config(chosen, *path)])[0]["problems"] == []
+
+
+def test_two_pools_of_a_process_take_turns(monkeypatch):
+    """A Ray that was started for one has no room for the other's actors."""
+    said: list[str] = []
+    double = SimpleNamespace(init=lambda **_: said.append("init"), shutdown=lambda: said.append("shutdown"))
+    monkeypatch.setattr(pools, "_ray", lambda: double)
+    one, other = Pool(**OPTIONS), Pool(**OPTIONS)
+    one._start()
+    one._start()
+    waiting = threading.Thread(target=other._start, daemon=True)
+    waiting.start()
+    waiting.join(timeout=0.3)
+    other_waits = waiting.is_alive()
+    one.close()
+    waiting.join(timeout=60)
+    other.close()
+    one.close()
+    assert other_waits
+    assert said == ["init", "shutdown", "init", "shutdown"]
+
+
+def test_an_actor_lives_on_one_machine():
+    """By hand: 2 GPUs on each of two machines hold no actor of 3, though they have 4, and two of 2."""
+    machines = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 4.0, "GPU": 2.0}]
+    with pytest.raises(
+        ValueError, match=r"^1 scoring actors must find 3 GPU each, found 4 in all on 2 machines; lower"
+    ):
+        Pool(**{**OPTIONS, "num_gpus": 3.0})._check_room(machines)
+    Pool(**{**OPTIONS, "num_gpus": 2.0, "concurrency": 2})._check_room(machines)
+    Pool(**{**OPTIONS, "num_gpus": 0.1, "num_cpus": 0.0, "concurrency": 40})._check_room(machines[:1] * 2)
+
+
+def test_evaluations_alone_sample_with_the_engine_of_the_command():
+    """In dpo.evaluate engine=ray says who draws; a run that trains samples candidates with it."""
+    for command, target in (("evaluate", "dpo.engines.Ray"), ("show", "dpo.engines.Ray"), ("train", None)):
+        asked = OmegaConf.create(config("engine=ray", command=command))
+        engine = evaluation_of(asked).engine
+        assert (engine and engine._target_) == target
+        assert evaluation_of(OmegaConf.create(config(command=command))).engine is None
+
+
+@pytest.mark.parametrize(
+    "chosen,at",
+    [
+        *(("engine=ray", "engine"), ("engine@evaluation.engine=ray", "evaluation.engine")),
+        *(("judge=reward_model_ray", "judge"), ("judge@evaluation.judge=reward_model_ray", "evaluation.judge")),
+    ],
+)
+def test_how_many_actors_there_are_is_no_part_of_a_run(chosen, at):
+    chosen, *path = [chosen, f"{at}.path=org/reward"] if "judge" in at else [chosen]
+    one = config(chosen, *path)
+    other = config(chosen, *path, f"{at}.pool.concurrency=3", f"{at}.pool.max_restarts=0")
     assert identity(one) == identity(other) != identity(config())
     assert trials([one])[0]["problems"] == []
     both = [identity_of(OmegaConf.select(OmegaConf.create(values), at)) for values in (one, other)]
     assert both[0] == both[1]
-    [problem] = faults(config(chosen, "processes=2"))
-    assert problem.startswith("processes must be 1 with engine=ray, got 2; ")
+    [problem] = faults(config(chosen, *path, "processes=2"))
+    assert problem.startswith(f"processes must be 1 with {chosen.partition('=')[0].partition('@')[0]}=")
 
 
 def test_without_ray_a_pool_is_refused(monkeypatch):
@@ -290,6 +375,8 @@ def test_a_pool_that_waited_for_another_process_reads_what_that_scored(tmp_path,
     expected = Initial().prepare(tiny_model("llama"), llama, {"train": PAIRS}, settings(tmp_path))
     monkeypatch.setattr("dpo.references.is_kept", lambda *_: False)  # not yet, when it was asked
     beside = start(tmp_path, tiny_model, pool := Here(llama), llama, per_token=True)
+    beside.finish()
+    assert len(beside._logps) == len({*beside._all})  # else who asks would wait without end
     assert torch.equal(beside.logps(batch([2, 1]), "train"), expected.logps(batch([2, 1]), "train"))
     assert beside.token_logps(batch([2, 1]), "train").shape == (6,)
     assert pool.asked == []

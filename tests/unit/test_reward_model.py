@@ -61,7 +61,7 @@ def by_hand(folder, prompt, response):
 
 
 def test_the_score_is_that_of_the_last_token(folder):
-    judge = RewardModel(folder, 512)
+    judge = RewardModel(folder, 512, None)
     judge.handshake()
     prompts = ["Where is Rome?", "Tell me about cats and dogs.", "Where is Rome?"]
     responses = ["In Italy.", "Cats sleep, dogs run, and both of them eat.", ""]
@@ -76,12 +76,12 @@ def test_the_score_is_that_of_the_last_token(folder):
 
 def test_what_is_too_long_is_not_judged(folder):
     _, tokens = by_hand(folder, "Where is Rome?", "In Italy.")
-    assert RewardModel(folder, tokens - 1)(["Where is Rome?"], ["In Italy."]) == [{}]
-    assert RewardModel(folder, tokens)(["Where is Rome?"], ["In Italy."]) != [{}]
+    assert RewardModel(folder, tokens - 1, None)(["Where is Rome?"], ["In Italy."]) == [{}]
+    assert RewardModel(folder, tokens, None)(["Where is Rome?"], ["In Italy."]) != [{}]
 
 
 def test_a_chat_needs_a_template(folder):
-    judge = RewardModel(folder, 512)
+    judge = RewardModel(folder, 512, None)
     if "qwen2" in folder:
         assert judge([CHAT], ["In Italy."]) == judge(["Where is Rome?"], ["In Italy."])
     else:
@@ -91,17 +91,17 @@ def test_a_chat_needs_a_template(folder):
 
 def test_what_is_no_reward_model_is_refused(folder, tiny_model, tmp_path):
     with pytest.raises(ValueError, match=r"judge\.path must name a reward model, a folder or hub name, got none"):
-        RewardModel(None, 512)
+        RewardModel(None, 512, None)
     with pytest.raises(ValueError, match=r"found no folder at \./no/where"):
-        RewardModel("./no/where", 512).handshake()
+        RewardModel("./no/where", 512, None).handshake()
     with pytest.raises(ValueError, match="must name a classifier with one output, a reward, found 2 outputs"):
-        RewardModel(tiny_model("llama"), 512).handshake()
+        RewardModel(tiny_model("llama"), 512, None).handshake()
     model = LlamaForCausalLM.from_pretrained(tiny_model("llama"))
     model.config.num_labels = 1
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_model("llama")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="found no weights of the output"):
-        RewardModel(str(tmp_path), 512).handshake()
+        RewardModel(str(tmp_path), 512, None).handshake()
 
 
 def test_its_weights_decide_what_is_kept(folder, tmp_path, tiny_model):
@@ -113,7 +113,7 @@ def test_its_weights_decide_what_is_kept(folder, tmp_path, tiny_model):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     node = OmegaConf.create(
-        {"_target_": "dpo.judges.RewardModel", "_partial_": True, "path": str(copy), "max_length": 9}
+        {"_target_": "dpo.judges.RewardModel", "_partial_": True, "path": str(copy), "max_length": 9, "pool": None}
     )
     config = {
         "policy": {"path": tiny_model("llama"), "base": None},
