@@ -19,7 +19,7 @@ from whole_runs import frozen, losses, own, run
 
 from dpo import evaluate, generate, score
 from dpo.data.batches import Pair
-from dpo.judges import RewardModel
+from dpo.judges import RewardModel, reward_model
 from dpo.policy import model as models
 from dpo.policy import pool as pools
 from dpo.policy.pool import Pool, Worker
@@ -244,7 +244,7 @@ def judge(tiny_model, tmp_path_factory) -> str:
     return str(path)
 
 
-def test_an_evaluation_by_pools_is_that_of_the_run_itself(tmp_path, tiny_model, judge, running):
+def test_an_evaluation_by_pools_is_that_of_the_run_itself(tmp_path, tiny_model, judge, running, monkeypatch):
     """The same responses and the same scores, and so the same win rate, to the bit; what no pool could do is refused
     before a model is loaded."""
     (tmp_path / "here").mkdir()
@@ -264,10 +264,13 @@ def test_an_evaluation_by_pools_is_that_of_the_run_itself(tmp_path, tiny_model, 
         "engine=ray",
         *(f"{at}.pool.address={running[1]}" for at in ("judge", "engine")),
     ]
-    with pytest.raises(ValueError, match="1 sampling actors must find 1 GPU each, found 0"):
-        measured("beside", *pooled, "engine.pool.num_gpus=1")
-    with pytest.raises(ValueError, match="1 judging actors must find 1 h100 each, found 0"):
-        measured("beside", *pooled, "judge.pool.resources={h100: 1}", "seed=1")
+    with monkeypatch.context() as patched:
+        patched.setattr(models, "load", lambda *_: pytest.fail("a policy was loaded"))
+        with pytest.raises(ValueError, match="1 sampling actors must find 1 GPU each, found 0"):
+            measured("beside", *pooled, "engine.pool.num_gpus=1")
+        patched.setattr(reward_model, "load_classifier", lambda *_: pytest.fail("a judge was loaded"))
+        with pytest.raises(ValueError, match="1 judging actors must find 1 h100 each, found 0"):
+            measured("beside", *pooled, "judge.pool.resources={h100: 1}", "seed=1")
     assert measured("beside", *pooled) == here
     assert 0 <= here[0]["win_rate"] <= 1
     assert len({json.loads(line)["score"] for line in here[1].splitlines()}) > 2
