@@ -66,22 +66,23 @@ def fresh(final: pd.DataFrame) -> set[int]:
     return {*betas.index[betas < betas.max()]}
 
 
-def at_chosen(same: pd.DataFrame, new: set[int]) -> pd.DataFrame:
-    """The runs of the seeds `new`, at the betas that are best on the others."""
-    compares = same["seed"].isin(new)
-    best = same[~compares].groupby("beta")["score"].mean().nlargest(CHOSEN)
-    return same[compares & same["beta"].isin(best.index)]
-
-
-def minus_dpo(final: pd.DataFrame, loss: str, looks: int = 1) -> seeds.Interval:
-    """Score of an objective at its best beta minus that of DPO at its own, seed by seed.
-
-    The interval holds whichever betas are the best (`seeds.best_minus_best`): of all, or where some seeds did not
-    choose, of those that were chosen and of all that DPO ran there.
+def comparing(final: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The runs of each objective that compare, DPO first: all, or where some seeds are `fresh`, theirs: all of DPO, and
+    of the others those at the betas that are best on the seeds that choose.
     """
-    losses, new = of_losses(final), fresh(final)
-    one = at_chosen(losses[loss], new) if new else losses[loss]
-    return seeds.best_minus_best(one, losses[DPO], looks=looks)
+    losses, new, found = of_losses(final), fresh(final), {}
+    for loss, same in losses.items():
+        compares = same["seed"].isin(new)
+        best = same[~compares].groupby("beta")["score"].mean().nlargest(CHOSEN)
+        found[loss] = same[compares & ((loss == DPO) | same["beta"].isin(best.index))]
+    return found if new else losses
+
+
+def minus_dpo(runs: dict[str, pd.DataFrame], loss: str, looks: int = 1) -> seeds.Interval:
+    """Score of an objective at its best beta minus that of DPO at its own, seed by seed, of the runs that compare: an
+    interval that holds whichever betas are the best (`seeds.best_minus_best`).
+    """
+    return seeds.best_minus_best(runs[loss], runs[DPO], looks=looks)
 
 
 def chosen_by_others(same: pd.DataFrame) -> pd.Series:
@@ -134,17 +135,17 @@ def comparison(final: pd.DataFrame) -> pd.DataFrame:
     itself: a mean without luck, of which an interval would be too narrow. What else is measured is at the best beta.
     """
     losses, margin, new, rows = of_losses(final), seeds.margin(final), fresh(final), {}
+    runs = comparing(final)
     dpo, measured = losses[DPO], "kl" in final and final["kl"].notna().any()
     for loss, same in losses.items():
-        tried = same[same["seed"].isin(new)] if new and loss == DPO else at_chosen(same, new) if new else same
-        top, betas = seeds.at_best(tried), sorted(same["beta"].unique())
+        top, betas = seeds.at_best(runs[loss]), sorted(same["beta"].unique())
         best = top["beta"].iloc[0] if len(top) else nan
         end = len(betas) > 1 and best in (betas[0], betas[-1])
         broken = f"{int(degenerate(same).sum())} of {len(same)}"
         row = {"beta": short(best) + (", the end of its grid" if end else "")}
-        row |= {"score": seeds.cell(top, "score", found=seeds.best(tried))}
+        row |= {"score": seeds.cell(top, "score", found=seeds.best(runs[loss]))}
         if loss != DPO:
-            found, together = (minus_dpo(final, loss, looks) for looks in (1, len(losses) - 1))
+            found, together = (minus_dpo(runs, loss, looks) for looks in (1, len(losses) - 1))
             by_others = nan if new else (chosen_by_others(same) - chosen_by_others(dpo)).mean()
             row |= {"minus DPO": str(found), "verdict": said(found, margin), "seeds for it": needed(found, margin)}
             row |= {"all": said(together, margin)}
@@ -162,15 +163,15 @@ def comparison(final: pd.DataFrame) -> pd.DataFrame:
 
 def claims(final: pd.DataFrame) -> pd.DataFrame:
     """What is published of objectives against DPO, where they lie further apart than two equivalent settings."""
-    losses, margin, found = of_losses(final), seeds.margin(final), []
+    runs, margin, found = comparing(final), seeds.margin(final), []
     far = OBJECTIVES["minus DPO"].abs() > seeds.SCORES["alpaca_eval/length_controlled"][2]
     for loss, published in OBJECTIVES[far].iterrows():
         more, told = published["minus DPO"] > 0, f"{published['minus DPO']:+.1f}: {published['measured']}"
         claim = f"{loss} is {'better' if more else 'worse'} than DPO, each at its best beta (published {told})"
-        if loss not in losses:
+        if loss not in runs:
             found.append(seeds.unmeasured(claim, f"it takes runs of loss={loss}"))
             continue
-        above = minus_dpo(final, str(loss))
+        above = minus_dpo(runs, str(loss))
         what = f"best score of {loss} minus that of DPO" if more else f"best score of DPO minus that of {loss}"
         found.append(seeds.holds(claim, what, above if more else -above, margin=margin))
     return seeds.findings(found)
@@ -179,7 +180,8 @@ def claims(final: pd.DataFrame) -> pd.DataFrame:
 def differences(final: pd.DataFrame) -> Figure:
     """`minus_dpo` of each objective with its interval, in order; grey where it counts as equivalent to DPO."""
     margin = seeds.margin(final)
-    found = {loss: minus_dpo(final, loss) for loss in of_losses(final) if loss != DPO}
+    runs = comparing(final)
+    found = {loss: minus_dpo(runs, loss) for loss in runs if loss != DPO}
     order = sorted((loss for loss in found if isfinite(found[loss].half)), key=lambda loss: found[loss].mean)
     drawing = Figure(figsize=(6.5, 1.2 + 0.22 * len(order)), layout="constrained", dpi=150)
     axis = drawing.subplots()

@@ -1,6 +1,7 @@
 """Reference log-probs by vLLM, as `scorer=ray` has them by actors."""
 
 from collections.abc import Callable, Iterator, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +48,7 @@ class VllmScorer:
 
     def _vllm(self, precision: str, longest: int) -> "_Vllm":
         options: Any = {**self.llm, "max_model_len": longest + 1}  # one token is the least that it draws
-        return _Vllm(DTYPES[precision], 1.0, self.cache, options)
+        return _Vllm(DTYPES[precision], inf, self.cache, options)  # the reference itself compares log-probs
 
     def check(self) -> None:
         """Only vLLM itself can tell what else it takes."""
