@@ -34,7 +34,7 @@ def test_an_article_is_asked_for_in_one_turn(file):
 
 def test_a_row_without_a_prompt_is_told_by_its_columns(tmp_path):
     (path := tmp_path / "asked.jsonl").write_text('{"question": "a", "id": 1}\n')
-    with pytest.raises(ValueError, match="must have prompt; found no prompt among question, id; data.columns={prompt:"):
+    with pytest.raises(ValueError, match=r"must have prompt; found no prompt among question, id; data\.columns=\{"):
         prompts(str(path), None, 0, 1, 1, "drop")
     rows = [{"question": f"{n}?", "id": n} for n in range(4)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
