@@ -143,8 +143,8 @@ def _loaded(source: Source, stack: ExitStack) -> Any:
         import datasets
     except ImportError as error:
         raise ValueError(
-            f"reading {source.path} needs the datasets package, found none; pip install 'dpo[hub]', or give a JSONL "
-            "file of it as data.path"
+            f"reading {source.path} needs the datasets package, found none; pip install -e '.[hub]' -c "
+            "constraints.txt, or give a JSONL file of it as data.path"
         ) from error
     place = Path(source.path).expanduser()
     try:

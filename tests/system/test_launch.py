@@ -392,6 +392,16 @@ def test_a_huge_sweep_is_refused(tree):
     assert "a sweep must have at most 10000 runs; seed has 10001, beta has 2 values: sweep in parts" in text
 
 
+def test_a_value_that_must_be_quoted_is_told_how(tree):
+    for value in ("train[:10]", "runs/dev/beta=0.1/policy"):
+        text = said(tree, f"data.split={value}", code=1)
+        assert f"data.split={value} must be read whole, found: " in text
+        assert f"""; quote it twice: 'data.split="{value}"'""" in text
+    text = said(tree, 'data.split="train[:10]"', code=1)  # of data without splits
+    assert "must be read whole" not in text
+    assert "split" in text
+
+
 @pytest.mark.parametrize("mode", [[], ["-m", "beta=0.1,0.2"]])
 def test_a_group_must_have_an_option(tree, mode):
     for argument in ("loss=null", "+loss=null"):
