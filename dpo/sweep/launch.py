@@ -4,6 +4,7 @@ Nothing is trained in the process that plans: each run is `python -m dpo.sweep.e
 own, under torchrun if it asks for several. Those of a CPU are forked from one that has imported what they need.
 """
 
+import argparse
 import importlib
 import itertools
 import json
@@ -59,8 +60,15 @@ def command(verb: str) -> NoReturn:
     if problem := _null(sys.argv[1:]) or _unquoted(sys.argv[1:]):
         sys.exit(problem)
     sys.argv[1:] = in_hydras_words(sys.argv[1:])
+    _take_hydras_help()
     hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name=verb)(single)()
     sys.exit()
+
+
+def _take_hydras_help() -> None:
+    """Python 3.14 looks into a help text when it is added, and one of Hydra 1.3's is no text until it is shown."""
+    if hasattr(argparse.ArgumentParser, "_check_help"):
+        argparse.ArgumentParser._check_help = lambda *_: None
 
 
 def in_hydras_words(arguments: Sequence[str]) -> list[str]:
