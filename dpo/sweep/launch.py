@@ -67,8 +67,8 @@ def command(verb: str) -> NoReturn:
 
 def _take_hydras_help() -> None:
     """Python 3.14 looks into a help text when it is added, and one of Hydra 1.3's is no text until it is shown."""
-    if hasattr(argparse.ArgumentParser, "_check_help"):
-        argparse.ArgumentParser._check_help = lambda *_: None
+    parser: Any = argparse.ArgumentParser
+    parser._check_help = lambda *_: None
 
 
 def in_hydras_words(arguments: Sequence[str]) -> list[str]:
