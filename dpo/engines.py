@@ -261,7 +261,7 @@ class Vllm:
         self, dtype: Literal["float32", "bfloat16", "float16"], tolerance: float, cache: str, llm: LlmOptions
     ) -> None:
         if find_spec("vllm") is None:
-            raise ValueError(f"{self.group}=vllm needs the package vllm, found none; pip install 'dpo[vllm]'")
+            raise ValueError(f"{self.group}=vllm needs the package vllm, found none; pip install -e '.[vllm]'")
         if tolerance <= 0:
             raise ValueError(f"engine.tolerance must be above 0, got {tolerance}")
         if not 0 < (share := llm["gpu_memory_utilization"]) <= 1:

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, Literal
 
 from dpo.data.records import Dataset, OnFaulty, Preference, paired, responses_of
-from dpo.data.sources import Source, elsewhere, has_splits
+from dpo.data.sources import Source, elsewhere, has_splits, require
 
 Turns = Literal["last", "all"]
 
@@ -58,11 +58,8 @@ def _shown(
 def _turns(row: dict[str, Any], turns: Turns) -> list[Preference] | str:
     """The demonstrations of a row as single responses that are desirable, or why there is none."""
     if "messages" not in row:
-        if missing := [name for name in ("prompt", "completion") if name not in row]:
-            pairs = "; pairs of chosen and rejected are read by data=file" if "chosen" in row else ""
-            raise ValueError(
-                f"must have messages, or prompt and completion; found no {' and no '.join(missing)}{pairs}"
-            )
+        pairs = "; pairs of chosen and rejected are read by data=file" if "chosen" in row else ""
+        require(row, ("prompt", "completion"), pairs, instead="messages, or ")
         prompt, [completion], [ended] = responses_of(row, ("completion",))
         return [Preference(prompt, completion, completion, ended, ended, label=True)]
     messages = row["messages"]

@@ -21,7 +21,7 @@ from dpo.data.records import (
     preference,
     responses_of,
 )
-from dpo.data.sources import Source, has_splits
+from dpo.data.sources import Source, has_splits, require
 
 CONVERTED = "refs/convert/parquet"  # the hub's own copy of a data set that is published as a script, a folder each
 FROM_FEEDBACK = Source(f"openai/summarize_from_feedback@{CONVERTED}", "train", folder="comparisons")
@@ -242,8 +242,7 @@ def _is_count(value: Any) -> bool:
 
 def _labelled(row: dict[str, Any]) -> Preference:
     """The response of a row with its label. Raises: ValueError if it is none."""
-    if missing := [name for name in ("prompt", "completion", "label") if name not in row]:
-        raise ValueError(f"must have prompt, completion and label; found no {' and no '.join(missing)}{_file(row)}")
+    require(row, ("prompt", "completion", "label"), _file(row))
     label = row["label"]
     if type(label) not in (bool, int) or label not in (0, 1):
         raise ValueError(f"label must be true or false, or 1 or 0, found {label!r}")

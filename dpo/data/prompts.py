@@ -4,7 +4,7 @@ from typing import Any
 
 from dpo.cache import digest
 from dpo.data.records import Dataset, OnFaulty, Text, distinct, responses_of
-from dpo.data.sources import Source, has_splits, read
+from dpo.data.sources import Source, has_splits, read, require
 
 ALPACA_EVAL = Source("tatsu-lab/alpaca_eval@refs/convert/parquet", "eval", folder="alpaca_eval")
 
@@ -99,8 +99,7 @@ def _parted(
 
 
 def _prompt(row: dict[str, Any]) -> Text:
-    if "prompt" not in row:
-        raise ValueError("must have a prompt, found none")
+    require(row, ("prompt",))
     return responses_of(row, ())[0]
 
 

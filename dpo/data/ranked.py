@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from dpo.cache import digest
 from dpo.data.records import HUMAN, TURN, Dataset, OnFaulty, Preference, paired, preference
-from dpo.data.sources import Source, elsewhere, has_splits
+from dpo.data.sources import Source, elsewhere, has_splits, require
 
 Pairs = Literal["best_worst", "best_random", "all"]
 
@@ -77,8 +77,7 @@ def stack_exchange(
 
 def _paired(row: dict[str, Any], pairs: Pairs) -> list[Preference] | str:
     """The pairs of a row, or why there is none."""
-    if missing := [name for name in ("prompt", "responses", "scores") if name not in row]:
-        raise ValueError(f"must have prompt, responses and scores; found no {' and no '.join(missing)}")
+    require(row, ("prompt", "responses", "scores"))
     responses, scores = row["responses"], row["scores"]
     if not isinstance(responses, list) or not isinstance(scores, list) or len(responses) != len(scores):
         raise ValueError("must have a list of responses, and one of as many scores")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from dpo.cache import digest_large
 from dpo.data.lazy import Lazy
-from dpo.data.sources import SHOWN, Source, elsewhere, kind, listed, parse, write_rows
+from dpo.data.sources import SHOWN, Source, elsewhere, kind, listed, parse, require, write_rows
 from dpo.data.sources import read as read_rows
 
 logger = logging.getLogger(__name__)
@@ -338,10 +338,7 @@ def preference(row: dict[str, Any]) -> Preference:
         if before != other:
             raise ValueError("chosen and rejected must be one conversation up to their last message, found two")
         row = row | {"prompt": before} | {name: row[name][-1:] for name in ("chosen", "rejected")}
-    missing = [name for name in ("prompt", "chosen", "rejected") if name not in row]
-    if missing:
-        hint = _other_data(row)
-        raise ValueError(f"must have prompt, chosen and rejected; found no {' and no '.join(missing)}{hint}")
+    require(row, ("prompt", "chosen", "rejected"), _other_data(row))
     prompt, (chosen, rejected), ended = responses_of(row, ("chosen", "rejected"))
     pair = Preference(prompt, chosen, rejected, ended[0], ended[1])
     more: dict[str, Any] = {"measures": _measures(row), "score_gap": _score_gap(row)}
@@ -426,6 +423,8 @@ def _other_data(row: dict[str, Any]) -> str:
     """What a line is that is no pair, and what reads it."""
     if {"chosen", "rejected"} <= row.keys() and all(TURN in str(row[name]) for name in ("chosen", "rejected")):
         return "; dialogues like those of hh-rlhf are read by data=hh"
+    if "prompt" not in row and all(isinstance(row.get(name), str) for name in ("chosen", "rejected")):
+        return "; texts that begin with their prompt are read with data.prompt=implicit, one of its own by data.columns"
     if {"responses", "scores"} <= row.keys():
         return "; several responses with a score each are read by data=ranked"
     if "label" in row and "completion" in row:

@@ -126,14 +126,25 @@ def renamed(row: Row, columns: dict[str, str]) -> Row:
     return {name: value for name, value in row.items() if name not in taken} | found
 
 
+def require(row: Row, names: Sequence[str], hint: str = "", instead: str = "") -> None:
+    """Raise a ValueError unless the row has all these columns.
+
+    hint: what to do, if that is not to map those that it has. instead: what would be read in their place.
+    """
+    if missing := [name for name in names if name not in row]:
+        wanted = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+        there = f" among {', '.join(row) or 'no columns'}; data.columns={{{missing[0]}:NAME}} reads one of another name"
+        raise ValueError(f"must have {instead}{wanted}; found no {' and no '.join(missing)}{hint or there}")
+
+
 def _loaded(source: Source, stack: ExitStack) -> Any:
     """The rows by `datasets`. What it makes of files here is kept no longer than `stack`, so that none is stale."""
     try:
         import datasets
     except ImportError as error:
         raise ValueError(
-            f"reading {source.path} needs the datasets package, found none; pip install 'dpo[hub]', or give a JSONL "
-            "file of it as data.path"
+            f"reading {source.path} needs the datasets package, found none; pip install -e '.[hub]' -c "
+            "constraints.txt, or give a JSONL file of it as data.path"
         ) from error
     place = Path(source.path).expanduser()
     try:

@@ -215,14 +215,19 @@ def _chats(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> Turn 
     if chats and not tokenizer.chat_template:
         raise ValueError(
             "prompts are chat messages, so the tokenizer must have a chat template, found none; use a "
-            "chat model and its tokenizer, or write the prompts as plain text"
+            "chat model and its tokenizer, give policy.chat_template, or write the prompts as plain text"
         )
     if 0 < chats < len(prompts):
-        raise ValueError(f"prompts must be all text or all chats, found {chats} chats among {len(prompts)}")
+        raise ValueError(
+            f"prompts must be all text or all chats, found {chats} chats among {len(prompts)}; write all of them alike"
+        )
     if not chats:
         return None
     check_date(tokenizer)
-    return turn(tokenizer)
+    try:
+        return turn(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{error}; mend the template, or give another: policy.chat_template") from error
 
 
 def _texts(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -182,24 +183,47 @@ def merge(model: PreTrainedModel, folder: Path, weights: str) -> None:
     Raises: ValueError if it is an adapter of others.
     """
     config, stored = read_json(folder / ADAPTER_CONFIG), load_file(folder / ADAPTER)
-    modules = dict(model.named_modules())
     theirs = read_json(folder / BASE)["weights"] if (folder / BASE).exists() else weights
     if theirs != weights:
         raise ValueError(
             f"{folder} is an adapter of weights {theirs[:12]}, found {weights[:12]} at policy.path; take the model "
             f"that its {BASE} names"
         )
-    for name in sorted({name.rpartition(".lora_")[0] for name in stored}):
-        a, b = (stored.pop(f"{name}.lora_{side}.weight", None) for side in "AB")
-        weight: Any = getattr(module := modules.get(name.removeprefix(PREFIX)), "weight", None)
-        if a is None or b is None or weight is None or _turned(b @ a, module).shape != weight.shape:
-            raise ValueError(
-                f"{folder} must be an adapter of {model.name_or_path}, found one of other layers: {name or min(stored)}"
-            )
+    for name, module in check_fits(model, folder).items():
+        a, b = (stored[f"{name}.lora_{side}.weight"].float() for side in "AB")
         scale = config["lora_alpha"] / (math.sqrt(len(a)) if config.get("use_rslora") else len(a))
-        distributed.local(weight).add_(distributed.part(_turned(scale * (b.float() @ a.float()), module), weight))
-    if stored:
-        raise ValueError(f"{folder} must hold an A and a B for each layer, found {min(stored)}; merge it with peft")
+        weight: Any = module.weight
+        distributed.local(weight).add_(distributed.part(_turned(scale * (b @ a), module), weight))
+
+
+def check_fits(model: PreTrainedModel, folder: Path) -> dict[str, nn.Module]:
+    """The layers that an adapter of a folder changes, by their names there. No weight is looked at.
+
+    Raises: ValueError if it is of other layers, or of other sizes.
+    """
+    modules, found = dict(model.named_modules()), {}
+    with safe_open(folder / ADAPTER, "pt") as file:
+        names = file.keys()
+        shapes = {name: file.get_slice(name).get_shape() for name in names}
+    for name in sorted({name.rpartition(".lora_")[0] for name in shapes}):
+        a, b = (shapes.pop(f"{name}.lora_{side}.weight", None) for side in "AB")
+        module: Any = modules.get(name.removeprefix(PREFIX))
+        weight = getattr(module, "weight", None)
+        if not a or not b or weight is None:
+            raise ValueError(
+                f"{folder} must be an adapter of {model.name_or_path}, found one of other layers: "
+                f"{name or min(shapes)}; take the model that it was trained on"
+            )
+        inputs, outputs = weight.shape if isinstance(module, Conv1D) else (*weight.shape[::-1],)
+        if (a[1], b[0], a[0]) != (inputs, outputs, b[1]):
+            raise ValueError(
+                f"{folder} must be an adapter of {model.name_or_path}, whose {name.removeprefix(PREFIX)} has {inputs} "
+                f"inputs and {outputs} outputs, found A of {a} and B of {b}; take the model that it was trained on"
+            )
+        found[name] = module
+    if shapes:
+        raise ValueError(f"{folder} must hold an A and a B for each layer, found {min(shapes)}; merge it with peft")
+    return found
 
 
 def _adapters(layer: Any) -> tuple[Tensor, Tensor]:

@@ -78,6 +78,14 @@ def load(
     parted = layout if distributed.world_size() > 1 else None
     config = _config(path, trust_remote_code)
     _silence(config)
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > (rows := getattr(config.get_text_config(), "vocab_size", needed)):
+        raise ValueError(
+            f"the model of {path} must embed the {needed} tokens of its tokenizer, found {rows} embeddings; take "
+            "the tokenizer that belongs to the model"
+        )
+    if spec.adapter:
+        lora.check_fits(without_weights(spec), check_adapter(spec.adapter))
     try:
         read: Any = partial(sharded_io.read, parted, torch.device(device)) if parted else _read_whole
         model, faults = read(source, config, trust_remote_code, adapters)
@@ -101,13 +109,6 @@ def load(
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-    needed = max(tokenizer.get_vocab().values()) + 1
-    if needed > rows:
-        raise ValueError(
-            f"the model of {path} must embed the {needed} tokens of its tokenizer, found {rows} embeddings; take "
-            "the tokenizer that belongs to the model"
-        )
     model.eval()
     if not parted:
         nn.Module.to(model, device)
@@ -398,7 +399,7 @@ def _config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
     check_config(path, values)
     try:
         return AutoConfig.from_pretrained(name, **revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # whatever a class of configs checks
         raise ValueError(_no_model(path, MODEL, error)) from error
 
 
@@ -408,11 +409,17 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _no_model(path: str, what: str, error: Exception) -> str:
-    reason = f"{str(error).strip().split(chr(10))[0] or type(error).__name__}"
+    reason = re.sub(r":\s*\n\s*", ": ", str(error).strip()).split("\n")[0] or type(error).__name__
     if "trust_remote_code" in str(error):
-        reason = "code of its own; read it, and where you trust it set policy.trust_remote_code=true"
+        return (
+            f"{path} must need no code but the library's, found code of its own; read it, and where you trust it set "
+            "policy.trust_remote_code=true"
+        )
     if Path(path).expanduser().is_dir():
-        return f"{path} must hold {what} as a Hugging Face folder, found otherwise: {reason}"
+        return (
+            f"{path} must hold {what} as a Hugging Face folder, found otherwise: {reason}; copy all its files there, "
+            "or take another"
+        )
     advice = "Check the spelling, the network and HF_TOKEN."
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         name, revision = on_hub(path)

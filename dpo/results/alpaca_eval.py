@@ -116,7 +116,10 @@ def length_controlled(rows: Sequence[Row], instructions: Sequence[Row], gamed: p
     gamed: see `read_gamed`; its judgements hold a near its value for the baseline.
     """
     if find_spec("sklearn") is None:
-        raise ValueError("length-controlled win rates need scikit-learn, found none; pip install 'dpo[alpaca_eval]'")
+        raise ValueError(
+            "length-controlled win rates need scikit-learn, found none; pip install -e '.[alpaca_eval]' -c "
+            "constraints.txt"
+        )
     difficulty = gamed.drop_duplicates("index").set_index("index")["instruction_difficulty"]
     indices = _indices(rows, instructions)
     if absent := sorted(set(indices) - set(difficulty.index)):

@@ -4,6 +4,7 @@ Nothing is trained in the process that plans: each run is `python -m dpo.sweep.e
 own, under torchrun if it asks for several. Those of a CPU are forked from one that has imported what they need.
 """
 
+import argparse
 import importlib
 import itertools
 import json
@@ -56,11 +57,18 @@ def command(verb: str) -> NoReturn:
     sys.argv[1:], said = renamed(sys.argv[1:])
     for line in said:
         print(line, file=sys.stderr, flush=True)
-    if problem := _null(sys.argv[1:]):
+    if problem := _null(sys.argv[1:]) or _unquoted(sys.argv[1:]):
         sys.exit(problem)
     sys.argv[1:] = in_hydras_words(sys.argv[1:])
+    _take_hydras_help()
     hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name=verb)(single)()
     sys.exit()
+
+
+def _take_hydras_help() -> None:
+    """Python 3.14 looks into a help text when it is added, and one of Hydra 1.3's is no text until it is shown."""
+    parser: Any = argparse.ArgumentParser
+    parser._check_help = lambda *_: None
 
 
 def in_hydras_words(arguments: Sequence[str]) -> list[str]:
@@ -378,6 +386,20 @@ def _null(arguments: Sequence[str]) -> str | None:
             how = {"judge": "judge=none is no judge", "reference": "reference=reference_free is no reference"}
             how["scorer"] = "scorer=here is no pool"
             return f"{group} must be one of its options, got null; {how.get(group, f'leave out {argument}')}"
+    return None
+
+
+def _unquoted(arguments: Sequence[str]) -> str | None:
+    """What to say of a value that Hydra's grammar does not take as it is, such as train[:10] or a path with a =."""
+    parser = OverridesParser.create()
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and not argument.startswith("-"):
+            try:
+                parser.parse_override(argument)
+            except HydraException as error:
+                found = str(error).splitlines()[0]
+                return f"{argument} must be read whole, found: {found}; quote it twice: '{key}=\"{value}\"'"
     return None
 
 

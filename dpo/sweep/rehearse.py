@@ -13,8 +13,8 @@ from dpo.data.instructions import read_instructions
 from dpo.data.sources import absent
 from dpo.losses.pairs import OF_REFERENCE, asked_by, try_out
 from dpo.policy.folder import check_adapter
-from dpo.policy.lora import Lora
-from dpo.policy.model import ModelSpec, check_lora, resolve_path
+from dpo.policy.lora import Lora, check_fits
+from dpo.policy.model import ModelSpec, check_lora, resolve_path, without_weights
 from dpo.references import scored_ahead
 from dpo.sweep import inputs
 from dpo.sweep.directory import before
@@ -134,11 +134,15 @@ def _located(*paths: str | None) -> None:
 
 def _adapters(policy: dict[str, Any], cache: str) -> None:
     """What the hub alone could tell of a model is left to the run."""
-    if policy["adapter"] is not None:
-        check_adapter(policy["adapter"])
+    adapter = None if policy["adapter"] is None else check_adapter(policy["adapter"])
     where, asked = policy["path"] or sizes.present(policy["base"], cache), policy["lora"]
-    if asked["rank"] is not None and where is not None and Path(resolve_path(where)).is_dir():
-        check_lora(ModelSpec(where, policy["trust_remote_code"]), Lora(**asked, seed=0))
+    if where is None or not Path(resolve_path(where)).is_dir():
+        return
+    spec = ModelSpec(where, policy["trust_remote_code"])
+    if adapter is not None:
+        check_fits(without_weights(spec), adapter)
+    if asked["rank"] is not None:
+        check_lora(spec, Lora(**asked, seed=0))
 
 
 def _compared(policy: str | None, against: str | None, baseline: str | None) -> None:

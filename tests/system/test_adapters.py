@@ -217,12 +217,13 @@ def test_sft_of_adapters(directory):
         (["policy.lora.targets=[nothing]"], "found no layer of that name: nothing"),
         (["policy.lora.targets=[lm_head]"], "must be linear layers between embeddings and head, got lm_head"),
         (["policy.adapter=nowhere"], "policy.adapter must be a folder of a LoRA adapter, found none at nowhere"),
+        (["policy.path={1}", "policy.adapter={0}/lora/adapter"], "must be an adapter of .*, found one of other layers"),
         (["policy.path={0}/lora/adapter"], r"policy.path=\S*/base policy.adapter=\S*/lora/adapter"),
         (["reference=other", "reference.path={0}/lora/adapter"], "must hold a whole model, found adapter_config.json"),
     ],
 )
-def test_what_is_refused_when_planned(overrides, said, directory):
-    overrides = [one.format(directory) for one in overrides]
+def test_what_is_refused_when_planned(overrides, said, directory, tiny_model):
+    overrides = [one.format(directory, tiny_model("gpt2")) for one in overrides]
     config: Any = frozen(directory / "refused", *given(directory), *overrides)
     [tried] = rehearse([{key: value for key, value in _plain(config).items() if key != "id"}])
     assert len(tried["problems"]) == 1

@@ -1,5 +1,6 @@
 """Sweeps of a stand-in verb, in processes as users start them: plan, refuse, run, skip, fail, stop, resume."""
 
+import argparse
 import compileall
 import copy
 import json
@@ -390,6 +391,28 @@ def test_a_run_is_finished_with_the_inputs_that_it_had(tree):
 def test_a_huge_sweep_is_refused(tree):
     text = said(tree, "-m", "seed=range(1000000000000)", "beta=0.1,0.2", code=1)
     assert "a sweep must have at most 10000 runs; seed has 10001, beta has 2 values: sweep in parts" in text
+
+
+def test_python_does_not_look_into_hydras_help(monkeypatch):
+    """3.14 does by `_check_help`, and refuses what is no text until it is shown."""
+
+    def refuse(*_):
+        raise ValueError("badly formed help string")
+
+    monkeypatch.setattr(argparse.ArgumentParser, "_check_help", refuse, raising=False)
+    launch._take_hydras_help()
+    parser: Any = argparse.ArgumentParser()
+    parser._check_help(None)
+
+
+def test_a_value_that_must_be_quoted_is_told_how(tree):
+    for value in ("train[:10]", "runs/dev/beta=0.1/policy"):
+        text = said(tree, f"data.split={value}", code=1)
+        assert f"data.split={value} must be read whole, found: " in text
+        assert f"""; quote it twice: 'data.split="{value}"'""" in text
+    text = said(tree, 'data.split="train[:10]"', code=1)  # of data without splits
+    assert "must be read whole" not in text
+    assert "split" in text
 
 
 @pytest.mark.parametrize("mode", [[], ["-m", "beta=0.1,0.2"]])

@@ -290,7 +290,7 @@ def test_a_template_that_renders_no_chat_is_nothing_to_plain_text():
     plain = [Preference("how are you?", " I am well", " I")]
     assert tokenize(plain, tokenizer, 200, "error") == tokenize(plain, tiny_tokenizer("llama"), 200, "error")
     assert ends(tokenizer, None) == [tokenizer.eos_token_id]
-    with pytest.raises(ValueError, match="the chat template does not render it: give me tools"):
+    with pytest.raises(ValueError, match="does not render it: give me tools; mend the template, or give another"):
         tokenize([Preference(ASKED, answer("a"), "b")], tokenizer, 200, "error")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from test_sources import WRITERS
 
 from dpo.data import hub
 from dpo.data.hub import FROM_FEEDBACK, hc3, shp, tldr, ultrafeedback, webgpt
@@ -255,6 +256,20 @@ def test_tldr_to_the_letter(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "2 of 30 pairs are faulty, 2 dropped" in said
     assert "1 x it is of a news article, not of a post" in said
+
+
+@pytest.mark.parametrize("name", [name for name in WRITERS if not name.endswith((".csv", ".jsonl"))])
+@pytest.mark.parametrize("reader", ["hh", "ultrafeedback", "tldr"])
+def test_published_rows_are_the_same_in_every_kind_of_file(tmp_path, reader, name):
+    read, rows = {
+        "hh": (lambda path: hub.hh(path, None, None, True, 0.3, "drop"), WRITTEN),
+        "ultrafeedback": (lambda path: ultrafeedback(path, None, "none", 0.3, "drop"), [*map(chats, range(20))]),
+        "tldr": (lambda path: tldr(path, None, 0.3, "drop"), [comparison(number) for number in range(20)]),
+    }[reader]
+    WRITERS[name](tmp_path / name, rows)
+    data, same = read(str(tmp_path / name)), read(save(tmp_path / "same.jsonl", rows))
+    assert data.preferences == same.preferences
+    assert sum(map(len, data.preferences.values())) == (41 if reader == "hh" else 20)
 
 
 def test_a_post_without_a_title(tmp_path):

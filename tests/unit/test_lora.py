@@ -177,7 +177,7 @@ def test_an_adapter_that_peft_wrote(kind, options, tiny_model, tmp_path):
         assert torch.allclose(weight, expected[name], rtol=0, atol=1e-7), name
 
 
-def test_an_adapter_of_others_is_refused(tiny_model, tmp_path):
+def test_an_adapter_of_others_is_refused(tiny_model, tmp_path, monkeypatch):
     path = tiny_model("llama")
     models.save(moved(adapted(path)), models.load_tokenizer(path), tmp_path / "policy")
     models.move_adapter_out(tmp_path / "policy")
@@ -187,6 +187,7 @@ def test_an_adapter_of_others_is_refused(tiny_model, tmp_path):
     with pytest.raises(ValueError, match=r"is an adapter of weights"):
         models.load(ModelSpec(tiny_model("qwen2"), adapter=str(folder)))
     (folder / "base.json").unlink()
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", None)  # no weight is read before
     with pytest.raises(ValueError, match=r"found one of other layers: base_model.model.model.layers"):
         models.load(ModelSpec(tiny_model("gpt2"), adapter=str(folder)))
     stored = load_file(folder / "adapter_model.safetensors")
@@ -201,6 +202,11 @@ def test_an_adapter_of_others_is_refused(tiny_model, tmp_path):
     save_file({key: one for key, one in stored.items() if key != name}, folder / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="found one of other layers"):
         models.load(ModelSpec(path, adapter=str(folder)))
+    rank, inputs = stored[name].shape
+    for shape in ((rank, inputs + 1), (rank + 1, inputs)):
+        save_file({**stored, name: torch.zeros(shape)}, folder / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=rf"has {inputs} inputs and \d+ outputs, found A of \[{shape[0]}"):
+            models.load(ModelSpec(path, adapter=str(folder)))
 
 
 @pytest.mark.parametrize(

@@ -269,12 +269,20 @@ def test_missing_weights_are_refused(tiny_model, tmp_path):
 
 
 def test_folders_without_a_part(tiny_model, tmp_path, offline):
-    for name in ("config.json", "tokenizer.json"):
+    said = {"config.json": "", "tokenizer.json": " must hold a tokenizer .*, found otherwise: .*; copy all its files"}
+    for name in said:
         folder = copy(tiny_model("llama"), tmp_path / name)
         for path in folder.glob("tokenizer*" if name.startswith("tokenizer") else name):
             path.unlink()
-        with pytest.raises(ValueError, match=str(folder)):
+        with pytest.raises(ValueError, match=str(folder) + said[name]):
             models.load(str(folder))
+
+
+def test_a_config_that_its_own_class_refuses(tiny_model, tmp_path):
+    folder = copy(tiny_model("llama"), tmp_path / "model")
+    edit(folder / "config.json", hidden_size=33)
+    with pytest.raises(ValueError, match=r"model must hold .* found otherwise: .*\(33\) is not a multiple .*; copy"):
+        models.load(str(folder))
 
 
 def test_tokenizer_without_eos_is_refused(tiny_model, tmp_path):
@@ -284,13 +292,14 @@ def test_tokenizer_without_eos_is_refused(tiny_model, tmp_path):
         models.load(str(folder))
 
 
-def test_tokenizer_larger_than_the_model_is_refused(tiny_model, tmp_path):
+def test_tokenizer_larger_than_the_model_is_refused(tiny_model, tmp_path, monkeypatch):
     model, tokenizer = models.load(tiny_model("llama"))
     tokenizer.add_tokens(["one", "two", "three"])
     models.save(model, tokenizer, tmp_path / "fits")
     models.load(str(tmp_path / "fits"))  # the rows to spare
     tokenizer.add_tokens(["four"])
     models.save(model, tokenizer, tmp_path / "model")
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", None)  # no weight is read before
     with pytest.raises(ValueError, match="must embed the"):
         models.load(str(tmp_path / "model"))
 

@@ -32,6 +32,16 @@ def test_an_article_is_asked_for_in_one_turn(file):
             )
 
 
+def test_a_row_without_a_prompt_is_told_by_its_columns(tmp_path):
+    (path := tmp_path / "asked.jsonl").write_text('{"question": "a", "id": 1}\n')
+    with pytest.raises(ValueError, match=r"must have prompt; found no prompt among question, id; data\.columns=\{"):
+        prompts(str(path), None, 0, 1, 1, "drop")
+    rows = [{"question": f"{n}?", "id": n} for n in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = prompts(str(path), None, 0, 1, 1, "drop", columns={"prompt": "question"})
+    assert sorted(one for some in data.prompts.values() for one in some) == [row["question"] for row in rows]
+
+
 def test_parts_share_no_article(file):
     parts = [cnn_dailymail(file, "Be brief.", 2, part, 2, 3, "drop") for part in range(2)]
     assert parts[0].prompts["test"] == parts[1].prompts["test"]

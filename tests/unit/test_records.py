@@ -140,7 +140,11 @@ USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "cont
             HINTED + "no chosen and no rejected; single responses with a",
         ),
         ({"messages": [USER, ASSISTANT]}, HINTED + "no prompt and no chosen and no rejected; this is data of demonstr"),
-        ({"prompt": "p", "chosen": "c", "text": "t"}, HINTED + "no rejected"),
+        (
+            {"question": "p", "chosen": "c", "text": "t"},
+            HINTED + "no prompt and no rejected among question, chosen, text; data.columns={prompt:NAME} reads one of",
+        ),
+        ({"chosen": "p c", "rejected": "p r"}, HINTED + "no prompt; texts that begin with their prompt are read with"),
         ({"prompt": "p", "completion": "c"}, HINTED + "no chosen and no rejected; this is data of demonstr"),
         (row(chosen_ended="no"), "chosen_ended and rejected_ended must be true or false"),
         ('{"prompt": "p", "chosen": "\\ud83d", "rejected": "r"}', "chosen must be Unicode"),
