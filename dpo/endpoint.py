@@ -26,7 +26,7 @@ Answer = TypeVar("Answer")
 class ServerOptions(TypedDict):
     """Where a server is and how it is asked, which decides no answer: `conf/server/local.yaml` says what each means."""
 
-    url: str
+    url: str | None
     key: str | None
     concurrency: int
     timeout: float
@@ -61,13 +61,13 @@ class Server:
     """
 
     def __init__(self, model: str | None, options: ServerOptions, group: str, key: str = "model") -> None:
-        self.model, self.options, self.bill = model, options, Bill()
+        self.model, self.options, self.group, self.bill = model, options, group, Bill()
         self._lock, self._next = threading.Lock(), 0.0
         if find_spec("openai") is None:
             raise ValueError(f"{group} needs the package openai, found none; pip install 'dpo[endpoint]'")
         if not model:
             raise ValueError(f"{group}.{key} must name a model that {options['url']} serves, got {model!r}")
-        if not options["url"].startswith(("http://", "https://")):
+        if options["url"] is not None and not options["url"].startswith(("http://", "https://")):
             raise ValueError(f"{group}.server.url must begin with http:// or https://, got {options['url']}")
         if (name := options["key"]) is not None and not name.replace("_", "").isalnum():
             raise ValueError(f"{group}.server.key must name an environment variable, and not be the key itself")
@@ -120,14 +120,23 @@ class Server:
         """What `read` finds in the body that the server answers with; asked again where it is none, as `chat` says."""
         import openai
 
+        if self.options["url"] is None:
+            raise RuntimeError(
+                f"{self.group}.server.url must be that of a server where something is to be asked, found null and a "
+                "question that no run has had answered; give the url, or the settings of those that have"
+            )
         for attempt in range(self.options["retries"] + 1):
             self._wait_for_turn()
             try:
                 body = create(model=self.model, **request)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 raise Refused(f"{self._here} refused a request: {error}") from None
-            except openai.AuthenticationError as error:
-                raise RuntimeError(f"{self._here} must take the key in {self.options['key']}: {error}") from None
+            except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+                ours = f"the key in {self.options['key']}" if self.options["key"] else "requests without a key"
+                raise RuntimeError(
+                    f"{self._here} must take {ours}: {error}; {self.group}.server.key names the environment variable "
+                    "that holds another"
+                ) from None
             except openai.NotFoundError as error:
                 raise RuntimeError(
                     f"{self._here} must serve {self.model}: {error}; it serves {self._served()}"
@@ -199,7 +208,7 @@ class Server:
         try:
             return ", ".join(sorted(one.id for one in self.client.models.list())) or "none"
         except (openai.OpenAIError, AttributeError, TypeError):
-            return "nobody knows what"
+            return f"nobody knows what: {self.group}.server.url must be where its paths begin, mostly .../v1"
 
     def _same_model(self, found: Any) -> None:
         """A name may be that of a family, of which the server answers with a dated one."""

@@ -9,6 +9,7 @@ start, before a model is loaded, a method `check`.
 """
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -36,6 +37,7 @@ from dpo.policy.sampling import Sample, Sampling, cut, longest_first, sample
 from dpo.training.distributed import device_of, is_main, is_sharded, on_main
 from dpo.training.log import progress
 
+logger = logging.getLogger(__name__)
 TRIED = 16  # tokens of the responses of a handshake
 Tokens = list[int]
 Logps = list[float]
@@ -59,7 +61,8 @@ class Endpoint:
 
     Each response is asked for by itself, with a seed that its prompt, the run's seed and its place decide, and kept in
     the folder `cache` when it comes. First a handshake: the server must draw other tokens for another seed, the same
-    for the same, and give each the log-prob that the model gives it, within `tolerance` nats in the mean.
+    for the same, no others at temperature 0, and give each the log-prob that the model gives it, within `tolerance`
+    nats in the mean.
 
     served: the name under which the server has the weights.
     Raises: ValueError if the options are none that could work. RuntimeError if the server is not as above.
@@ -70,6 +73,7 @@ class Endpoint:
             raise ValueError(f"engine.tolerance must be above 0, got {tolerance}")
         self.tolerance, self.cache = tolerance, cache
         self.server = Server(served, server, "engine", "served")
+        self._weights: str | None = None  # that it has
 
     def forward(
         self,
@@ -84,14 +88,9 @@ class Endpoint:
         stops = ends(tokenizer, model.generation_config)
         weights = models.fingerprint(model)
         biased = {} if (bias := _against_spare_rows(model, tokenizer)) is None else {"logit_bias": bias}
-        drawn, scored = on_main(lambda: self._tried(prompts[0], stops, biased))
-        apart = _apart(model, prompts[0], drawn, scored)
-        if not apart <= self.tolerance:
-            raise RuntimeError(
-                f"the server at {self.server.options['url']} must hold the weights of {model.name_or_path}, found "
-                f"log-probs that differ from its by {apart:.3g} nats a token, in {len(drawn)} tokens; serve that "
-                "folder, or raise engine.tolerance if it rounds more"
-            )
+        if weights != self._weights:
+            self._check_weights(model, prompts[0], stops, biased)
+            self._weights = weights
         asked: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
         asked |= {"top_p": sampling.top_p, **biased}
 
@@ -106,9 +105,31 @@ class Endpoint:
 
     __call__ = forward
 
+    def close(self) -> None:
+        """Say what was paid: who samples in parts shows a progress bar of its own, without it."""
+        if self.server.bill.requests:
+            logger.info(f"{self.server.model}: {self.server.bill.said(self.server.options['prices'])}")
+
     def _respond(self, question: tuple[Tokens, int], asked: dict[str, Any], stops: Sequence[int]) -> Tokens:
         ids, seed = question
-        return self._complete(ids, seed, asked, stops)[0]
+        try:
+            return self._complete(ids, seed, asked, stops)[0]
+        except Refused as error:
+            raise RuntimeError(
+                f"{error}; of a prompt of {len(ids)} tokens and {asked['max_tokens']} to draw. What came is kept: "
+                "serve the policy with room for max_length tokens, or lower that"
+            ) from None
+
+    def _check_weights(
+        self, model: PreTrainedModel, prompt: Tokens, stops: Sequence[int], biased: dict[str, Any]
+    ) -> None:
+        drawn, scored = on_main(lambda: self._tried(prompt, stops, biased))
+        if not (apart := _apart(model, prompt, drawn, scored)) <= self.tolerance:
+            raise RuntimeError(
+                f"the server at {self.server.options['url']} must hold the weights of {model.name_or_path}, found "
+                f"log-probs that differ from its by {apart:.3g} nats a token, in {len(drawn)} tokens; serve that "
+                "folder, or raise engine.tolerance if it rounds more"
+            )
 
     def _tried(self, prompt: Tokens, stops: Sequence[int], biased: dict[str, Any]) -> tuple[Tokens, Logps]:
         """A response to a prompt, and its log-probs, from a server that samples as it is asked to."""
@@ -116,6 +137,7 @@ class Endpoint:
         here = f"the server at {self.server.options['url']}"
         try:
             first, *others = [self._complete(prompt, seed, asked, stops) for seed in (0, 0, 1, 2, 3)]
+            greedy = [self._complete(prompt, seed, {**asked, "temperature": 0.0}, stops)[0] for seed in (0, 1)]
         except Refused as error:
             raise RuntimeError(f"{here} must complete token ids (vllm serve does): {error}") from None
         if others[0][0] != first[0]:
@@ -124,6 +146,11 @@ class Endpoint:
             raise RuntimeError(
                 f"{here} must draw at temperature 1, found the same {len(first[0])} tokens for four seeds: it ignores "
                 "temperature or seed (transformers serve does); take vllm serve, or engine=transformers"
+            )
+        if greedy[0] != greedy[1]:
+            raise RuntimeError(
+                f"{here} must draw the likeliest tokens at temperature 0, found others for another seed: it ignores "
+                "temperature; take vllm serve, or engine=transformers"
             )
         return first
 

@@ -13,6 +13,7 @@ if __name__ == "__main__":
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations, groupby
@@ -97,14 +98,21 @@ def preferences(
         judgements, outcomes = compare(judge, [one.prompt for one in some], texts, asked, instantiate(settings.rule))
         if judgements and not is_pairwise(judge) and (lost := sum(not judgement for judgement in judgements)):
             logger.warning(f"{lost} of {len(some)} {split} candidates could not be judged: they are in no pair")
-        wins = {pair: outcome.get("win", 0.5) for pair, outcome in zip(asked, outcomes, strict=True)}
+        told = {pair: outcome.get("win") for pair, outcome in zip(asked, outcomes, strict=True)}
+        wins = {pair: 0.5 if win is None else win for pair, win in told.items()}
         seed = seed_of(settings.seed, split)
         pairs[split] = _pairs(some, comparisons, wins, judgements, settings.pairs_per_prompt, seed)
+        unpaired = _unpaired(some, comparisons, told)
+        whys = ", ".join(f"{number} {why}" for why, number in unpaired.most_common())
+        said = f"{unpaired.total()} of {len(comparisons)} {split} prompts are in no pair: {whys}"
         if not pairs[split]:
             raise RuntimeError(
-                f"no two of the {len(some)} responses to a {split} prompt differ to the judge; sample more responses "
-                "(generation.samples_per_prompt) or at a higher temperature (generation.temperature)"
+                f"no two of the {len(some)} responses to a {split} prompt differ to the judge ({said}); sample more "
+                "responses (generation.samples_per_prompt), at a higher temperature (generation.temperature), or to "
+                "more prompts"
             )
+        if unpaired:
+            logger.info(said)
         if distributed.is_main():
             rows = ({**generate.row(one), **judgement} for one, judgement in zip(some, judgements, strict=True))
             write_rows(folder / f"{split}.judged.jsonl", rows)
@@ -125,6 +133,25 @@ def _comparisons(some: Sequence[Candidate]) -> list[list[tuple[int, int]]]:
     both = [[*combinations(rows, 2)] for _, rows in same]
     mixed = [[(one, other) for one, other in pairs if some[one].human != some[other].human] for pairs in both]
     return [few or all_ for few, all_ in zip(mixed, both, strict=True)]
+
+
+def _unpaired(
+    some: Sequence[Candidate],
+    comparisons: Sequence[Sequence[tuple[int, int]]],
+    told: dict[tuple[int, int], float | None],
+) -> Counter[str]:
+    """How many prompts are in no pair, by reason. told: what came of each comparison; None: nothing."""
+    reasons: Counter[str] = Counter()
+    for same in comparisons:
+        if any(told[pair] not in (None, 0.5) for pair in same):
+            continue
+        if all(some[one].response.text == some[other].response.text for one, other in same):
+            reasons["whose responses are equal"] += 1
+        elif all(told[pair] is None for pair in same):
+            reasons["that could not be judged"] += 1
+        else:
+            reasons["with ties alone"] += 1
+    return reasons
 
 
 def _pairs(

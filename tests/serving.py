@@ -42,6 +42,8 @@ class Served:
         time.sleep(self.slow)
         if self.key is not None and authorization != f"Bearer {self.key}":
             return 401, {"error": {"message": "wrong key"}}
+        if not path.startswith("/v1/"):
+            return 404, {"error": {"message": f"no path {path}"}}
         if path.endswith("/models"):
             return 200, {"object": "list", "data": [{"id": self.name, "object": "model", "created": 0}]}
         if isinstance(fault, int):

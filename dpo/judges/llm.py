@@ -205,7 +205,7 @@ class _Asking:
                 logger.info(f"{title}: {self.server.bill.said(self.server.options['prices'])}")
 
     def handshake(self, text: str, read: Callable[[str], Any]) -> None:
-        if is_missed(found := self._once(text, read)):
+        if self.server.options["url"] is not None and is_missed(found := self._once(text, read)):
             raise RuntimeError(
                 f"the judge {self.server.model} must answer in the asked form, found {found['said']!r} in "
                 f"{self.attempts} attempts to a plain question, the last {found['missed']}; take another judge.model, "

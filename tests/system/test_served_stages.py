@@ -19,6 +19,8 @@ from dpo import evaluate, generate, judge, train
 from dpo.data.records import read
 from dpo.sweep.rehearse import Rehearsal
 
+SECRET = "sk-of-this-test-alone"
+
 
 def lines(file: Path) -> list:
     return [json.loads(line) for line in file.read_text().splitlines()]
@@ -66,7 +68,7 @@ def made(tmp_path_factory):
         for name, changed in (("again", []), ("by another rule", ["rule.tie_below_threshold=shorter"])):
             (folder / name).mkdir()
             paid = len(served.spent)
-            given = [policy, "against=initial", "candidates=null"][:2]
+            given = [policy, "against=initial"]
             config = frozen(folder / name, *SMALL, "seed=3", *given, *asked, *changed, verb="evaluate")
             evaluate.run(config, folder / name)
             (folder / name / "paid").write_text(str(len(served.spent) - paid))
@@ -156,9 +158,11 @@ def larger(text, body):
     return "Verdict: A" if first > second else "Verdict: B"
 
 
-@pytest.mark.parametrize("verb", ["generate", "judge"])
+@pytest.mark.parametrize("verb", ["generate", "judge", "evaluate"])
 def test_a_stage_that_is_killed_pays_for_no_answer_twice(tmp_path, tiny_model, verb):
-    """Killed by a signal that it cannot see, while the server answers; the same command goes on from there."""
+    """Killed by a signal that it cannot see, while the server answers; the same command goes on from there. The key is
+    in no file and in nothing that is said.
+    """
     process, answered, most = [], [], 20
 
     class Deadly(Served):
@@ -172,22 +176,29 @@ def test_a_stage_that_is_killed_pays_for_no_answer_twice(tmp_path, tiny_model, v
     pairs = tmp_path / "prompts.jsonl"
     pairs.write_text("".join(json.dumps({"prompt": f"What is {n} and {n}?"}) + "\n" for n in range(8)))
     model = tiny_model("llama")
-    served = Deadly("m", larger if verb == "judge" else None, folder=model)
+    served = Deadly("m", None if verb == "generate" else larger, folder=model, key=SECRET)
     with serving(served) as url:
         command = [sys.executable, "-m", f"dpo.{verb}", "data=prompts", f"data.path={pairs}", f"policy.path={model}"]
         command += ["max_length=60", "max_new_tokens=6", "wandb.mode=disabled", "device=cpu", "threads=1"]
-        command += ["data.validation=2", "data.test=1", "generation.samples_per_prompt=4"]
+        command += ["generation.samples_per_prompt=4"]
+        command += ["data.validation=1", "data.test=6"] if verb == "evaluate" else ["data.validation=2", "data.test=1"]
+        judged = ["judge=pairwise", "judge.model=m", f"judge.server.url={url}", "judge.server.concurrency=2"]
+        judged += ["judge.server.key=SERVERS_KEY"]
         if verb == "judge":
-            command += ["judge=pairwise", "judge.model=m", f"judge.server.url={url}", "judge.server.concurrency=2"]
+            command += judged
+        elif verb == "evaluate":  # against another sample of the policy
+            most = 7
+            command += [*judged, f"against={model}"]
         else:
             command += ["engine=endpoint", "engine.served=m", f"engine.server.url={url}", "engine.server.concurrency=2"]
+            command += ["engine.server.key=SERVERS_KEY"]
         runs = []
         for _ in range(2):
             process[:] = [
                 subprocess.Popen(
                     command,
                     cwd=tmp_path,
-                    env={**os.environ, "PYTHONPATH": str(ROOT)},
+                    env={**os.environ, "PYTHONPATH": str(ROOT), "SERVERS_KEY": SECRET},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     text=True,
@@ -199,8 +210,14 @@ def test_a_stage_that_is_killed_pays_for_no_answer_twice(tmp_path, tiny_model, v
     assert runs[1][1] == 0, runs[1][0]
     assert "0 finished, 1 to do" in runs[1][0]
     asked = Counter(answered)
-    shaking = 5 if verb == "generate" else 1
+    shaking = 7 if verb == "generate" else 1
     twice = [text for text, count in asked.items() if count > 1]
     assert sum(asked[text] - 1 for text in twice) <= 2 * shaking + 2  # the handshakes, and what was under way
-    [folder] = (tmp_path / "runs").glob("*/*/manifest.json")
-    assert json.loads(folder.read_text())["train candidates"] > 0
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()]
+    assert SECRET not in runs[0][0] + runs[1][0]
+    if verb == "evaluate":
+        [last] = (tmp_path / "runs").glob("*/*/evaluation.json")
+        assert json.loads(last.read_text())["n"] == 6
+    else:
+        [last] = (tmp_path / "runs").glob("*/*/manifest.json")
+        assert json.loads(last.read_text())["train candidates"] > 0

@@ -291,6 +291,24 @@ def same(some: list[int], asked: list[int]) -> list[tuple[int, int]]:
     return [*enumerate(some)]
 
 
+def test_answers_outlive_a_full_disk(tmp_path):
+    """What came before it is not asked for again; the line that found no room is cut, and taken away."""
+    script = """
+import resource, sys
+from dpo.cache import remember_each
+resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))
+remember_each(sys.argv[1], "kind", {}, [1, 2, 3, 4, 5], lambda some: ((n, "x" * 60) for n in range(len(some))))
+"""
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert "OSError: [Errno 27] File too large" in ended.stderr
+    (file,) = (tmp_path / "kind").glob("*.jsonl")
+    assert not file.read_text().endswith("\n")
+    asked: list[int] = []
+    for _ in range(2):
+        remember_each(tmp_path, "kind", {}, [1, 2, 3, 4, 5], lambda some: same(some, asked))
+    assert asked == [3, 4, 5]
+
+
 def test_answers_outlive_a_process_that_is_killed(tmp_path):
     script = """
 import os, signal, sys

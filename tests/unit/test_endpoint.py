@@ -95,12 +95,19 @@ def test_who_does_not_answer_is_named(echo, monkeypatch):
     with serving(echo) as url:
         with pytest.raises(RuntimeError, match=r"must serve other: .*; it serves m"):
             at(url, "other").chat("say yes", 9, 0, 0.0)
+        with pytest.raises(RuntimeError, match=r"nobody knows what: judge\.server\.url must be where its paths begin"):
+            at(url.removesuffix("/v1"), "other").chat("say yes", 9, 0, 0.0)
         echo.key = "right"
         monkeypatch.setenv("MY_KEY", "wrong")
-        with pytest.raises(RuntimeError, match="must take the key in MY_KEY"):
+        with pytest.raises(RuntimeError, match=r"must take the key in MY_KEY: .*; judge\.server\.key names the env"):
             at(url, key="MY_KEY").chat("say yes", 9, 0, 0.0)
+        with pytest.raises(RuntimeError, match=r"must take requests without a key: .*; judge\.server\.key names"):
+            at(url).chat("say yes", 9, 0, 0.0)
         monkeypatch.setenv("MY_KEY", "right")
         assert at(url, key="MY_KEY").chat("say yes", 9, 0, 0.0) == ("yes", False)
+        echo.faults += [403]
+        with pytest.raises(RuntimeError, match=r"must take the key in MY_KEY: .* status 403"):
+            at(url, key="MY_KEY").chat("say yes", 9, 0, 0.0)
         echo.faults += [lambda body: {**body, "model": "another"}]
         with pytest.raises(RuntimeError, match="must answer with m, found another; it serves m"):
             at(url, key="MY_KEY").chat("say yes", 9, 0, 0.0)

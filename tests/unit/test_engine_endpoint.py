@@ -8,7 +8,7 @@ import torch
 from serving import Served, serving
 from transformers import AutoModelForCausalLM
 
-from dpo.engines import Endpoint, seed_of
+from dpo.engines import Endpoint, closing, seed_of
 from dpo.policy import model as models
 from dpo.policy.sampling import Sampling, sample
 
@@ -56,7 +56,7 @@ def test_a_response_is_that_of_its_seed_and_place(policy, served, prompts, tmp_p
     assert found[0].response_ids != found[2].response_ids
     seeds = {seed_of(seed, place) for seed in range(30) for place in range(30)}
     assert len(seeds) == 900
-    sent = served.asked[5 : 5 + len(prompts)]
+    sent = served.asked[7 : 7 + len(prompts)]
     assert {one["seed"] for one in sent} == {seed_of(0, place) for place in range(4)}
     for one in sent:
         assert (one["max_tokens"], one["temperature"], one["top_p"]) == (6, 1.0, 0.9)
@@ -76,20 +76,29 @@ def test_ids_that_are_no_tokens_are_never_drawn(policy, served, prompts, tmp_pat
 
 def test_what_was_sampled_is_kept_as_it_comes(policy, served, prompts, tmp_path):
     with serving(served) as url:
-        served.faults += ["good"] * 7 + [500] * 9  # five of the handshake and two responses
+        served.faults += ["good"] * 9 + [500] * 9  # seven of the handshake and two responses
         with pytest.raises(RuntimeError, match="must answer, found InternalServerError"):
             engine(url, tmp_path, concurrency=1)(*policy, prompts, range(4), WARM, 0, "")
         served.faults.clear()
         paid = len(served.spent)
-        assert paid == 7
+        assert paid == 9
         found = engine(url, tmp_path)(*policy, prompts, range(4), WARM, 0, "")
-        assert len(served.spent) == paid + 5 + 2
+        assert len(served.spent) == paid + 7 + 2
         assert engine(url, tmp_path)(*policy, prompts, range(4), WARM, 0, "") == found
-        assert len(served.spent) == paid + 5 + 2 + 5
+        assert len(served.spent) == paid + 7 + 2 + 7
         for changed in (replace(WARM, temperature=0.5), replace(WARM, top_p=1.0), replace(WARM, max_new_tokens=3)):
             paid = len(served.spent)
             engine(url, tmp_path)(*policy, prompts, range(4), changed, 0, "")
-            assert len(served.spent) == paid + 5 + 4
+            assert len(served.spent) == paid + 7 + 4
+
+
+def test_a_server_is_tried_once_and_its_bill_told(policy, served, prompts, tmp_path, capsys):
+    """By all parts of a run's prompts together; other weights are tried by themselves."""
+    with serving(served) as url, closing(engine(url, tmp_path)) as asked:
+        for places in ([0, 1], [2, 3]):
+            asked(*policy, [prompts[place] for place in places], places, WARM, 0, title="")
+        assert len(served.spent) == 7 + 4
+    assert "policy: 11 requests, " in "".join(capsys.readouterr())
 
 
 def test_other_weights_are_refused(policy, prompts, tmp_path, tiny_model):
@@ -136,6 +145,7 @@ class Deaf(Served):
 @pytest.mark.parametrize(
     "setting, value, said",
     [
+        ("temperature", 1.0, "must draw the likeliest tokens at temperature 0, found others for another seed"),
         ("temperature", 0.0, "must draw at temperature 1, found the same 16 tokens for four seeds"),
         ("seed", 5, "must draw at temperature 1, found the same 16 tokens for four seeds"),
         ("seed", iter(range(99)).__next__, "must give the same tokens for the same seed, found others"),
@@ -153,13 +163,16 @@ def test_an_end_must_be_among_the_tokens(policy, served, prompts, tmp_path):
         choice = body["choices"][0]
         return {**body, "choices": [{**choice, "finish_reason": "stop"}]}
 
-    served.faults += ["good"] * 5 + [strip] * 99
+    served.faults += ["good"] * 7 + [strip] * 99
     with serving(served) as url, pytest.raises(RuntimeError, match="ended without the token that ends it"):
         engine(url, tmp_path, concurrency=1)(*policy, [prompts[0]], [0], Sampling(1, 0.0, 1.0, 8), 0, "")
 
 
 def test_a_prompt_longer_than_the_context_is_an_error(policy, served, prompts, tmp_path):
-    with serving(served) as url, pytest.raises(RuntimeError, match=r"refused a request: .*longer than 400 tokens"):
+    with (
+        serving(served) as url,
+        pytest.raises(RuntimeError, match=r"longer than 400 .* of a prompt of .* or lower that"),
+    ):
         engine(url, tmp_path)(*policy, [*prompts, prompts[0] * 200], range(5), WARM, 0, "")
     [kept] = tmp_path.rglob("*.jsonl")
     assert len(kept.read_text().splitlines()) >= 1

@@ -59,6 +59,21 @@ def test_candidates_are_read_from_their_folder(tmp_path, monkeypatch):
     assert {key: told[key] for key in counts} == counts
 
 
+def test_prompts_without_a_pair_are_counted_by_reason(tmp_path, capsys):
+    def judged(prompts, responses):
+        """Cannot judge a b; likes all others that begin with an x alike."""
+        return [{} if "b" in text else {"score": -float(len(text.split()) * ("x" not in text))} for text in responses]
+
+    texts = {"one": ["a", "a a"], "same": ["c", "c"], "lost": ["b", "b b"], "tied": ["x", "x x"], "again": ["c", "c"]}
+    found = [Candidate(p, p, Sample([1], [2], text, True), "t") for p, both in texts.items() for text in both]
+    settings = pairing_of(frozen(tmp_path / "run", "judge=shorter", verb="judge"))
+    judge.preferences({"train": found}, judged, settings, tmp_path)
+    why = "2 whose responses are equal, 1 that could not be judged, 1 with ties alone"
+    assert f"4 of 5 train prompts are in no pair: {why}" in "".join(capsys.readouterr())
+    with pytest.raises(RuntimeError, match=r"differ to the judge \(1 of 1 train prompts .*: 1 with ties alone\);"):
+        judge.preferences({"train": found[6:8]}, judged, settings, tmp_path)
+
+
 def test_splits_draw_by_themselves(tmp_path, monkeypatch):
     """Of equal candidates each split draws other pairs, and another seed others again."""
     same, drawn = some(*"abcdefgh", words=(1, 2, 3, 4)), set()

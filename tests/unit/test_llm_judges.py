@@ -104,6 +104,9 @@ def test_what_was_paid_for_is_not_asked_again(judge, tmp_path):
             paid = len(served.asked)
             judge(url, **{key: value})(*questions)
             assert len(served.asked) == paid + 4, key
+    assert judge("null")(*questions) == ["lose", "win", "tie"]  # the server has gone
+    with pytest.raises(RuntimeError, match=r"judge\.server\.url must be that of a server where"):
+        judge("null")(["q"], ["a"], ["b"])
     kept = sorted((tmp_path / "cache" / "answers").glob("*.jsonl"))
     assert len(kept) == 1 + len(again)
     key = json.loads(kept[0].read_text().splitlines()[0])
