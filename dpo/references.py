@@ -4,6 +4,7 @@ A reference gives the log-probability of each response of a batch. One that neve
 (`dpo.score` makes it ahead of time) and looked up by content; one that moves is a model beside the policy.
 """
 
+import logging
 import math
 import sys
 import time
@@ -32,6 +33,8 @@ from dpo.policy.model import ModelSpec, spec_of
 from dpo.policy.scoring import LIVE, Scoring, check_against_live, is_kept, score
 from dpo.tables import Streamed, Table, stream, table_of
 from dpo.training import distributed
+
+logger = logging.getLogger(__name__)
 
 TOO_LONG = (
     "Raise reference.max_length if the model has more positions, or lower max_length with on_too_long=truncate or "
@@ -221,14 +224,16 @@ class OtherTokenizer(Frozen):
 
     max_length: tokens of prompt and response under that tokenizer; None: its positions. A longer pair is an error.
     What on_too_long=truncate cuts is the text, at the policy's tokens, so this reference reads what is left of it.
+    by_text: whether a pair in which the policy sampled what its text does not say, such as a special token, is scored
+    by its text all the same; False: an error.
     """
 
     same_tokens = False
     gives: tuple[str, ...] = ()
 
-    def __init__(self, path: str, max_length: int | None) -> None:
+    def __init__(self, path: str, max_length: int | None, by_text: bool) -> None:
         super().__init__(path)
-        self.max_length = max_length
+        self.max_length, self.by_text = max_length, by_text
 
     def check(self, initial: ModelSpec | str, settings: Scoring) -> None:
         super().check(initial, settings)
@@ -257,11 +262,14 @@ class OtherTokenizer(Frozen):
             for row, (pair, read) in enumerate(zip(pairs, own, strict=True))
             if pair.unwritten and not (read.text and read.text.token_ids)
         ]:
-            raise ValueError(
-                f"a reference with another tokenizer must read what the policy sampled as text, found {len(unread)} "
-                f"{split} pairs with special tokens or broken characters within:{listed(unread)}\nTake a reference "
-                "with the policy's tokenizer, or leave these pairs out of the data."
-            )
+            found = f"{len(unread)} {split} pairs with special tokens or broken characters within"
+            if not self.by_text:
+                raise ValueError(
+                    f"a reference with another tokenizer must read what the policy sampled as text, found {found}:"
+                    f"{listed(unread)}\nSet reference.by_text=true to score them by their text all the same, take a "
+                    "reference with the policy's tokenizer, or leave these pairs out of the data."
+                )
+            logger.warning(f"reference: {found} are scored by their text:{listed(unread)}")
         return super().sequences(own, split, tokenizer, spec, settings)
 
 

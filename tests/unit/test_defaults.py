@@ -411,11 +411,17 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
         "_target_": "dpo.references.OtherTokenizer",
         "path": "mistralai/Mistral-7B-Instruct-v0.2",
         "max_length": None,
+        "by_text": False,
     },
     "reference/ema": {"_target_": "dpo.references.EMA", "alpha": 0.6, "every": 10},
     "reference/live": {"_target_": "dpo.references.Live", "path": None},
     "reference/other": {"_target_": "dpo.references.Frozen", "path": "???"},
-    "reference/other_tokenizer": {"_target_": "dpo.references.OtherTokenizer", "path": "???", "max_length": None},
+    "reference/other_tokenizer": {
+        "_target_": "dpo.references.OtherTokenizer",
+        "path": "???",
+        "max_length": None,
+        "by_text": False,
+    },
     "reference/unconditional": {"_target_": "dpo.references.Unconditional", "path": None, "prompt": ""},
     "reference/reference_free": {"_target_": "dpo.references.ReferenceFree"},
     "reference/world_alien": {
@@ -427,6 +433,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
         "_target_": "dpo.references.OtherTokenizer",
         "path": "runs/references_phrases/seed=${seed}/policy",
         "max_length": None,
+        "by_text": True,
     },
     "rule/accurate_then_short": {
         "_target_": "dpo.judges.accurate_then_short",

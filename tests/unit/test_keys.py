@@ -171,7 +171,7 @@ def ask(world, tmp_path, monkeypatch):
                     scoring_of(config),
                 )
             if kind == "other-reference":
-                reference = OtherTokenizer(world[given.get("path", "one")], None)
+                reference = OtherTokenizer(world[given.get("path", "one")], None, by_text=False)
                 reference.prepare(
                     policy_spec(config, world["one"]),
                     model,

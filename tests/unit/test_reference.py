@@ -180,7 +180,7 @@ def test_another_tokenizer_scores_the_text(tmp_path, tiny_model):
     """GPT-2's own pairs, and the same text under Qwen's tokenizer and model: its own log-probs."""
     policy, other = models.load(tiny_model("gpt2"))[0], models.load(tiny_model("qwen2"))[0]
     pairs, theirs = own_pairs("gpt2", tiny_model), own_pairs("qwen2", tiny_model)
-    reference = OtherTokenizer(tiny_model("qwen2"), 60)
+    reference = OtherTokenizer(tiny_model("qwen2"), 60, by_text=False)
     table = reference.prepare(tiny_model("gpt2"), policy, {"train": pairs}, settings(tmp_path))
     assert "under its own tokenizer" in table.held
     for found, pair in zip(table.table["train"], theirs, strict=True):
@@ -210,7 +210,9 @@ def test_a_policy_held_to_itself_reads_the_text_that_was_cut(tmp_path, tiny_mode
     pairs = tokenize(some, tokenizer, 30, "truncate")
     assert {name for pair in pairs for name in pair.cut} == {"prompt", "chosen", "rejected"}
     assert not all(pair.cut for pair in pairs)
-    reference = OtherTokenizer(tiny_model(kind), None).prepare(tiny_model(kind), policy, {"train": pairs}, asked)
+    reference = OtherTokenizer(tiny_model(kind), None, by_text=False).prepare(
+        tiny_model(kind), policy, {"train": pairs}, asked
+    )
     everything = collate_pairs(
         pairs, torch.arange(len(pairs)), torch.ones(len(pairs), dtype=torch.bool), pad_id=0, packed=False
     )
@@ -235,7 +237,9 @@ def test_what_is_too_long_under_another_tokenizer_is_an_error(tmp_path, tiny_mod
     for on_too_long in ("error", "drop", "truncate"):  # it would score another data set, or another text
         asked = settings(tmp_path, on_too_long=on_too_long)
         with pytest.raises(ValueError, match=r"in the tokens of the reference .* more than 3 tokens") as error:
-            OtherTokenizer(tiny_model("qwen2"), 3).prepare(tiny_model("gpt2"), policy, {"train": pairs}, asked)
+            OtherTokenizer(tiny_model("qwen2"), 3, by_text=False).prepare(
+                tiny_model("gpt2"), policy, {"train": pairs}, asked
+            )
         assert "Raise reference.max_length" in str(error.value)
         assert "every reference scores the text that the policy is trained on" in str(error.value)
 
@@ -247,7 +251,7 @@ def test_pairs_that_another_template_refuses_are_no_matter_of_on_faulty(tmp_path
     models.save(model, tokenizer, tmp_path / "other")
     told = Preference(*CHAT, [{"role": "assistant", "content": "Paris."}], source="pairs.jsonl, line 1")
     pairs = tokenize([told], models.load_tokenizer(tiny_model("qwen2")), 60, "error")
-    reference = OtherTokenizer(str(tmp_path / "other"), None)
+    reference = OtherTokenizer(str(tmp_path / "other"), None, by_text=False)
     with pytest.raises(
         ValueError, match=r"1 of 1 train pairs in the tokens of the reference .*\n.* line 1: .*Rome"
     ) as error:
@@ -265,7 +269,9 @@ def test_a_reference_needs_the_positions_that_are_asked_of_it(tmp_path, tiny_mod
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a model was loaded"))
     asked = settings(tmp_path)
     with pytest.raises(ValueError, match=r"reference\.max_length must be at most the 2048 positions"):
-        OtherTokenizer(tiny_model("qwen2"), 3000).prepare(tiny_model("gpt2"), policy, {"train": pairs}, asked)
+        OtherTokenizer(tiny_model("qwen2"), 3000, by_text=False).prepare(
+            tiny_model("gpt2"), policy, {"train": pairs}, asked
+        )
     asked = settings(tmp_path, max_length=3000)
     with pytest.raises(ValueError, match="max_length must be at most the 2048 positions"):
         Frozen(tiny_model("gpt2")).prepare(tiny_model("gpt2"), policy, {"train": pairs}, asked)
@@ -308,7 +314,7 @@ def test_given_scores_are_found_by_text(tmp_path, tiny_model, llama):
         PrecomputedFiles(str(tmp_path / "nowhere"))
 
 
-def test_sampled_pairs_are_found_by_their_tokens(tmp_path, tiny_model, llama):
+def test_sampled_pairs_are_found_by_their_tokens(tmp_path, tiny_model, llama, capsys):
     """One text may be sampled as several rows of tokens; a reference that reads text cannot read half a character."""
     tokenizer = models.load_tokenizer(tiny_model("llama"))
     prompt, rome, letters = (
@@ -341,11 +347,21 @@ def test_sampled_pairs_are_found_by_their_tokens(tmp_path, tiny_model, llama):
     assert reference.table["train"].tolist() == [[-1.0, -5.0]]  # of a reference that reads text
     for known in (tmp_path / "text.jsonl", None):
         with pytest.raises(ValueError, match=r"found none for 1 of 2|broken characters within:\n  row 1"):
-            (PrecomputedFiles(str(known)) if known else OtherTokenizer(tiny_model("gpt2"), None)).prepare(
-                tiny_model("llama"), llama, {"train": pairs}, settings(tmp_path)
-            )
+            (
+                PrecomputedFiles(str(known)) if known else OtherTokenizer(tiny_model("gpt2"), None, by_text=False)
+            ).prepare(tiny_model("llama"), llama, {"train": pairs}, settings(tmp_path))
+    # By its text it is scored as a pair that was written.
+    written = tokenize([replace(one, token_ids=None) for one in texts], tokenizer, 60, "error")
+    given = tiny_model("llama"), llama
+    other = OtherTokenizer(tiny_model("gpt2"), None, by_text=True)
+    by_text = other.prepare(*given, {"train": pairs}, settings(tmp_path))
+    assert "1 train pairs with special tokens or broken characters within are scored" in capsys.readouterr().out
+    of_text = OtherTokenizer(tiny_model("gpt2"), None, by_text=False).prepare(
+        *given, {"train": written}, settings(tmp_path)
+    )
+    assert torch.equal(by_text.table["train"], of_text.table["train"])
     # The same tokenizer reads the tokens.
-    itself = OtherTokenizer(tiny_model("llama"), None).prepare(
+    itself = OtherTokenizer(tiny_model("llama"), None, by_text=False).prepare(
         tiny_model("llama"), llama, {"train": pairs}, settings(tmp_path)
     )
     with torch.no_grad():
