@@ -260,7 +260,7 @@ def figure_1(table: pd.DataFrame) -> Figure:
     edges = [table.index[0].left, *(bin.right for bin in table.index)]
     for beta, colour in colours(table.columns, "beta").items():
         axis.stairs(table[beta], edges, lw=1.5, color=colour, label=short(beta))
-    axis.legend(title="beta", frameon=False)
+    axis.legend(title="beta", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return drawing
 
 
@@ -289,7 +289,7 @@ def lines(table: pd.DataFrame, title: str) -> Figure:
         axis.plot(table.index, table[column], color=colour, label=short(column))
     axis.axhline(0, color="0.5", lw=1, ls="--", zorder=0)
     if len(table):
-        axis.legend(title=table.columns.name, frameon=False)
+        axis.legend(title=table.columns.name, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return drawing
 
 
