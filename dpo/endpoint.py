@@ -64,7 +64,9 @@ class Server:
         self.model, self.options, self.group, self.bill = model, options, group, Bill()
         self._lock, self._next = threading.Lock(), 0.0
         if find_spec("openai") is None:
-            raise ValueError(f"{group} needs the package openai, found none; pip install 'dpo[endpoint]'")
+            raise ValueError(
+                f"{group} needs the package openai, found none; pip install -e '.[endpoint]' -c constraints.txt"
+            )
         if not model:
             raise ValueError(f"{group}.{key} must name a model that {options['url']} serves, got {model!r}")
         if options["url"] is not None and not options["url"].startswith(("http://", "https://")):

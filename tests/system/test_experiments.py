@@ -164,6 +164,7 @@ QWEN = {
 SIBLING = {
     "reference._target_": "dpo.references.OtherTokenizer",
     "reference.path": "mistralai/Mistral-7B-Instruct-v0.2",
+    "reference.by_text": False,
 }
 LARGE = {"reference._target_": "dpo.references.PrecomputedFiles", "reference.path": "runs/llama3_70b_instruct"}
 PRIOR = {"reference._target_": "dpo.references.Unconditional", "reference.path": None, "reference.prompt": ""}

@@ -124,8 +124,9 @@ NOUNS = {
     "policy/__init__": "",
     "policy/folder": "def check_adapter(path): ...",
     "policy/sampling": "class Sample: ...",
-    "policy/lora": "class Lora: ...",
-    "policy/model": "class ModelSpec: ...\ndef resolve_path(path): return path\ndef check_lora(*given): ...",
+    "policy/lora": "class Lora: ...\ndef check_fits(*given): ...",
+    "policy/model": "class ModelSpec: ...\ndef resolve_path(path): return path\ndef check_lora(*given): ...\n"
+    "def without_weights(spec): ...",
     "results/figures": "def draw(frame, path, column): path.touch()",
     "train": VERB,
 }

@@ -196,7 +196,10 @@ def test_options_that_could_not_work_are_refused(changed, said):
 
 def test_the_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr("dpo.endpoint.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"judge needs the package openai, found none; pip install 'dpo\[endpoint\]'"):
+    with pytest.raises(
+        ValueError,
+        match=r"judge needs the package openai, found none; pip install -e '.\[endpoint\]' -c constraints.txt",
+    ):
         at("http://a")
 
 

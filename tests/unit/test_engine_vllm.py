@@ -219,7 +219,7 @@ def test_options_that_could_not_work_are_refused(llm, tmp_path):
 
 def test_without_vllm_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"engine=vllm needs the package vllm, found none; pip install 'dpo\[vllm\]'"):
+    with pytest.raises(ValueError, match=r"engine=vllm needs the package vllm, found none; pip install -e '.\[vllm\]'"):
         engine(tmp_path)
 
 

@@ -152,7 +152,7 @@ def test_hub_gives_its_own_splits(monkeypatch):
 
 def test_hub_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"pip install 'dpo\[hub\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '.\[hub\]' -c constraints.txt"):
         hh(None, None, None, 0.1, "drop")
 
 

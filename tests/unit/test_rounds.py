@@ -140,7 +140,7 @@ def test_prompts_of_a_file(tmp_path):
     write_rows(tmp_path / "c.jsonl", [{"prompt": chat} for chat in chats])
     assert prompts(str(tmp_path / "c.jsonl"), 1, 0, 2, 3, "error").prompts["test"][0] in chats
     write_rows(tmp_path / "n.jsonl", [{"chosen": "It."}])
-    with pytest.raises(ValueError, match="must have a prompt, found none"):
+    with pytest.raises(ValueError, match="must have prompt; found no prompt among chosen"):
         prompts(str(tmp_path / "n.jsonl"), 1, 0, 0, 1, "error")
 
 

@@ -118,7 +118,7 @@ def test_a_reference_has_its_own_template_and_the_runs_day(tmp_path, tiny_model)
 
     pairs, policy = own_pairs("gpt2", tiny_model), models.load(tiny_model("gpt2"))[0]
     for path in (str(tmp_path / "dated"), tiny_model("gpt2")):
-        reference = Spied(path, None).prepare(initial, policy, {"train": pairs}, asked)
+        reference = Spied(path, None, by_text=False).prepare(initial, policy, {"train": pairs}, asked)
         assert (reference.is_initial, reference.kl_target) == (False, None)  # the policy may read the text otherwise
     assert told == ['{{ "26 Jul 2024" }}' + CHAT_TEMPLATE, None]
 

@@ -109,5 +109,5 @@ def test_what_is_refused_when_planned(llm, tmp_path):  # noqa: F811
 def test_without_vllm_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.setattr("dpo.engines.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"scorer=vllm needs the package vllm, found none; pip install 'dpo\[vllm\]'"):
+    with pytest.raises(ValueError, match=r"scorer=vllm needs the package vllm, found none; pip install -e '.\[vllm\]'"):
         scorer(tmp_path)
