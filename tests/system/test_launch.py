@@ -125,8 +125,8 @@ NOUNS = {
     "policy/folder": "def check_adapter(path): ...",
     "policy/sampling": "class Sample: ...",
     "policy/lora": "class Lora: ...\ndef check_fits(*given): ...",
-    "policy/model": "class ModelSpec: ...\ndef resolve_path(path): return path\ndef check_lora(*given): ...\n"
-    "def without_weights(spec): ...",
+    "policy/model": "class ModelSpec:\n    def __init__(self, *given): ...\n"
+    "def resolve_path(path): return path\ndef check_lora(*given): ...\ndef without_weights(spec): ...",
     "results/figures": "def draw(frame, path, column): path.touch()",
     "train": VERB,
 }
