@@ -71,6 +71,8 @@ class Endpoint:
     def __init__(self, served: str | None, tolerance: float, cache: str, server: ServerOptions) -> None:
         if tolerance <= 0:
             raise ValueError(f"engine.tolerance must be above 0, got {tolerance}")
+        if server["url"] is None:
+            raise ValueError("engine.server.url must be that of the server that has the weights, got null")
         self.tolerance, self.cache = tolerance, cache
         self.server = Server(served, server, "engine", "served")
         self._weights: str | None = None  # that it has

@@ -179,6 +179,7 @@ def load_tokenizer(which: ModelSpec | str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # the library of tokenizers raises no other
+        _config(path, trust_remote_code)  # which is read first, and may be what is at fault
         raise ValueError(_no_model(path, "a tokenizer", error)) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(

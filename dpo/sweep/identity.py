@@ -11,8 +11,8 @@ ALIASES = {"loss.beta": "beta"} | {f"policy.{key}": key for key in ("lr", "max_l
 
 # Groups of keys that are no part of a run's identity where the key that switches them on is null or false.
 SWITCHES = {"policy.lora.quantize": "policy.lora.quantize", "policy.lora.": "policy.lora.rank"}  # the first that fits
-SWITCHES |= {key: key for key in ("policy.adapter", "rule", "evaluation.rule", "evaluation.engine")}
-SWITCHES |= {"reference.by_text": "reference.by_text"}
+SINGLE = ("policy.adapter", "rule", "evaluation.rule", "evaluation.engine", "reference.by_text")
+SWITCHES |= {key: key for key in SINGLE}
 OF_DATA = ("config", "split", "validation_split", "columns", "prompt", "chat")
 SWITCHES |= {f"data.{key}": f"data.{key}" for key in OF_DATA}
 

@@ -256,6 +256,14 @@ def test_an_adapter_needs_its_base(command, given):
     check(config("policy.adapter=x", "policy.path=y", command="train" if command in ("sft", "rounds") else command))
 
 
+def test_a_reference_that_scores_no_odd_pairs_is_the_one_of_before():
+    """So runs of before there was such an option are found again."""
+    given = "reference=other_tokenizer", "reference.path=x"
+    before = config(*given)
+    del before["reference"]["by_text"]
+    assert identity(before) == identity(config(*given)) != identity(config(*given, "reference.by_text=true"))
+
+
 @pytest.mark.parametrize("key", ["config", "split", "validation_split", "columns", "prompt", "chat"])
 def test_options_of_data_that_are_off_are_no_part_of_a_run(key):
     """So runs of before there were such options are found again."""

@@ -179,8 +179,10 @@ def test_a_prompt_longer_than_the_context_is_an_error(policy, served, prompts, t
     assert all("answer" in json.loads(line) for line in kept.read_text().splitlines()[1:])
 
 
-def test_a_tolerance_is_above_zero(tmp_path):
+def test_options_that_could_not_work(tmp_path):
     with pytest.raises(ValueError, match=r"engine\.tolerance must be above 0, got 0"):
         engine("http://a", tmp_path, tolerance=0)
     with pytest.raises(ValueError, match=r"engine\.served must name a model that http://a serves"):
         Endpoint(None, 0.1, str(tmp_path), {**OPTIONS, "url": "http://a"})
+    with pytest.raises(ValueError, match=r"engine\.server\.url must be that of the server .*, got null"):
+        Endpoint("m", 0.1, str(tmp_path), {**OPTIONS, "url": None})

@@ -281,7 +281,9 @@ def test_folders_without_a_part(tiny_model, tmp_path, offline):
 def test_a_config_that_its_own_class_refuses(tiny_model, tmp_path):
     folder = copy(tiny_model("llama"), tmp_path / "model")
     edit(folder / "config.json", hidden_size=33)
-    with pytest.raises(ValueError, match=r"model must hold .* found otherwise: .*\(33\) is not a multiple .*; copy"):
+    with pytest.raises(
+        ValueError, match=r"model must hold a causal .* found otherwise: .*\(33\) is not a multiple .*; copy"
+    ):
         models.load(str(folder))
 
 
