@@ -5,6 +5,7 @@ Planning and loading both check, so that what cannot be loaded stops a sweep bef
 
 import json
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ MORE = (  # options of LoRA in peft beside plain products of two matrices
     *("use_dora", "bias", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication"),
     *("target_parameters", "trainable_token_indices"),
 )
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # in a config
 FLOATS = ("F64", "F32", "F16", "BF16")
 OTHERS = {"*.bin": "pickled weights", "*.pt*": "pickled weights", "*.gguf": "GGUF weights"}
 
@@ -52,14 +54,15 @@ def _check(folder: Path, state: frozenset[Any]) -> None:
             f"{folder} must hold a model's config.json, found {_some(names)} there; take the folder that "
             "save_pretrained wrote, such as policy/ of a run"
         )
-    check_config(str(folder), read_json(folder / "config.json"))
+    config = read_json(folder / "config.json")
+    check_config(str(folder), config)
     for name in JSON:
         if name in names:
             read_json(folder / name)
     if WEIGHTS in names:
-        _check_weights(folder / WEIGHTS)
+        _check_layers(folder, config, _check_weights(folder / WEIGHTS))
     elif INDEX in names:
-        _check_shards(folder / INDEX)
+        _check_layers(folder, config, _check_shards(folder / INDEX))
     else:
         other = next((what for pattern, what in OTHERS.items() if any(folder.glob(pattern))), _some(names))
         raise ValueError(
@@ -129,7 +132,18 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _check_shards(index: Path) -> None:
+def _check_layers(folder: Path, config: dict[str, Any], weights: set[str]) -> None:
+    """More layers than the config says are left to the loading: some models have some that predict further tokens."""
+    layers = next((config[key] for key in LAYERS if isinstance(config.get(key), int)), 0)
+    found = len({numbers[0] for name in weights if (numbers := re.findall(r"\b\d+\b", name))})
+    if found < layers:
+        raise ValueError(
+            f"{folder} must hold the weights of the {layers} layers that its config.json says, found those of {found}; "
+            "copy all files of one model there"
+        )
+
+
+def _check_shards(index: Path) -> set[str]:
     content = read_json(index)
     weight_map = content.get("weight_map")
     plain = isinstance(weight_map, dict) and all(isinstance(shard, str) for shard in weight_map.values())
@@ -140,6 +154,7 @@ def _check_shards(index: Path) -> None:
         weights = _check_weights(file)
         if absent := sorted(weight for weight, shard in weight_map.items() if shard == name and weight not in weights):
             _refuse(file, f"the weights that {index.name} places there", f"no {absent[0]} (and {len(absent) - 1} more)")
+    return set(weight_map)
 
 
 def _check_weights(file: Path) -> set[str]:

@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import huggingface_hub.constants
+import huggingface_hub
 import torch
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -300,6 +301,23 @@ def resolve_path(path: str) -> str:
     return str(folder)
 
 
+def ask_hub(path: str) -> None:
+    """Raise a ValueError if the hub says that it has no model of that name or revision, or none for us.
+
+    Where it cannot be asked nothing is said: the run asks again, and may have it from a cache.
+    """
+    name, revision = on_hub(path)
+    kept = huggingface_hub.try_to_load_from_cache(name, "config.json", **revision)
+    if isinstance(kept, str) or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    try:
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(name, "config.json", **revision))
+    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+        raise ValueError(_no_model(path, MODEL, error)) from error
+    except Exception as error:  # of the network, or its libraries
+        logger.warning(f"the hub could not be asked for {path}, its run asks again: {str(error).splitlines()[0]}")
+
+
 def check_length(which: ModelSpec | str, key: str, length: int) -> None:
     """Raise a ValueError if a model has fewer positions than `length` tokens, the value of `key`.
 
@@ -410,7 +428,8 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _no_model(path: str, what: str, error: Exception) -> str:
-    reason = re.sub(r":\s*\n\s*", ": ", str(error).strip()).split("\n")[0] or type(error).__name__
+    said = re.sub(r"^\d+ Client Error.*\n+", "", str(error).strip())  # of the hub: what it means is below
+    reason = re.sub(r":\s*\n\s*", ": ", said).split("\n")[0] or type(error).__name__
     if "trust_remote_code" in str(error):
         return (
             f"{path} must need no code but the library's, found code of its own; read it, and where you trust it set "

@@ -14,8 +14,8 @@ from dpo.data.sources import absent
 from dpo.losses.pairs import OF_REFERENCE, asked_by, try_out
 from dpo.policy.folder import check_adapter
 from dpo.policy.lora import Lora, check_fits
-from dpo.policy.model import ModelSpec, check_lora, resolve_path, without_weights
-from dpo.references import scored_ahead
+from dpo.policy.model import ModelSpec, ask_hub, check_lora, resolve_path, without_weights
+from dpo.references import PrecomputedFiles, scored_ahead
 from dpo.sweep import inputs
 from dpo.sweep.directory import before
 from dpo.sweep.schema import misfits, number_of_samples
@@ -51,7 +51,7 @@ class Rehearsal:
         if number_of_samples(config["evaluation"].get("baseline")) or config.get("best_of", 1) > 1:
             attempts.append((_chosen_by, config["judge"]))
         if "loss" in config:
-            attempts += [(instantiate, config[group]) for group in ("engine", "reference")] + [(_loss, config["loss"])]
+            attempts += [(instantiate, config["engine"]), (_reference, config["reference"]), (_loss, config["loss"])]
             attempts += [(_pooled, config["reference"], config.get("scorer"))]
         tried = [self._once(*attempt) for attempt in attempts]
         if problems := [*dict.fromkeys(problem for _, problem in tried if problem is not None)]:
@@ -128,8 +128,8 @@ def _prompts(of: str | None) -> None:
 
 def _located(*paths: str | None) -> None:
     for path in paths:
-        if path is not None:
-            resolve_path(path)
+        if path is not None and not Path(resolve_path(path)).is_dir():
+            ask_hub(path)
 
 
 def _adapters(policy: dict[str, Any], cache: str) -> None:
@@ -172,6 +172,11 @@ def _ruled(judge: dict[str, Any] | None, rule: dict[str, Any] | None) -> None:
             f"rule must be null where the judge compares pairs, as {judge['_target_']} does, found {rule['_target_']}; "
             "leave it out, or take a judge that judges each response: judge=questions, judge=gold"
         )
+
+
+def _reference(node: dict[str, Any]) -> None:
+    if not isinstance(reference := instantiate(node), PrecomputedFiles):
+        _located(getattr(reference, "path", None))
 
 
 def _loss(node: dict[str, Any]) -> None:

@@ -110,6 +110,18 @@ def test_other_weights(folder, name, said):
         check(folder)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_fewer_layers_than_the_config_says(tiny_model, tmp_path, kind, sharded):
+    folder = copy(tiny_model(kind), tmp_path / "model")
+    if sharded:
+        shards(folder)
+    check(folder)
+    edit(folder / "config.json", **{"num_hidden_layers" if kind == "llama" else "n_layer": 4})
+    with pytest.raises(ValueError, match=r"weights of the 4 layers that its config.json says, found those of 2; copy"):
+        check(folder)
+
+
 def test_no_model_at_all(tmp_path):
     with pytest.raises(ValueError, match=r"must hold a model's config\.json, found nothing there"):
         check(tmp_path)
@@ -180,7 +192,7 @@ def test_code_of_its_own_needs_trust(folder):
     "changed,said",
     [
         ({"vocab_size": 1000}, r"2 of another shape, such as lm_head\.weight"),
-        ({"num_hidden_layers": 3}, r"9 missing, such as model\.layers\.2"),
+        ({"attention_bias": True}, r"8 missing, such as model\.layers\.0\.self_attn\.k_proj\.bias"),
         ({"num_hidden_layers": 1}, r"9 that it has no place for, such as model\.layers\.1"),
     ],
 )

@@ -61,6 +61,22 @@ def test_what_another_stage_is_made_from_is_found(base, tiny_model, tmp_path):
     assert problem == f"candidates must be a folder that dpo.generate wrote, found no validation.jsonl in {tmp_path}"
 
 
+def test_the_hub_is_asked_for_every_model_once(base, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(rehearse, "ask_hub", asked.append)
+    reference = {"_target_": "dpo.references.Frozen", "path": "me/reference"}
+    named = {"policy.path": "me/policy", "against": "me/other", "evaluation.baseline": "me/baseline"}
+    config = with_(base, "reference", reference)
+    for key, value in named.items():
+        config = with_(config, key, value)
+    assert Rehearsal().of(config)["problems"] == []
+    assert sorted(asked) == ["me/baseline", "me/other", "me/policy", "me/reference"]
+    files = {"_target_": "dpo.references.PrecomputedFiles", "path": str(tmp_path)}
+    (tmp_path / "scores.jsonl").write_text("{}\n")
+    assert Rehearsal().of(with_(base, "reference", files))["problems"] == []
+    assert len(asked) == 4  # folders here and log-probs are no business of the hub
+
+
 NO_RECORDS = "must be a file of records, a folder of them or a data set on the hub (owner/name), found none at"
 ODD = {  # setting -> a value that only trying it finds out, and what is said
     "data.path": (
