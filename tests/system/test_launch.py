@@ -90,6 +90,7 @@ REFERENCES = """
 class Initial:
     check = prepare = None
     def __init__(self): ...
+class PrecomputedFiles: ...
 def scored_ahead(pending): ...
 """
 LOSSES = """
@@ -126,7 +127,7 @@ NOUNS = {
     "policy/sampling": "class Sample: ...",
     "policy/lora": "class Lora: ...\ndef check_fits(*given): ...",
     "policy/model": "class ModelSpec:\n    def __init__(self, *given): ...\n"
-    "def resolve_path(path): return path\ndef check_lora(*given): ...\ndef without_weights(spec): ...",
+    "def resolve_path(path): return path\ndef ask_hub(path): ...\ndef check_lora(*given): ...\ndef without_weights(spec): ...",
     "results/figures": "def draw(frame, path, column): path.touch()",
     "train": VERB,
 }
