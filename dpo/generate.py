@@ -48,6 +48,7 @@ class Candidate:
     response: Sample
     tokenizer: str  # `dpo.data.tokens.vocabulary` of it
     human: bool = False  # it was written, and has no token ids
+    seed: list[int] | None = None  # that of the split and its place there; None: human, or sampled before it was kept
 
 
 def run(config: DictConfig, directory: Path) -> None:
@@ -104,7 +105,7 @@ def candidates(
         own = vocabulary(tokenizer)
         with engines.closing(instantiate(settings.engine)) as engine:
             for split in SPLITS:
-                given = {"sampling": sampling, "seed": seed_of(settings.seed, split)}
+                given = {"sampling": sampling, "seed": (seed := seed_of(settings.seed, split))}
                 samples = _sampled(
                     partial(engine, model, tokenizer, **given),
                     partial(each, model, tokenizer, **given) if (each := engines.each_of(engine)) else None,
@@ -116,8 +117,8 @@ def candidates(
                 whole_and_fed = zip(prompts[split], (start for start, _ in fed[split]), strict=True)
                 asked = [both for both in whole_and_fed for _ in range(n)]
                 found = [
-                    Candidate(prompt, start, _whole_characters(one, tokenizer), own)
-                    for (prompt, start), one in zip(asked, samples, strict=True)
+                    Candidate(prompt, start, _whole_characters(one, tokenizer), own, seed=[seed, place])
+                    for place, ((prompt, start), one) in enumerate(zip(asked, samples, strict=True))
                 ]
                 write_rows(folder / f"{split}.jsonl", map(row, found))
 
@@ -176,7 +177,7 @@ def beside_humans(found: dict[str, list[Candidate]], dataset: Dataset) -> dict[s
 
 
 def _human(beside: Candidate, text: str) -> Candidate:
-    return replace(beside, response=Sample(beside.response.prompt_ids, [], text, ended=True), human=True)
+    return replace(beside, seed=None, response=Sample(beside.response.prompt_ids, [], text, ended=True), human=True)
 
 
 def seed_of(seed: int, split: str) -> int:
@@ -202,6 +203,7 @@ def row(one: Candidate) -> dict[str, Any]:
         "ended": said.ended,
         "token_ids": {"tokenizer": one.tokenizer, "prompt": said.prompt_ids, "response": said.response_ids},
         **({"human": True} if one.human else {}),
+        **({"seed": one.seed} if one.seed else {}),
     }
 
 
@@ -209,9 +211,8 @@ def _candidate(line: dict[str, Any]) -> Candidate:
     try:
         ids = line["token_ids"]
         said = Sample(list(ids["prompt"]), list(ids["response"]), line["response"], line["ended"])
-        return Candidate(
-            line["prompt"], line.get("fed", line["prompt"]), said, ids["tokenizer"], line.get("human", False)
-        )
+        fed, human, seed = line.get("fed", line["prompt"]), line.get("human", False), line.get("seed")
+        return Candidate(line["prompt"], fed, said, ids["tokenizer"], human, seed)
     except (LookupError, TypeError) as error:
         raise ValueError(f"must be a candidate as dpo.generate writes it, found no {error}") from None
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations, groupby
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -66,7 +67,7 @@ def cached_preferences(
 ) -> dict[str, list[Preference]]:
     """Preference pairs of candidates, judged once and shared by a sweep."""
     key = {
-        "candidates": digest({split: [generate.row(one) for one in some] for split, some in found.items()}),
+        "candidates": digest({split: [_decides(one) for one in some] for split, some in found.items()}),
         "judge": settings.judge,
         "judges": JUDGES_VERSION,
         "measures": 1,  # beside each pair
@@ -80,6 +81,11 @@ def cached_preferences(
 
     folder, _ = remember(settings.cache, "pairs", key, build, distributed.any_true)
     return {split: read_pairs(folder / f"{split}.jsonl") for split in SPLITS}
+
+
+def _decides(one: Candidate) -> dict[str, Any]:
+    """What decides what becomes of a candidate: all but its seed, which those of before do not have."""
+    return {name: value for name, value in generate.row(one).items() if name != "seed"}
 
 
 def preferences(

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, CONFIGS, tiny_tokenizer
@@ -324,6 +325,31 @@ def test_a_candidate_is_read_as_it_was_written(tmp_path):
         write_rows(tmp_path / "train.jsonl", [generate.row(whole), line])
         with pytest.raises(ValueError, match=f"(?s)train.jsonl.*line 2: must be a candidate .* found no '{key}'"):
             generate.read(tmp_path)
+
+
+def test_a_candidate_is_drawn_again_from_its_line_alone(tmp_path, llama):
+    model, tokenizer = llama
+    asked = generation_of(config(tmp_path))
+    found = generate.candidates(*llama, {"train": PROMPTS, "validation": PROMPTS[:2]}, asked, "w")
+    rows = [row for some in found.values() for row in map(generate.row, some)]
+    assert len({tuple(row["seed"]) for row in rows}) == len(rows)
+    for row in rows[::5]:
+        (seed, place), ids = row["seed"], row["token_ids"]
+        [again] = sample(model, tokenizer, [ids["prompt"]], asked.sampling, seed, "", [place])
+        assert again.response_ids[: len(ids["response"])] == ids["response"]
+        p = model(torch.tensor([ids["prompt"]])).logits[0, -1, : len(tokenizer)].double().softmax(-1).cumsum(-1)
+        assert int((p < np.random.default_rng(row["seed"]).random()).sum()) == ids["response"][0]
+
+
+def test_seeds_make_no_pairs_again(tmp_path, llama):
+    """Candidates of before have none, and pairs that were paid for."""
+    asked = config(tmp_path)
+    found = generate.candidates(*llama, {"train": PROMPTS, "validation": PROMPTS}, generation_of(asked), "w")
+    old = {split: [replace(one, seed=None) for one in some] for split, some in found.items()}
+    assert [[generate._candidate(generate.row(one)) for one in some] for some in old.values()] == [*old.values()]
+    for some in (old, found):
+        judging.cached_preferences(some, lengths, pairing_of(asked))
+    assert sum(path.is_dir() for path in (tmp_path / "pairs").iterdir()) == 1
 
 
 def test_a_response_cut_inside_a_character_ends_before_it():
