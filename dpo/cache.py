@@ -22,6 +22,8 @@ from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
+from dpo.bill import enter
+
 logger = logging.getLogger(__name__)
 LARGE = 64 * 2**20  # bytes above which a file's content is checked by `--verify` alone
 AT_ONCE = 1000  # items of a sequence that are written as one text
@@ -159,11 +161,13 @@ def remember_each(
     names = {digest(question): question for question in questions}
     known = answers_in(file)
     if names.keys() <= known.keys():
+        enter("kept", **{kind: len(names)})
         return [known[digest(question)] for question in questions]
     file.parent.mkdir(parents=True, exist_ok=True)
     with _locked(file):
         known = answers_in(file, mend=True)
         missing = [name for name in names if name not in known]
+        enter("kept", **{kind: len(names) - len(missing)})
         for place, said in answer([names[name] for name in missing]):
             add_answers(file, key, {missing[place]: said})
             known[missing[place]] = said

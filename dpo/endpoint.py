@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from queue import SimpleQueue
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 
 from typing_extensions import TypedDict
 
+from dpo.bill import Bill, enter
 from dpo.training.log import progress
 
 Question = TypeVar("Question")
@@ -37,21 +37,6 @@ class ServerOptions(TypedDict):
 
 class Refused(RuntimeError):
     """The server does not take this one request, and says why: it is too long, say. Others may do."""
-
-
-@dataclass
-class Bill:
-    """What was asked of a server, in requests that it answered, and tokens as it counts them."""
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    tokens: int = 0
-
-    def said(self, prices: Sequence[float] | None) -> str:
-        money = ""
-        if prices is not None:
-            money = f", {(self.prompt_tokens * prices[0] + self.tokens * prices[1]) / 1e6:.4f} at the given prices"
-        return f"{self.requests} requests, {self.prompt_tokens} tokens in, {self.tokens} out{money}"
 
 
 class Server:
@@ -218,11 +203,11 @@ class Server:
             raise RuntimeError(f"{self._here} must answer with {self.model}, found {found}; it serves {self._served()}")
 
     def _count(self, body: Any) -> None:
+        usage, prices = getattr(body, "usage", None), self.options["prices"]
+        one = Bill(1, usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage is not None else Bill(1)
         with self._lock:
-            self.bill.requests += 1
-            if (usage := getattr(body, "usage", None)) is not None:
-                self.bill.prompt_tokens += usage.prompt_tokens or 0
-                self.bill.tokens += usage.completion_tokens or 0
+            self.bill += one
+            enter(self.group, **vars(one), **({} if prices is None else {"money": one.money(prices)}))
 
     def _wait_for_turn(self) -> None:
         if (rate := self.options["requests_per_minute"]) is None:

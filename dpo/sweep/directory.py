@@ -1,6 +1,7 @@
 """A run directory: what its files say, where the run stands, and what is wrong with a file that no run writes."""
 
 import json
+import logging
 import math
 import shutil
 import sys
@@ -15,6 +16,9 @@ import yaml
 from filelock import FileLock, Timeout
 from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader
 
+from dpo.bill import total
+
+logger = logging.getLogger(__name__)
 SCORES = "alpaca_eval_scores.json"  # what `dpo.results.alpaca_eval` adds to a run
 MARKERS = ("evaluation.json", "manifest.json")  # of a run that measures a policy, or one that makes files; written last
 MOST = 10_000  # runs of a sweep; a cache of fewer would have a command read each of them several times
@@ -68,10 +72,12 @@ def finished(directory: Path) -> bool:
 
 def finish(directory: Path, name: str, result: dict[str, float]) -> None:
     """Write the last file of a run, whole: its presence means that the run is finished, and needs nothing to resume
-    from. name: one of MARKERS.
+    from. name: one of MARKERS. With the sums of its bill, if servers answered to it.
     """
+    if paid := total(directory):
+        logger.info("bill of all parts of the run: " + ", ".join(f"{name} {paid[name]:.8g}" for name in paid))
     unfinished = directory / f"{name}.unfinished"
-    finite = {key: value if math.isfinite(value) else None for key, value in result.items()}
+    finite = {key: value if math.isfinite(value) else None for key, value in {**result, **paid}.items()}
     unfinished.write_text(json.dumps(finite, indent=1) + "\n")
     unfinished.replace(directory / name)
     for folder in ("checkpoint", "selected"):

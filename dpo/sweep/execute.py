@@ -27,6 +27,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from dpo.bill import paid_by
 from dpo.sweep.directory import damage, finished, read_yaml
 from dpo.sweep.identity import identity
 from dpo.sweep.schema import check
@@ -63,7 +64,7 @@ def execute(directory: Path) -> int:
     if _ranks() == 1:  # of several, one may have failed before another looks: what starts them has taken it away
         (directory / "error.json").unlink(missing_ok=True)
     try:
-        with _beside_others(directory):
+        with _beside_others(directory), paid_by(directory):
             return _guarded(directory)
     finally:
         lock.release()

@@ -221,3 +221,6 @@ def test_a_stage_that_is_killed_pays_for_no_answer_twice(tmp_path, tiny_model, v
     else:
         [last] = (tmp_path / "runs").glob("*/*/manifest.json")
         assert json.loads(last.read_text())["train candidates"] > 0
+    told, who = json.loads(last.read_text()), "engine" if verb == "generate" else "judge"
+    assert len(served.spent) - 2 <= told[f"{who}/requests"] <= len(served.spent)  # but for what the kill came before
+    assert told["kept/responses" if verb == "generate" else "kept/answers"] >= most - shaking - 2
