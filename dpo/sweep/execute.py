@@ -101,9 +101,11 @@ def _guarded(directory: Path) -> int:
             # srun end the other ranks, and rank 0 may still be writing.
             return STOPPED if _rank() == 0 else 0
         kind, message = type(error).__name__, _text(error, directory)
-        if not isinstance(error, ValueError | RuntimeError):
+        full = _full(error)  # and then no file has the traceback
+        if not full and not isinstance(error, ValueError | RuntimeError):
             traceback.print_exc()
-        print(f"{kind}: {message} (traceback: {directory / 'error.json'})", file=sys.stderr, flush=True)
+        where = "" if full else f" (traceback: {directory / 'error.json'})"
+        print(f"{kind}: {message}{where}", file=sys.stderr, flush=True)
         _record(directory, kind, message, traceback.format_exc())
         return FAILED
 
@@ -138,10 +140,15 @@ def _checked(values: dict[str, Any], file: Path) -> None:
         )
 
 
+def _full(error: BaseException) -> bool:
+    """Whether it is that of a full disk; one of ours says so itself."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or (not isinstance(error, RuntimeError) and "No space left" in str(error))
+
+
 def _text(error: BaseException, directory: Path) -> str:
     """What an error says; of a full disk also where."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, RuntimeError) or not (full or "No space left" in str(error)):
+    if not _full(error):
         return str(error)
     return f"{error}; make room for {directory} and the cache: the same command resumes from the last checkpoint"
 
