@@ -5,7 +5,8 @@ of a run call: prompts are token ids, and a response keeps its own. What is draw
 place, not by what else is asked for. One that samples in another program does so on rank 0 alone
 (`dpo.training.distributed.on_main`). title: of a progress bar. One that holds something has a method `close`; one
 that works on many batches at once a method `each`, which gives them as they come; one that can tell whether it could
-start, before a model is loaded, a method `check`.
+start, before a model is loaded, a method `check`, and one that asks a server whether it answers, before a policy is
+trained, a method `handshake`.
 """
 
 import json
@@ -39,6 +40,7 @@ from dpo.training.log import progress
 
 logger = logging.getLogger(__name__)
 TRIED = 16  # tokens of the responses of a handshake
+NARROW = 1e-4  # top_p that leaves the likeliest token, and those as likely
 Tokens = list[int]
 Logps = list[float]
 
@@ -59,10 +61,10 @@ def transformers(
 class Endpoint:
     """A server that holds the policy's weights and speaks OpenAI's protocol with token ids, as vLLM's does.
 
-    Each response is asked for by itself, with a seed that its prompt, the run's seed and its place decide, and kept in
-    the folder `cache` when it comes. First a handshake: the server must draw other tokens for another seed, the same
-    for the same, no others at temperature 0, and give each the log-prob that the model gives it, within `tolerance`
-    nats in the mean.
+    Each response is asked for by itself (so no `n` is sent), with a seed that the run's seed and its place decide, and
+    kept in the folder `cache` when it comes. At first the server must draw other tokens for another seed, the same for
+    the same, no others at temperature 0, others at a tiny top_p where that is below 1, and give each the log-prob that
+    the model gives it, within `tolerance` nats in the mean.
 
     served: the name under which the server has the weights.
     Raises: ValueError if the options are none that could work. RuntimeError if the server is not as above.
@@ -90,11 +92,11 @@ class Endpoint:
         stops = ends(tokenizer, model.generation_config)
         weights = models.fingerprint(model)
         biased = {} if (bias := _against_spare_rows(model, tokenizer)) is None else {"logit_bias": bias}
-        if weights != self._weights:
-            self._check_weights(model, prompts[0], stops, biased)
-            self._weights = weights
         asked: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
         asked |= {"top_p": sampling.top_p, **biased}
+        if weights != self._weights:
+            self._check_weights(model, prompts[0], stops, asked)
+            self._weights = weights
 
         def answer(questions: list[Any]) -> Iterator[tuple[int, Tokens]]:
             one = partial(self._respond, asked=asked, stops=stops)
@@ -106,6 +108,15 @@ class Endpoint:
         return [cut(ids, row, stops, tokenizer) for ids, row in zip(prompts, found, strict=True)]
 
     __call__ = forward
+
+    def handshake(self) -> None:
+        """Have the server draw a token of whatever it holds. Raises: RuntimeError if it does not."""
+        create = self.server.client.completions.create
+        try:
+            self.server.asked("completion", lambda body: body.choices[0], create, prompt=[0], max_tokens=1)
+        except RuntimeError as error:
+            advice = "no policy is trained before it answers: python -m dpo.sft makes one to serve, for policy.path"
+            raise RuntimeError(f"{error}; {advice}") from None
 
     def close(self) -> None:
         """Say what was paid: who samples in parts shows a progress bar of its own, without it."""
@@ -123,9 +134,9 @@ class Endpoint:
             ) from None
 
     def _check_weights(
-        self, model: PreTrainedModel, prompt: Tokens, stops: Sequence[int], biased: dict[str, Any]
+        self, model: PreTrainedModel, prompt: Tokens, stops: Sequence[int], asked: dict[str, Any]
     ) -> None:
-        drawn, scored = on_main(lambda: self._tried(prompt, stops, biased))
+        drawn, scored = on_main(lambda: self._tried(prompt, stops, asked))
         if not (apart := _apart(model, prompt, drawn, scored)) <= self.tolerance:
             raise RuntimeError(
                 f"the server at {self.server.options['url']} must hold the weights of {model.name_or_path}, found "
@@ -133,9 +144,10 @@ class Endpoint:
                 "folder, or raise engine.tolerance if it rounds more"
             )
 
-    def _tried(self, prompt: Tokens, stops: Sequence[int], biased: dict[str, Any]) -> tuple[Tokens, Logps]:
+    def _tried(self, prompt: Tokens, stops: Sequence[int], asked: dict[str, Any]) -> tuple[Tokens, Logps]:
         """A response to a prompt, and its log-probs, from a server that samples as it is asked to."""
-        asked = {"max_tokens": TRIED, "temperature": 1.0, "top_p": 1.0, **biased}
+        narrow = asked["top_p"] < 1
+        asked = {**asked, "max_tokens": TRIED, "temperature": 1.0, "top_p": 1.0}
         here = f"the server at {self.server.options['url']}"
         try:
             first, *others = [self._complete(prompt, seed, asked, stops) for seed in (0, 0, 1, 2, 3)]
@@ -153,6 +165,13 @@ class Endpoint:
             raise RuntimeError(
                 f"{here} must draw the likeliest tokens at temperature 0, found others for another seed: it ignores "
                 "temperature; take vllm serve, or engine=transformers"
+            )
+        drawn = [first[0], *(other[0] for other in others[1:])]  # by seed
+        seed = next(seed for seed, tokens in enumerate(drawn) if tokens != greedy[0])
+        if narrow and self._complete(prompt, seed, {**asked, "top_p": NARROW}, stops)[0] == drawn[seed]:
+            raise RuntimeError(
+                f"{here} must draw the likeliest tokens at top_p={NARROW}, found those of top_p=1: it ignores it; set "
+                "generation.top_p=1, or take vllm serve or engine=transformers"
             )
         return first
 

@@ -68,7 +68,8 @@ def of_initial_policy(config: DictConfig, dataset: Dataset) -> dict[str, list[Ca
     """Candidates of the policy that training would start from, for the prompts of the data. Processes join here."""
     device = distributed.join(config.device)
     check_engine(config.engine)
-    policy, tokenizer = models.load(policy_spec(config, sft.initial_policy(config, dataset, device)), device)
+    start = sft.initial_policy(config, dataset, device, sampled=True)
+    policy, tokenizer = models.load(policy_spec(config, start), device)
     weights = models.fingerprint(policy)
     return candidates(policy, tokenizer, dataset.prompts, generation_of(config), weights, dataset.on_faulty)
 

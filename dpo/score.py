@@ -171,7 +171,7 @@ def prepare(
     device = distributed.join(config.device)
     if not pairs:
         check_engine(config.engine)
-    start = sft.initial_policy(config, dataset, device)
+    start = sft.initial_policy(config, dataset, device, sampled=not pairs)
     rule = dataset.on_faulty
     policy, _ = models.load(policy_spec(config, start), device, lora_of(config))
     if not pairs:

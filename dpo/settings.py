@@ -177,10 +177,12 @@ def evaluation_of(config: Any) -> Evaluation:
     return Evaluation(*which, engine, sampling, config.seed, limits_of(config), *read, config.cache)
 
 
-def check_engine(node: Any) -> None:
-    """Refuse an engine that can tell, before a model is loaded, that it could not start. Raises: ValueError."""
+def check_engine(node: Any, how: str = "check") -> None:
+    """Refuse an engine that can tell, before a model is loaded, that it could not start. how: "handshake", before one
+    is trained, that its server does not answer. Raises: ValueError; RuntimeError.
+    """
     engine = instantiate(node)
-    if (check := getattr(getattr(engine, "func", engine), "check", None)) and is_main():
+    if (check := getattr(getattr(engine, "func", engine), how, None)) and is_main():
         check()
 
 

@@ -34,7 +34,7 @@ from dpo.data.tokens import vocabulary
 from dpo.policy import model as models
 from dpo.policy.logps import packable, sequence_logps
 from dpo.results import card
-from dpo.settings import Sft, evaluation_of, judge_of, lora_of, policy_spec, quantize_of, sft_of
+from dpo.settings import Sft, check_engine, evaluation_of, judge_of, lora_of, policy_spec, quantize_of, sft_of
 from dpo.sweep.directory import finish
 from dpo.sweep.inputs import load
 from dpo.training import distributed
@@ -95,11 +95,11 @@ def run(config: DictConfig, directory: Path) -> None:
     distributed.leave()
 
 
-def initial_policy(config: DictConfig, dataset: Dataset, device: torch.device) -> str:
+def initial_policy(config: DictConfig, dataset: Dataset, device: torch.device, sampled: bool = False) -> str:
     """Folder or hub name of the policy that training starts from: `policy.path`, or the cached SFT of `policy.base`; of
-    weights in 4 bits the folder of what they stand for.
+    weights in 4 bits the folder of what they stand for. sampled: the engine is to sample from it.
     """
-    path = _whole_policy(config, dataset, device)
+    path = _whole_policy(config, dataset, device, sampled)
     if (quantize := quantize_of(config)) is None:
         return path
     made = quantized_policy(policy_spec(config, path), quantize, config.cache)
@@ -107,7 +107,7 @@ def initial_policy(config: DictConfig, dataset: Dataset, device: torch.device) -
     return made
 
 
-def _whole_policy(config: DictConfig, dataset: Dataset, device: torch.device) -> str:
+def _whole_policy(config: DictConfig, dataset: Dataset, device: torch.device, sampled: bool) -> str:
     if config.policy.adapter is not None:
         path = merged_policy(policy_spec(config), config.cache, device)
         logger.info(f"policy: {config.policy.path} with the adapter {config.policy.adapter} merged into it ({path})")
@@ -115,7 +115,8 @@ def _whole_policy(config: DictConfig, dataset: Dataset, device: torch.device) ->
     if config.policy.path is not None:
         logger.info(f"policy: {config.policy.path}")
         return str(config.policy.path)
-    path, cached = cached_policy(sft_of(config), dataset.demonstrations, device, dataset.on_faulty)
+    greet = partial(check_engine, config.engine, "handshake") if sampled else None
+    path, cached = cached_policy(sft_of(config), dataset.demonstrations, device, dataset.on_faulty, greet)
     logger.info(
         f"policy: {config.policy.base} after SFT on {len(dataset.demonstrations)} demonstrations, "
         f"{'from the cache' if cached else 'trained now'} ({path})"
@@ -152,9 +153,15 @@ def quantized_policy(spec: models.ModelSpec, quantize: str, cache: str) -> str:
 
 
 def cached_policy(
-    settings: Sft, demonstrations: list[Demonstration], device: torch.device, on_faulty: str = "error"
+    settings: Sft,
+    demonstrations: list[Demonstration],
+    device: torch.device,
+    on_faulty: str = "error",
+    before: Callable[[], None] | None = None,
 ) -> tuple[str, bool]:
-    """Folder of the SFT policy that `dpo.train` starts from, made once per recipe; and whether it was there."""
+    """Folder of the SFT policy that `dpo.train` starts from, made once per recipe; and whether it was there. before:
+    called where it has to be trained: whoever needs no more than what is kept needs no server.
+    """
     model, tokenizer = models.load(settings.base, device)
     items = tokenize_demonstrations(demonstrations, tokenizer, settings.max_length, settings.on_too_long, on_faulty)
     key = {
@@ -171,6 +178,8 @@ def cached_policy(
         folder = distributed.gathered([folder])[0]  # rank 0's: each writes its part of checkpoint and policy there
         # The policy appears whole: where it is, a former attempt failed after it.
         if not distributed.any_true(distributed.is_main() and (folder / "policy").is_dir()):
+            if before is not None:
+                before()
             with Log(folder) as log:
                 train(model, tokenizer, items, settings, folder / "checkpoint", log)
             models.save(model, tokenizer, folder / "policy")

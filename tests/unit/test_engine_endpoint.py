@@ -2,19 +2,24 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from serving import Served, serving
 from transformers import AutoModelForCausalLM
+from whole_runs import SMALL, frozen
 
+from dpo import generate, sft
 from dpo.engines import Endpoint, closing, seed_of
 from dpo.policy import model as models
 from dpo.policy.sampling import Sampling, sample
+from dpo.sweep.inputs import load
 
 OPTIONS = {"key": None, "concurrency": 3, "timeout": 60.0, "retries": 1, "requests_per_minute": None, "prices": None}
 GREEDY = Sampling(6, 0.0, 1.0, 8)
 WARM = Sampling(6, 1.0, 0.9, 8)
+TRIES = 8  # requests of a handshake, of which one is of top_p
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +61,7 @@ def test_a_response_is_that_of_its_seed_and_place(policy, served, prompts, tmp_p
     assert found[0].response_ids != found[2].response_ids
     seeds = {seed_of(seed, place) for seed in range(30) for place in range(30)}
     assert len(seeds) == 900
-    sent = served.asked[7 : 7 + len(prompts)]
+    sent = served.asked[TRIES : TRIES + len(prompts)]
     assert {one["seed"] for one in sent} == {seed_of(0, place) for place in range(4)}
     for one in sent:
         assert (one["max_tokens"], one["temperature"], one["top_p"]) == (6, 1.0, 0.9)
@@ -76,20 +81,20 @@ def test_ids_that_are_no_tokens_are_never_drawn(policy, served, prompts, tmp_pat
 
 def test_what_was_sampled_is_kept_as_it_comes(policy, served, prompts, tmp_path):
     with serving(served) as url:
-        served.faults += ["good"] * 9 + [500] * 9  # seven of the handshake and two responses
+        served.faults += ["good"] * (TRIES + 2) + [500] * 9
         with pytest.raises(RuntimeError, match="must answer, found InternalServerError"):
             engine(url, tmp_path, concurrency=1)(*policy, prompts, range(4), WARM, 0, "")
         served.faults.clear()
         paid = len(served.spent)
-        assert paid == 9
+        assert paid == TRIES + 2
         found = engine(url, tmp_path)(*policy, prompts, range(4), WARM, 0, "")
-        assert len(served.spent) == paid + 7 + 2
+        assert len(served.spent) == paid + TRIES + 2
         assert engine(url, tmp_path)(*policy, prompts, range(4), WARM, 0, "") == found
-        assert len(served.spent) == paid + 7 + 2 + 7
+        assert len(served.spent) == paid + TRIES + 2 + TRIES
         for changed in (replace(WARM, temperature=0.5), replace(WARM, top_p=1.0), replace(WARM, max_new_tokens=3)):
             paid = len(served.spent)
             engine(url, tmp_path)(*policy, prompts, range(4), changed, 0, "")
-            assert len(served.spent) == paid + 7 + 4
+            assert len(served.spent) == paid + TRIES - (changed.top_p == 1) + 4
 
 
 def test_a_server_is_tried_once_and_its_bill_told(policy, served, prompts, tmp_path, capsys):
@@ -97,8 +102,8 @@ def test_a_server_is_tried_once_and_its_bill_told(policy, served, prompts, tmp_p
     with serving(served) as url, closing(engine(url, tmp_path)) as asked:
         for places in ([0, 1], [2, 3]):
             asked(*policy, [prompts[place] for place in places], places, WARM, 0, title="")
-        assert len(served.spent) == 7 + 4
-    assert "policy: 11 requests, " in "".join(capsys.readouterr())
+        assert len(served.spent) == TRIES + 4
+    assert "policy: 12 requests, " in "".join(capsys.readouterr())
 
 
 def test_other_weights_are_refused(policy, prompts, tmp_path, tiny_model):
@@ -148,6 +153,7 @@ class Deaf(Served):
         ("temperature", 1.0, "must draw the likeliest tokens at temperature 0, found others for another seed"),
         ("temperature", 0.0, "must draw at temperature 1, found the same 16 tokens for four seeds"),
         ("seed", 5, "must draw at temperature 1, found the same 16 tokens for four seeds"),
+        ("top_p", 1.0, "must draw the likeliest tokens at top_p=0.0001, found those of top_p=1: it ignores it"),
         ("seed", iter(range(99)).__next__, "must give the same tokens for the same seed, found others"),
     ],
 )
@@ -156,6 +162,33 @@ def test_a_server_that_ignores_a_setting_is_refused(policy, prompts, tmp_path, t
     deaf.tokenizer.eos_token = None  # sixteen tokens, whatever they are
     with serving(deaf) as url, pytest.raises(RuntimeError, match=said):
         engine(url, tmp_path)(*policy, prompts, range(4), WARM, 0, "")
+
+
+def test_a_server_that_does_not_answer_is_refused_before_a_policy_is_trained(tmp_path, monkeypatch):
+    """Where the policy is there, so may be all its candidates, and then no server is needed."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(sft, "train", lambda *_: pytest.fail("trained"))
+    given = [*SMALL, "engine=endpoint", "engine.served=m", "engine.server.retries=0"]
+    given += ["engine.server.url=http://127.0.0.1:1/v1"]
+    advice = r"127\.0\.0\.1:1/v1 must answer, found APIConnectionError.*no policy is trained before .* dpo\.sft"
+    with pytest.raises(RuntimeError, match=advice):
+        generate.run(frozen(tmp_path / "candidates", *given, verb="generate"), tmp_path / "candidates")
+    asked: list[Any] = []
+    monkeypatch.setattr(sft, "check_engine", lambda *given: asked.append(given[1]))
+    monkeypatch.setattr(sft, "train", lambda *_: None)
+    monkeypatch.setattr(generate, "candidates", lambda *_: {})
+    config = frozen(tmp_path / "candidates", *given, verb="generate")
+    for _ in range(2):  # the second time the policy is there
+        generate.of_initial_policy(config, load(config))
+    assert asked == ["handshake"]
+
+
+def test_a_server_greets(served, tmp_path):
+    with serving(served) as url:
+        engine(url, tmp_path).handshake()
+        assert len(served.spent) == 1
+        with pytest.raises(RuntimeError, match=r"must serve other: .*; it serves policy; no policy is trained"):
+            Endpoint("other", 1e-3, str(tmp_path), {**OPTIONS, "url": url}).handshake()
 
 
 def test_an_end_must_be_among_the_tokens(policy, served, prompts, tmp_path):
