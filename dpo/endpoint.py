@@ -5,10 +5,11 @@ body for an answer, so bodies are checked here.
 """
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from importlib.util import find_spec
 from queue import SimpleQueue
@@ -153,37 +154,39 @@ class Server:
     def each(
         self, answer: Callable[[Question], Answer], questions: Sequence[Question], title: str
     ) -> Iterator[tuple[int, Answer]]:
-        """The place of each question and what `answer` says to it (not None), `concurrency` at once, as they come; a
-        progress bar shows the bill. An error is raised when what is under way has come.
+        """The place of each question and what `answer` says to it, `concurrency` at once, as they come; a
+        progress bar shows the bill. An error, or a first signal to stop, is raised when what is under way has come.
         """
-        came: SimpleQueue[tuple[int, Answer | None, BaseException | None]] = SimpleQueue()
-        stopped = threading.Event()
-        failed: BaseException | None = None
+        came: SimpleQueue[tuple[int, Answer] | None] = SimpleQueue()
+        places = iter(range(len(questions)))
+        stopped: list[BaseException] = []  # why nothing more is asked
 
-        def work(place: int) -> None:
+        def work() -> None:
             try:
-                came.put((place, None if stopped.is_set() else answer(questions[place]), None))
+                while not stopped:
+                    with self._lock:
+                        place = next(places, None)
+                    if place is None:
+                        break
+                    came.put((place, answer(questions[place])))
             except BaseException as error:
-                stopped.set()
-                came.put((place, None, error))
+                stopped.append(error)
+            came.put(None)
 
-        pool = ThreadPoolExecutor(self.options["concurrency"])
+        workers = [threading.Thread(target=work, daemon=True) for _ in range(self.options["concurrency"])]
         try:
-            for place in range(len(questions)):
-                pool.submit(work, place)
-            with progress(total=len(questions), name=title) as bar:
-                for _ in questions:
-                    place, said, error = came.get()
-                    failed = failed or error
-                    if said is not None:
+            with _signals(stopped), progress(total=len(questions), name=title) as bar:
+                for one in workers:
+                    one.start()
+                for _ in workers:
+                    for place, said in iter(came.get, None):
                         bar.set_postfix_str(self.bill.said(self.options["prices"]), refresh=False)
                         bar.update()
                         yield place, said
-            if failed is not None:
-                raise failed
+            if stopped:
+                raise stopped[0]
         finally:
-            stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            stopped.append(GeneratorExit())  # who asked has gone
 
     @property
     def _here(self) -> str:
@@ -217,3 +220,28 @@ class Server:
             self._next = max(self._next, now) + 60 / rate
             wait = self._next - 60 / rate - now
         time.sleep(wait)
+
+
+@contextmanager
+def _signals(stopped: list[BaseException]) -> Iterator[None]:
+    """A first signal to stop is put in the list, and a second one raised, where the first would be without this."""
+
+    def receive(number: int, frame: Any) -> None:
+        if any(isinstance(one, KeyboardInterrupt) for one in stopped):
+            signal.default_int_handler(number, frame)
+        stopped.append(KeyboardInterrupt())
+        os.write(2, b"\nstopping: answers under way are kept when they come; a second signal ends at once\n")
+
+    ours = threading.current_thread() is threading.main_thread()
+    numbers = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        if ours and signal.getsignal(number) is signal.default_int_handler
+    ]
+    for number in numbers:
+        signal.signal(number, receive)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.default_int_handler)

@@ -1,5 +1,7 @@
 """A server's answers and faults, over a real connection to one on this machine."""
 
+import os
+import signal
 import threading
 
 import pytest
@@ -162,6 +164,30 @@ def test_an_error_comes_when_what_is_under_way_has_come():
     with pytest.raises(RuntimeError, match="no"):
         found.extend(at("http://nowhere", concurrency=1).each(answer, range(5), ""))
     assert begun == [0, 1]
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_what_is_under_way_comes_before_a_signal_stops(signals, capfd):
+    """And nothing is begun after it. At a second one it is not waited for, nor when the process ends."""
+    both, release, begun, ended, found = threading.Barrier(2, timeout=30), threading.Event(), [], [], []
+
+    def answer(question):
+        begun.append(question)
+        both.wait()
+        for _ in range(signals if question == 0 else 0):
+            os.kill(os.getpid(), signal.SIGINT)  # which the main thread gets, as from a terminal
+            release.wait(0.3)
+        release.wait(0.6 if signals == 1 else 30)
+        ended.append(threading.current_thread().daemon)
+        return question
+
+    with pytest.raises(KeyboardInterrupt):
+        found.extend(at("http://a", concurrency=2).each(answer, range(9), ""))
+    assert sorted(begun) == [0, 1]
+    assert (sorted(found), ended) == (([(0, 0), (1, 1)], [True, True]) if signals == 1 else ([], []))
+    release.set()
+    assert "stopping: answers under way are kept" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_requests_keep_their_distance(echo, monkeypatch):
