@@ -127,12 +127,21 @@ NOUNS = {
     "policy/sampling": "class Sample: ...",
     "policy/lora": "class Lora: ...\ndef check_fits(*given): ...",
     "policy/model": "class ModelSpec:\n    def __init__(self, *given): ...\n"
-    "def resolve_path(path): return path\ndef ask_hub(path): ...\ndef check_lora(*given): ...\ndef without_weights(spec): ...",
+    "def resolve_path(path): return path\ndef ask_hub(path): ...\n"
+    "def check_lora(*given): ...\ndef without_weights(spec): ...",
     "results/figures": "def draw(frame, path, column): path.touch()",
     "train": VERB,
 }
 PROJECT = (
-    *("__init__.py", "cache.py", "data/lazy.py", "data/records.py", "data/sources.py", "data/instructions.py"),
+    *(
+        "__init__.py",
+        "bill.py",
+        "cache.py",
+        "data/lazy.py",
+        "data/records.py",
+        "data/sources.py",
+        "data/instructions.py",
+    ),
     "world/sizes.py",
     *("sweep/*.py", "results/*.py"),
 )
