@@ -166,7 +166,7 @@ def test_figures_of_tokens(inside):
 STUDIES = ["kl_strength", "reference_compatibility", "token_level"]
 # Whose numbers are beside the notebook.
 KEPT = ["dynamic_beta", "kl_strength", "label_noise", "objectives", "over_optimization", "reference_compatibility"]
-KEPT += ["summarization", "token_level"]
+KEPT += ["smollm2_hh", "summarization", "token_level"]
 
 
 def test_notebooks(inside):
