@@ -133,10 +133,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _check_layers(folder: Path, config: dict[str, Any], weights: set[str]) -> None:
-    """More layers than the config says are left to the loading: some models have some that predict further tokens."""
+    """What has more layers than the config says, such as some that predict further tokens, or names without numbers is
+    left to the loading.
+    """
     layers = next((config[key] for key in LAYERS if isinstance(config.get(key), int)), 0)
     found = len({numbers[0] for name in weights if (numbers := re.findall(r"\b\d+\b", name))})
-    if found < layers:
+    if 0 < found < layers:
         raise ValueError(
             f"{folder} must hold the weights of the {layers} layers that its config.json says, found those of {found}; "
             "copy all files of one model there"

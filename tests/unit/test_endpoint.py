@@ -166,8 +166,16 @@ def test_an_error_comes_when_what_is_under_way_has_come():
     assert begun == [0, 1]
 
 
+@pytest.fixture
+def heard():
+    """Who starts the tests in the background has them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("signals", [1, 2])
-def test_what_is_under_way_comes_before_a_signal_stops(signals, capfd):
+def test_what_is_under_way_comes_before_a_signal_stops(signals, capfd, heard):
     """And nothing is begun after it. At a second one it is not waited for, nor when the process ends."""
     both, release, begun, ended, found = threading.Barrier(2, timeout=30), threading.Event(), [], [], []
 
