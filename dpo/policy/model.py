@@ -304,7 +304,7 @@ def resolve_path(path: str) -> str:
 def ask_hub(path: str) -> None:
     """Raise a ValueError if the hub says that it has no model of that name or revision, or none for us.
 
-    Where it cannot be asked nothing is said: the run asks again, and may have it from a cache.
+    Where it cannot be asked a line says so: the run asks again, and may have it from a cache.
     """
     name, revision = on_hub(path)
     kept = huggingface_hub.try_to_load_from_cache(name, "config.json", **revision)
@@ -315,7 +315,8 @@ def ask_hub(path: str) -> None:
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
         raise ValueError(_no_model(path, MODEL, error)) from error
     except Exception as error:  # of the network, or its libraries
-        logger.warning(f"the hub could not be asked for {path}, its run asks again: {str(error).splitlines()[0]}")
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        logger.warning(f"the hub could not be asked for {path}, its run asks again: {why}")
 
 
 def check_length(which: ModelSpec | str, key: str, length: int) -> None:

@@ -62,16 +62,23 @@ def test_the_hub_is_asked_what_a_name_stands_for(hub, capsys, name):
     assert ("its run asks again" in capsys.readouterr().out) == (name == "broken")
 
 
-def test_a_hub_that_cannot_be_asked_is_left_to_the_run(hub, capsys, monkeypatch, tmp_path):
+def test_a_hub_that_cannot_be_asked_is_left_to_the_run(hub, capsys, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     models.ask_hub("me/misspelt")
     assert not capsys.readouterr().out
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "/a/file")
     models.ask_hub("me/misspelt")  # which the run has from there
-    monkeypatch.undo()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    template = "http://127.0.0.1:9/{repo_id}/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
+    template = "http://127.0.0.1:9/{repo_id}/{revision}/{filename}"  # where nobody listens
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    said = "the hub could not be asked for me/misspelt, its run asks again: "
     models.ask_hub("me/misspelt")
-    assert "the hub could not be asked for me/misspelt, its run asks again" in capsys.readouterr().out
+    assert said in capsys.readouterr().out
+
+    def wordless(url):
+        raise TimeoutError
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", wordless)
+    models.ask_hub("me/misspelt")
+    assert f"{said}TimeoutError" in capsys.readouterr().out
