@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations, groupby
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
@@ -66,8 +65,9 @@ def cached_preferences(
     found: dict[str, list[Candidate]], judge: Judge, settings: Pairing
 ) -> dict[str, list[Preference]]:
     """Preference pairs of candidates, judged once and shared by a sweep."""
+    without_seeds = {split: [generate.row(replace(one, seed=None)) for one in some] for split, some in found.items()}
     key = {
-        "candidates": digest({split: [_decides(one) for one in some] for split, some in found.items()}),
+        "candidates": digest(without_seeds),  # which decide nothing more, and which those of before do not have
         "judge": settings.judge,
         "judges": JUDGES_VERSION,
         "measures": 1,  # beside each pair
@@ -81,11 +81,6 @@ def cached_preferences(
 
     folder, _ = remember(settings.cache, "pairs", key, build, distributed.any_true)
     return {split: read_pairs(folder / f"{split}.jsonl") for split in SPLITS}
-
-
-def _decides(one: Candidate) -> dict[str, Any]:
-    """What decides what becomes of a candidate: all but its seed, which those of before do not have."""
-    return {name: value for name, value in generate.row(one).items() if name != "seed"}
 
 
 def preferences(
