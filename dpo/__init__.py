@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import threading
 from pathlib import Path
 
 # Where conf/, experiments/ and slurm/ lie: in a checkout beside this package, in a wheel inside of it (see setup.py).
@@ -23,6 +24,14 @@ class _Rank0(logging.Handler):
         except Exception:
             self.handleError(record)
 
+
+def _own_lock() -> None:
+    """Forks share the lock that tqdm writes under: one killed while it writes would stop the others for good."""
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.set_lock(threading.RLock())
+
+
+os.register_at_fork(after_in_child=_own_lock)
 
 # Modules log to `logging.getLogger(__name__)`. They are heard in a notebook, too, and whatever the root logger does.
 _logger = logging.getLogger(__name__)

@@ -95,5 +95,33 @@ def shown(line):
     return screen.rstrip()
 
 
+@pytest.mark.parametrize("held", ["by another fork that was killed", "by another thread when it forks"])
+def test_a_fork_writes_whoever_held_the_lock_of_bars(held):
+    code = """
+import logging, os, signal, sys, threading
+import dpo
+from tqdm import tqdm
+log, lock = logging.getLogger("dpo.somewhere"), tqdm.get_lock()
+log.info("first")
+if "fork" in sys.argv[1].split():
+    if (child := os.fork()) == 0:
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+else:
+    thread = threading.Thread(target=lock.acquire)
+    thread.start()
+    thread.join()
+if (child := os.fork()) == 0:
+    log.info("of a fork")
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "RANK"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, held]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=120)
+    assert done.stdout == "first\nof a fork\n"
+
+
 def test_importing_the_package_again_repeats_no_message():
     assert len(logging.getLogger(dpo.__name__).handlers) == 1
