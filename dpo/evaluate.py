@@ -1,6 +1,6 @@
 """Measure a policy: win rate and KL against another model, shape of the responses.
 
-    python -m dpo.evaluate policy.path=runs/dev/beta=0.1/policy against=/models/sft
+    python -m dpo.evaluate 'policy.path="runs/dev/beta=0.1/policy"' against=/models/sft
 
 `dpo.train` does the same with what it trained, against what it started from.
 """

@@ -23,7 +23,7 @@ def accurate_then_short(
     if "correct" not in first or "correct" not in second:
         raise RuntimeError(
             "rule=accurate_then_short reads how many questions a response answers, `correct`, found a judge that "
-            f"gives {', '.join(first)}; take judge=questions or judge=gold, or rule=null"
+            f"gives {', '.join(first)}; take judge=questions or judge=gold, or leave the rule out"
         )
     shorter = 1.0 if first["words"] < second["words"] else 0.0
     difference = abs(first["words"] - second["words"])

@@ -75,7 +75,8 @@ def in_hydras_words(arguments: Sequence[str]) -> list[str]:
     """The command line with the option of a group at a key as Hydra names it, and an experiment appended to what the
     command composes: so what the experiment says wins over every page of `conf/`, and the command line over both.
     """
-    at_keys = [re.sub(r"^evaluation\.(judge|rule)=", r"\1@evaluation.\1=", argument) for argument in arguments]
+    option = re.compile(r"^evaluation\.(judge|engine|rule)=(?!null$)")  # null, none of its own, is no option
+    at_keys = [option.sub(r"\1@evaluation.\1=", argument) for argument in arguments]
     return [f"+{one}" if one.partition("=")[0] in EXPERIMENTS else one for one in at_keys]
 
 

@@ -416,7 +416,7 @@ def _sharding(config: dict[str, Any]) -> list[str]:
     if config["sharding"]["offload"] and processes == 1:
         problems.append("sharding.offload needs several processes, got 1; use processes=2 or more")
     nodes = {group: (config.get(group), config["evaluation"].get(group)) for group in ("engine", "judge")}
-    pooled = {group: any(one and one.get("pool") for one in both) for group, both in nodes.items()}
+    pooled = {group: any(isinstance(one, dict) and one.get("pool") for one in both) for group, both in nodes.items()}
     scorer = config.get("scorer")
     by_vllm = scorer is not None and scorer["_target_"].endswith("VllmScorer")
     pools = {
@@ -444,8 +444,8 @@ def _sharding(config: dict[str, Any]) -> list[str]:
 def _served(config: dict[str, Any]) -> list[str]:
     """A server has the weights that it was started with, so none has those that a run is yet to train."""
     trains = config["command"] in ("train", "rounds") and config["steps"] != 0
-    engine = config["evaluation"].get("engine") or {}
-    if not trains or engine.get("_target_") != "dpo.engines.Endpoint":
+    engine = config["evaluation"].get("engine")
+    if not trains or not isinstance(engine, dict) or engine.get("_target_") != "dpo.engines.Endpoint":
         return []
     return [
         "evaluation.engine must not be endpoint in a run that trains, since no server holds what it will have trained; "

@@ -237,6 +237,9 @@ def test_an_option_at_a_key_is_named_by_the_key(monkeypatch):
     with pytest.raises(SystemExit):
         launch.command("train")
     assert seen == [["-m", "judge@evaluation.judge=gold,hasty", "judge=hasty"]]
+    typed = ["evaluation.engine=vllm", "evaluation.rule=accurate_then_short", "evaluation.judge=null"]
+    hydras = ["engine@evaluation.engine=vllm", "rule@evaluation.rule=accurate_then_short", "evaluation.judge=null"]
+    assert launch.in_hydras_words(typed) == hydras
     settings = OmegaConf.create(
         {
             "runtime": {"choices": {"judge": "hasty", "judge@evaluation.judge": "gold", "figure": None}},
