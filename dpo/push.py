@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
-import hydra
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue
 
-from dpo import HOME
 from dpo.results.card import CARD
+from dpo.sweep import command_line
 from dpo.sweep.directory import reason, status
 
 
@@ -40,7 +39,7 @@ def main() -> None:
     if {"-m", "--multirun"} & {*sys.argv[1:]}:
         sys.exit("dpo.push takes one run, got -m; call it once for each")
     ConfigStore.instance().store(name="push_schema", node=Push)
-    hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name="push")(command)()
+    command_line.run("push", command)
 
 
 def push(run: Path, repo: str, private: bool, dry_run: bool) -> str:

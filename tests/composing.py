@@ -8,7 +8,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dpo.sweep.launch import Combinations, in_hydras_words
+from dpo.sweep.command_line import in_hydras_words
+from dpo.sweep.launch import Combinations
 from dpo.sweep.plan import Composed
 
 ROOT = Path(__file__).parents[1]

@@ -70,7 +70,7 @@ def elsewhere(source: Source, path: str | None, split: str | None) -> Source | N
 def absent(path: str) -> str | None:
     """What is wrong with a path that names nothing here, and nothing that could be on the hub; None: nothing."""
     place = Path(path).expanduser()
-    if place.exists() or (ON_HUB.fullmatch(path) and not path.endswith((*LINES, *KINDS, ".gz"))):
+    if (path.strip() and place.exists()) or (ON_HUB.fullmatch(path) and not path.endswith((*LINES, *KINDS, ".gz"))):
         return None
     return (
         f"must be a file of records, a folder of them or a data set on the hub (owner/name), found none at {path}; "

@@ -11,7 +11,7 @@ from dpo.sweep.squeue import queued
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python -m dpo.results runs/<name>")
     path = Path(sys.argv[1])
     try:

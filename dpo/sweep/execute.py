@@ -248,7 +248,7 @@ def begin(directory: Path) -> NoReturn:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python -m dpo.sweep.execute DIRECTORY")
     begin(Path(sys.argv[1]))
 

@@ -4,13 +4,11 @@ Nothing is trained in the process that plans: each run is `python -m dpo.sweep.e
 own, under torchrun if it asks for several. Those of a CPU are forked from one that has imported what they need.
 """
 
-import argparse
 import importlib
 import itertools
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -23,7 +21,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-import hydra
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -37,19 +34,18 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo import HOME
+from dpo.sweep import command_line
+from dpo.sweep.command_line import EXPERIMENTS, in_hydras_words, message, no_options
 from dpo.sweep.directory import MOST, reason, status
 from dpo.sweep.execute import IN_USE, THREADS
 from dpo.sweep.forks import Fork
 from dpo.sweep.identity import non_numeric
-from dpo.sweep.plan import Composed, Refused, Run, key_of, message, plan, resolve
+from dpo.sweep.plan import Composed, Refused, Run, key_of, plan, resolve
 from dpo.sweep.renamed import renamed
 from dpo.sweep.rounds import run_chains
-from dpo.sweep.schema import OPEN_GROUPS, check
+from dpo.sweep.schema import check
 from dpo.sweep.signature import check_signature, instantiate
 from dpo.world import sizes
-
-EXPERIMENTS = ("figure", "table")  # groups: folders of experiments/
 
 
 def command(verb: str) -> NoReturn:
@@ -57,32 +53,16 @@ def command(verb: str) -> NoReturn:
     sys.argv[1:], said = renamed(sys.argv[1:])
     for line in said:
         print(line, file=sys.stderr, flush=True)
-    if problem := _null(sys.argv[1:]) or _unquoted(sys.argv[1:]):
-        sys.exit(problem)
-    sys.argv[1:] = in_hydras_words(sys.argv[1:])
-    _take_hydras_help()
-    hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name=verb)(single)()
+    command_line.run(verb, single)
     sys.exit()
-
-
-def _take_hydras_help() -> None:
-    """Python 3.14 looks into a help text when it is added, and one of Hydra 1.3's is no text until it is shown."""
-    parser: Any = argparse.ArgumentParser
-    parser._check_help = lambda *_: None
-
-
-def in_hydras_words(arguments: Sequence[str]) -> list[str]:
-    """The command line with the option of a group at a key as Hydra names it, and an experiment appended to what the
-    command composes: so what the experiment says wins over every page of `conf/`, and the command line over both.
-    """
-    option = re.compile(r"^evaluation\.(judge|engine|rule)=(?!null$)")  # null, none of its own, is no option
-    at_keys = [option.sub(r"\1@evaluation.\1=", argument) for argument in arguments]
-    return [f"+{one}" if one.partition("=")[0] in EXPERIMENTS else one for one in at_keys]
 
 
 def single(config: DictConfig) -> NoReturn:
     """The same road as a sweep, with a plan of one."""
-    launcher: Sweep = instantiate(HydraConfig.get().launcher)
+    try:
+        launcher: Sweep = instantiate(HydraConfig.get().launcher)
+    except ValueError:  # one of Hydra's own
+        sys.exit(f"hydra/launcher must be local or slurm, got {HydraConfig.get().launcher._target_}")
     launcher.execute([_composed(config, HydraConfig.get())], [])
 
 
@@ -108,11 +88,15 @@ class Grid(Sweeper):
                 axes[key] = [override.input_line or ""]
             elif override.is_discrete_sweep():
                 values = itertools.islice(override.sweep_string_iterator(), MOST + 1)
-                axes[key] = [f"{key}={value}" for value in values]
+                axes[key] = in_hydras_words([f"{key}={value}" for value in values])
             else:
                 raise ConfigCompositionException(
                     f"{key} must be a list of values, like {key}=1,2,3; got {override.input_line}"
                 )
+        if none := [key for key, values in axes.items() if not values]:
+            raise ConfigCompositionException(
+                f"{none[0]} must have values to sweep, found none: no option, or an empty range"
+            )
         if math.prod(map(len, axes.values())) > MOST:
             sizes = ", ".join(f"{key} has {len(values)}" for key, values in axes.items() if len(values) > 1)
             raise ConfigCompositionException(f"a sweep must have at most {MOST} runs; {sizes} values: sweep in parts")
@@ -174,7 +158,7 @@ class Sweep(Launcher):
         combinations = Combinations(self.loader, self.config, swept)
         for overrides in job_overrides:
             try:
-                if problem := _null(overrides):
+                if problem := no_options(overrides):
                     raise ConfigCompositionException(problem)
                 composed.append(combinations.compose(overrides))
             except (HydraException, OmegaConfBaseException) as error:
@@ -376,32 +360,7 @@ def _composed(config: DictConfig, settings: Any, swept: Collection[str] = ()) ->
     choices = {key: str(option) for key, option in chosen.items() if "/" not in key and not non_numeric(key)}
     with open_dict(config):
         config.pop("hydra", None)
-    return Composed(config, list(settings.overrides.task), choices, frozenset(swept))
-
-
-def _null(arguments: Sequence[str]) -> str | None:
-    """What to say of `loss=null`, where Hydra speaks of a NoneType."""
-    for argument in arguments:
-        group, _, option = argument.lstrip("+").partition("=")
-        if group in (*OPEN_GROUPS, "policy", *EXPERIMENTS) and "null" in option.lower().split(","):
-            how = {"judge": "judge=none is no judge", "reference": "reference=reference_free is no reference"}
-            how["scorer"] = "scorer=here is no pool"
-            return f"{group} must be one of its options, got null; {how.get(group, f'leave out {argument}')}"
-    return None
-
-
-def _unquoted(arguments: Sequence[str]) -> str | None:
-    """What to say of a value that Hydra's grammar does not take as it is, such as train[:10] or a path with a =."""
-    parser = OverridesParser.create()
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if equals and not argument.startswith("-"):
-            try:
-                parser.parse_override(argument)
-            except HydraException as error:
-                found = str(error).splitlines()[0]
-                return f"{argument} must be read whole, found: {found}; quote it twice: '{key}=\"{value}\"'"
-    return None
+    return Composed(config, [*OmegaConf.to_container(settings.overrides.task)], choices, frozenset(swept))
 
 
 def _list(refused: Sequence[Refused]) -> None:

@@ -15,6 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo import HOME
+from dpo.sweep.command_line import message
 from dpo.sweep.directory import config as config_of
 from dpo.sweep.directory import configs, finished, status, to_yaml
 from dpo.sweep.forks import ask, serve
@@ -266,14 +267,6 @@ def _begun(directory: Path) -> bool:
     """Whether a run has made something that can be resumed or read."""
     made = finished(directory) or any(directory.glob("checkpoint/step-*"))
     return made or status(directory) == "running"
-
-
-def message(error: Exception) -> str:
-    """What Hydra, OmegaConf or we say, without the search path and the parser's own words."""
-    text = str(error).split("\nConfig search path")[0].split("\n    full_key:")[0]
-    if isinstance(cause := error.__cause__, OmegaConfBaseException) and str(cause).strip():
-        text = f"{text}: {message(cause)}"
-    return "\n".join(line for line in text.splitlines() if line.strip())
 
 
 def _written(value: Any) -> str:

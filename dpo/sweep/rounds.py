@@ -14,9 +14,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo import HOME
+from dpo.sweep.command_line import message
 from dpo.sweep.directory import before, status
 from dpo.sweep.identity import identity
-from dpo.sweep.plan import Composed, Refused, Run, key_of, message, plan, rehearse, resolve
+from dpo.sweep.plan import Composed, Refused, Run, key_of, plan, rehearse, resolve
 from dpo.sweep.schema import faults
 
 OWN = ("rounds", "held_to", "prompts")  # keys that a single run does not have

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, is_dataclass, make_dataclass
 from datetime import date
 from difflib import get_close_matches
@@ -242,6 +243,7 @@ _ABOVE_ZERO = (
     *("evaluation.prompts", "evaluation.batch_size", "checkpoints_kept"),
     *("data.demonstrations", "data.train", "data.validation", "data.test"),
 )
+PATHS = ("name", "runs", "cache", "report")
 NAME_BYTES = 200  # of a directory's name; file systems allow 255
 _NO_CLIPPING = ("max_grad_norm", math.inf)
 _LEAST, _MOST = 1e-12, 1e12  # size of a number other than 0: what lies outside is a slip, or nothing in float32
@@ -296,6 +298,23 @@ def number_of_samples(baseline: str | None) -> int | None:
     return int(found[1]) if found else None
 
 
+def no_key(key: str, known: Collection[str]) -> str:
+    """What to say of a key that is none. known: those that there are in its place, without what is before them."""
+    before, dot, last = key.rpartition(".")
+    near = [last.replace("/", ".")] if "/" in last else get_close_matches(last.lower(), known, 1, 0.65)
+    if dot and known and not near:
+        return f"{key} is not a key of this command; {before} has {', '.join(one for one in known if one[0] != '_')}"
+    hint = f"did you mean {before}{dot}{near[0]}?" if near else "--help lists the keys"
+    return f"{key} is not a key of this command; {hint}"
+
+
+def no_option(group: str, option: str, known: Collection[str], how: str) -> str:
+    """What to say of an option that a group does not have. how: what to do where there is none like it."""
+    near = get_close_matches(option.lower(), known, 1)
+    what = f"did you mean {near[0]}?" if near else how
+    return f"{group} must be one of {', '.join(known)}, got {option or 'nothing'}; {what}"
+
+
 def _keys(node: Any, schema: type, prefix: str = "") -> list[str]:
     """What keeps a node from having the keys of its schema, all of them and no others, in their types."""
     if not isinstance(node, dict):
@@ -303,9 +322,7 @@ def _keys(node: Any, schema: type, prefix: str = "") -> list[str]:
     types, problems = get_type_hints(schema), []
     for key in node:
         if key not in types and (prefix or key not in RECORDED):
-            near = get_close_matches(str(key), types, 1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else "--help lists the keys"
-            problems.append(f"{prefix}{key} is not a key of this command; {hint}")
+            problems.append(no_key(f"{prefix}{key}", types))
     for key, expected in types.items():
         if key not in node:
             problems.append(f"{prefix}{key} must be given, found none; leave its default in place")
@@ -374,9 +391,20 @@ def _is_number(value: Any) -> bool:
 def _places(config: dict[str, Any]) -> list[str]:
     """Run directories lie in a folder of `runs`, and have names that file systems and lists of them can hold."""
     problems, name = [], config["name"]
-    for key in ("name", "runs", "cache"):
+    for key in (one for one in PATHS if one in config):
         if not config[key].strip() or any(ord(character) < 32 or ord(character) == 127 for character in config[key]):
             problems.append(f"{key} must be a path without control characters, and not empty, got {config[key]!r}")
+        elif key != "name":
+            place = next(
+                place for place in (Path(config[key]), *Path(config[key]).absolute().parents) if place.exists()
+            )
+            if not place.is_dir():
+                problems.append(
+                    f"{key} must be a folder, or where one can be made, got {config[key]}: {place} is a file"
+                )
+    for key, value in flatten(config).items():
+        if value == "" and key not in PATHS and key.count(".") < 2 and key.split(".")[0] not in OPEN_GROUPS:
+            problems.append(f"{key} must not be empty, got ''; leave it out, or give it a value")
     parts = name.split("/")
     if any(part.strip() in ("", ".", "..") for part in parts):
         problems.append(f"name must name a folder inside of runs={config['runs']}, such as dev, got {name!r}")

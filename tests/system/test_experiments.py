@@ -72,7 +72,7 @@ def test_the_command_line_wins(trial):
 def test_a_wrong_grid_starts_nothing(trial):
     text = said(trial, "table=trial", "seed=0,-1", code=1)
     assert "seed must be at least 0" in text
-    assert "Could not find 'table/nope'" in said(trial, "table=nope", code=1)
+    assert ", got nope; take one" in said(trial, "table=nope", code=1)
     assert not (trial / "runs").exists()
 
 

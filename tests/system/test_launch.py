@@ -22,8 +22,8 @@ from omegaconf import OmegaConf
 
 import dpo
 from dpo import results
+from dpo.sweep import command_line, launch
 from dpo.sweep import execute as executing
-from dpo.sweep import launch
 from dpo.sweep.identity import identity
 from dpo.sweep.plan import Folder, Run, _given, name, plan, resolve
 
@@ -259,14 +259,14 @@ def test_sweep(tree):
 def test_a_refused_grid_starts_nothing(tree):
     text = said(tree, "-m", "beta=0.01,weak,-1", "seed=0,1", code=1)
     assert "beta=weak seed=0 (and 1 more)" in text
-    assert "Value 'weak' of type 'str' could not be converted to Float" in text
+    assert "beta must be float, got 'weak'" in text
     assert "beta=-1 seed=0 (and 1 more)" in text
     assert "beta must be above 0, got -1.0" in text
     assert "Traceback" not in text
     text = said(tree, "loss.label_smoothing=much", "hydra.launcher.jobs=0", code=1)
     assert "loss.label_smoothing must be float, got 'much'" in text
     assert "hydra.launcher.jobs must be a whole number above 0, got 0" in text
-    assert "Could not find 'loss/dop'" in (text := said(tree, "loss=dop", code=1))
+    assert "got dop; did you mean dpo?" in (text := said(tree, "loss=dop", code=1))
     assert "Traceback" not in text
     assert not (tree / "runs").exists()
 
@@ -411,7 +411,7 @@ def test_python_does_not_look_into_hydras_help(monkeypatch):
         raise ValueError("badly formed help string")
 
     monkeypatch.setattr(argparse.ArgumentParser, "_check_help", refuse, raising=False)
-    launch._take_hydras_help()
+    command_line._take_hydras_help()
     parser: Any = argparse.ArgumentParser()
     parser._check_help(None)
 
@@ -419,8 +419,8 @@ def test_python_does_not_look_into_hydras_help(monkeypatch):
 def test_a_value_that_must_be_quoted_is_told_how(tree):
     for value in ("train[:10]", "runs/dev/beta=0.1/policy"):
         text = said(tree, f"data.split={value}", code=1)
-        assert f"data.split={value} must be read whole, found: " in text
-        assert f"""; quote it twice: 'data.split="{value}"'""" in text
+        assert f"data.split={value} must be read whole, found what cannot be: " in text
+        assert f"""is quoted twice: 'data.split="{value}"'""" in text
     text = said(tree, 'data.split="train[:10]"', code=1)  # of data without splits
     assert "must be read whole" not in text
     assert "split" in text

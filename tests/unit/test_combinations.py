@@ -13,8 +13,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dpo import HOME
+from dpo.sweep.command_line import message
 from dpo.sweep.launch import Combinations, _composed
-from dpo.sweep.plan import Composed, message
+from dpo.sweep.plan import Composed
 
 
 @pytest.fixture(scope="module")

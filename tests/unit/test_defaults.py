@@ -442,6 +442,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
         "min_length_diff": 3,
         "tie_below_threshold": "tie",
     },
+    "rule/none": {"rule": None},
     "scorer/here": {"scorer": None},
     "scorer/ray": {
         "_target_": "dpo.policy.pool.Pool",

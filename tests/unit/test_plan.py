@@ -11,7 +11,7 @@ from filelock import FileLock
 from omegaconf import OmegaConf
 from test_launch import ROOT
 
-from dpo.sweep import launch
+from dpo.sweep import command_line, launch
 from dpo.sweep import plan as planning
 from dpo.sweep.directory import config as config_of
 from dpo.sweep.plan import Composed, Run, plan
@@ -232,14 +232,14 @@ def test_an_option_at_a_key_is_named_by_the_key(monkeypatch):
         *("beta", "seed", "policy.date")
     ]
     seen = []
-    monkeypatch.setattr(launch.hydra, "main", lambda **_: lambda _: lambda: seen.append(sys.argv[1:]))
+    monkeypatch.setattr(command_line.hydra, "main", lambda **_: lambda _: lambda: seen.append(sys.argv[1:]))
     monkeypatch.setattr(sys, "argv", ["train", "-m", "evaluation.judge=gold,hasty", "judge=hasty"])
     with pytest.raises(SystemExit):
         launch.command("train")
     assert seen == [["-m", "judge@evaluation.judge=gold,hasty", "judge=hasty"]]
     typed = ["evaluation.engine=vllm", "evaluation.rule=accurate_then_short", "evaluation.judge=null"]
     hydras = ["engine@evaluation.engine=vllm", "rule@evaluation.rule=accurate_then_short", "evaluation.judge=null"]
-    assert launch.in_hydras_words(typed) == hydras
+    assert command_line.in_hydras_words(typed) == hydras
     settings = OmegaConf.create(
         {
             "runtime": {"choices": {"judge": "hasty", "judge@evaluation.judge": "gold", "figure": None}},

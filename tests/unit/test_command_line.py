@@ -1,0 +1,187 @@
+"""What is typed on a command line is taken, or refused by a sentence of ours: no traceback, no words of a grammar."""
+
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from composing import compose
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dpo import HOME
+from dpo.__main__ import SWEEPS
+from dpo.push import main as push
+from dpo.sweep import launch
+from dpo.sweep.command_line import EXPERIMENTS, GROUPS, in_hydras_words, message, no_options
+from dpo.sweep.identity import flatten
+
+OF_HYDRA = re.compile(r"Traceback|HYDRA_FULL_ERROR|full_key|mismatched|recognition|viable|hydra\.cc|NoneType|append to")
+
+
+@pytest.fixture
+def planned(monkeypatch, tmp_path) -> list[Sequence[Any]]:
+    """What would be planned; nothing is."""
+    found: list[Sequence[Any]] = []
+
+    def execute(self: launch.Sweep, composed: Sequence[Any], refused: Sequence[Any]) -> None:
+        launch._list(refused) if refused else found.extend(composed)
+        sys.exit(int(bool(refused)))
+
+    monkeypatch.setattr(launch.Sweep, "execute", execute)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
+    monkeypatch.chdir(tmp_path)
+    return found
+
+
+def typed(monkeypatch, capsys, verb: str, *arguments: str) -> str:
+    """What a command says to a command line that it must refuse."""
+    monkeypatch.setattr(sys, "argv", [verb, *arguments])
+    with pytest.raises(SystemExit) as end:
+        push() if verb == "push" else launch.command(verb)
+    out, err = capsys.readouterr()
+    assert end.value.code, out
+    text = f"{out}{err}{end.value.code}"
+    assert not OF_HYDRA.search(text), text
+    return text
+
+
+@pytest.mark.parametrize(
+    "line,said",
+    [
+        ("train bta=0.1", "bta is not a key of this command; did you mean beta?"),
+        ("train BETA=0.1", "did you mean beta?"),
+        ("train -m sft.lrr=1,2", "sft.lrr is not a key of this command; did you mean sft.lr?"),
+        ("train loss.gamma=1", "loss.gamma is not a key of this command; loss has beta, label_smoothing"),
+        ("train loss/beta=1", "did you mean loss.beta?"),
+        ("train launcher=slurm", "launcher is not a key of this command; --help lists the keys"),
+        ("train hydra.launcher.jbs=2", "did you mean hydra.launcher.jobs?"),
+        ("sft beta=0.1", "beta is not a key of this command"),
+        ("sft loss=dpo", "loss is not a key of this command"),
+        ("sft evaluation.judge=gold", "evaluation.judge is not a key of this command"),
+        ("sft figure=kl_strength", "In 'figure/kl_strength': evaluate_prompts is not a key of this command"),
+        ("push rum=x", "rum is not a key of this command; did you mean run?"),
+        ("push run=a=b", "is quoted twice: 'run=\"a=b\"'"),
+        ("push runs/dev/x user/name", "runs/dev/x must be key=value"),
+        ("train loss=dop", "got dop; did you mean dpo?"),
+        ("train loss=", "loss must be one of its options, got nothing"),
+        ("train loss=[dpo,ipo]", "loss must be one of its options, got [dpo,ipo]"),
+        ("train policy=/models/sft", "got /models/sft; a model of yours is policy=pretrained policy.path=..."),
+        ("data data=pairs.jsonl", "got pairs.jsonl; data of yours are data=file data.path=..."),
+        ("train +beta=0.1", "beta must be given without +"),
+        ("train seed=1e3", "seed must be int, got 1000.0"),
+        ("train steps=None", "steps must be int | None, got 'None'; none is written null"),
+        ("train sft=3", "sft must be a group of keys, got 3"),
+        ("train beta=0.1,0.2", "beta=0.1,0.2 must be one value, found several; -m runs each"),
+        ("train seed=range(3)", "seed=range(3) must be one value, found several; -m runs each"),
+        ("train -m seed=range(3,0)", "seed must have values to sweep, found none"),
+        ("train -m beta=glob(*)", "beta must have values to sweep, found none"),
+        ("train -m beta=0.1,", "beta=0.1, must be read whole"),
+        ("train adam_betas=(0.9,0.95)", "adam_betas=(0.9,0.95) must be read whole"),
+        ("train policy.path=~/x", "policy.path=~/x must be read whole"),
+        ("train name=é", "name=é must be read whole"),
+        ("train beta = 0.1", "beta must be key=value, without spaces"),
+        ("train =0.1", "=0.1 must be key=value"),
+        ("train --beta=0.1", "--beta=0.1 must be key=value, without dashes"),
+        ("train -m --cfg job", "--cfg must come without -m"),
+        ("train --resolve", "--resolve must come with --cfg job"),
+        ("train figure=kl_strength table=rounds", "an experiment must be one at a time"),
+        ("train -m figure=kl_strength,dynamic_beta", "an experiment must be one at a time"),
+        ("train hydra/launcher=basic", "hydra/launcher must be local or slurm"),
+        ("train hydra/launcher=null", "hydra/launcher must be one of its options, got null"),
+        ("train --config-dir nowhere", "nowhere' not found"),
+    ],
+)
+def test_what_is_typed_wrongly_is_told_in_one_sentence(line, said, planned, monkeypatch, capsys):
+    assert said in typed(monkeypatch, capsys, *line.split())
+    assert not planned
+
+
+@pytest.mark.parametrize(
+    "group", [*GROUPS, *EXPERIMENTS, "hydra/launcher", *map("evaluation.{}".format, ("judge", "rule"))]
+)
+def test_a_group_that_is_given_what_is_no_option(group):
+    for value in ("3", "-1", "0.1", "true", "", "[a,b]", *([] if group in ("rule", "evaluation.rule") else ["null,x"])):
+        if "null" in value and group.startswith("evaluation"):
+            continue
+        for plus in ("", "+", "++"):
+            said = str(no_options([f"{plus}{group}={value}"]))
+            assert said.startswith(f"{group} must be one of its options, got "), (group, value)
+    assert no_options([f"{group}=some_name", f"{group}=glob(*)" if "." not in group else "a=b"]) is None
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_option_has_its_spellings(group):
+    for option in sorted(file.stem for file in (HOME / "conf" / group).glob("*.yaml")):
+        for spelling in (f"{group}={option}", f"+{group}={option}", f"++{group}={option}", f"{group}={option}.yaml"):
+            assert in_hydras_words([spelling]) == [f"{group}={option}"]
+            assert no_options([spelling]) is None
+        if group in ("judge", "engine", "rule") and option != "none":
+            for at in (
+                f"evaluation.{group}",
+                f"evaluation/{group}",
+                f"{group}@evaluation.{group}",
+                f"+evaluation.{group}",
+            ):
+                assert in_hydras_words([f"{at}={option}"]) == [f"{group}@evaluation.{group}={option}"]
+
+
+@pytest.mark.parametrize("verb", sorted(SWEEPS))
+def test_a_key_that_is_misspelt_is_told_the_near_one(verb):
+    config = compose(verb)
+    for key in flatten(OmegaConf.to_container(config)):
+        if len(last := key.rpartition(".")[2]) > 3 and last[0] != "_":
+            with pytest.raises(OmegaConfBaseException) as error:
+                OmegaConf.update(config, key[:-1], 1)
+            assert f"{key[:-1]} is not a key of this command; did you mean " in message(error.value), key
+
+
+@pytest.mark.parametrize("verb", sorted(SWEEPS))
+def test_each_key_says_its_type(verb):
+    config = compose(verb)
+    open_groups = {*GROUPS} - {"policy"}
+    for key in flatten(OmegaConf.to_container(config)):
+        if {*key.split(".")} & open_groups or key == "policy.lora.targets" or key.startswith("data"):
+            continue
+        with pytest.raises(OmegaConfBaseException) as error:
+            OmegaConf.update(config, key, 3 if key == "adam_betas" else [["x"]])
+        assert re.match(rf"{re.escape(key)} must be \w[\w |\[\]]*, got ", message(error.value)), message(error.value)
+
+
+@pytest.mark.parametrize(
+    "given,values", [("evaluation.judge", "null,shorter"), ("evaluation.rule", "x,null"), ("rule", "null,x")]
+)
+def test_null_is_a_value_of_a_sweep(given, values, planned, monkeypatch):
+    values = values.replace("x", "accurate_then_short")
+    monkeypatch.setattr(sys, "argv", ["train", "-m", f"{given}={values}"])
+    with pytest.raises(SystemExit):
+        launch.command("train")
+    assert [OmegaConf.select(one.config, given) is None for one in planned] == [
+        one == "null" for one in values.split(",")
+    ]
+
+
+def test_null_at_a_key_is_none_of_its_own():
+    for typed in (
+        "evaluation.judge=null",
+        "evaluation.judge=Null",
+        "judge@evaluation.judge=null",
+        "++evaluation.judge=null",
+    ):
+        assert in_hydras_words([typed])[0].lower() == "evaluation.judge=null"
+    assert "null is the default" in str(no_options(["evaluation.judge=none"]))
+
+
+def test_keys_may_stand_on_both_sides_of_an_option(planned, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", "beta=0.1", "-m", "seed=0,1"])
+    with pytest.raises(SystemExit):
+        launch.command("train")
+    assert [(one.config.beta, one.config.seed) for one in planned] == [(0.1, 0), (0.1, 1)]
+
+
+def test_an_override_is_recorded_as_it_was_typed(planned, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", "name=${nope}"])
+    with pytest.raises(SystemExit):
+        launch.command("train")
+    assert [one.overrides for one in planned] == [["name=${nope}"]]
