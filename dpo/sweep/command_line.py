@@ -16,8 +16,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from dpo import HOME
-from dpo.sweep.schema import OPEN_GROUPS, no_key, no_option
-from dpo.sweep.signature import kind
+from dpo.sweep.schema import OPEN_GROUPS
+from dpo.sweep.signature import kind, no_key, no_option
 
 EXPERIMENTS = ("figure", "table")  # groups: folders of experiments/
 GROUPS = (*OPEN_GROUPS, "policy")
@@ -124,7 +124,7 @@ def message(error: Exception) -> str:
         how = f"one list is [a,b], and one text with commas is quoted twice: '{key}=\"{value}\"'"
         return f"{several[1]} must be one value, found several; -m runs each ({how})"
     where = found[0] if (found := re.match(r"In '[^']*': ", text)) else ""
-    of = cause if isinstance(cause, OmegaConfBaseException) else error
+    of = error if isinstance(error, OmegaConfBaseException) else cause
     if isinstance(of, ConfigKeyError | ConfigAttributeError) and of.full_key:
         known = of.parent_node if isinstance(of.parent_node, DictConfig) else ()
         return where + no_key(of.full_key, [str(key) for key in known])

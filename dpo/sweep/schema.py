@@ -1,11 +1,10 @@
 """The type of every config key, and checks across keys. Values live in `conf/`."""
 
 import math
+import os
 import re
-from collections.abc import Collection
 from dataclasses import dataclass, is_dataclass, make_dataclass
 from datetime import date
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -13,7 +12,7 @@ from typing import Any, get_type_hints
 from hydra.core.config_store import ConfigStore
 
 from dpo.sweep.identity import ALIASES, RECORDED, flatten
-from dpo.sweep.signature import check_signature, fits, kind
+from dpo.sweep.signature import check_signature, fits, kind, no_key
 
 
 @dataclass
@@ -298,23 +297,6 @@ def number_of_samples(baseline: str | None) -> int | None:
     return int(found[1]) if found else None
 
 
-def no_key(key: str, known: Collection[str]) -> str:
-    """What to say of a key that is none. known: those that there are in its place, without what is before them."""
-    before, dot, last = key.rpartition(".")
-    near = [last.replace("/", ".")] if "/" in last else get_close_matches(last.lower(), known, 1, 0.65)
-    if dot and known and not near:
-        return f"{key} is not a key of this command; {before} has {', '.join(one for one in known if one[0] != '_')}"
-    hint = f"did you mean {before}{dot}{near[0]}?" if near else "--help lists the keys"
-    return f"{key} is not a key of this command; {hint}"
-
-
-def no_option(group: str, option: str, known: Collection[str], how: str) -> str:
-    """What to say of an option that a group does not have. how: what to do where there is none like it."""
-    near = get_close_matches(option.lower(), known, 1)
-    what = f"did you mean {near[0]}?" if near else how
-    return f"{group} must be one of {', '.join(known)}, got {option or 'nothing'}; {what}"
-
-
 def _keys(node: Any, schema: type, prefix: str = "") -> list[str]:
     """What keeps a node from having the keys of its schema, all of them and no others, in their types."""
     if not isinstance(node, dict):
@@ -395,13 +377,14 @@ def _places(config: dict[str, Any]) -> list[str]:
         if not config[key].strip() or any(ord(character) < 32 or ord(character) == 127 for character in config[key]):
             problems.append(f"{key} must be a path without control characters, and not empty, got {config[key]!r}")
         elif key != "name":
-            place = next(
-                place for place in (Path(config[key]), *Path(config[key]).absolute().parents) if place.exists()
-            )
-            if not place.is_dir():
+            places = [config[key], *map(str, Path(config[key]).absolute().parents)]
+            place = next(place for place in places if os.path.exists(place))
+            if not os.path.isdir(place):
                 problems.append(
                     f"{key} must be a folder, or where one can be made, got {config[key]}: {place} is a file"
                 )
+            if config[key].startswith("~"):
+                problems.append(f"{key} must be written out, ~ is not expanded here, got {config[key]}; take $HOME")
     for key, value in flatten(config).items():
         if value == "" and key not in PATHS and key.count(".") < 2 and key.split(".")[0] not in OPEN_GROUPS:
             problems.append(f"{key} must not be empty, got ''; leave it out, or give it a value")

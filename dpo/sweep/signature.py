@@ -8,7 +8,8 @@ class of ours that belongs to its group, or one of a package that the user's own
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from difflib import get_close_matches
 from functools import cache, partial
 from importlib import import_module
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -153,6 +154,23 @@ def _unfit(target: Any, expected: str | tuple[str, ...]) -> str | None:
         return None if found == expected else f"must return {expected} by its annotation, found {found}"
     missing = [name for name in expected if not hasattr(target if isinstance(target, type) else returned, name)]
     return f"must have, or return what has, {', '.join(missing)}" if missing else None
+
+
+def no_key(key: str, known: Collection[str]) -> str:
+    """What to say of a key that is none. known: those that there are in its place, without what is before them."""
+    before, dot, last = key.rpartition(".")
+    near = [last.replace("/", ".")] if "/" in last else get_close_matches(last.lower(), known, 1, 0.65)
+    if dot and known and not near:
+        return f"{key} is not a key of this command; {before} has {', '.join(one for one in known if one[0] != '_')}"
+    hint = f"did you mean {before}{dot}{near[0]}?" if near else "--help lists the keys"
+    return f"{key} is not a key of this command; {hint}"
+
+
+def no_option(group: str, option: str, known: Collection[str], how: str) -> str:
+    """What to say of an option that a group does not have. how: what to do where there is none like it."""
+    near = get_close_matches(option.lower(), known, 1)
+    what = f"did you mean {near[0]}?" if near else how
+    return f"{group} must be one of {', '.join(known)}, got {option or 'nothing'}; {what}"
 
 
 def kind(annotation: Any) -> str:

@@ -266,7 +266,7 @@ def test_a_refused_grid_starts_nothing(tree):
     text = said(tree, "loss.label_smoothing=much", "hydra.launcher.jobs=0", code=1)
     assert "loss.label_smoothing must be float, got 'much'" in text
     assert "hydra.launcher.jobs must be a whole number above 0, got 0" in text
-    assert "got dop; did you mean dpo?" in (text := said(tree, "loss=dop", code=1))
+    assert "got dop; did you mean dpop?" in (text := said(tree, "loss=dop", code=1))
     assert "Traceback" not in text
     assert not (tree / "runs").exists()
 

@@ -206,6 +206,7 @@ def test_no_number_is_beyond_arithmetic():
         ("policy.path=''", "policy.path must not be empty"),
         ("evaluation.baseline=''", "evaluation.baseline must not be empty"),
         (f"cache={__file__}/x", "cache must be a folder, or where one can be made, got"),
+        ("cache='~/x'", "cache must be written out, ~ is not expanded here"),
         (f"runs={__file__}", "runs must be a folder, or where one can be made, got"),
         ("name=../x", "name must name a folder inside of runs=runs"),
         ("name=/tmp/x", "name must name a folder inside of runs"),
