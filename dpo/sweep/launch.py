@@ -360,7 +360,8 @@ def _composed(config: DictConfig, settings: Any, swept: Collection[str] = ()) ->
     choices = {key: str(option) for key, option in chosen.items() if "/" not in key and not non_numeric(key)}
     with open_dict(config):
         config.pop("hydra", None)
-    return Composed(config, [*OmegaConf.to_container(settings.overrides.task)], choices, frozenset(swept))
+    given: Any = OmegaConf.to_container(settings.overrides.task)  # as it is written: a ${...} is not read here
+    return Composed(config, given, choices, frozenset(swept))
 
 
 def _list(refused: Sequence[Refused]) -> None:

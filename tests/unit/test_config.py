@@ -28,6 +28,14 @@ def problems(*overrides: str, command: str = "train") -> str:
     return str(error.value)
 
 
+@pytest.mark.parametrize("key", ["judge", "engine"])
+def test_a_page_with_a_word_in_the_place_of_a_function_is_told(key):
+    values = config()
+    values["evaluation"][key] = "gold"
+    with pytest.raises(ValueError, match=f"evaluation.{key} must name its function in _target_, found 'gold'"):
+        check(values)
+
+
 def test_a_missing_optimizer_is_told_ahead(monkeypatch):
     check(config("optimizer=adamw_8bit"))
     monkeypatch.setattr("dpo.sweep.schema.find_spec", lambda name: None)
@@ -99,8 +107,6 @@ def test_both_pages_have_one_sft_recipe():
         (["policy.lora.rank=8", "policy.lora.quantize=int4"], "must be one of null, nf4, nf4_double, got int4"),
         (["policy=pretrained"], "add policy.path="),
         (["engine@evaluation.engine=endpoint"], "evaluation.engine must not be endpoint in a run that trains"),
-        (["++evaluation.engine=vllm"], "evaluation.engine must name its function in _target_, found 'vllm'"),
-        (["++evaluation.judge=gold"], "evaluation.judge must name its function in _target_, found 'gold'"),
         (["+loss.gama=1"], "loss.gama is not an option of dpo.losses.dpo, which has beta, label_smoothing"),
         (["~loss.label_smoothing"], "loss.label_smoothing must be given"),
         (["loss.label_smoothing=much"], "loss.label_smoothing must be float, got 'much'"),
