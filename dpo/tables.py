@@ -204,11 +204,12 @@ class Streamed:
 
     def _check(self) -> None:
         found, precision = torch.stack([self._logps[content] for content in self._unchecked]), self._settings.precision
+        pool = self._settings.pool
         if wrong := differing(found, self._live[1], precision):
             raise RuntimeError(
-                f"log-probs of scoring actors must be those of the model's own forward here, found {wrong}; leave out "
-                "scorer=ray" + ", or set precision=fp32" * (precision != "fp32") + "; delete the unfinished scores in "
-                f"{self._settings.cache}/reference"
+                f"log-probs of {pool.said} must be those of the model's own forward here, found {wrong}; leave out "
+                f"{pool.without}" + ", or set precision=fp32" * (precision != "fp32") + "; delete the unfinished "
+                f"scores in {self._settings.cache}/reference"
             )
         off = (found - self._live[1]).abs().max().item()
         logger.info(f"reference: first log-probs are there; {len(found)} scored here differ by {off:.0e} nats at most")

@@ -182,6 +182,8 @@ def run(config: DictConfig, directory: Path) -> None:
                 "pairs": _tokens(pairs),
             },
         )
+        optim.zero_grad()
+        optim.state.clear()  # three of training's four copies of the weights; what follows loads models of its own
         streamed: dict[str, float] = {}
         if isinstance(reference, Streamed):
             reference.finish()  # and nothing is left to score when a run has ended

@@ -38,7 +38,7 @@ class VllmScorer:
     Raises: ValueError if vLLM is not installed, or the options are none that could work.
     """
 
-    said = "vLLM"  # for messages
+    said, without = "vLLM", "scorer=vllm"  # for messages
 
     def __init__(self, batch_size: int, cache: str, llm: ScorerOptions) -> None:
         if batch_size < 1:

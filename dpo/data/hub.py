@@ -21,7 +21,7 @@ from dpo.data.records import (
     preference,
     responses_of,
 )
-from dpo.data.sources import Source, has_splits, require
+from dpo.data.sources import Source, has_splits, placed, require
 
 CONVERTED = "refs/convert/parquet"  # the hub's own copy of a data set that is published as a script, a folder each
 FROM_FEEDBACK = Source(f"openai/summarize_from_feedback@{CONVERTED}", "train", folder="comparisons")
@@ -204,21 +204,12 @@ def _read(
     held_out: str | None,
 ) -> Dataset:
     """What `record` makes of the rows at `path`, see above. held_out: a published split; None: there is none."""
-    source, shown = _place(path, published), None
+    source, shown = placed(path, published), None
     if validation_path is not None:
-        shown = _place(validation_path, replace(published, split=held_out))
+        shown = placed(validation_path, replace(published, split=held_out))
     elif held_out is not None and has_splits(source.path):
         shown = replace(source, split=held_out)
     return paired(record, source, shown, validation_fraction, on_faulty)
-
-
-def _place(path: str | None, published: Source) -> Source:
-    """The source at a path: of the published data set, at whatever revision, in its folder, too."""
-    if path is None:
-        return published
-    if path.partition("@")[0] == published.path.partition("@")[0]:
-        return replace(published, path=path)
-    return Source(path, published.split if has_splits(path) else None, columns=published.columns)
 
 
 def _answered(question: str, chosen: str, rejected: str, chat: bool) -> Preference:

@@ -4,9 +4,10 @@ from typing import Any
 
 from dpo.cache import digest
 from dpo.data.records import Dataset, OnFaulty, Text, distinct, responses_of
-from dpo.data.sources import Source, has_splits, read, require
+from dpo.data.sources import Source, placed, read, require
 
 ALPACA_EVAL = Source("tatsu-lab/alpaca_eval@refs/convert/parquet", "eval", folder="alpaca_eval")
+CNN_DAILYMAIL = Source("abisee/cnn_dailymail", config="3.0.0")
 
 
 def prompts(
@@ -41,7 +42,7 @@ def alpaca_eval(
     path: its alpaca_eval.json or another list with `instruction`; None: tatsu-lab/alpaca_eval on the hub. Others are
     those of `prompts`.
     """
-    place = ALPACA_EVAL if path is None else Source(path, "eval" if has_splits(path) else None)
+    place = placed(path, ALPACA_EVAL)
     found, revision = read(place, _instruction)
     splits = _parted(place.path, [one for _, one in found], train, part, validation, test)
     return Dataset([], {}, splits, on_faulty, revisions={} if revision is None else {str(place): revision})
@@ -71,7 +72,7 @@ def cnn_dailymail(
     those of `prompts`.
     Raises: ValueError as `prompts` does.
     """
-    source = Source("abisee/cnn_dailymail", config="3.0.0") if path is None else Source(path)
+    source = placed(path, CNN_DAILYMAIL)
     rows, revision = read(source, _article)
     asked: dict[str, tuple[Text, str]] = {}
     for _, (article, highlights) in rows:

@@ -67,6 +67,17 @@ def elsewhere(source: Source, path: str | None, split: str | None) -> Source | N
     return None if path is None and split is None else replace(source, path=path or source.path, split=split)
 
 
+def placed(path: str | None, published: Source) -> Source:
+    """Where a published data set is read: at the path, or None: where it is published; at another revision of that with
+    what else it takes there, its configuration and folder.
+    """
+    if path is None:
+        return published
+    if path.partition("@")[0] == published.path.partition("@")[0]:
+        return replace(published, path=path)
+    return Source(path, published.split if has_splits(path) else None, columns=published.columns)
+
+
 def absent(path: str) -> str | None:
     """What is wrong with a path that names nothing here, and nothing that could be on the hub; None: nothing."""
     place = Path(path).expanduser()

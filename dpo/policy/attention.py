@@ -188,12 +188,17 @@ def _by_flex(q: Tensor, k: Tensor, v: Tensor, seen: BlockMask, scale: float, cap
     return output
 
 
-@cache
 def _compiled() -> Any:
     """FlexAttention as one kernel; without compilation it would hold all scores. Hence an error where there are more
     variants than are compiled, and no fall back.
     """
+    # That of each thread by itself, and a backward pass on CUDA, which may compute a layer again, has one of its own.
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+    return _kernel()
+
+
+@cache
+def _kernel() -> Any:
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 

@@ -3,16 +3,18 @@
 What comes from all ranks is a collective: every rank must call it, and waits in it for the others.
 """
 
+import gc
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -61,6 +63,7 @@ def leave() -> None:
     """Destroy the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        _mesh.cache_clear()
 
 
 def rank() -> int:
@@ -84,11 +87,8 @@ def shard(model: Model, layout: ParallelLayout, device: torch.device) -> Model:
     """
     if world_size() == 1:
         return model
-    mesh = init_device_mesh(device.type, (world_size(),))
-    if layout.group is not None:
-        shape = (world_size() // layout.group, layout.group)
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("copy", "part"))
-    options: dict[str, Any] = {"mesh": mesh}
+    free_sharded()
+    options: dict[str, Any] = {"mesh": _mesh(device.type, layout.group)}
     if layout.precision == "bf16":
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if layout.offload:
@@ -97,6 +97,23 @@ def shard(model: Model, layout: ParallelLayout, device: torch.device) -> Model:
         fully_shard(block, **options)
     fully_shard(model, reshard_after_forward=True, **options)  # else a forward alone leaves its parameters whole
     return model
+
+
+@cache
+def _mesh(kind: str, group: int | None) -> DeviceMesh:
+    """How the ranks lie, once for all models: every mesh of copies makes process groups, which nothing takes back."""
+    if group is not None:
+        shape = (world_size() // group, group)
+        return init_device_mesh(kind, shape, mesh_dim_names=("copy", "part"))
+    return init_device_mesh(kind, (world_size(),))
+
+
+def free_sharded() -> None:
+    """Give back the memory of sharded models that nobody has any more: they refer to themselves, so that Python finds
+    them only when it looks for garbage, which it does for young objects alone.
+    """
+    if world_size() > 1:
+        gc.collect()
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dpo.training.checkpoint import Checkpoints, get_rng, set_rng
-from dpo.training.distributed import all_sum, any_true, device_of, gathered, is_main, world_size
+from dpo.training.distributed import all_sum, any_true, device_of, free_sharded, gathered, is_main, world_size
 from dpo.training.log import Log, progress
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,7 @@ def fit(
     products = autocast(precision, device)
     if not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be above 0 (.inf: no clipping), got {max_grad_norm}")
+    free_sharded()  # the references that were scored, say
     checkpoints = Checkpoints(directory, model, optimizer, scheduler, extra=extra, inputs=inputs, keep=checkpoints_kept)
     saved, evaluated = checkpoints.restore()
     done = saved
@@ -271,6 +272,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
         set_rng(rng)
+        free_sharded()  # those that it measured against
 
 
 @contextlib.contextmanager

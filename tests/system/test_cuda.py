@@ -390,7 +390,7 @@ def group(tmp_path):
     torch.cuda.set_device(GPU)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
     yield
-    dist.destroy_process_group()
+    distributed.leave()
 
 
 @pytest.mark.parametrize("offload", [False, True])

@@ -1,9 +1,11 @@
 """One process against two."""
 
 import errno
+import gc
 import json
 import os
 import signal
+import weakref
 from itertools import count
 from pathlib import Path
 
@@ -60,11 +62,15 @@ class Windows:
         return micro_batches, len(order)
 
 
-def train(directory, steps, tied=False, micro_batch_size=8, disturb=None, **options):
-    """The model of one run on fixed random tokens. disturb(passes, rows, losses) returns the losses."""
+def train(directory, steps, tied=False, micro_batch_size=8, disturb=None, before=None, **options):
+    """The model of one run on fixed random tokens. disturb(passes, rows, losses) returns the losses. before: called
+    when the model is there.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     model = distributed.shard(llama(tied), WHOLE, torch.device("cpu"))
     optim = optimizer(model, "adamw", 1e-2, [0.9, 0.99], 0.01)
+    if before:
+        before()
     tokens = torch.randint(41, (23, 9), generator=torch.Generator().manual_seed(1))
     passes = count(1)
 
@@ -186,6 +192,32 @@ def two_processes(directory):
     (directory / f"rank-{rank}.json").write_text(json.dumps(told))
 
 
+def models_come_and_go(directory):
+    """A sharded model is used and dropped before another is made, before training, and at an evaluation."""
+    device, told = distributed.join("cpu"), {"groups": [], "alive": []}
+    gc.disable()  # Python itself looks for garbage when it likes
+
+    def come_and_go(_=0):
+        model = distributed.shard(llama(False), distributed.ParallelLayout(1, False, "fp32"), device)
+        model(torch.tensor([[1]]))
+        told["groups"].append(len(dist.distributed_c10d._world.pg_map))
+        weights.append(weakref.ref(next(model.parameters())))
+
+    def look(passes, index, losses):
+        if passes == 1:
+            told["alive"].append(weights[-1]() is not None)
+        return losses
+
+    weights = []
+    come_and_go()
+    come_and_go()
+    told["alive"].append(weights[0]() is not None)
+    train(directory / "reference", 1, disturb=look, before=come_and_go)
+    train(directory / "evaluation", 1, disturb=look, evaluate=come_and_go)
+    (directory / f"models-{distributed.rank()}.json").write_text(json.dumps(told))
+    distributed.leave()
+
+
 # What is asked of them
 
 
@@ -268,6 +300,14 @@ def test_full_disk_of_one_rank(directory, told):
     assert [path.name for path in (directory / "full" / "checkpoint").iterdir()] == ["step-3"]
 
 
+def test_models_share_process_groups_and_give_their_memory_back(tmp_path):
+    together(models_come_and_go, tmp_path, processes=2)
+    for rank in (0, 1):
+        told = json.loads((tmp_path / f"models-{rank}.json").read_text())
+        assert told["groups"][:3] == [2] * 3  # then each training has one for its checkpoints
+        assert told["alive"] == [False] * 3
+
+
 def test_one_process_needs_no_group():
     model = nn.Linear(2, 2)
     assert distributed.shard(model, WHOLE, torch.device("cpu")) is model
@@ -299,6 +339,7 @@ def test_a_layout_reaches_every_block(monkeypatch, group, shape, precision, offl
     """Each block, and then the rest: its processes, the dtype of gathered weights and of gradients, where they live."""
     meshes, sharded = [], []
     monkeypatch.setattr(distributed, "world_size", lambda: 6)
+    monkeypatch.setattr(distributed, "_mesh", distributed._mesh.__wrapped__)
     monkeypatch.setattr(
         distributed, "init_device_mesh", lambda *given, **named: meshes.append((given, named)) or given[1]
     )

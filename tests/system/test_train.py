@@ -30,6 +30,7 @@ from dpo.settings import sft_of
 from dpo.sweep import execute as executing
 from dpo.sweep.forks import Fork, serve
 from dpo.sweep.signature import instantiate
+from dpo.training.optim import optimizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -162,6 +163,23 @@ def test_the_real_hh_pairs(tmp_path, tiny_model):
     ]
     rows, _ = run(tmp_path / "run", *given, "batch_size=4", "micro_batch_tokens=200")
     assert len(losses(rows)) == 3
+
+
+def test_what_training_alone_needs_is_gone_when_the_policy_is_measured(tmp_path, tiny_model, monkeypatch):
+    """Models are loaded for that: with gradients and moments as well it would need more memory than training."""
+    optimizers, seen, measure = [], [], evaluate.measure
+    monkeypatch.setattr(train, "optimizer", lambda *given: optimizers.append(optimizer(*given)) or optimizers[0])
+
+    def measured(*given):
+        [weights] = [group["params"] for group in optimizers[0].param_groups]
+        seen.append([len(optimizers[0].state), sum(weight.grad is not None for weight in weights), len(weights)])
+        return measure(*given)
+
+    monkeypatch.setattr(evaluate, "measure", measured)
+    run(tmp_path / "run", *own(tmp_path, tiny_model("llama")), "evaluate_every=2", "evaluate_prompts=2")
+    (moments, gradients, weights), after = seen
+    assert moments == gradients == weights > 0  # an evaluation on the way takes nothing from training
+    assert after[:2] == [0, 0]
 
 
 @pytest.mark.parametrize("checkpoint_every", [0, 2])

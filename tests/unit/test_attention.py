@@ -1,5 +1,7 @@
 """Shared-prefix attention against attention that sees the whole mask, and what is refused."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -129,3 +131,12 @@ def test_flex_attention_can_be_compiled(monkeypatch, cap, window):
     plain, prefix_mask = [one.detach() for one in tensors(2)], SharedPrefixMask(TREES, torch.device("cpu"))
     found = attention._by_flex(*plain, prefix_mask.block_mask(window), 0.3, cap).transpose(1, 2)
     assert torch.allclose(found, expected(*plain, window, cap, 0.3), atol=1e-12)
+
+
+def test_as_many_variants_are_compiled_in_every_thread():
+    """PyTorch's setting is that of the thread that sets it; a backward pass on CUDA has a thread of its own."""
+    attention._compiled()
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(attention._compiled).result()
+        limit = thread.submit(lambda: torch._dynamo.config.recompile_limit).result()
+    assert limit == torch._dynamo.config.recompile_limit == attention.VARIANTS

@@ -350,9 +350,7 @@ def test_what_another_layout_kept_is_not_taken(tmp_path, tiny_model, llama, monk
 def test_no_log_prob_of_another_model_is_given_away(tmp_path, tiny_model, llama):
     other, _ = models.load(other_model(tmp_path, tiny_model))
     beside = start(tmp_path, tiny_model, Here(other), llama)
-    with pytest.raises(
-        RuntimeError, match=r"^log-probs of scoring actors must be those of the model's own forward here"
-    ):
+    with pytest.raises(RuntimeError, match=r"^log-probs of a pool of 1 must be those of the model's own forward here"):
         beside.logps(batch([0]), "train")
     assert not list((tmp_path / "cache" / "reference").glob("*/scores.safetensors"))
 

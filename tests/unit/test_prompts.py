@@ -60,7 +60,11 @@ def test_rows_come_from_the_hub_where_there_is_no_file(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert len(cnn_dailymail(None, "Be brief.", None, 0, 2, 3, "drop").prompts["train"]) == 4
-    assert asked == [(("abisee/cnn_dailymail",), {"name": "3.0.0", "split": "train"})]
+    assert asked.pop() == (("abisee/cnn_dailymail",), {"name": "3.0.0", "split": "train"})
+    cnn_dailymail("abisee/cnn_dailymail@v1", "Be brief.", None, 0, 2, 3, "drop")  # which has other configurations, too
+    assert asked.pop() == (("abisee/cnn_dailymail",), {"name": "3.0.0", "split": "train", "revision": "v1"})
+    cnn_dailymail("someone/copy", "Be brief.", None, 0, 2, 3, "drop")
+    assert asked.pop() == (("someone/copy",), {"split": "train"})
 
 
 @pytest.mark.parametrize("row", [{"text": "x"}, {"article": "x"}, {"article": " ", "highlights": "x"}, {"article": 3}])
@@ -92,7 +96,9 @@ def test_instructions_of_alpaca_eval_are_a_turn_each(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert len(alpaca_eval(None, None, 0, 2, 3, "drop").prompts["train"]) == 4
     where = {"split": "eval", "data_dir": "alpaca_eval", "revision": "refs/convert/parquet"}
-    assert asked == [(("tatsu-lab/alpaca_eval",), where)]
+    assert asked.pop() == (("tatsu-lab/alpaca_eval",), where)
+    alpaca_eval("tatsu-lab/alpaca_eval@v1", None, 0, 2, 3, "drop")
+    assert asked.pop() == (("tatsu-lab/alpaca_eval",), where | {"revision": "v1"})
     monkeypatch.undo()
     path.write_text(json.dumps([{"instruction": " "}, {"prompt": "x"}]))
     with pytest.raises(ValueError, match="2 of 2 rows are no records:\n  row 0: must have an instruction in plain"):

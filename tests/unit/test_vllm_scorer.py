@@ -63,7 +63,7 @@ def test_other_log_probs_are_refused(scored, tmp_path, llm, monkeypatch):  # noq
         return found
 
     monkeypatch.setattr(vllm_double.LLM, "_read", off)
-    with pytest.raises(RuntimeError, match="log-probs"):
+    with pytest.raises(RuntimeError, match=r"log-probs of vLLM must be .*; leave out scorer=vllm"):
         scored("off", scorer(tmp_path))
     monkeypatch.undo()
 
