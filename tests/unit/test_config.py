@@ -140,6 +140,17 @@ def test_sft_divides_its_own_batch():
 def test_sft_needs_a_base():
     said = problems("policy=pretrained", "policy.path=somewhere", command="sft")
     assert "policy.base, a model to make a policy from, must be given" in said
+    assert problems("policy.path=somewhere", command="sft") == (
+        "policy.path must be null in dpo.sft, which makes a policy of policy.base, got somewhere; give it "
+        "as policy.base"
+    )
+
+
+def test_a_baseline_needs_a_judge():
+    said = problems("judge=none", "evaluation.baseline=human", "data=file", "data.path=x", "policy.path=y")
+    assert said.startswith("evaluation.baseline=human is for a judge to compare with, got none")
+    check(config("judge=none", "evaluation.baseline=human", "evaluation.judge=shorter"))
+    check(config("judge=none", "evaluation.baseline=human", command="score"))
 
 
 @pytest.mark.parametrize(
@@ -254,7 +265,8 @@ def test_an_adapter_needs_its_base(command, given):
     said = problems("policy.adapter=x", f"policy.path={given}", command=command)
     path = None if given == "null" else given
     assert said.startswith("policy.adapter needs the model that it is of, policy.path, and a command other than sft")
-    assert f"got path {path} of {command}; merge it with peft" in said
+    advice = "give policy.path" if path is None else "merge it with peft"
+    assert f"got path {path} of {command}; {advice}" in said
     check(config("policy.adapter=x", "policy.path=y", command="train" if command in ("sft", "rounds") else command))
 
 

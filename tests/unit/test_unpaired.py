@@ -124,7 +124,7 @@ def test_one_label_alone_is_refused(tmp_path, label):
 
 def test_empty_responses_are_faulty(tmp_path, capsys):
     rows = [*ROWS, line(60, True, completion=" "), line(61, False, completion_ended=False)]
-    with pytest.raises(ValueError, match="line 61: completion is empty"):
+    with pytest.raises(ValueError, match=r"1 of 62 responses are faulty:\n  line 61: completion is empty"):
         read(tmp_path, rows)
     data = read(tmp_path, rows, "drop")
     assert sum(map(len, data.preferences.values())) == 61
