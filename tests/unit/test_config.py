@@ -100,7 +100,7 @@ def test_both_pages_have_one_sft_recipe():
         (["policy=pretrained"], "add policy.path="),
         (["engine@evaluation.engine=endpoint"], "evaluation.engine must not be endpoint in a run that trains"),
         (["++evaluation.engine=vllm"], "evaluation.engine must name its function in _target_, found 'vllm'"),
-        (["++evaluation.judge=gold"], "evaluation.judge must name its function in _target_, found 'gold'"),
+        (["++evaluation.judge=gold", "processes=2"], "evaluation.judge must name its function in _target_, found 'gold'"),
         (["+loss.gama=1"], "loss.gama is not an option of dpo.losses.dpo, which has beta, label_smoothing"),
         (["~loss.label_smoothing"], "loss.label_smoothing must be given"),
         (["loss.label_smoothing=much"], "loss.label_smoothing must be float, got 'much'"),

@@ -225,12 +225,13 @@ def test_a_rule_without_a_judge_is_not_passed_over(base):
 
 
 def test_what_evaluations_alone_have_is_named_by_its_key():
+    rehearsal = Rehearsal()
     for at in ("", "evaluation."):
-        [problem] = Rehearsal().of(resolve(compose("train", f"{at}judge=reward_model")))["problems"]
+        [problem] = rehearsal.of(resolve(compose("train", f"{at}judge=reward_model")))["problems"]
         assert problem.startswith(f"{at}judge.path must name a reward model")
         assert problem.endswith(f"add {at}judge.path=...")
         given = [f"{at}engine=ray", f"{at}engine.pool.concurrency=0"]
-        [problem] = Rehearsal().of(resolve(compose("train", *given)))["problems"]
+        [problem] = rehearsal.of(resolve(compose("train", *given)))["problems"]
         assert problem == f"{at}engine.pool.concurrency must be at least 1, got 0"
 
 
