@@ -275,7 +275,7 @@ class Ray:
 
 class _Drawers(Pool):
     group, actors, without = "engine.pool", "sampling actors", "engine=ray"
-    advice = "Candidates that came are kept. Give an actor more memory, lower batch_size, or leave out the prompt"
+    advice = "Give an actor more memory, lower generation.batch_size or evaluation.batch_size, or leave out the prompt"
 
 
 class LlmOptions(TypedDict):

@@ -248,6 +248,11 @@ class OtherTokenizer(Frozen):
     ) -> Sequence[Tokens]:
         most = self.max_length or models.positions_of(spec) or sys.maxsize
         texts = [pair.text for pair in pairs if pair.text is not None]
+        if not tokenizer.chat_template and not all(isinstance(text.prompt, str) for text in texts):
+            raise ValueError(
+                f"the tokenizer of the reference {self.path} must have a chat template, since prompts are chats, "
+                "found none; take a reference that chats, or write the prompts as plain text"
+            )
         what = f"{split} pairs in the tokens of the reference {self.path}"
         try:
             own = tokenize(texts, tokenizer, most, "error", what, TOO_LONG)

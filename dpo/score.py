@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo import generate, sft
 from dpo.data.batches import Pair, mismatched
 from dpo.data.kept import kept_tokens
-from dpo.data.records import Dataset, Preference, row, write_rows
+from dpo.data.records import Dataset, Preference, called, row, write_rows
 from dpo.data.treatment import Treatment, summary, treat
 from dpo.data.truncation import Limits
 from dpo.generate import SPLITS
@@ -149,7 +149,8 @@ def tokenized(
     found: dict[str, Sequence[Pair]] = {}
     for split in SPLITS:
         if split in preferences:
-            what, some = f"{split} pairs", preferences[split]
+            some = preferences[split]
+            what = f"{split} {called(some[0].label)}"
             apart = not labels or some[0].label is None
             pairs = kept_tokens(some, tokenizer, *rules, what, apart, cache, texts.get(split))
             found[split] = mismatched(pairs, tokenizer, limits.max_length, what) if labels else pairs

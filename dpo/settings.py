@@ -15,7 +15,7 @@ from dpo.policy.sampling import Sampling
 from dpo.policy.scoring import Scoring
 from dpo.sweep.inputs import folder_of, sketch
 from dpo.sweep.schema import number_of_samples
-from dpo.sweep.signature import instantiate
+from dpo.sweep.signature import in_evaluations, instantiate
 from dpo.training.distributed import ParallelLayout, is_main
 from dpo.training.optim import Recipe
 from dpo.world import sizes
@@ -132,7 +132,8 @@ def judge_of(config: Any) -> Any:
 def evaluation_judge(config: Any) -> Any:
     """The judge of evaluations: that of the pairs, unless another is given."""
     own = config.evaluation.judge
-    return _judge(config.judge if own is None else own, config.cache)
+    with in_evaluations("judge", own):
+        return _judge(config.judge if own is None else own, config.cache)
 
 
 def judges_of(config: Any) -> tuple[Any, Any]:
@@ -173,7 +174,8 @@ def evaluation_of(config: Any) -> Evaluation:
     engine = asked.get("engine")
     if engine is None and config.get("command") in ("evaluate", "show"):  # which sample nothing else
         engine = None if config.engine._target_ == "dpo.engines.transformers" else config.engine
-    check_engine(engine)
+    with in_evaluations("engine", asked.get("engine")):
+        check_engine(engine)
     return Evaluation(*which, engine, sampling, config.seed, limits_of(config), *read, config.cache)
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo.cache import digest
 from dpo.data.chats import special
-from dpo.data.records import Demonstration, Measures, Preference, Text, fault_of, listed, report
+from dpo.data.records import Demonstration, Measures, Preference, Text, called, fault_of, listed, report
 from dpo.data.tokens import Encoded, decode, encode, encode_alone, vocabulary
 from dpo.data.treatment import flipped
 from dpo.data.truncation import cut_prompts, fitted
@@ -153,7 +153,7 @@ def brief(pairs: Sequence[Pair]) -> str:
     """What a run says of its training pairs before it begins."""
     sizes = [(len(pair.chosen_ids), len(pair.rejected_ids), len(pair.prompt_ids)) for pair in pairs]
     longest = max(prompt + max(chosen, rejected) for chosen, rejected, prompt in sizes)
-    said = f"data: {len(pairs)} training pairs, the longest of {longest} tokens"
+    said = f"data: {len(pairs)} training {called(pairs[0].label)}, the longest of {longest} tokens"
     if pairs[0].label is None:
         longer = sum((chosen > rejected) + (chosen == rejected) / 2 for chosen, rejected, _ in sizes) / len(sizes)
         said += f"; the longer response is chosen in {longer:.0%}"

@@ -1,5 +1,6 @@
 """Several data sets as one."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -29,7 +30,9 @@ def mixture(sources: list[Any], validation_fraction: float, on_faulty: OnFaulty)
         try:
             part, weight = _part(source, validation_fraction, on_faulty)
         except ValueError as error:
-            raise ValueError(f"data.sources[{number}]: {error}") from error
+            at = f"data.sources[{number}]"  # which has the options of `file`
+            said = re.sub(rf"(?<![\w./])data\.(?=({'|'.join(OPTIONS)})\b)", f"{at}.", str(error))
+            raise ValueError(f"{at}: {said}") from error
         parts.append(part)
         weights.append(weight)
     revisions = {place: revision for part in parts for place, revision in part.revisions.items()}

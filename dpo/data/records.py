@@ -125,6 +125,11 @@ class Dataset:
         return [found[_key(prompt)] for prompt in prompts]
 
 
+def called(label: bool | None) -> str:
+    """What messages call items with such a `Preference.label`."""
+    return "pairs" if label is None else "responses"
+
+
 def plain(value: Any) -> Any:
     """A field of a pair as JSON has it."""
     return vars(value) if isinstance(value, TokenIds) else value
@@ -226,17 +231,18 @@ def filter_pairs(records: Iterable[tuple[str, Preference | str]], on_faulty: str
     """
     if on_faulty not in ("error", "drop", "keep"):
         raise ValueError(f'on_faulty must be "error", "drop" or "keep", got {on_faulty!r}')
-    kept, faults, total = [], [], 0
+    kept, faults, total, what = [], [], 0, "pairs"
     for where, pair in records:
         total += 1
         fault = pair if isinstance(pair, str) else fault_of(pair)
+        what = what if isinstance(pair, str) else called(pair.label)
         if fault is not None:
             faults.append((where, fault))
         if not isinstance(pair, str) and (fault is None or on_faulty == "keep"):
             kept.append(replace(pair, source=f"{source}, {where}"))
-    report(faults, total, total - len(kept), on_faulty, source, "pairs")
+    report(faults, total, total - len(kept), on_faulty, source, what)
     if not kept:
-        raise ValueError(f"{source} must hold pairs to learn from, found none")
+        raise ValueError(f"{source} must hold {what} to learn from, found none")
     return kept
 
 
@@ -280,8 +286,8 @@ def split_pairs(
         _, *more = sorted(set(hashes))
         if not more:
             raise ValueError(
-                f"a split must have a prompt on either side, found {len(pairs)} pairs of one prompt; add pairs of "
-                "another, or give data.validation_path"
+                f"a split must have a prompt on either side, found {len(pairs)} {called(pairs[0].label)} of "
+                "one prompt; add some of another, or give data.validation_path"
             )
         border = min(max(validation_fraction, more[0]), more[-1])  # so that neither side is empty
         train = [pair for pair, value in zip(pairs, hashes, strict=True) if value >= border]
@@ -291,7 +297,8 @@ def split_pairs(
         train_keys = {_key(pair.prompt) for pair in train}
         shared = sum(_key(pair.prompt) in train_keys for pair in held_out)
         if shared:
-            logger.warning(f"{shared} of {len(held_out)} validation pairs have a prompt of the training pairs")
+            what = called(held_out[0].label)
+            logger.warning(f"{shared} of {len(held_out)} validation {what} have a prompt of the training {what}")
     test = distinct(pair.prompt for pair in held_out)
     good, shown = ([pair for pair in some if pair.label is not False] for some in (train, held_out))
     first = {_key(pair.prompt): pair.chosen for pair in reversed(shown)}

@@ -155,7 +155,7 @@ def _loaded(source: Source, stack: ExitStack) -> Any:
     except ImportError as error:
         raise ValueError(
             f"reading {source.path} needs the datasets package, found none; pip install -e '.[hub]' -c "
-            "constraints.txt, or give a JSONL file of it as data.path"
+            "constraints.txt, or give it as a JSONL file"
         ) from error
     place = Path(source.path).expanduser()
     try:
@@ -180,7 +180,7 @@ def _loaded(source: Source, stack: ExitStack) -> Any:
     except Exception as error:  # whatever reading there raises
         words = str(error.__cause__ or error).strip().splitlines()[:1] or [type(error).__name__]
         raise ValueError(
-            f"{source} must be readable, found: {words[0]}; check data.path (owner/name@revision on the hub), its "
+            f"{source} must be readable, found: {words[0]}; check the path (owner/name@revision on the hub), its "
             "split and its configuration"
         ) from error
 

@@ -58,7 +58,9 @@ class BetaDPO(nn.Module):
         if least_beta <= 0:
             raise ValueError(f"least_beta must be above 0, got {least_beta}")
         if filter == "weighted" and filter_by != "margin":
-            raise ValueError(f"filter=weighted goes by the margin, got filter_by={filter_by}; take head, tail or both")
+            raise ValueError(
+                f"filter=weighted goes by the margin, got filter_by={filter_by}; take filter=head, tail or head_tail"
+            )
         self.objective, self.level, self.alpha, self.scale = stateless(objective), level, alpha, scale
         self.order, self.least_beta, self.seed = order, least_beta, seed
         self.filter, self.filter_by, self.keep = filter, filter_by, keep

@@ -103,7 +103,9 @@ class Pool:
                 f"{self.group}.resources must not name {min(ours)}; give {self.group}.num_{min(ours).lower()}s"
             )
         if find_spec("ray") is None:
-            raise ValueError(f"{self.without} needs the package ray, found none; pip install -e '.[ray]'")
+            raise ValueError(
+                f"{self.without} needs the package ray, found none; pip install -e '.[ray]' -c constraints.txt"
+            )
         self.concurrency, self.batch_size, self.address = concurrency, batch_size, address
         self.said = f"a pool of {concurrency}"  # for messages
         self._started = False

@@ -107,7 +107,8 @@ def before(against: str | None, policy: str) -> str | None:
     if found is None or (Path(found).is_absolute() and not Path(found).is_dir()):
         lacks = f"no {run / 'initial.json'}" if found is None else f"none at {found}"
         raise ValueError(
-            f"against=initial is the policy that a run of dpo.train started from, found {lacks}; give its folder"
+            f"against=initial is what the run of dpo.train that made policy.path={policy} started from, found {lacks}; "
+            "give policy/ of such a run as policy.path, or a model: against=<folder or hub name>"
         )
     return found
 

@@ -150,7 +150,7 @@ def _text(error: BaseException, directory: Path) -> str:
     """What an error says; of a full disk also where."""
     if not _full(error):
         return str(error)
-    return f"{error}; make room for {directory} and the cache: the same command resumes from the last checkpoint"
+    return f"{error}; make room for {directory} and the cache: the same command resumes"
 
 
 def _record(directory: Path, kind: str, message: str, trace: str, rank: int | None = None) -> None:
@@ -223,7 +223,7 @@ def _abandoned(mark: Path) -> bool:
 def _lost(directory: Path, killed: list[int]) -> int:
     message = (
         f"process {' and '.join(map(str, killed))} of {_ranks()}, counted from 0, was killed (out of memory?); "
-        "the same command resumes from the last checkpoint"
+        "the same command resumes"
     )
     print(f"Killed: {message}", file=sys.stderr, flush=True)
     _record(directory, "Killed", message, "", killed[0])

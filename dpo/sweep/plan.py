@@ -30,6 +30,7 @@ INPUTS = {  # what a run is made from beside its settings: see dpo.sweep.inputs
     "against": "the model at against",
     "baseline": "the model at evaluation.baseline",
     "candidates": "what is at candidates",
+    "of": "the file of prompts at of",
     "judge": "the model at judge.path",
     "evaluation.judge": "the model at evaluation.judge.path",
 }

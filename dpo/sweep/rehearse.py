@@ -19,7 +19,7 @@ from dpo.references import PrecomputedFiles, scored_ahead
 from dpo.sweep import inputs
 from dpo.sweep.directory import before
 from dpo.sweep.schema import misfits, number_of_samples
-from dpo.sweep.signature import instantiate
+from dpo.sweep.signature import in_evaluations, instantiate
 from dpo.world import sizes
 
 logger = logging.getLogger(__name__)
@@ -45,9 +45,10 @@ class Rehearsal:
             (read_instructions, config["evaluation"]["instructions"]),
             (instantiate, config["judge"]),
         ]
-        nodes = [config["evaluation"].get(group) for group in ("judge", "engine", "rule")]
-        attempts += [(instantiate, node) for node in (*nodes, config.get("rule")) if node is not None]
-        attempts += [(_ruled, config["judge"], config.get("rule")), (_ruled, *_of_evaluation(config))]
+        own = {group: config["evaluation"].get(group) for group in ("judge", "engine", "rule")}
+        attempts += [(_of_evaluations, group, node) for group, node in own.items() if node is not None]
+        attempts += [(instantiate, node) for node in (config.get("rule"),) if node is not None]
+        attempts += _rulings(config)
         if number_of_samples(config["evaluation"].get("baseline")) or config.get("best_of", 1) > 1:
             attempts.append((_chosen_by, config["judge"]))
         if "loss" in config:
@@ -57,6 +58,9 @@ class Rehearsal:
         if problems := [*dict.fromkeys(problem for _, problem in tried if problem is not None)]:
             return {"problems": problems, "inputs": {}}
         content, with_pairs, single, demonstrations, revisions = tried[0][0]
+        if not demonstrations and config["command"] == "sft":
+            wrong = "dpo.sft imitates demonstrations, found data without; take others: data=sft, or data with pairs"
+            return {"problems": [wrong], "inputs": {}}
         if not demonstrations and config["policy"]["path"] is None:
             wrong = "policy.path must be given where the data have no demonstrations to make a policy from, found none"
             return {"problems": [f"{wrong}; add policy.path=..."], "inputs": {}}
@@ -147,7 +151,7 @@ def _adapters(policy: dict[str, Any], cache: str) -> None:
 
 def _compared(policy: str | None, against: str | None, baseline: str | None) -> None:
     named = baseline in ("initial", "human") or number_of_samples(baseline) is not None
-    _located(before(against, str(policy)), None if named else baseline)
+    _located(before(against, policy or "null"), None if named else baseline)
 
 
 def _chosen_by(judge: dict[str, Any] | None) -> None:
@@ -156,21 +160,32 @@ def _chosen_by(judge: dict[str, Any] | None) -> None:
     check_scores(instantiate(judge))
 
 
-def _of_evaluation(config: dict[str, Any]) -> tuple[Any, Any]:
-    """Judge and rule of evaluations: those of the pairs, unless others are given."""
-    own = config["evaluation"]
-    return own.get("judge") or config["judge"], own.get("rule") or config.get("rule")
+def _of_evaluations(group: str, node: dict[str, Any] | None) -> None:
+    with in_evaluations(group, node):
+        instantiate(node)
 
 
-def _ruled(judge: dict[str, Any] | None, rule: dict[str, Any] | None) -> None:
-    if rule is None or judge is None:
+def _rulings(config: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """What to try of each rule with its judge, and their keys: evaluations have those of the pairs, or their own."""
+    of_pairs = {key: config.get(key) for key in ("judge", "rule")}
+    own = {key: node for key in of_pairs if (node := config["evaluation"].get(key)) is not None}
+    names = [f"evaluation.{key}" if key in own else key for key in of_pairs]
+    in_both = [(_ruled, *of_pairs.values(), *of_pairs)] if of_pairs["judge"] is not None else []
+    return [*in_both, (_ruled, *{**of_pairs, **own}.values(), *names)]
+
+
+def _ruled(judge: dict[str, Any] | None, rule: dict[str, Any] | None, of_judge: str, of_rule: str) -> None:
+    if rule is None:
         return
     from dpo.judges import is_pairwise
 
+    if judge is None:
+        raise ValueError(f"{of_rule} goes by what a judge says of each response, found no judge; leave it out")
     if is_pairwise(instantiate(judge)):
         raise ValueError(
-            f"rule must be null where the judge compares pairs, as {judge['_target_']} does, found {rule['_target_']}; "
-            "leave it out, or take a judge that judges each response: judge=questions, judge=gold"
+            f"{of_rule} must be null where the judge compares pairs, as {judge['_target_']} does, found "
+            f"{rule['_target_']}; leave it out, or take a judge that judges each response: {of_judge}=questions, "
+            f"{of_judge}=gold"
         )
 
 

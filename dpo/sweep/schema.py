@@ -243,6 +243,8 @@ _ABOVE_ZERO = (
     *("data.demonstrations", "data.train", "data.validation", "data.test"),
 )
 PATHS = ("name", "runs", "cache", "report")
+AHEAD = {"generate": "sample", "judge": "judge", "score": "score"}  # stages, and what can be done ahead by them
+STAGES = (*AHEAD, "train", "rounds")  # each takes what those before it made
 NAME_BYTES = 200  # of a directory's name; file systems allow 255
 _NO_CLIPPING = ("max_grad_norm", math.inf)
 _LEAST, _MOST = 1e-12, 1e12  # size of a number other than 0: what lies outside is a slip, or nothing in float32
@@ -286,6 +288,8 @@ def faults(config: dict[str, Any]) -> list[str]:
         sft = "policy.base, a model to make a policy from, must be given; add policy.base="
         train = "policy.path, an SFT policy, or policy.base, a model to make one from, must be given; add policy.path="
         problems.append((sft if config["command"] == "sft" else train) + "<Hugging Face folder or hub name>")
+    elif config["command"] == "sft" and (path := config["policy"]["path"]) is not None:
+        problems.append(f"policy.path must be null in dpo.sft, got {path}; what it starts from is policy.base")
     if config["command"] == "judge" and config["judge"] is None:
         problems.append("judge must be one that compares responses, got none; choose one: judge=..., --help lists them")
     return problems
@@ -403,6 +407,11 @@ def _best_of(config: dict[str, Any]) -> list[str]:
     baseline, problems = config["evaluation"].get("baseline"), []
     if str(baseline).startswith("best_of_") and (number_of_samples(baseline) or 0) < 2:
         problems.append(f"evaluation.baseline=best_of_N must have a number of samples from 2, got {baseline}")
+    if config["command"] == "evaluate" and number_of_samples(baseline) and config["against"] is None:
+        problems.append(f"evaluation.baseline={baseline} samples the model at against, got none; give against=...")
+    judged = config["judge"] is not None or config["evaluation"].get("judge") is not None
+    if config["command"] in ("evaluate", "train") and baseline != "initial" and not judged:
+        problems.append(f"evaluation.baseline={baseline} needs a judge, got none; add judge=..., or leave it out")
     if config.get("best_of", 1) > 1 and config["evaluation"]["instructions"] is not None:
         problems.append(
             f"best_of must be 1 where evaluation.instructions are answered, which no judge here scores, got "
@@ -426,30 +435,33 @@ def _sharding(config: dict[str, Any]) -> list[str]:
         problems.append(f"sharding.group must divide the {processes} processes, got {group}; null is all of them")
     if config["sharding"]["offload"] and processes == 1:
         problems.append("sharding.offload needs several processes, got 1; use processes=2 or more")
-    nodes = {group: (config.get(group), config["evaluation"].get(group)) for group in ("engine", "judge")}
-    pooled = {group: any(isinstance(one, dict) and one.get("pool") for one in both) for group, both in nodes.items()}
-    scorer = config.get("scorer")
-    by_vllm = scorer is not None and scorer["_target_"].endswith("VllmScorer")
-    pools = {
-        "scorer=ray": ("scorer", scorer is not None and not by_vllm, "score ahead: python -m dpo.score"),
-        "engine=ray": ("engine.pool", pooled["engine"], "sample ahead: python -m dpo.generate"),
-        "judge=reward_model_ray": ("judge.pool", pooled["judge"], "judge ahead: python -m dpo.judge"),
-    }
-    problems += [
-        f"processes must be 1 with {one}, got {processes}; its actors are what works at once: raise "
-        f"{group}.concurrency, or {ahead} {one}"
-        for one, (group, chosen, ahead) in pools.items()
-        if processes > 1 and chosen
-    ]
-    if processes > 1 and by_vllm:
-        problems.append(
-            f"processes must be 1 with scorer=vllm, got {processes}; score ahead: python -m dpo.score scorer=vllm"
-        )
+    if processes > 1:
+        problems += [f"processes must be 1 with {one}, got {processes}; {advice}" for one, advice in _alone(config)]
     if config["optimizer"] == "adamw_8bit" and find_spec("bitsandbytes") is None:
         problems.append("optimizer=adamw_8bit needs bitsandbytes; pip install -e '.[8bit]' -c constraints.txt")
     elif config["optimizer"] == "adamw_8bit" and processes > 1:  # it does not know FSDP2's weights
         problems.append(f"optimizer=adamw_8bit needs processes=1, got {processes}; use adamw, or policy.lora.rank")
     return problems
+
+
+def _alone(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """What works beside a single process, and what to do where there are several."""
+    scorer = config.get("scorer")
+    found: list[tuple[str, str | None, str | None]] = []
+    if scorer is not None:
+        vllm = scorer["_target_"].endswith("VllmScorer")
+        found.append(("scorer=vllm", None, "score") if vllm else ("scorer=ray", "scorer", "score"))
+    for group, one, verb in (("engine", "engine=ray", "generate"), ("judge", "judge=reward_model_ray", "judge")):
+        for at, node in (("", config.get(group)), ("evaluation.", config["evaluation"].get(group))):
+            if isinstance(node, dict) and node.get("pool"):
+                found.append((f"{at}{one}", f"{at}{group}.pool", None if at else verb))
+    advised = []
+    for one, pool, ahead in found:
+        ways = [f"raise {pool}.concurrency, whose actors are what works at once"] if pool else []
+        if ahead and config["command"] in STAGES[STAGES.index(ahead) + 1 :]:
+            ways.append(f"{AHEAD[ahead]} ahead: python -m dpo.{ahead} {one}")
+        advised.append((one, ", or ".join(ways or ["leave processes out"])))
+    return advised
 
 
 def _served(config: dict[str, Any]) -> list[str]:
@@ -480,8 +492,9 @@ def _lora(config: dict[str, Any]) -> list[str]:
             f"policy.lora.quantize needs processes=1, got {config['processes']}; use policy.lora.quantize=null"
         )
     if policy["adapter"] is not None and (policy["path"] is None or config["command"] in ("sft", "rounds")):
+        advice = "give policy.path" if policy["path"] is None else "merge it with peft, and take the whole model"
         problems.append(
             "policy.adapter needs the model that it is of, policy.path, and a command other than sft and rounds, got "
-            f"path {policy['path']} of {config['command']}; merge it with peft, and take the whole model"
+            f"path {policy['path']} of {config['command']}; {advice}"
         )
     return problems

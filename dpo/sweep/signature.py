@@ -8,7 +8,9 @@ class of ours that belongs to its group, or one of a package that the user's own
 
 import inspect
 import os
-from collections.abc import Callable, Collection, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache, partial
 from importlib import import_module
@@ -61,6 +63,20 @@ def instantiate(node: Any) -> Any:
         own = inspect.signature(function).parameters.keys() & options
         function = function(**{key: options.pop(key) for key in own})
     return partial(function, **options)
+
+
+@contextmanager
+def in_evaluations(group: str, node: Any) -> Iterator[None]:
+    """Inside, what is wrong with an option of evaluations' own part is said by its key there: evaluation.judge.path.
+
+    node: of that part; None: evaluations have that of the pairs.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if node is None:
+            raise
+        raise type(error)(re.sub(rf"(?<![\w.]){group}(?=[.=])", f"evaluation.{group}", str(error))) from error
 
 
 def _instantiated(option: Any) -> Any:

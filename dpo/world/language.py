@@ -261,8 +261,9 @@ def _read_article(text: str) -> tuple[str, dict[str, str]]:
             facts[attribute] = next((word for word in sentence if word in ATTRIBUTES[attribute]), "")
     if about != "about" or name not in NAMES or len(facts) != FACTS_PER_ARTICLE or not all(facts.values()):
         raise ValueError(
-            f"judge=gold reads articles of the embedded world (`about NAME . ...` with {FACTS_PER_ARTICLE} facts about "
-            f"NAME), found {text[:60]!r}; other data needs another judge, for example judge=shorter or judge=none"
+            f"judge=gold and judge=hasty read articles of the embedded world (`about NAME . ...` with "
+            f"{FACTS_PER_ARTICLE} facts about NAME), found {text[:60]!r}; other data needs another judge, for example "
+            "judge=shorter or judge=none"
         )
     return name, facts
 

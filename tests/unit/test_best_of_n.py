@@ -169,7 +169,8 @@ def test_what_a_config_calls_best_of_n():
 
 def test_what_cannot_be_is_refused_when_planned(tmp_path, tiny_model, monkeypatch):
     """By a judge that compares pairs, or none; without a number, or with one sample."""
-    given = [*own(tmp_path, tiny_model("llama")), "judge=shorter"]
+    llama = tiny_model("llama")
+    given = [*own(tmp_path, llama), "judge=shorter", f"against={llama}"]
     baseline, policy = (
         OmegaConf.to_container(frozen(tmp_path / "run", *given, asked, verb="evaluate"))
         for asked in ("evaluation.baseline=best_of_4", "best_of=4")
@@ -193,6 +194,8 @@ def test_what_cannot_be_is_refused_when_planned(tmp_path, tiny_model, monkeypatc
     for value in ("best_of_n", "best_of_1", "best_of_0", "best_of_-2"):
         [problem] = faults({**baseline, "evaluation": {**baseline["evaluation"], "baseline": value}})
         assert problem == f"evaluation.baseline=best_of_N must have a number of samples from 2, got {value}"
+    [problem] = faults({**baseline, "against": None})
+    assert problem.startswith("evaluation.baseline=best_of_4 samples the model at against, got none")
     [problem] = faults({**policy, "best_of": 0})
     assert problem == "best_of must be above 0, got 0"
     [problem] = faults({**policy, "evaluation": {**policy["evaluation"], "instructions": "alpaca_eval.json"}})

@@ -30,7 +30,7 @@ def problems(*overrides: str, command: str = "train") -> str:
 
 @pytest.mark.parametrize("key", ["judge", "engine"])
 def test_a_page_with_a_word_in_the_place_of_a_function_is_told(key):
-    values = config()
+    values = config("processes=2")  # which asks whether it is a pool
     values["evaluation"][key] = "gold"
     with pytest.raises(ValueError, match=f"evaluation.{key} must name its function in _target_, found 'gold'"):
         check(values)
@@ -146,6 +146,16 @@ def test_sft_divides_its_own_batch():
 def test_sft_needs_a_base():
     said = problems("policy=pretrained", "policy.path=somewhere", command="sft")
     assert "policy.base, a model to make a policy from, must be given" in said
+    assert problems("policy.path=somewhere", command="sft") == (
+        "policy.path must be null in dpo.sft, got somewhere; what it starts from is policy.base"
+    )
+
+
+def test_a_baseline_needs_a_judge():
+    said = problems("judge=none", "evaluation.baseline=human", "data=file", "data.path=x", "policy.path=y")
+    assert said.startswith("evaluation.baseline=human needs a judge, got none")
+    check(config("judge=none", "evaluation.baseline=human", "evaluation.judge=shorter"))
+    check(config("judge=none", "evaluation.baseline=human", command="score"))
 
 
 @pytest.mark.parametrize(
@@ -265,7 +275,8 @@ def test_an_adapter_needs_its_base(command, given):
     said = problems("policy.adapter=x", f"policy.path={given}", command=command)
     path = None if given == "null" else given
     assert said.startswith("policy.adapter needs the model that it is of, policy.path, and a command other than sft")
-    assert f"got path {path} of {command}; merge it with peft" in said
+    advice = "give policy.path" if path is None else "merge it with peft"
+    assert f"got path {path} of {command}; {advice}" in said
     check(config("policy.adapter=x", "policy.path=y", command="train" if command in ("sft", "rounds") else command))
 
 

@@ -400,7 +400,7 @@ def test_a_state_that_is_saved_goes_on():
         ("beta_dpo", {"keep": 1.2}, "keep must be"),
         ("beta_dpo", {"least_beta": 0.0}, "least_beta must be above 0"),
         ("beta_dpo", {"momentum": -1.0}, "momentum must be"),
-        ("beta_dpo", {"filter_by": "gradient"}, "filter=weighted goes by the margin"),
+        ("beta_dpo", {"filter_by": "gradient"}, "goes by the margin, .* take filter=head, tail or head_tail"),
         ("alpha_dpo", {"alpha": -0.1}, "alpha must be at least 0"),
         ("alpha_dpo", {"gamma_beta_ratio": -0.1}, "gamma_beta_ratio must be"),
         ("dr_dpo", {"beta_prime": 0.0}, "beta_prime must be above 0"),

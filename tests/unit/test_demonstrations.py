@@ -92,7 +92,7 @@ def test_conversations_without_an_answer_are_counted(tmp_path, capsys):
     data = ultrachat(save(tmp_path / "a.jsonl", [*rows, empty]), None, "last", 0.3, "drop")
     assert len(data.demonstrations) + len(data.prompts["test"]) == 9
     said = capsys.readouterr().out
-    assert "5 of 14 pairs are faulty, 5 dropped" in said
+    assert "5 of 14 responses are faulty, 5 dropped" in said
     assert "4 x the last message is not the assistant's, after another's" in said
     assert "1 x completion is empty" in said
 

@@ -325,9 +325,9 @@ def test_what_a_run_started_from_is_known(tmp_path):
     assert before("elsewhere", str(run / "policy")) == "elsewhere"
     assert before(None, "any") is None
     policy.rmdir()
-    with pytest.raises(ValueError, match=rf"started from, found none at {policy}; give its folder"):
+    with pytest.raises(ValueError, match=rf"started from, found none at {policy}; give"):
         before("initial", str(run / "policy"))
-    with pytest.raises(ValueError, match=r"started from, found no .*initial\.json; give"):
+    with pytest.raises(ValueError, match=r"policy\.path=\S+ started from, found no .*initial\.json; give .*against=<"):
         before("initial", str(tmp_path / "policy"))
     remember_initial(run, "hub/name")
     assert before("initial", str(run / "policy")) == "hub/name"

@@ -350,3 +350,5 @@ def test_a_hasty_judge_is_exploited():
     assert hasty["longer"]["score"] > hasty["two"]["score"]
     least, most = judges.hasty([ARTICLE] * 2, ["home oslo . pet dog .", "home oslo ." + " word" * 500])
     assert least["score"] > most["score"]  # however long, it is not worth an answer
+    with pytest.raises(ValueError, match=r"^judge=gold and judge=hasty read articles of the embedded world"):
+        judges.hasty(["hi"], ["ho"])

@@ -143,3 +143,11 @@ def test_pairs_and_demonstrations_do_not_mix(two, tmp_path):
         ValueError, match="must all bring pairs, or all single responses with a label, or all demonstrat"
     ):
         mixture([two[0], {"data": shown}], 0.1, "error")
+
+
+def test_an_option_of_a_source_is_named_by_its_place(tmp_path):
+    rows = save(tmp_path / "a.jsonl", [{"question": "q", "chosen": "yes", "rejected": "no"}])
+    with pytest.raises(ValueError) as error:
+        mixture([{"path": rows, "split": None, "columns": {"prompt": "ask"}}], 0.1, "error")
+    assert f"data.sources[0]: {rows}: 1 of 1 lines" in str(error.value)
+    assert "must have ask, which data.sources[0].columns reads as prompt" in str(error.value)

@@ -11,7 +11,7 @@ from filelock import FileLock
 from omegaconf import OmegaConf
 from test_launch import ROOT
 
-from dpo.sweep import command_line, launch
+from dpo.sweep import command_line, inputs, launch
 from dpo.sweep import plan as planning
 from dpo.sweep.directory import config as config_of
 from dpo.sweep.plan import Composed, Run, plan
@@ -248,3 +248,19 @@ def test_an_option_at_a_key_is_named_by_the_key(monkeypatch):
     )
     made = launch._composed(OmegaConf.create(), settings)
     assert made.choices == {"judge": "hasty", "evaluation.judge": "gold"}
+
+
+def test_all_that_a_run_is_made_from_has_words(tmp_path, tiny_model):
+    """What the prompts of dpo.show were, for one."""
+    llama, prompts = tiny_model("llama"), tmp_path / "prompts.jsonl"
+    prompts.write_text("{}")
+    values = {
+        "policy": {"path": llama, "base": None},
+        "against": llama,
+        "of": str(prompts),
+        "candidates": str(tmp_path),
+    }
+    values |= {"reference": {"path": llama}, "judge": {"path": llama}, "evaluation": {"baseline": llama}}
+    assert inputs.models(values).keys() - planning.INPUTS.keys() == set()
+    records = [{"provenance": {"inputs": {"of": content}}} for content in "ab"]
+    assert planning._changed(*records) == "the file of prompts at of"

@@ -28,6 +28,8 @@ from dpo.sweep.rehearse import trials
 from dpo.sweep.schema import faults
 from dpo.tables import Streamed, read_first
 
+AHEAD = {"engine": "generate", "judge": "judge"}  # which stage does ahead what an option says
+
 PAIRS = [Pair([5 + n] * (n % 3 + 1), [8, 9 + n], [9 + n]) for n in range(12)]  # of more than one pass
 
 
@@ -191,8 +193,10 @@ def test_how_many_actors_there_are_is_no_part_of_a_run(chosen, at):
     assert trials([one])[0]["problems"] == []
     both = [identity_of(OmegaConf.select(OmegaConf.create(values), at)) for values in (one, other)]
     assert both[0] == both[1]
-    [problem] = faults(config(chosen, *path, "processes=2"))
-    assert problem.startswith(f"processes must be 1 with {chosen.partition('=')[0].partition('@')[0]}=")
+    for command, ahead in (("train", at in AHEAD), ("score", at in AHEAD), (AHEAD.get(at, "evaluate"), False)):
+        [problem] = faults(config(chosen, *path, "processes=2", command=command))
+        assert problem.startswith(f"processes must be 1 with {at}={chosen.partition('=')[2]}, got 2; raise {at}.pool.")
+        assert problem.endswith(f" ahead: python -m dpo.{AHEAD.get(at)} {chosen}") == ahead
 
 
 def test_without_ray_a_pool_is_refused(monkeypatch):
@@ -236,7 +240,8 @@ def test_a_plan_refuses_what_no_run_could_use(command):
     (problem,) = trials([config("scorer=ray", "scorer.resources={a10: x}", command=command)])[0]["problems"]
     assert problem.startswith("scorer.resources must be dict[str, float] | None")
     (problem,) = faults(config("scorer=ray", "processes=2", command=command))
-    assert problem.startswith("processes must be 1 with scorer=ray, got 2")
+    assert problem.startswith("processes must be 1 with scorer=ray, got 2; raise scorer.concurrency")
+    assert problem.endswith("or score ahead: python -m dpo.score scorer=ray") == (command == "train")
 
 
 def test_what_is_read_first_is_scored_first(tmp_path):

@@ -231,6 +231,20 @@ def test_a_policy_held_to_itself_reads_the_text_that_was_cut(tmp_path, tiny_mode
             given.prepare("", policy, {"train": pairs}, asked)
 
 
+def test_a_reference_that_knows_no_chats_is_told_by_its_name(tmp_path, tiny_model):
+    """The policy's template, which others are given for, is not the one that is missing."""
+    chats, other = tiny_model("qwen2"), tiny_model("gpt2")
+    answers = ([{"role": "assistant", "content": text}] for text in ("yes", "no"))
+    pairs = tokenize(
+        [Preference([{"role": "user", "content": "Rome?"}], *answers)], models.load_tokenizer(chats), 90, "error"
+    )
+    with pytest.raises(ValueError, match=f"the tokenizer of the reference {other} must have a chat template") as error:
+        OtherTokenizer(other, None, by_text=False).prepare(
+            chats, models.load(chats)[0], {"train": pairs}, settings(tmp_path)
+        )
+    assert "policy.chat_template" not in str(error.value)
+
+
 def test_what_is_too_long_under_another_tokenizer_is_an_error(tmp_path, tiny_model, monkeypatch):
     policy, pairs = models.load(tiny_model("gpt2"))[0], own_pairs("gpt2", tiny_model)
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a model was loaded"))

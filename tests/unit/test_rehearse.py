@@ -195,19 +195,54 @@ def test_data_that_a_run_has_read_are_not_read_again_for_a_plan(base, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "given, refused",
+    "given, keys",
     [
-        (["judge=pairwise", "judge.model=m", "rule=accurate_then_short"], True),
-        (["judge=pairwise", "judge.model=m", "rule@evaluation.rule=accurate_then_short"], True),
-        (["judge@evaluation.judge=pairwise", "evaluation.judge.model=m", "rule=accurate_then_short"], True),
-        (["judge=pairwise", "judge.model=m", "judge@evaluation.judge=gold"], False),
-        (["judge=gold", "rule=accurate_then_short"], False),
+        (["judge=pairwise", "judge.model=m", "rule=accurate_then_short"], ("rule", "judge")),
+        (["judge=pairwise", "judge.model=m", "evaluation.rule=accurate_then_short"], ("evaluation.rule", "judge")),
+        (
+            ["evaluation.judge=pairwise", "evaluation.judge.model=m", "rule=accurate_then_short"],
+            ("rule", "evaluation.judge"),
+        ),
+        (["judge=pairwise", "judge.model=m", "judge@evaluation.judge=gold"], None),
+        (["judge=gold", "rule=accurate_then_short"], None),
     ],
 )
-def test_a_rule_needs_judgements_of_each_response(given, refused):
+def test_a_rule_needs_judgements_of_each_response(given, keys):
     found = Rehearsal().of(resolve(compose("train", *given)))["problems"]
-    said = "rule must be null where the judge compares pairs, as dpo.judges.Pairwise does, found dpo.judges.accurate"
-    assert [problem.startswith(said) for problem in found] == [True] * refused
+    assert len(found) == (keys is not None)
+    if keys:
+        said = " must be null where the judge compares pairs, as dpo.judges.Pairwise does, found dpo.judges.accurate"
+        assert found[0].startswith(f"{keys[0]}{said}")
+        assert f"each response: {keys[1]}=questions, {keys[1]}=gold" in found[0]
+
+
+def test_a_rule_without_a_judge_is_not_passed_over(base):
+    rule = resolve(compose("train", "rule=accurate_then_short"))["rule"]
+    without = with_(with_(base, "judge", None), "rule", rule)
+    [problem] = Rehearsal().of(without)["problems"]
+    assert problem == "rule goes by what a judge says of each response, found no judge; leave it out"
+    assert not Rehearsal().of(with_(without, "evaluation.judge", base["judge"]))["problems"]
+
+
+def test_what_evaluations_alone_have_is_named_by_its_key():
+    rehearsal = Rehearsal()
+    for at in ("", "evaluation."):
+        [problem] = rehearsal.of(resolve(compose("train", f"{at}judge=reward_model")))["problems"]
+        assert problem.startswith(f"{at}judge.path must name a reward model")
+        assert problem.endswith(f"add {at}judge.path=...")
+        given = [f"{at}engine=ray", f"{at}engine.pool.concurrency=0"]
+        [problem] = rehearsal.of(resolve(compose("train", *given)))["problems"]
+        assert problem == f"{at}engine.pool.concurrency must be at least 1, got 0"
+
+
+def test_dpo_sft_needs_demonstrations_and_no_policy(base):
+    prompts = OmegaConf.to_container(OmegaConf.load(Path(__file__).parents[2] / "conf/data/prompts.yaml"))
+    prompts = {**prompts, "path": base["data"]["path"], "validation": 1, "test": 1}
+    prompts.pop("defaults")
+    [problem] = Rehearsal().of(with_(with_(base, "data", prompts), "command", "sft"))["problems"]
+    assert problem.startswith("dpo.sft imitates demonstrations, found data without")
+    told = with_(with_(with_(base, "data", prompts), "command", "train"), "policy.path", None)
+    assert Rehearsal().of(told)["problems"][0].startswith("policy.path must be given where the data have no demonstr")
 
 
 def test_an_option_of_a_server_is_named():

@@ -18,7 +18,7 @@ from test_config import config
 from test_coupled import gradient, loss_of, pairs
 from test_hub import save
 
-from dpo.data.batches import Pair, collate_pairs, mismatched, tokenize
+from dpo.data.batches import Pair, brief, collate_pairs, mismatched, tokenize
 from dpo.data.hub import unpaired
 from dpo.data.records import Preference, TokenIds, contents
 from dpo.data.tokens import vocabulary
@@ -124,7 +124,7 @@ def test_one_label_alone_is_refused(tmp_path, label):
 
 def test_empty_responses_are_faulty(tmp_path, capsys):
     rows = [*ROWS, line(60, True, completion=" "), line(61, False, completion_ended=False)]
-    with pytest.raises(ValueError, match="line 61: completion is empty"):
+    with pytest.raises(ValueError, match=r"1 of 62 responses are faulty:\n  line 61: completion is empty"):
         read(tmp_path, rows)
     data = read(tmp_path, rows, "drop")
     assert sum(map(len, data.preferences.values())) == 61
@@ -267,6 +267,14 @@ def test_a_pair_is_two_responses(tmp_path):
         )
 
 
+def test_what_is_too_long_is_called_a_response(tmp_path):
+    limits = types.SimpleNamespace(max_length=3, on_too_long="error")
+    for label, called in ((True, "responses"), (None, "pairs")):
+        long = [Preference("Is 7 even or odd?", " yes", " no" if label is None else " yes", label=label)]
+        with pytest.raises(ValueError, match=f"1 of 1 train {called} have more than 3 tokens"):
+            tokenized({"train": long}, TOKENIZER, limits, "error", True, str(tmp_path))
+
+
 def test_sampled_ids_stay_with_their_response():
     own = vocabulary(TOKENIZER)
     rows = []
@@ -289,7 +297,9 @@ def test_batches_know_the_labels():
         batch = collate_pairs(some, index, real, pad_id=0, packed=packed)
         assert batch.desirable.tolist() == [True, False, False]
         assert batch.to("cpu").desirable.tolist() == [True, False, False]
+        assert brief(some).startswith("data: 3 training responses, the longest of 3 tokens;")
         plain = [replace(one, text=None) for one in some]
+        assert brief(plain).startswith("data: 3 training pairs")
         assert collate_pairs(plain, index, real, pad_id=0, packed=packed).desirable is None
 
 

@@ -102,8 +102,12 @@ def test_what_is_refused_when_planned(llm, tmp_path):  # noqa: F811
     told = config("scorer=vllm", "scorer.llm.gpu_memory_utilization=1.5")
     (problem,) = trials([told])[0]["problems"]
     assert problem == "scorer.llm.gpu_memory_utilization must be above 0 and at most 1, got 1.5"
-    (problem,) = faults(config("scorer=vllm", "processes=2"))
-    assert problem.startswith("processes must be 1 with scorer=vllm, got 2")
+    for command, advice in (
+        ("train", "score ahead: python -m dpo.score scorer=vllm"),
+        ("score", "leave processes out"),
+    ):
+        (problem,) = faults(config("scorer=vllm", "processes=2", command=command))
+        assert problem == f"processes must be 1 with scorer=vllm, got 2; {advice}"
 
 
 def test_without_vllm_it_says_what_to_install(tmp_path, monkeypatch):
