@@ -288,8 +288,6 @@ def faults(config: dict[str, Any]) -> list[str]:
         sft = "policy.base, a model to make a policy from, must be given; add policy.base="
         train = "policy.path, an SFT policy, or policy.base, a model to make one from, must be given; add policy.path="
         problems.append((sft if config["command"] == "sft" else train) + "<Hugging Face folder or hub name>")
-    elif config["command"] == "sft" and (path := config["policy"]["path"]) is not None:
-        problems.append(f"policy.path must be null in dpo.sft, got {path}; what it starts from is policy.base")
     if config["command"] == "judge" and config["judge"] is None:
         problems.append("judge must be one that compares responses, got none; choose one: judge=..., --help lists them")
     return problems
@@ -409,9 +407,6 @@ def _best_of(config: dict[str, Any]) -> list[str]:
         problems.append(f"evaluation.baseline=best_of_N must have a number of samples from 2, got {baseline}")
     if config["command"] == "evaluate" and number_of_samples(baseline) and config["against"] is None:
         problems.append(f"evaluation.baseline={baseline} samples the model at against, got none; give against=...")
-    judged = config["judge"] is not None or config["evaluation"].get("judge") is not None
-    if config["command"] in ("evaluate", "train") and baseline != "initial" and not judged:
-        problems.append(f"evaluation.baseline={baseline} needs a judge, got none; add judge=..., or leave it out")
     if config.get("best_of", 1) > 1 and config["evaluation"]["instructions"] is not None:
         problems.append(
             f"best_of must be 1 where evaluation.instructions are answered, which no judge here scores, got "

@@ -146,16 +146,6 @@ def test_sft_divides_its_own_batch():
 def test_sft_needs_a_base():
     said = problems("policy=pretrained", "policy.path=somewhere", command="sft")
     assert "policy.base, a model to make a policy from, must be given" in said
-    assert problems("policy.path=somewhere", command="sft") == (
-        "policy.path must be null in dpo.sft, got somewhere; what it starts from is policy.base"
-    )
-
-
-def test_a_baseline_needs_a_judge():
-    said = problems("judge=none", "evaluation.baseline=human", "data=file", "data.path=x", "policy.path=y")
-    assert said.startswith("evaluation.baseline=human needs a judge, got none")
-    check(config("judge=none", "evaluation.baseline=human", "evaluation.judge=shorter"))
-    check(config("judge=none", "evaluation.baseline=human", command="score"))
 
 
 @pytest.mark.parametrize(

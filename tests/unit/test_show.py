@@ -119,7 +119,7 @@ def test_what_cannot_be_shown(tmp_path, given, tiny_model):
     def tried(*more):
         return trials([OmegaConf.to_container(frozen(directory, *keys, *more, verb="show"))])[0]
 
-    assert tried()["problems"][0].startswith("against=initial is the policy that a run of dpo.train started from")
+    assert tried()["problems"][0].startswith("against=initial is what the run of dpo.train that made policy.path=")
     away = tmp_path / "away.jsonl"
     [problem] = tried(f"against={given.reference}", f"of={away}")["problems"]
     assert problem == f"of must be test or pairs or a JSONL file of prompts, found no file {away}"
