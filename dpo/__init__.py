@@ -31,7 +31,8 @@ def _own_lock() -> None:
         sys.modules["tqdm"].tqdm.set_lock(threading.RLock())
 
 
-os.register_at_fork(after_in_child=_own_lock)
+if hasattr(os, "register_at_fork"):  # Windows has no forks
+    os.register_at_fork(after_in_child=_own_lock)
 
 # Modules log to `logging.getLogger(__name__)`. They are heard in a notebook, too, and whatever the root logger does.
 _logger = logging.getLogger(__name__)

@@ -123,5 +123,11 @@ assert os.waitpid(child, 0)[1] == 0
     assert done.stdout == "first\nof a fork\n"
 
 
+def test_a_system_without_forks_imports_the_package():
+    code = "import os\ndel os.register_at_fork\nimport dpo"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+
+
 def test_importing_the_package_again_repeats_no_message():
     assert len(logging.getLogger(dpo.__name__).handlers) == 1
