@@ -59,10 +59,13 @@ def command(verb: str) -> NoReturn:
 
 def single(config: DictConfig) -> NoReturn:
     """The same road as a sweep, with a plan of one."""
+    node: Any = OmegaConf.to_container(HydraConfig.get().launcher, resolve=True)
     try:
-        launcher: Sweep = instantiate(HydraConfig.get().launcher)
+        launcher: Sweep = instantiate(node)
     except ValueError:  # one of Hydra's own
-        sys.exit(f"hydra/launcher must be local or slurm, got {HydraConfig.get().launcher._target_}")
+        sys.exit(f"hydra/launcher must be local or slurm, got {node['_target_']}")
+    except TypeError:  # other options than it has
+        sys.exit("\n".join(check_signature("hydra.launcher", node)))
     launcher.execute([_composed(config, HydraConfig.get())], [])
 
 

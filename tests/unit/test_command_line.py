@@ -89,6 +89,7 @@ def typed(monkeypatch, capsys, verb: str, *arguments: str) -> str:
         ("train figure=kl_strength table=rounds", "an experiment must be one at a time"),
         ("train -m figure=kl_strength,dynamic_beta", "an experiment must be one at a time"),
         ("train hydra/launcher=basic", "hydra/launcher must be local or slurm"),
+        ("train +hydra.launcher.foo=1", "hydra.launcher.foo is not an option of"),
         ("train hydra/launcher=null", "hydra/launcher must be one of its options, got null"),
         ("train --config-dir nowhere", "nowhere' not found"),
     ],
