@@ -9,10 +9,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
 from importlib.util import find_spec
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from typing_extensions import TypedDict
@@ -179,7 +179,7 @@ class Server:
                 for one in workers:
                     one.start()
                 for _ in workers:
-                    for place, said in iter(came.get, None):
+                    for place, said in iter(partial(_next, came), None):
                         bar.set_postfix_str(self.bill.said(self.options["prices"]), refresh=False)
                         bar.update()
                         yield place, said
@@ -220,6 +220,12 @@ class Server:
             self._next = max(self._next, now) + 60 / rate
             wait = self._next - 60 / rate - now
         time.sleep(wait)
+
+
+def _next(came: SimpleQueue[Answer]) -> Answer:
+    while True:
+        with suppress(Empty):
+            return came.get(timeout=1)  # a signal that comes just before a wait does not end it
 
 
 @contextmanager
