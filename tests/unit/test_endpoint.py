@@ -187,7 +187,8 @@ def test_what_is_under_way_comes_before_a_signal_stops(signals, capfd, heard, mo
         for _ in range(signals if question == 0 else 0):
             os.kill(os.getpid(), signal.SIGINT)  # which the main thread gets, as from a terminal
             assert told.wait(60)
-        assert told.wait(60) and (signals == 1 or not release.wait(60))
+        assert told.wait(60)
+        assert signals == 1 or not release.wait(60)
         ended.append(threading.current_thread().daemon)
         return question
 
