@@ -61,7 +61,7 @@ from dpo.settings import (
 from dpo.sweep.directory import before, finish
 from dpo.sweep.inputs import load
 from dpo.sweep.schema import number_of_samples
-from dpo.sweep.signature import instantiate
+from dpo.sweep.signature import in_evaluations, instantiate
 from dpo.training import distributed
 from dpo.training.distributed import all_sum, any_true, device_of, is_main
 from dpo.training.log import progress
@@ -280,7 +280,7 @@ def _drawn(
     seed = int(digest(["evaluation", settings.seed, stream])[:8], 16)
     if settings.engine is None:
         return sample(model, tokenizer, encoded, settings.sampling, seed, title)
-    with engines.closing(instantiate(settings.engine)) as engine:
+    with in_evaluations("engine", settings.own_engine), engines.closing(instantiate(settings.engine)) as engine:
         return engine(model, tokenizer, encoded, range(len(encoded)), settings.sampling, seed, title)
 
 

@@ -1,6 +1,7 @@
 """What the commands read of a config, as the values that the code below them takes."""
 
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -29,6 +30,7 @@ class Evaluation:
     log_samples: int  # responses to look at while training
     rule: Rule | None  # which of two judged responses is preferred; None: that of the higher score
     engine: Any  # the node of the config; None: responses come from transformers
+    own_engine: Any  # the same, if it is not that of the candidates
     sampling: Sampling  # of the win-rate samples
     seed: int
     limits: Limits
@@ -133,7 +135,16 @@ def evaluation_judge(config: Any) -> Any:
     """The judge of evaluations: that of the pairs, unless another is given."""
     own = config.evaluation.judge
     with in_evaluations("judge", own):
-        return _judge(config.judge if own is None else own, config.cache)
+        judge = _judge(config.judge if own is None else own, config.cache)
+    if own is None:
+        return judge
+
+    @wraps(judge)
+    def named(*columns: Any) -> Any:
+        with in_evaluations("judge", own):
+            return judge(*columns)
+
+    return named
 
 
 def judges_of(config: Any) -> tuple[Any, Any]:
@@ -174,9 +185,9 @@ def evaluation_of(config: Any) -> Evaluation:
     engine = asked.get("engine")
     if engine is None and config.get("command") in ("evaluate", "show"):  # which sample nothing else
         engine = None if config.engine._target_ == "dpo.engines.transformers" else config.engine
-    with in_evaluations("engine", asked.get("engine")):
+    with in_evaluations("engine", own := asked.get("engine")):
         check_engine(engine)
-    return Evaluation(*which, engine, sampling, config.seed, limits_of(config), *read, config.cache)
+    return Evaluation(*which, engine, own, sampling, config.seed, limits_of(config), *read, config.cache)
 
 
 def check_engine(node: Any, how: str = "check") -> None:

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dpo.data.chats import as_text
 from dpo.data.measure import ODD, near_duplicates
-from dpo.data.records import Dataset, Preference, Text
+from dpo.data.records import Dataset, Preference, Text, called
 from dpo.data.truncation import Limits
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 0.99, 1.0)
@@ -66,6 +66,7 @@ def of_pairs(
     for why in dict.fromkeys(why for _, why in refused):
         places = [place for place, reason in refused if reason == why]
         found.append(finding(why, "all", places, len(table) + len(refused), verdict, advice))
+    kind = called(next((pair.label for pairs in dataset.preferences.values() for pair in pairs), None))
     for split, pairs in dataset.preferences.items():
         rows = table.iloc[first : first + len(pairs)].assign(source=[pair.source or "?" for pair in pairs])
         first += len(pairs)
@@ -74,22 +75,22 @@ def of_pairs(
         for reason, some in faulty.groupby("fault", sort=False):
             found.append(finding(str(reason), split, list(some.source), len(rows), verdict, advice))
         if faulty.empty:
-            found.append(finding("faulty pairs", split, [], len(rows), verdict, advice))
+            found.append(finding(f"faulty {kind}", split, [], len(rows), verdict, advice))
         usable = rows[(rows.prompt >= 0) & (rows.fault.isna() | (on_faulty == "keep"))]
-        of_split, lengths = _of_split([pairs[place] for place in usable.index], usable, split, limits)
+        of_split, lengths = _of_split([pairs[place] for place in usable.index], usable, split, limits, kind)
         found += of_split
         numbers[split] = {"pairs": len(usable), "given": len(rows), **lengths}
         kept[split] = usable[tokens(usable) <= limits.max_length] if limits.on_too_long == "drop" else usable
     prompts = {split: [pair.prompt for pair in pairs] for split, pairs in dataset.preferences.items()}
-    found += _prompts(prompts, cache)
+    found += _prompts(prompts, kind, cache)
     return found, numbers, kept
 
 
 def _of_split(
-    pairs: Sequence[Preference], rows: pd.DataFrame, split: str, limits: Limits
+    pairs: Sequence[Preference], rows: pd.DataFrame, split: str, limits: Limits, kind: str
 ) -> tuple[list[Finding], dict[str, Any]]:
     single = bool(pairs) and pairs[0].label is not None
-    found = [_too_long(rows, tokens(rows), split, limits), *_odd(rows, split)]
+    found = [_too_long(rows, tokens(rows), split, limits, kind), *_odd(rows, split)]
     advice = "look at the first; what differs may be too little to learn from"
     if not single:
         found.append(_flagged("one response begins the other", split, rows, "prefix", advice))
@@ -97,7 +98,7 @@ def _of_split(
     merging = rows[rows.merged > 0]
     what = "their responses are encoded alone; begin them with a space or line break, or end prompts so"
     found.append(finding("responses merge with the prompt's end", split, list(merging.source), len(rows), "look", what))
-    found += _repeated(pairs, split)
+    found += _repeated(pairs, split, kind)
     found += _labels(pairs, split)
     numbers: dict[str, Any] = {"lengths": {"prompt": quantiles(rows.prompt)}}
     if single:
@@ -143,7 +144,7 @@ def of_prompts(
         found.append(finding("prompts above the budget", split, list(long.source), len(usable), "look", text))
         found += _odd(usable, split)
         numbers[split] = {"prompts": len(usable), "given": len(rows), "lengths": {"prompt": quantiles(usable.prompt)}}
-    return [*found, *_prompts(dataset.prompts, cache)], numbers
+    return [*found, *_prompts(dataset.prompts, "responses", cache)], numbers
 
 
 def tokens(rows: pd.DataFrame) -> pd.Series:
@@ -175,12 +176,12 @@ def seen(items: int, batch_size: int, epochs: int, steps: int | None) -> tuple[i
     return steps, whole * items + more * min(batch_size, items)
 
 
-def _too_long(rows: pd.DataFrame, lengths: pd.Series, split: str, limits: Limits) -> Finding:
+def _too_long(rows: pd.DataFrame, lengths: pd.Series, split: str, limits: Limits, kind: str) -> Finding:
     long = rows[lengths > limits.max_length]
     becomes = {"error": "training stops", "drop": "they are dropped", "truncate": "they are cut"}[limits.on_too_long]
     fits = f"; max_length={int(lengths.max())} fits all, {int(np.ceil(lengths.quantile(0.99)))} 99 %" * bool(len(long))
     verdict = "bad" if limits.on_too_long == "error" else "look"
-    name = f"pairs above max_length={limits.max_length}"
+    name = f"{kind} above max_length={limits.max_length}"
     return finding(name, split, list(long.source), len(rows), verdict, f"{becomes} (on_too_long){fits}")
 
 
@@ -198,7 +199,7 @@ def _flagged(name: str, split: str, rows: pd.DataFrame, column: str, advice: str
     return finding(name, split, list(rows.source[rows[column].astype(bool)]), len(rows), "look", advice)
 
 
-def _repeated(pairs: Sequence[Preference], split: str) -> list[Finding]:
+def _repeated(pairs: Sequence[Preference], split: str, kind: str) -> list[Finding]:
     """Pairs that are there before, and those that an earlier one contradicts."""
     seen: set[str] = set()
     again, turned = [], []
@@ -209,8 +210,8 @@ def _repeated(pairs: Sequence[Preference], split: str) -> list[Finding]:
         seen.add(same)
     against = "the same responses with the other label; keep one of the two"
     return [
-        finding("pairs that are there twice", split, again, len(pairs), "look", "remove them: they count twice"),
-        finding("pairs that contradict another", split, turned, len(pairs), "bad", against),
+        finding(f"{kind} that are there twice", split, again, len(pairs), "look", "remove them: they count twice"),
+        finding(f"{kind} that contradict another", split, turned, len(pairs), "bad", against),
     ]
 
 
@@ -238,7 +239,7 @@ def _labels(pairs: Sequence[Preference], split: str) -> list[Finding]:
     ]
 
 
-def _prompts(prompts: dict[str, list[Text]], cache: str) -> list[Finding]:
+def _prompts(prompts: dict[str, list[Text]], kind: str, cache: str) -> list[Finding]:
     """Prompts that are there again, in their split and across; word for word, and nearly."""
     texts = {split: list(dict.fromkeys(map(as_text, some))) for split, some in prompts.items()}
     if texts.get("test") == texts.get("validation"):
@@ -249,7 +250,7 @@ def _prompts(prompts: dict[str, list[Text]], cache: str) -> list[Finding]:
     for split, some in texts.items():
         all_of = len(prompts[split])
         more = all_of - len(some)
-        text = "all their pairs are used, so they weigh more; often meant"
+        text = f"all their {kind} are used, so they weigh more; often meant"
         found.append(Finding("prompts that are there before", split, more, all_of, "ok", text))
         if split != "train":
             shared = [one for one in map(as_text, prompts[split]) if one in train]

@@ -13,6 +13,7 @@ from dpo.data.records import Text
 from dpo.policy.folder import on_hub
 from dpo.policy.model import fingerprint
 from dpo.policy.pool import Pool, PoolOptions
+from dpo.training.distributed import here
 from dpo.training.log import progress
 
 
@@ -68,7 +69,7 @@ class RewardModel:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        return load_classifier(self.source, "cuda" if torch.cuda.is_available() else "cpu")
+        return load_classifier(self.source, str(here()))
 
 
 def load_classifier(source: str, device: str) -> tuple[Any, Any]:

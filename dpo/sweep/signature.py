@@ -74,9 +74,10 @@ def in_evaluations(group: str, node: Any) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        if node is None:
+        said = re.sub(rf"(?<![\w.]){group}(?=[.=])", f"evaluation.{group}", str(error))
+        if node is None or said == str(error):
             raise
-        raise type(error)(re.sub(rf"(?<![\w.]){group}(?=[.=])", f"evaluation.{group}", str(error))) from error
+        raise type(error)(said) from error
 
 
 def _instantiated(option: Any) -> Any:

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dpo.training.distributed import any_true, in_files, is_main, rank, world_size
+from dpo.training.distributed import TIMEOUT, any_true, in_files, is_main, rank, world_size
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process saves alone
 
@@ -62,7 +62,7 @@ class Checkpoints:
         self.directory, self.inputs, self.keep = directory, dict(inputs or {}), keep
         self.model, self.optimizer, self.scheduler, self.extra = model, optimizer, scheduler, extra
         # The thread's collectives and those of training would wait for each other for ever in one group.
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if dist.is_initialized() else None
         self.pending: Future[Any] | None = None
         self.step = 0  # of the newest save
 

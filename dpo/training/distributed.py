@@ -22,6 +22,7 @@ Model = TypeVar("Model", bound=nn.Module)
 Made = TypeVar("Made")
 FILE_BYTES = 4e9
 TIMEOUT = timedelta(days=1)  # ranks may wait for what another run makes for both; one that dies is noticed at once
+_here: torch.device | None = None  # what `join` has found
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,18 @@ def device(name: str | torch.device) -> torch.device:
 
 def join(name: str | torch.device) -> torch.device:
     """Join the processes that torchrun started (WORLD_SIZE > 1), once; returns this process's device."""
-    local = device(name)
+    global _here
+    _here = local = device(name)
     if local.type == "cuda":
         torch.cuda.set_device(local)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo", timeout=TIMEOUT)
     return local
+
+
+def here() -> torch.device:
+    """The device of this process; before it has joined, what "auto" means."""
+    return device("auto") if _here is None else _here
 
 
 def leave() -> None:
@@ -103,8 +110,9 @@ def shard(model: Model, layout: ParallelLayout, device: torch.device) -> Model:
 def _mesh(kind: str, group: int | None) -> DeviceMesh:
     """How the ranks lie, once for all models: every mesh of copies makes process groups, which nothing takes back."""
     if group is not None:
-        shape = (world_size() // group, group)
-        return init_device_mesh(kind, shape, mesh_dim_names=("copy", "part"))
+        ranks = torch.arange(world_size()).view(-1, group)
+        both = [dist.new_subgroups_by_enumeration(some.tolist(), TIMEOUT)[0] for some in (ranks.T, ranks)]
+        return DeviceMesh.from_group(both, kind, ranks, mesh_dim_names=("copy", "part"))
     return init_device_mesh(kind, (world_size(),))
 
 

@@ -185,6 +185,8 @@ def main() -> None:
     if options.phrases and options.size != "tiny":
         parser.error(f"--phrases must come with --size tiny, got {options.size}, which is grown from the shipped model")
     tokenizer = language.tokenizer(options.phrases)
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"--steps must be at least 1, got {options.steps}")
     steps = options.steps or sizes.SIZES[options.size].steps
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as directory:

@@ -209,6 +209,11 @@ def models_come_and_go(directory):
         return losses
 
     weights = []
+    for group in (None, 1):
+        mesh = distributed._mesh("cpu", group)
+        ranks = [dist.get_process_group_ranks(one) for one in mesh.get_all_groups()]
+        waits = {one._get_backend(torch.device("cpu")).options._timeout.days for one in mesh.get_all_groups()}
+        told.setdefault("meshes", []).append([mesh.mesh_dim_names, ranks, [*waits]])
     come_and_go()
     come_and_go()
     told["alive"].append(weights[0]() is not None)
@@ -304,7 +309,8 @@ def test_models_share_process_groups_and_give_their_memory_back(tmp_path):
     together(models_come_and_go, tmp_path, processes=2)
     for rank in (0, 1):
         told = json.loads((tmp_path / f"models-{rank}.json").read_text())
-        assert told["groups"][:3] == [2] * 3  # then each training has one for its checkpoints
+        assert told["meshes"] == [[None, [[0, 1]], [1]], [["copy", "part"], [[0, 1], [rank]], [1]]]
+        assert told["groups"][:3] == [3] * 3  # then each training has one for its checkpoints
         assert told["alive"] == [False] * 3
 
 
@@ -334,24 +340,19 @@ def test_blocks_are_the_layers():
 
 @pytest.mark.parametrize("offload", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("group,shape", [(None, (6,)), (2, (3, 2))])
-def test_a_layout_reaches_every_block(monkeypatch, group, shape, precision, offload):
+@pytest.mark.parametrize("group", [None, 2])
+def test_a_layout_reaches_every_block(monkeypatch, group, precision, offload):
     """Each block, and then the rest: its processes, the dtype of gathered weights and of gradients, where they live."""
-    meshes, sharded = [], []
+    sharded = []
     monkeypatch.setattr(distributed, "world_size", lambda: 6)
-    monkeypatch.setattr(distributed, "_mesh", distributed._mesh.__wrapped__)
-    monkeypatch.setattr(
-        distributed, "init_device_mesh", lambda *given, **named: meshes.append((given, named)) or given[1]
-    )
+    monkeypatch.setattr(distributed, "_mesh", lambda *given: given)
     monkeypatch.setattr(distributed, "fully_shard", lambda part, **named: sharded.append((part, named)))
     model = llama(False)
     assert distributed.shard(model, distributed.ParallelLayout(group, offload, precision), torch.device("cpu")) is model
     assert [part for part, _ in sharded] == [*model.model.layers, model]
-    assert meshes[-1][0] == ("cpu", shape)
-    assert meshes[-1][1].get("mesh_dim_names") == (None if group is None else ("copy", "part"))
     for part, named in sharded:
         dtypes, place = named.get("mp_policy"), named.get("offload_policy")
-        assert named["mesh"] == shape
+        assert named["mesh"] == ("cpu", group)
         assert dtypes == (MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bf16" else None)
         assert place == (CPUOffloadPolicy(pin_memory=False) if offload else None)
         assert named.get("reshard_after_forward") is (True if part is model else None)

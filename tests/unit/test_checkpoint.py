@@ -289,6 +289,14 @@ def test_killed_while_saving(tmp_path):
     assert names(tmp_path) == ["step-3"]
 
 
+def test_ranks_wait_as_long_for_a_save_as_for_all_else(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.new_group", lambda **options: asked.append(options))
+    Toy().checkpoints(tmp_path)
+    assert asked == [{"backend": "gloo", "timeout": distributed.TIMEOUT}]
+
+
 def test_random_state_round_trip():
     state = checkpoint.get_rng()
     first = random.random(), np.random.rand(), torch.rand(()).item()

@@ -187,7 +187,8 @@ def test_responses_with_a_label(tmp_path, tiny_model):
     assert set(table.rejected) == {-1}
     findings, numbers, _ = report.of_pairs(data, table, [], Limits(200, 20, "error"), "error", str(tmp_path))
     found = counts(findings)
-    assert (found["pairs that are there twice"], found["pairs that contradict another"]) == (2, 1)
+    assert (found["responses that are there twice"], found["responses that contradict another"]) == (2, 1)
+    assert [name for name in found if name.startswith(("faulty", "pairs"))] == ["faulty responses"]
     assert (found["desirable responses"], found["prompts that are there before"]) == (22, 3)
     assert numbers["train"]["length_auc"] == pytest.approx((22 * 10 + 22 / 2) / (22 * 11))
     assert list(numbers["train"]["lengths"]) == ["prompt", "completion"]

@@ -290,6 +290,10 @@ def test_looking_at_a_policy_in_training_starts_no_vllm(policy, llm, tmp_path):
     assert llm.started == []
     assert len(evaluate.respond(*policy, PROMPTS, asked, "policy", title="")) == 6
     assert [held.ended for held in llm.started] == [True]
+    short = {**asked.engine, "llm": {**vllm_double.OPTIONS, "max_model_len": 5}}
+    for own, at in ((None, "engine"), (short, "evaluation.engine")):
+        with pytest.raises(ValueError, match=f"^{at}.llm.max_model_len must hold prompt and response"):
+            evaluate.respond(*policy, PROMPTS, replace(asked, engine=short, own_engine=own), "policy", title="")
 
 
 def test_vllm_ends_with_an_error(policy, llm, tmp_path, monkeypatch):

@@ -113,6 +113,7 @@ def feeding(room: int, on_too_long: str = "error", **changed: Any) -> Evaluation
         "cache": "",
         "rule": None,
         "engine": None,
+        "own_engine": None,
     }
     limits = Limits(room + sampling.max_new_tokens, sampling.max_new_tokens, on_too_long)
     return Evaluation(**{"sampling": sampling, "limits": limits, **given, **changed})

@@ -10,7 +10,7 @@ from torch import nn
 
 from dpo import judges
 from dpo.judges import Verdict, comparing
-from dpo.settings import judge_of
+from dpo.settings import evaluation_judge, judge_of
 from dpo.sweep.signature import PLUGINS, check_signature, instantiate
 
 ARTICLE = (
@@ -352,3 +352,23 @@ def test_a_hasty_judge_is_exploited():
     assert least["score"] > most["score"]  # however long, it is not worth an answer
     with pytest.raises(ValueError, match=r"^judge=gold and judge=hasty read articles of the embedded world"):
         judges.hasty(["hi"], ["ho"])
+
+
+class Failing:
+    """A judge whose model fails at a question."""
+
+    def __call__(self, prompts, responses):
+        raise RuntimeError("raise judge.max_tokens, or take another judge.model; prejudge.it")
+
+    forward = __call__
+
+
+def test_what_fails_in_evaluations_is_named_by_its_key_there(tmp_path):
+    mine = {"_target_": "test_judges.Failing"}
+    for own, at in ((None, ""), (mine, "evaluation.")):
+        config = OmegaConf.create({"judge": mine, "evaluation": {"judge": own}, "cache": str(tmp_path)})
+        judge = evaluation_judge(config)
+        assert not judges.is_pairwise(judge)
+        with pytest.raises(RuntimeError) as told:
+            judge(["a"], ["b"])
+        assert str(told.value) == f"raise {at}judge.max_tokens, or take another {at}judge.model; prejudge.it"

@@ -15,6 +15,7 @@ from transformers import (
 from dpo.judges import RewardModel, compare
 from dpo.settings import identity_of
 from dpo.sweep.inputs import models as digests
+from dpo.training import distributed
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 FAMILIES = {
@@ -58,6 +59,16 @@ def by_hand(folder, prompt, response):
     with torch.no_grad():
         states = model.model(torch.tensor([ids])).last_hidden_state
         return model.score(states[0, -1]).item(), len(ids)
+
+
+def test_a_run_on_the_cpu_judges_there(folder, monkeypatch):
+    """Where there is a GPU, too."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert distributed.join("cpu").type == "cpu"
+    assert len(RewardModel(folder, 512, None)(["Where is Rome?"], ["In Italy."])) == 1
+    monkeypatch.setattr(distributed, "_here", None)
+    assert distributed.here() == torch.device("cuda", 0)
 
 
 def test_the_score_is_that_of_the_last_token(folder):

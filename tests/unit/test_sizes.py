@@ -189,6 +189,13 @@ def test_what_is_grown_has_the_tokenizer_of_tiny(capsys, monkeypatch):
     assert "--phrases must come with --size tiny, got small" in capsys.readouterr().err
 
 
+def test_no_steps_are_not_the_default_number(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["pretrain", "--steps", "0", "--output", "nowhere"])
+    with pytest.raises(SystemExit):
+        pretrain.main()
+    assert "--steps must be at least 1, got 0" in capsys.readouterr().err
+
+
 def _patched(directory: Path, lost_at: int | None = None) -> None:
     """In a process of its own: counts lessons in a file, and is killed at one of them once a checkpoint is written."""
     torch.set_num_threads(1)
