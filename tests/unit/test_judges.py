@@ -354,17 +354,13 @@ def test_a_hasty_judge_is_exploited():
         judges.hasty(["hi"], ["ho"])
 
 
-class Failing:
-    """A judge whose model fails at a question."""
-
-    def __call__(self, prompts, responses):
-        raise RuntimeError("raise judge.max_tokens, or take another judge.model; prejudge.it")
-
-    forward = __call__
+def failing(prompts: list, responses: list) -> list[dict[str, float]]:
+    raise RuntimeError("raise judge.max_tokens, or take another judge.model; prejudge.it")
 
 
-def test_what_fails_in_evaluations_is_named_by_its_key_there(tmp_path):
-    mine = {"_target_": "test_judges.Failing"}
+def test_what_fails_in_evaluations_is_named_by_its_key_there(tmp_path, monkeypatch):
+    monkeypatch.setenv(PLUGINS, "test_judges")
+    mine = {"_target_": "test_judges.failing", "_partial_": True}
     for own, at in ((None, ""), (mine, "evaluation.")):
         config = OmegaConf.create({"judge": mine, "evaluation": {"judge": own}, "cache": str(tmp_path)})
         judge = evaluation_judge(config)
