@@ -4,8 +4,6 @@ import json
 import subprocess
 import sys
 
-import pytest
-
 WHAT = {"name", "split", "count", "of", "verdict", "advice", "examples", "note"}
 
 
@@ -40,9 +38,8 @@ def test_a_report_on_dialogues(tmp_path, tiny_model):
     assert (tmp_path / "report" / "report.pdf").read_bytes().startswith(b"%PDF-")
 
 
-@pytest.mark.parametrize("wrong", ["{", json.dumps({"prompt": "alone"})])
-def test_what_is_no_record_stops_it_as_it_stops_training(tmp_path, tiny_model, wrong):
-    (tmp_path / "pairs.jsonl").write_text(f"{wrong}\n")
+def test_what_is_no_record_stops_it_as_it_stops_training(tmp_path, tiny_model):
+    (tmp_path / "pairs.jsonl").write_text('{\n{"prompt": "alone"}\n')
     done = call(tmp_path, "data=file", "data.path=pairs.jsonl", f"policy.path={tiny_model('gpt2')}")
     assert done.returncode == 1
-    assert "1 of 1 lines are no records" in done.stderr
+    assert "2 of 2 lines are no records" in done.stderr

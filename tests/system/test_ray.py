@@ -357,11 +357,13 @@ def candidates(directory: Path, model: str, *given: str) -> dict[str, bytes]:
     return {name: (made / name).read_bytes() for name in ("train.jsonl", "validation.jsonl")}
 
 
-def test_actors_draw_the_very_text_of_the_run_itself(tmp_path, tiny_model):
+@pytest.mark.parametrize("actors", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_actors_draw_the_very_text_of_the_run_itself(tmp_path, tiny_model, running, actors):
     model = tiny_model("llama")
     here = candidates(tmp_path / "here", model)
     assert len(here["train.jsonl"].splitlines()) == 27
-    assert candidates(tmp_path / "beside", model, "engine=ray", "engine.pool.concurrency=2") == here
+    pool = [f"engine.pool.concurrency={actors}", f"engine.pool.address={running[1]}"]
+    assert candidates(tmp_path / "beside", model, "engine=ray", *pool) == here
 
 
 @pytest.mark.long
