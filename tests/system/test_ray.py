@@ -409,6 +409,7 @@ def test_a_prompt_at_which_every_actor_dies_is_named(tmp_path, tiny_model, monke
     assert sum(drawn[: -(-(27 - known) // 4)]) == 27 - known
 
 
+@pytest.mark.long
 def test_ray_is_imported_only_when_chosen():
     """Not by a run, nor by the options of a pool."""
     code = (

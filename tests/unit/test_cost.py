@@ -167,8 +167,9 @@ def test_activations_are_those_that_autograd_keeps(tiny_model):
 
 
 @pytest.fixture
-def costed(tmp_path, tiny_model):
+def costed(tmp_path, tiny_model, monkeypatch):
     """`costed(*overrides)`: what `dpo.data` says that training costs, on 24 pairs and 8 to hold out."""
+    monkeypatch.setattr("dpo.data.__main__.save", lambda *_: None)  # the figure takes longer than all else
     for name, first, last in (("train", 0, 24), ("shown", 50, 58)):
         lines = [
             {"prompt": f"Say {'so ' * (n % 7)}{n}:", "chosen": f" no{n} a", "rejected": " b"}

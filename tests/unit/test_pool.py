@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from test_config import config
+from test_config import config as config_of
 from test_reference import settings as of_scoring
 from whole_runs import other_model
 
@@ -28,6 +28,7 @@ from dpo.sweep.rehearse import trials
 from dpo.sweep.schema import faults
 from dpo.tables import Streamed, read_first
 
+FEW = [f"data.{part}=2" for part in ("demonstrations", "train", "validation", "test")]
 AHEAD = {"engine": "generate", "judge": "judge"}  # which stage does ahead what an option says
 
 PAIRS = [Pair([5 + n] * (n % 3 + 1), [8, 9 + n], [9 + n]) for n in range(12)]  # of more than one pass
@@ -46,6 +47,11 @@ OPTIONS: dict[str, Any] = {
     **{"concurrency": 1, "batch_size": 1, "num_cpus": 1.0, "num_gpus": 0.0, "resources": None},
     **{"max_restarts": 0, "max_task_retries": 0, "address": None},
 }
+
+
+def config(*overrides: str, command: str = "train") -> dict[str, Any]:
+    """Of a world that is soon drawn."""
+    return config_of(*FEW, *overrides, command=command)
 
 
 class Here(Pool):
