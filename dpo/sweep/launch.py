@@ -12,8 +12,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
@@ -33,6 +34,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
 
 from dpo.sweep import command_line
 from dpo.sweep.command_line import EXPERIMENTS, in_hydras_words, message, no_options
@@ -204,24 +206,44 @@ class Sweep(Launcher):
 
 
 class Local(Sweep):
-    """`jobs` runs at a time on this machine, with CPU threads and GPUs divided among them."""
+    """`jobs` runs at a time on this machine, with CPU threads and GPUs divided among them. None: see `side_by_side`."""
 
-    def __init__(self, jobs: int) -> None:
+    def __init__(self, jobs: int | None) -> None:
         self.jobs = jobs
 
     def problems(self, planned: Sequence[Run]) -> list[str]:
         gpus, found = self._gpus(planned), []
-        if self.jobs < 1:
+        if self.jobs is not None and self.jobs < 1:
             found.append(f"hydra.launcher.jobs must be a whole number above 0, got {self.jobs}")
         if gpus and (wide := max(run.config["processes"] for run in planned)) > len(gpus):
             found.append(f"processes must be at most the {len(gpus)} GPUs, got {wide}; or use device=cpu")
         return found
 
     def start(self, planned: Sequence[Run]) -> int:
-        return Execution(planned, self.jobs, self._gpus(planned), self.report).run()
+        gpus = self._gpus(planned)
+        jobs = side_by_side(planned, gpus) if self.jobs is None else self.jobs
+        return Execution(planned, jobs, gpus, self.report).run()
 
     def _gpus(self, planned: Sequence[Run]) -> list[str]:
         return _gpus() if any(run.config["device"] != "cpu" for run in planned) else []
+
+
+def side_by_side(planned: Sequence[Run], gpus: Sequence[str]) -> int:
+    """How many runs go on at a time unless told: one a core, if all that is loaded is the world's small models on the
+    CPU, to which a second thread gains nothing; else one, which has memory, GPUs and servers to itself.
+    """
+    if gpus or any(_loads({**run.config, "data": None}) for run in planned):
+        return 1
+    return max(1, _cores() // max(run.config["processes"] * (run.config.get("threads") or 1) for run in planned))
+
+
+def _loads(node: Mapping[str, Any]) -> bool:
+    """Whether anything in a config names a model, a server or a pool of actors."""
+    where = ("path", "server", "pool", "llm", "concurrency")
+    return any(
+        (value is not None and key in where) or (isinstance(value, Mapping) and _loads(value))
+        for key, value in node.items()
+    )
 
 
 class Execution:
@@ -259,21 +281,26 @@ class Execution:
         }
         waiting = [(f"[{n}/{todo}] {run.directory.name}", run) for n, run in enumerate(self.todo, 1)]
         stopped_by = 0
-        while (waiting and not stopped_by) or self.active:
-            while self.received:
-                self._pass_on(number := self.received.pop(0), again=bool(stopped_by))
-                stopped_by = stopped_by or number
-            for slot in range(self.jobs):
-                if waiting and not stopped_by and slot not in self.active:
-                    title, run = waiting.pop(0)
-                    try:
-                        self._start(slot, title, run)
-                    except OSError as error:
-                        self.problems[run.directory] = f"could not be started: {error}"
-                        print(f"{title} {self.problems[run.directory]}", flush=True)
-            time.sleep(0.05)
-            for slot in [slot for slot, (_, _, process, _) in self.active.items() if process.poll() is not None]:
-                self._ended(*self.active.pop(slot), asked=bool(stopped_by))
+        with _bar(todo, None if self.jobs > 1 else True) as bar:
+            while (waiting and not stopped_by) or self.active:
+                while self.received:
+                    self._pass_on(number := self.received.pop(0), again=bool(stopped_by))
+                    stopped_by = stopped_by or number
+                for slot in range(self.jobs):
+                    if waiting and not stopped_by and slot not in self.active:
+                        title, run = waiting.pop(0)
+                        try:
+                            self._start(slot, title, run)
+                        except OSError as error:
+                            self.problems[run.directory] = f"could not be started: {error}"
+                            _say(f"{title} {self.problems[run.directory]}")
+                time.sleep(0.05)
+                for slot in [slot for slot, (_, _, process, _) in self.active.items() if process.poll() is not None]:
+                    self._ended(*self.active.pop(slot), asked=bool(stopped_by))
+                if not bar.disable:
+                    stages = "; ".join(stage(run.directory) for _, run, *_ in self.active.values())
+                    bar.set_postfix_str(stages, refresh=False)
+                    bar.update(todo - len(waiting) - len(self.active) - bar.n)
         for number, handler in former.items():
             signal.signal(number, handler)
         for folder in folders:
@@ -288,12 +315,11 @@ class Execution:
     def _start(self, slot: int, title: str, run: Run) -> None:
         if status(run.directory) == "running":
             self.problems[run.directory] = "another process is executing it"
-            print(f"{title} is being executed by another process", flush=True)
+            _say(f"{title} is being executed by another process")
             return
         (run.directory / "error.json").unlink(missing_ok=True)
         processes = run.config["processes"]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = str(max(1, cores // self.jobs // processes))
+        threads = str(max(1, _cores() // self.jobs // processes))
         environment = dict.fromkeys(THREADS, threads) | {"PYTHONUNBUFFERED": "1", **os.environ}
         if self.gpus and run.config["device"] != "cpu":  # slots share GPUs when there are too few
             own = [self.gpus[(slot * processes + rank) % len(self.gpus)] for rank in range(processes)]
@@ -311,12 +337,12 @@ class Execution:
             )
         if log:
             log.close()
-        print(f"{title} started{f'  ({log.name})' if log else ''}", flush=True)
+        _say(f"{title} started{f'  ({log.name})' if log else ''}")
         self.active[slot] = title, run, process, time.monotonic()
 
     def _pass_on(self, number: int, again: bool) -> None:
         if self.active and not again:
-            print("\nstopping: each run saves and stops; a second signal ends them at once", flush=True)
+            _say("\nstopping: each run saves and stops; a second signal ends them at once")
         for _, _, process, _ in self.active.values():
             with suppress(ProcessLookupError):
                 if again:
@@ -328,7 +354,7 @@ class Execution:
         seconds = time.monotonic() - began
         spent = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
         if status(run.directory) == "finished":
-            print(f"{title} finished in {spent}", flush=True)
+            _say(f"{title} finished in {spent}")
             return
         if process.returncode == IN_USE:
             problem = "another process is executing it"
@@ -340,7 +366,30 @@ class Execution:
             problem = _silent(run.directory, process.returncode or 0)
         self.problems[run.directory] = problem
         verdict = "failed" if status(run.directory) == "failed" else "ended early"
-        print(f"{title} {verdict} after {spent}: {problem}", flush=True)
+        _say(f"{title} {verdict} after {spent}: {problem}")
+
+
+def stage(directory: Path) -> str:
+    """A run beside others, and how far it is: what its log ends with."""
+    with suppress(OSError), open(directory / "log.txt", "rb") as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - 300))
+        last = log.read().decode(errors="replace").splitlines()[-1:]
+        return " ".join([f"{directory.name}:", *(" ".join(last).partition("[")[0][:40].split())])
+    return directory.name
+
+
+def _bar(runs: int, disable: bool | None) -> Any:
+    """What is done of runs side by side, whose own bars go to their logs. disable: None where there is no terminal."""
+    tqdm.set_lock(threading.RLock())  # not one that processes share
+    form = "{n}/{total} runs [{elapsed}{postfix}]"
+    return tqdm(
+        total=runs, bar_format=form, mininterval=1, miniters=0, leave=False, dynamic_ncols=True, disable=disable
+    )
+
+
+def _say(line: str) -> None:
+    tqdm.write(line)  # above the bar
+    sys.stdout.flush()
 
 
 def _looked_at(composed: Sequence[Composed], refused: Sequence[Refused]) -> int:
@@ -391,6 +440,10 @@ def _silent(directory: Path, code: int) -> str:
     with suppress(OSError):  # a full disk cannot
         (directory / "error.json").write_text(json.dumps(error, indent=1))
     return f"{kind}: {text}"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus() -> list[str]:

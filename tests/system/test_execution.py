@@ -1,13 +1,16 @@
 """What a sweep starts, and how it ends, with processes that are made up: no run is executed."""
 
+import io
 import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from composing import compose
 from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
@@ -17,7 +20,7 @@ from dpo import results
 from dpo.results import tables
 from dpo.sweep import launch
 from dpo.sweep.launch import Execution, Grid, Sweep
-from dpo.sweep.plan import Composed, Refused, Run
+from dpo.sweep.plan import Composed, Refused, Run, resolve
 from hydra_plugins.dpo_launchers import Local
 
 FINISHED = '{"steps": 1}'
@@ -180,6 +183,64 @@ def test_the_end_of_a_silent_run_is_told_where_the_disk_is_full(tmp_path, monkey
     assert launch._silent(tmp_path, -9) == "Killed: killed by signal 9 (out of memory?)"
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_runs_side_by_side_have_a_bar(tmp_path, monkeypatch, capsys, jobs):
+    """One alone has the terminal to itself. What is said is said as ever."""
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    assert Execution(planned(tmp_path, "a", "b", "c"), jobs, [], results.report).run() == 0
+    assert ("0/3 runs [00:00]" in terminal.getvalue()) == (jobs == 2)
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines() if "started" in line] == [
+        f"[{n}/3] {name} started" for n, name in enumerate("abc", 1)
+    ]
+
+
+def test_how_far_a_run_is(tmp_path):
+    assert launch.stage(tmp_path / "beta=1") == "beta=1"
+    (tmp_path / "beta=1").mkdir()
+    (tmp_path / "beta=1" / "log.txt").write_text("")
+    assert launch.stage(tmp_path / "beta=1") == "beta=1:"
+    text = "x" * 500 + "\npolicy: world\ntraining:  70% 69/99 [00:10<00:04,  6.87it/s, loss=0.552]\n"
+    (tmp_path / "beta=1" / "log.txt").write_text(text)
+    assert launch.stage(tmp_path / "beta=1") == "beta=1: training: 70% 69/99"
+
+
+@pytest.mark.parametrize(
+    "command,overrides,jobs",
+    [
+        ("train", [], 12),
+        ("train", ["processes=5"], 2),
+        ("train", ["processes=16"], 1),
+        ("train", ["processes=2", "threads=3"], 2),
+        ("sft", [], 12),
+        ("train", ["data=file", "data.path=pairs.jsonl"], 12),
+        *(
+            ("train", [one], 1)
+            for one in (
+                *("policy.path=/models/sft", "scorer=ray", "scorer=vllm", "engine=ray", "judge=pairwise"),
+                *("reference=other", "judge=reward_model", "judge@evaluation.judge=pairwise"),
+            )
+        ),
+    ],
+)
+def test_what_runs_side_by_side_unless_told(tmp_path, command, overrides, jobs, monkeypatch):
+    """One run a core, of 12, of those that load the world's models alone; one at a time of all others."""
+    paths = {"reference=other": ["reference.path=/models/large"], "judge=reward_model": ["judge.path=/models/reward"]}
+    more = [one for key in overrides for one in paths.get(key, [])]
+    config = resolve(compose(command, *overrides, *more))
+    todo = [Run(tmp_path / name, config, name) for name in "ab"]
+    assert launch.side_by_side(todo, []) == jobs
+    assert launch.side_by_side(todo, ["0"]) == 1
+    begun = []
+    monkeypatch.setattr(launch, "Execution", lambda runs_, jobs_, *_: begun.append(jobs_) or SimpleNamespace(run=int))
+    monkeypatch.setattr(launch, "_gpus", list)
+    assert (Local(None).start(todo), Local(3).start(todo), begun) == (0, 0, [jobs, 3])
+
+
 def test_a_second_signal_ends_them_at_once(tmp_path, monkeypatch):
     ended: list[tuple[int, int]] = []
     monkeypatch.setattr(launch.os, "killpg", lambda pid, number: ended.append((pid, number)))
@@ -274,7 +335,7 @@ def test_the_exit_code_is_that_of_what_was_started(tmp_path, monkeypatch, capsys
     said = capsys.readouterr().err
     assert "\nbeta=1\n  no\n" in said
     assert "\nthis command\n  x\n" in said
-    assert "hydra.launcher.jobs must be int, got 'two'" in said
+    assert "hydra.launcher.jobs must be int | None, got 'two'" in said
 
 
 def test_a_reason_is_said_once_with_the_first_that_has_it(capsys):

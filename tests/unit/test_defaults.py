@@ -477,7 +477,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # as they are written; those of the defa
         "prices": None,
     },
     "reference/world_tuned": {"_target_": "dpo.references.Frozen", "path": "runs/tuned/seed=${seed}/policy"},
-    "hydra/launcher/local": {"_target_": "hydra_plugins.dpo_launchers.Local", "jobs": 1},
+    "hydra/launcher/local": {"_target_": "hydra_plugins.dpo_launchers.Local", "jobs": None},
     "hydra/launcher/slurm": {
         "_target_": "hydra_plugins.dpo_launchers.Slurm",
         "_convert_": "all",
