@@ -49,6 +49,9 @@ from dpo.sweep.schema import check
 from dpo.sweep.signature import check_signature, instantiate
 from dpo.world import sizes
 
+OTHERS = ("server", "pool", "llm", "concurrency")  # keys of what has other processes answer
+SMALL = 50e6  # bytes of weights, below which a model is small: the world's largest has 10 million
+
 
 def command(verb: str) -> NoReturn:
     """What `python -m dpo.VERB` does with the command line: --help, a plan of one, or with -m a sweep."""
@@ -229,8 +232,8 @@ class Local(Sweep):
 
 
 def side_by_side(planned: Sequence[Run], gpus: Sequence[str]) -> int:
-    """How many runs go on at a time unless told: one a core, if all that is loaded is the world's small models on the
-    CPU, to which a second thread gains nothing; else one, which has memory, GPUs and servers to itself.
+    """How many runs go on at a time unless told: one a core on a CPU if all models are small, such as the world's, to
+    which a second thread gains nothing; else one, which has memory, GPUs and servers to itself.
     """
     if gpus or any(_loads({**run.config, "data": None}) for run in planned):
         return 1
@@ -238,12 +241,15 @@ def side_by_side(planned: Sequence[Run], gpus: Sequence[str]) -> int:
 
 
 def _loads(node: Mapping[str, Any]) -> bool:
-    """Whether anything in a config names a model, a server or a pool of actors."""
-    where = ("path", "server", "pool", "llm", "concurrency")
-    return any(
-        (value is not None and key in where) or (isinstance(value, Mapping) and _loads(value))
-        for key, value in node.items()
-    )
+    """Whether a config names a model that is not small, or not there, or a server or a pool of actors."""
+    for key, value in node.items():
+        if key in ("path", "base") and value is not None and value not in ("world", *sizes.MADE):
+            weights = sum(file.stat().st_size for file in Path(str(value)).glob("*.safetensors"))
+            if not 0 < weights < SMALL:
+                return True
+        elif (value is not None and key in OTHERS) or (isinstance(value, Mapping) and _loads(value)):
+            return True
+    return False
 
 
 class Execution:

@@ -218,19 +218,29 @@ def test_how_far_a_run_is(tmp_path):
         ("train", ["processes=2", "threads=3"], 2),
         ("sft", [], 12),
         ("train", ["data=file", "data.path=pairs.jsonl"], 12),
+        ("train", ["policy=base"], 12),
+        ("train", ["policy=pythia_410m"], 1),
+        ("sft", ["policy=pythia_410m"], 1),
+        ("train", ["policy.path=tiny", "reference=other", "reference.path=tiny"], 12),
+        ("train", ["reference=other", "reference.path=large"], 1),
+        ("train", ["reference=world_tuned"], 1),  # a folder that is to be made
         *(
             ("train", [one], 1)
             for one in (
                 *("policy.path=/models/sft", "scorer=ray", "scorer=vllm", "engine=ray", "judge=pairwise"),
-                *("reference=other", "judge=reward_model", "judge@evaluation.judge=pairwise"),
+                *("judge=reward_model", "judge@evaluation.judge=pairwise", "engine@evaluation.engine=vllm"),
             )
         ),
     ],
 )
 def test_what_runs_side_by_side_unless_told(tmp_path, command, overrides, jobs, monkeypatch):
-    """One run a core, of 12, of those that load the world's models alone; one at a time of all others."""
-    paths = {"reference=other": ["reference.path=/models/large"], "judge=reward_model": ["judge.path=/models/reward"]}
-    more = [one for key in overrides for one in paths.get(key, [])]
+    """One run a core, of 12, of those that load small models alone; one at a time of all others."""
+    monkeypatch.chdir(tmp_path)
+    for folder, size in (("tiny", 10), ("large", 51_000_000)):
+        (tmp_path / folder).mkdir()
+        with open(tmp_path / folder / "model.safetensors", "wb") as file:
+            file.truncate(size)
+    more = ["judge.path=/models/reward"] if "judge=reward_model" in overrides else []
     config = resolve(compose(command, *overrides, *more))
     todo = [Run(tmp_path / name, config, name) for name in "ab"]
     assert launch.side_by_side(todo, []) == jobs
