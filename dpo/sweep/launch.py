@@ -49,7 +49,9 @@ from dpo.sweep.schema import check
 from dpo.sweep.signature import check_signature, instantiate
 from dpo.world import sizes
 
-OTHERS = ("server", "pool", "llm", "concurrency")  # keys of what has other processes answer
+OTHERS = ("server", "pool", "llm", "concurrency", "model")  # keys of what has other processes answer
+WORDS = ("world", *sizes.MADE, "initial", "human")  # for a model that is small, or another policy of the run
+AT_ONCE = 8  # runs at most, unless told
 SMALL = 50e6  # bytes of weights, below which a model is small: the world's largest has 10 million
 
 
@@ -224,26 +226,29 @@ class Local(Sweep):
 
     def start(self, planned: Sequence[Run]) -> int:
         gpus = self._gpus(planned)
-        jobs = side_by_side(planned, gpus) if self.jobs is None else self.jobs
-        return Execution(planned, jobs, gpus, self.report).run()
+        if self.jobs is not None:
+            return Execution(planned, self.jobs, gpus, self.report).run()
+        many = side_by_side(planned, gpus)  # a thread each: another number may change the last bits of who resumes
+        return Execution(planned, max(1, many), gpus, self.report, threads=1 if many else None).run()
 
     def _gpus(self, planned: Sequence[Run]) -> list[str]:
         return _gpus() if any(run.config["device"] != "cpu" for run in planned) else []
 
 
 def side_by_side(planned: Sequence[Run], gpus: Sequence[str]) -> int:
-    """How many runs go on at a time unless told: one a core on a CPU if all models are small, such as the world's, to
-    which a second thread gains nothing; else one, which has memory, GPUs and servers to itself.
+    """How many runs go on at a time unless told: one a core on a CPU if all models are small, such as the world's; 0 if
+    not, since each should then have memory, GPUs and servers to itself.
     """
     if gpus or any(_loads({**run.config, "data": None}) for run in planned):
-        return 1
-    return max(1, _cores() // max(run.config["processes"] * (run.config.get("threads") or 1) for run in planned))
+        return 0
+    each = max(run.config["processes"] * (run.config.get("threads") or 1) for run in planned)
+    return max(1, min(AT_ONCE, _cores() // each))
 
 
 def _loads(node: Mapping[str, Any]) -> bool:
     """Whether a config names a model that is not small, or not there, or a server or a pool of actors."""
     for key, value in node.items():
-        if key in ("path", "base") and value is not None and value not in ("world", *sizes.MADE):
+        if key in ("path", "base", "against", "baseline") and value is not None and value not in WORDS:
             weights = sum(file.stat().st_size for file in Path(str(value)).glob("*.safetensors"))
             if not 0 < weights < SMALL:
                 return True
@@ -255,8 +260,10 @@ def _loads(node: Mapping[str, Any]) -> bool:
 class Execution:
     """The processes of a plan, `jobs` at a time. Signals are passed on: runs save and stop, and we wait."""
 
-    def __init__(self, planned: Sequence[Run], jobs: int, gpus: Sequence[str], report: Report) -> None:
-        self.planned, self.gpus, self.report = planned, gpus, report
+    def __init__(
+        self, planned: Sequence[Run], jobs: int, gpus: Sequence[str], report: Report, threads: int | None = None
+    ) -> None:
+        self.planned, self.gpus, self.report, self.threads = planned, gpus, report, threads
         states = {run.directory: status(run.directory) for run in planned}
         self.todo = [run for run in planned if states[run.directory] not in ("finished", "damaged")]
         self.jobs = max(1, min(jobs, len(self.todo)))
@@ -286,7 +293,7 @@ class Execution:
             if signal.getsignal(number) != signal.SIG_IGN  # nohup
         }
         waiting = [(f"[{n}/{todo}] {run.directory.name}", run) for n, run in enumerate(self.todo, 1)]
-        stopped_by = 0
+        stopped_by, shown = 0, 0.0
         with _bar(todo, None if self.jobs > 1 else True) as bar:
             while (waiting and not stopped_by) or self.active:
                 while self.received:
@@ -303,10 +310,10 @@ class Execution:
                 time.sleep(0.05)
                 for slot in [slot for slot, (_, _, process, _) in self.active.items() if process.poll() is not None]:
                     self._ended(*self.active.pop(slot), asked=bool(stopped_by))
-                if not bar.disable:
-                    stages = "; ".join(stage(run.directory) for _, run, *_ in self.active.values())
-                    bar.set_postfix_str(stages, refresh=False)
-                    bar.update(todo - len(waiting) - len(self.active) - bar.n)
+                if not bar.disable and time.monotonic() > shown + 1:
+                    stages = "; ".join(stage(self.active[slot][1].directory) for slot in sorted(self.active))
+                    bar.n, shown = todo - len(waiting) - len(self.active), time.monotonic()
+                    bar.set_postfix_str(stages)
         for number, handler in former.items():
             signal.signal(number, handler)
         for folder in folders:
@@ -325,7 +332,7 @@ class Execution:
             return
         (run.directory / "error.json").unlink(missing_ok=True)
         processes = run.config["processes"]
-        threads = str(max(1, _cores() // self.jobs // processes))
+        threads = str(self.threads or max(1, _cores() // self.jobs // processes))
         environment = dict.fromkeys(THREADS, threads) | {"PYTHONUNBUFFERED": "1", **os.environ}
         if self.gpus and run.config["device"] != "cpu":  # slots share GPUs when there are too few
             own = [self.gpus[(slot * processes + rank) % len(self.gpus)] for rank in range(processes)]
@@ -385,12 +392,10 @@ def stage(directory: Path) -> str:
 
 
 def _bar(runs: int, disable: bool | None) -> Any:
-    """What is done of runs side by side, whose own bars go to their logs. disable: None where there is no terminal."""
+    """How many have ended of runs side by side, whose own bars go to their logs. disable: None if there is no terminal."""
     tqdm.set_lock(threading.RLock())  # not one that processes share
-    form = "{n}/{total} runs [{elapsed}{postfix}]"
-    return tqdm(
-        total=runs, bar_format=form, mininterval=1, miniters=0, leave=False, dynamic_ncols=True, disable=disable
-    )
+    form = "{n}/{total} runs ended [{elapsed}{postfix}]"
+    return tqdm(total=runs, bar_format=form, leave=False, dynamic_ncols=True, disable=disable)
 
 
 def _say(line: str) -> None:

@@ -77,7 +77,8 @@ def in_evaluations(group: str, node: Any) -> Iterator[None]:
         said = re.sub(rf"(?<![\w.]){group}(?=[.=])", f"evaluation.{group}", str(error))
         if node is None or said == str(error):
             raise
-        raise type(error)(said) from error
+        error.args = (said,)
+        raise
 
 
 def _instantiated(option: Any) -> Any:

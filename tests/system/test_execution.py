@@ -193,7 +193,7 @@ def test_runs_side_by_side_have_a_bar(tmp_path, monkeypatch, capsys, jobs):
     """One alone has the terminal to itself. What is said is said as ever."""
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     assert Execution(planned(tmp_path, "a", "b", "c"), jobs, [], results.report).run() == 0
-    assert ("0/3 runs [00:00]" in terminal.getvalue()) == (jobs == 2)
+    assert ("0/3 runs ended [00:00]" in terminal.getvalue()) == (jobs == 2)
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines() if "started" in line] == [
         f"[{n}/3] {name} started" for n, name in enumerate("abc", 1)
     ]
@@ -212,29 +212,32 @@ def test_how_far_a_run_is(tmp_path):
 @pytest.mark.parametrize(
     "command,overrides,jobs",
     [
-        ("train", [], 12),
+        ("train", [], 8),
         ("train", ["processes=5"], 2),
         ("train", ["processes=16"], 1),
         ("train", ["processes=2", "threads=3"], 2),
-        ("sft", [], 12),
-        ("train", ["data=file", "data.path=pairs.jsonl"], 12),
-        ("train", ["policy=base"], 12),
-        ("train", ["policy=pythia_410m"], 1),
-        ("sft", ["policy=pythia_410m"], 1),
-        ("train", ["policy.path=tiny", "reference=other", "reference.path=tiny"], 12),
-        ("train", ["reference=other", "reference.path=large"], 1),
-        ("train", ["reference=world_tuned"], 1),  # a folder that is to be made
+        ("sft", [], 8),
+        ("train", ["data=file", "data.path=pairs.jsonl"], 8),
+        ("train", ["policy=base"], 8),
+        ("evaluate", ["policy.path=tiny", "against=tiny"], 8),
+        ("evaluate", ["policy.path=tiny", "against=large"], 0),
+        ("train", ["policy=pythia_410m"], 0),
+        ("sft", ["policy=pythia_410m"], 0),
+        ("train", ["policy.path=tiny", "reference=other", "reference.path=tiny"], 8),
+        ("train", ["reference=other", "reference.path=large"], 0),
+        ("train", ["reference=world_tuned"], 0),  # a folder that is to be made
         *(
-            ("train", [one], 1)
+            ("train", [one], 0)
             for one in (
                 *("policy.path=/models/sft", "scorer=ray", "scorer=vllm", "engine=ray", "judge=pairwise"),
                 *("judge=reward_model", "judge@evaluation.judge=pairwise", "engine@evaluation.engine=vllm"),
+                *("evaluation.baseline=/models/big", "+judge.model=/models/rm"),
             )
         ),
     ],
 )
 def test_what_runs_side_by_side_unless_told(tmp_path, command, overrides, jobs, monkeypatch):
-    """One run a core, of 12, of those that load small models alone; one at a time of all others."""
+    """One run a core, of 12, but at most 8, of those that load small models alone; one at a time of all others (0)."""
     monkeypatch.chdir(tmp_path)
     for folder, size in (("tiny", 10), ("large", 51_000_000)):
         (tmp_path / folder).mkdir()
@@ -244,11 +247,25 @@ def test_what_runs_side_by_side_unless_told(tmp_path, command, overrides, jobs, 
     config = resolve(compose(command, *overrides, *more))
     todo = [Run(tmp_path / name, config, name) for name in "ab"]
     assert launch.side_by_side(todo, []) == jobs
-    assert launch.side_by_side(todo, ["0"]) == 1
-    begun = []
-    monkeypatch.setattr(launch, "Execution", lambda runs_, jobs_, *_: begun.append(jobs_) or SimpleNamespace(run=int))
+    assert launch.side_by_side(todo, ["0"]) == 0
     monkeypatch.setattr(launch, "_gpus", list)
-    assert (Local(None).start(todo), Local(3).start(todo), begun) == (0, 0, [jobs, 3])
+    begun: list[Any] = []
+
+    def executed(*given: Any, threads: int | None = None) -> Any:
+        begun.append((given[1], threads))
+        return SimpleNamespace(run=int)
+
+    monkeypatch.setattr(launch, "Execution", executed)
+    assert (Local(None).start(todo), Local(3).start(todo)) == (0, 0)
+    assert begun == [(max(1, jobs), 1 if jobs else None), (3, None)]
+
+
+@pytest.mark.parametrize("left", [1, 2, 3])
+def test_a_run_that_is_resumed_has_as_many_threads(tmp_path, left):
+    """However many others are left."""
+    todo = planned(tmp_path, *"abc"[:left], device="cpu")
+    assert Local(None).start(todo) == 0
+    assert [one.how["env"][launch.THREADS[0]] for one in STARTED] == ["1"] * left
 
 
 def test_a_second_signal_ends_them_at_once(tmp_path, monkeypatch):
