@@ -392,7 +392,7 @@ def stage(directory: Path) -> str:
 
 
 def _bar(runs: int, disable: bool | None) -> Any:
-    """How many have ended of runs side by side, whose own bars go to their logs. disable: None if there is no terminal."""
+    """How many of several have ended, whose own bars go to their logs. disable: None if there is no terminal."""
     tqdm.set_lock(threading.RLock())  # not one that processes share
     form = "{n}/{total} runs ended [{elapsed}{postfix}]"
     return tqdm(total=runs, bar_format=form, leave=False, dynamic_ncols=True, disable=disable)

@@ -49,11 +49,9 @@ def test_the_main_command(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    sweep(*first)
-    logs = [
-        log.read_text() for log in (tmp_path / "dev").glob("beta=*/log.txt")
-    ]  # absent on one core, where they go on
-    said = "".join(logs)
+    said = sweep(*first)
+    logs = [log.read_text() for log in (tmp_path / "dev").glob("beta=*/log.txt")]  # of runs side by side
+    said += "".join(logs)
     assert said.count("self-check: |loss - ln 2|") == 3
     assert said.count("reference: initial policy, weights") == 3
     assert said.count("computed in") == 1  # by the first run alone
@@ -67,6 +65,7 @@ def test_the_main_command(tmp_path):
     (tmp_path / "dev" / "figure.png").unlink()
     again = sweep(*first)
     assert "3 finished, 0 to do" in again
+    assert "self-check" not in again
     assert [log.read_text() for log in (tmp_path / "dev").glob("beta=*/log.txt")] == logs
     assert "win rate" in again
     assert (tmp_path / "dev" / "figure.png").exists()
