@@ -1,7 +1,9 @@
 """What a sweep starts, and how it ends, with processes that are made up: no run is executed."""
 
 import io
+import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -192,8 +194,12 @@ class Terminal(io.StringIO):
 def test_runs_side_by_side_have_a_bar(tmp_path, monkeypatch, capsys, jobs):
     """One alone has the terminal to itself. What is said is said as ever."""
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    seconds = itertools.count(2, 2)
+    monkeypatch.setattr(launch.time, "monotonic", lambda: float(next(seconds)))  # so it is drawn again at each look
     assert Execution(planned(tmp_path, "a", "b", "c"), jobs, [], results.report).run() == 0
-    assert ("0/3 runs ended [00:00]" in terminal.getvalue()) == (jobs == 2)
+    drawn = re.findall(r"\d/3 runs ended \[00:00.*?\]", terminal.getvalue())
+    assert ("0/3 runs ended [00:00, a:; b:]" in drawn) == ("2/3 runs ended [00:00, c:]" in drawn) == (jobs == 2)
+    assert bool(drawn) == (jobs == 2)
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines() if "started" in line] == [
         f"[{n}/3] {name} started" for n, name in enumerate("abc", 1)
     ]
