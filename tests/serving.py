@@ -153,7 +153,7 @@ def serving(served):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()  # seconds until it hears of its end
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1"
     finally:

@@ -232,7 +232,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(monkeypatch):
     Hub.repositories, Hub.sent, Hub.tokens = {}, {}, set()
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=[0.01])
         thread.start()
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)

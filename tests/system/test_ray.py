@@ -244,36 +244,38 @@ def judge(tiny_model, tmp_path_factory) -> str:
     return str(path)
 
 
-def test_an_evaluation_by_pools_is_that_of_the_run_itself(tmp_path, tiny_model, judge, running, monkeypatch):
-    """The same responses and the same scores, and so the same win rate, to the bit; what no pool could do is refused
-    before a model is loaded."""
-    (tmp_path / "here").mkdir()
-    (tmp_path / "beside").mkdir()
+def evaluated(folder: Path, model: str, judge: str, *given: str) -> tuple[dict[str, Any], bytes]:
+    """The result of an evaluation, and its responses with their scores."""
+    folder.mkdir(exist_ok=True)
+    asked = [*own(folder, model), "evaluation.baseline=human", "evaluation.temperature=1"]
+    asked += [f"judge.path={judge}", "judge.max_length=60", "threads=1", "device=cpu", *given]
+    made = _made(folder / f"run {len(given)}")
+    evaluate.run(frozen(made, *asked, verb="evaluate"), made)
+    result = json.loads((made / "evaluation.json").read_text())
+    return {**result, "seconds": 0}, (made / "responses.jsonl").read_bytes()
 
-    def measured(name: str, *given: str) -> tuple[dict[str, Any], bytes]:
-        asked = [*own(tmp_path / name, tiny_model("llama")), "evaluation.baseline=human", "evaluation.temperature=1"]
-        asked += [f"judge.path={judge}", "judge.max_length=60", "threads=1", "device=cpu", *given]
-        made = _made(tmp_path / name / f"run {len(given)}")
-        evaluate.run(frozen(made, *asked, verb="evaluate"), made)
-        result = json.loads((made / "evaluation.json").read_text())
-        return {**result, "seconds": 0}, (made / "responses.jsonl").read_bytes()
 
-    here = measured("here", "judge=reward_model")
-    pooled = [
-        "judge=reward_model_ray",
-        "engine=ray",
-        *(f"{at}.pool.address={running[1]}" for at in ("judge", "engine")),
-    ]
-    with monkeypatch.context() as patched:
-        patched.setattr(models, "load", lambda *_: pytest.fail("a policy was loaded"))
-        with pytest.raises(ValueError, match="1 sampling actors must find 1 GPU each, found 0"):
-            measured("beside", *pooled, "engine.pool.num_gpus=1")
-        patched.setattr(reward_model, "load_classifier", lambda *_: pytest.fail("a judge was loaded"))
-        with pytest.raises(ValueError, match="1 judging actors must find 1 h100 each, found 0"):
-            measured("beside", *pooled, "judge.pool.resources={h100: 1}", "seed=1")
-    assert measured("beside", *pooled) == here
+def pooled(address: str) -> list[str]:
+    return ["judge=reward_model_ray", "engine=ray", *(f"{at}.pool.address={address}" for at in ("judge", "engine"))]
+
+
+@pytest.mark.long
+def test_an_evaluation_by_pools_is_that_of_the_run_itself(tmp_path, tiny_model, judge, running):
+    """The same responses and the same scores, and so the same win rate, to the bit."""
+    here = evaluated(tmp_path / "here", tiny_model("llama"), judge, "judge=reward_model")
+    assert evaluated(tmp_path / "beside", tiny_model("llama"), judge, *pooled(running[1])) == here
     assert 0 <= here[0]["win_rate"] <= 1
     assert len({json.loads(line)["score"] for line in here[1].splitlines()}) > 2
+
+
+def test_what_no_pool_could_do_is_refused_before_a_model_is_loaded(tmp_path, tiny_model, judge, running, monkeypatch):
+    given = [tmp_path, tiny_model("llama"), judge, *pooled(running[1])]
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a policy was loaded"))
+    with pytest.raises(ValueError, match="1 sampling actors must find 1 GPU each, found 0"):
+        evaluated(*given, "engine.pool.num_gpus=1")
+    monkeypatch.setattr(reward_model, "load_classifier", lambda *_: pytest.fail("a judge was loaded"))
+    with pytest.raises(ValueError, match="1 judging actors must find 1 h100 each, found 0"):
+        evaluated(*given, "judge.pool.resources={h100: 1}", "seed=1")
 
 
 class DeadlyJudging(Worker):
@@ -357,7 +359,8 @@ def candidates(directory: Path, model: str, *given: str) -> dict[str, bytes]:
     return {name: (made / name).read_bytes() for name in ("train.jsonl", "validation.jsonl")}
 
 
-@pytest.mark.parametrize("actors", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("actors", [1, 2])
 def test_actors_draw_the_very_text_of_the_run_itself(tmp_path, tiny_model, running, actors):
     model = tiny_model("llama")
     here = candidates(tmp_path / "here", model)

@@ -27,7 +27,6 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from smol import smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, DPOTrainer
 
 from dpo import results, score, train
 from dpo.data.batches import tokenize
@@ -192,18 +191,18 @@ def test_two_steps_of_adapters(given, tmp_path, capfd):
     )
 
 
-class InOurTokens(DPOTrainer):
-    """TRL on tokens that are given; it can make its own, too, in `theirs`."""
-
-    def _prepare_dataset(self, dataset: Any, *given: Any) -> Any:
-        self.theirs = super()._prepare_dataset(
-            dataset.remove_columns(["prompt_ids", "chosen_ids", "rejected_ids"]), *given
-        )
-        return dataset
-
-
 def test_trl_takes_the_same_steps(sweep, given, tmp_path):
     """From the same policy: losses, gradient norms, log-probs and rewards; its tokens but for the template's tail."""
+    from trl import DPOConfig, DPOTrainer  # here: seconds that collecting all tests would take, too
+
+    class InOurTokens(DPOTrainer):
+        """TRL on tokens that are given; it can make its own, too, in `theirs`."""
+
+        def _prepare_dataset(self, dataset: Any, *given: Any) -> Any:
+            ours = ["prompt_ids", "chosen_ids", "rejected_ids"]
+            self.theirs = super()._prepare_dataset(dataset.remove_columns(ours), *given)
+            return dataset
+
     path = sft_policy(given)
     preferences = read(frozen("train", *given).data.path)
     tokenizer = models.load_tokenizer(path)
