@@ -76,6 +76,15 @@ CONFIGS = {
 }
 
 
+@pytest.fixture
+def dataset_hub(tmp_path):
+    """Data sets are read from what a test publishes here, see `dataset_hub.Hub`."""
+    from dataset_hub import of_datasets
+
+    with of_datasets(tmp_path / "hub") as hub:
+        yield hub
+
+
 def tiny_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     """A byte-level BPE of 400 tokens with the special tokens of the family."""
     special = dict.fromkeys([*SPECIAL[kind].values(), *(["<|im_start|>"] if kind == "qwen2" else [])])

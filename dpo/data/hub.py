@@ -43,13 +43,19 @@ def hh(
 
     A prompt is the dialogue up to and with its last "Assistant:"; responses keep the space that follows it.
 
-    path: its rows, or None: the splits train and test of Anthropic/hh-rlhf. subset: a folder on the hub such as
-    "harmless-base"; None: all of them. chat: True makes chat messages of the turns, without the space about them.
-    on_faulty: see `dpo.data.records.filter_pairs`; dialogues that part before their last turn are no pair.
+    path: its rows, or None: the splits train and test of Anthropic/hh-rlhf. subset: a folder of that, or of a copy of
+    it here, such as "harmless-base"; None: all of them. chat: True makes chat messages of the turns, without the space
+    about them. on_faulty: see `dpo.data.records.filter_pairs`; dialogues that part before their last turn are no pair.
     """
 
+    published = Source("Anthropic/hh-rlhf", "train", folder=subset)
+    if without := [some for some in (path, validation_path) if some and placed(some, published).folder != subset]:
+        raise ValueError(
+            f"data.subset must be a folder of {published.path} or of a copy of it here, found no {subset} in "
+            f"{without[0]}; set data.subset=null"
+        )
     files = path, validation_path, validation_fraction, on_faulty
-    return _read(_in_turns if chat else _pair, *files, Source("Anthropic/hh-rlhf", "train", folder=subset), "test")
+    return _read(_in_turns if chat else _pair, *files, published, "test")
 
 
 def ultrafeedback(
@@ -152,7 +158,7 @@ def hc3(
     """Answers of people and of ChatGPT to one question (HC3, 2301.07597): the first of either, and `chosen` says whose
     is preferred; the data set does not.
 
-    path: its rows, or None: the configuration "all" of Hello-SimpleAI/HC3, its only split. chat, and other arguments:
+    path: its rows, or None: the folder "all" of Hello-SimpleAI/HC3, its only split. chat, and other arguments:
     as in `shp`.
     """
     sides = ("human", "chatgpt") if chosen == "human" else ("chatgpt", "human")

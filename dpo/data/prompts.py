@@ -6,8 +6,8 @@ from dpo.cache import digest
 from dpo.data.records import Dataset, OnFaulty, Text, distinct, responses_of
 from dpo.data.sources import Source, placed, read, require
 
-ALPACA_EVAL = Source("tatsu-lab/alpaca_eval@refs/convert/parquet", "eval", folder="alpaca_eval")
-CNN_DAILYMAIL = Source("abisee/cnn_dailymail", config="3.0.0")
+ALPACA_EVAL = Source("tatsu-lab/alpaca_eval@refs/convert/parquet", "test", folder="alpaca_eval")  # its split eval
+CNN_DAILYMAIL = Source("abisee/cnn_dailymail", folder="3.0.0")
 
 
 def prompts(

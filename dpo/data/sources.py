@@ -24,7 +24,6 @@ Made = TypeVar("Made")
 LINES = (".jsonl", ".jsonl.gz")
 KINDS = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}  # ending -> builder of `datasets`
 ON_HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>\S+))?")  # owner/name, owner/name@revision
-COMMIT = re.compile(r"@([0-9a-f]{40})/")
 TEXTS = ("prompt", "chosen", "rejected", "completion")  # columns of text, even where a CSV file has numbers in them
 SHOWN = 5  # offending records that an error message lists
 
@@ -35,8 +34,8 @@ class Source:
 
     path: a file (.jsonl, .json, .csv, .parquet, .arrow; .gz of the first three), a folder that `save_to_disk` wrote or
     that holds a copy of a data set's repository, or a data set on the hub: owner/name, owner/name@revision. split:
-    None: "train", where there are splits at all. config: the configuration of a data set on the hub. folder: the only
-    one that is read there. columns: what we call a column -> its name here, see `renamed`.
+    None: "train", where there are splits at all. config: the configuration of a repository. folder: the only one of it
+    that is read, and downloaded. columns: what we call a column -> its name here, see `renamed`.
     """
 
     path: str
@@ -73,7 +72,8 @@ def placed(path: str | None, published: Source) -> Source:
     """
     if path is None:
         return published
-    if path.partition("@")[0] == published.path.partition("@")[0]:
+    folder = published.folder and Path(path).expanduser() / published.folder
+    if path.partition("@")[0] == published.path.partition("@")[0] or (folder and folder.is_dir()):
         return replace(published, path=path)
     return Source(path, published.split if has_splits(path) else None, columns=published.columns)
 
@@ -108,9 +108,8 @@ def read(source: Source, record: Callable[[Row], Made]) -> Read[Made]:
     if source.path.endswith(LINES):
         return Read(parse(Path(source.path).expanduser(), made), None)
     with ExitStack() as stack:
-        rows = _loaded(source, stack)
+        rows, revision = _loaded(source, stack)
         records = _gathered(str(source), ((f"row {number}", row) for number, row in enumerate(rows)), made, "rows")
-    revision = None if Path(source.path).expanduser().exists() else _commit(rows)
     if revision is not None:
         logger.info(f"{source}: revision {revision}")
     return Read(records, revision)
@@ -148,8 +147,10 @@ def require(row: Row, names: Sequence[str], hint: str = "", instead: str = "") -
         raise ValueError(f"must have {instead}{wanted}; found no {' and no '.join(missing)}{hint or there}")
 
 
-def _loaded(source: Source, stack: ExitStack) -> Any:
-    """The rows by `datasets`. What it makes of files here is kept no longer than `stack`, so that none is stale."""
+def _loaded(source: Source, stack: ExitStack) -> tuple[Any, str | None]:
+    """The rows by `datasets`, and their commit on the hub. What it makes of files that are no download is kept no
+    longer than `stack`, so that none is stale.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -157,15 +158,17 @@ def _loaded(source: Source, stack: ExitStack) -> Any:
             f"reading {source.path} needs the datasets package, found none; pip install -e '.[hub]' -c "
             "constraints.txt, or give it as a JSONL file"
         ) from error
-    place = Path(source.path).expanduser()
+    place, check = Path(source.path).expanduser(), "check its split and its configuration"
     try:
         if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
-            return _split_of(datasets.load_from_disk(str(place)), source)
+            return _split_of(datasets.load_from_disk(str(place)), source), None
         options: dict[str, Any] = {"split": source.split or "train", "name": source.config, "data_dir": source.folder}
+        commit = None
         if place.exists():
             options["cache_dir"] = stack.enter_context(TemporaryDirectory())
             datasets.disable_progress_bars()
         if place.is_file():
+            check = "check the file"
             options |= {"path": _kind_of(place), "data_files": str(place)}
             if options["path"] == "csv":  # an empty cell or "NA" is text, and so is a response of 007
                 columns = source.columns or {}
@@ -173,22 +176,30 @@ def _loaded(source: Source, stack: ExitStack) -> Any:
         elif place.is_dir():
             options["path"] = str(place)
         else:
-            at: Any = ON_HUB.fullmatch(source.path)
-            options |= {"path": at["name"], "revision": at["revision"]}
+            check = "check the name (owner/name@revision on the hub), its split and its configuration"
+            options["path"], commit = downloaded(source)
         given = {key: value for key, value in options.items() if value is not None}
-        return datasets.load_dataset(given.pop("path"), **given)
+        return datasets.load_dataset(given.pop("path"), **given), commit
     except Exception as error:  # whatever reading there raises
-        words = str(error.__cause__ or error).strip().splitlines()[:1] or [type(error).__name__]
+        within = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        words = [line.strip() for line in str(within or error).splitlines() if line.strip()]
         raise ValueError(
-            f"{source} must be readable, found: {words[0]}; check the path (owner/name@revision on the hub), its "
-            "split and its configuration"
+            f"{source} must be readable, found: {' '.join(words[:3]) or type(error).__name__}; {check}"
         ) from error
 
 
-def _commit(rows: Any) -> str | None:
-    """The commit on the hub, out of the addresses of the files that the rows were read from."""
-    found = COMMIT.search(" ".join(getattr(getattr(rows, "info", None), "download_checksums", None) or ()))
-    return found[1] if found else None
+def downloaded(source: Source) -> tuple[str, str]:
+    """The folder of a data set on the hub, in the library's cache, and its commit. Of its `folder` only that is there.
+
+    Offline a revision (a tag, a branch) is what it was when it was read last. Raises: what the library raises, where it
+    is not there, or where a download was ended before it was whole.
+    """
+    from huggingface_hub import snapshot_download
+
+    at: Any = ON_HUB.fullmatch(source.path)
+    only = f"{source.folder}/*" if source.folder else None
+    folder = snapshot_download(at["name"], repo_type="dataset", revision=at["revision"], allow_patterns=only)
+    return folder, Path(folder).name  # which it names after its commit
 
 
 def _split_of(found: Any, source: Source) -> Any:

@@ -1,8 +1,6 @@
 """Demonstrations in the forms of TRL, and UltraChat in its published form."""
 
 import json
-import sys
-import types
 
 import datasets
 import pytest
@@ -123,14 +121,9 @@ def test_what_is_no_demonstration(tmp_path, row, said):
     assert said in str(error.value)
 
 
-def test_ultrachat_on_the_hub(monkeypatch):
-    asked = []
-
-    def load_dataset(*given, **options):
-        asked.append((*given, options))
-        return [conversation(number) for number in range(5 if options["split"] == "test_sft" else 20)]
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+def test_ultrachat_on_the_hub(dataset_hub):
+    splits = {"train_sft": 20, "test_sft": 5, "train_gen": 9, "test_gen": 9}
+    files = {f"data/{split}-00000-of-00001.parquet": list(map(conversation, range(n))) for split, n in splits.items()}
+    dataset_hub.publish("HuggingFaceH4/ultrachat_200k", files)
     data = ultrachat(None, None, "last", 0.1, "error")
-    assert asked == [("HuggingFaceH4/ultrachat_200k", {"split": split}) for split in ("test_sft", "train_sft")]
     assert (len(data.demonstrations), len(data.prompts["test"])) == (20, 5)

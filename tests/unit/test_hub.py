@@ -3,16 +3,16 @@
 import gzip
 import json
 import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pytest
 from test_sources import WRITERS
 
 from dpo.data import hub
-from dpo.data.hub import FROM_FEEDBACK, hc3, shp, tldr, ultrafeedback, webgpt
+from dpo.data.hub import CONVERTED, FROM_FEEDBACK, hc3, shp, tldr, ultrafeedback, webgpt
 from dpo.data.sources import read
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "hh-harmless-base-1500.jsonl.gz"
@@ -135,19 +135,28 @@ def test_held_out_file(tmp_path):
     assert [one.response for one in data.demonstrations] == [" Yes."] * 27
 
 
-def test_hub_gives_its_own_splits(monkeypatch):
-    asked = []
-
-    def load_dataset(name, split, data_dir=None):
-        asked.append((name, data_dir, split))
-        return WRITTEN[:30] if split == "train" else WRITTEN[30:]
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+def test_hub_gives_its_own_splits(dataset_hub, monkeypatch, tmp_path):
+    """Of a folder, if one is chosen: from the hub, from what it was offline, and from a copy here."""
+    files = {"train.jsonl": WRITTEN[:30], "test.jsonl": WRITTEN[30:]}
+    other = {"train.jsonl": [dialogues(n) for n in range(50, 60)], "test.jsonl": [dialogues(60)]}
+    folders = (("harmless-base", files), ("helpful-base", other))
+    commit = dataset_hub.publish(
+        "Anthropic/hh-rlhf", {f"{folder}/{name}": rows for folder, some in folders for name, rows in some.items()}
+    )
     data = hh(None, None, "harmless-base", 0.1, "drop")
-    assert sorted(asked) == [("Anthropic/hh-rlhf", "harmless-base", split) for split in ("test", "train")]
     assert [len(data.preferences[split]) for split in ("train", "validation")] == [28, 13]
-    with pytest.raises(ValueError, match="train split: 2 of 30 pairs are faulty"):
+    assert set(data.revisions.values()) == {commit}
+    assert not [path for path in dataset_hub.asked if "helpful-base" in path]
+    with pytest.raises(ValueError, match="train split: 2 of 40 pairs are faulty"):
         hh(None, None, None, 0.1, "error")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    copy = str(dataset_hub.folder("Anthropic/hh-rlhf", "main"))
+    for path in (None, copy):
+        assert hh(path, None, "helpful-base", 0.1, "drop").preferences["train"][0].prompt.startswith("\n\nHuman: 50?")
+        assert len(hh(path, None, None, 0.1, "drop").preferences["train"]) == 38
+    for path in (save(tmp_path / "a.jsonl", WRITTEN[3:30]), str(tmp_path), "someone/copy"):
+        with pytest.raises(ValueError, match=rf"data.subset must be a folder .* found no helpful-base in {path}; set"):
+            hh(path, None, "helpful-base", 0.1, "drop")
 
 
 def test_hub_without_its_package_says_what_to_install(monkeypatch):
@@ -209,16 +218,11 @@ def test_ultrafeedback_pairs_are_the_last_turns(tmp_path, capsys):
         ultrafeedback(wrong, None, "none", 0.2, "drop")
 
 
-def test_ultrafeedback_from_the_hub(monkeypatch):
-    asked = []
-
-    def load_dataset(name, split):
-        asked.append((name, split))
-        return [chats(number) for number in (range(20) if split == "train_prefs" else range(20, 25))]
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+def test_ultrafeedback_from_the_hub(dataset_hub):
+    splits = {"train_prefs": range(20), "test_prefs": range(20, 25), "train_sft": range(30, 60)}
+    files = {f"data/{split}-00000-of-00001.parquet": list(map(chats, numbers)) for split, numbers in splits.items()}
+    dataset_hub.publish("some/repository", files)
     data = ultrafeedback(None, None, "some/repository", 0.1, "error")
-    assert sorted(asked) == [("some/repository", "test_prefs"), ("some/repository", "train_prefs")]
     assert [len(data.preferences[split]) for split in ("train", "validation")] == [20, 5]
     assert data.preferences["validation"][1].source == "some/repository, test_prefs split, row 1"
     assert data.preferences["validation"][1].prompt == [{"role": "user", "content": "21?"}]
@@ -288,17 +292,12 @@ def test_what_is_no_comparison(tmp_path, wrong):
         tldr(path, None, 0.1, "drop")
 
 
-def test_tldr_from_the_hub(monkeypatch):
-    asked = []
-
-    def load_dataset(repository, data_dir, revision, split):
-        asked.append((repository, data_dir, revision, split))
-        return [comparison(number) for number in (range(20) if split == "train" else range(20, 25))]
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+def test_tldr_from_the_hub(dataset_hub):
+    splits = {"train": range(20), "validation": range(20, 25)}
+    files = {f"comparisons/{split}/0000.parquet": list(map(comparison, some)) for split, some in splits.items()}
+    axis = {"axis/validation/0000.parquet": [{"info": 1}]}
+    dataset_hub.publish("openai/summarize_from_feedback", files | axis, CONVERTED)
     data = tldr(None, None, 0.1, "error")
-    there = ("openai/summarize_from_feedback", "comparisons", "refs/convert/parquet")
-    assert sorted(asked) == [(*there, split) for split in ("train", "validation")]
     assert [len(data.preferences[split]) for split in ("train", "validation")] == [20, 5]
 
 
@@ -432,26 +431,25 @@ def test_answers_as_chat_and_whose_is_preferred(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "reader,made,there",
+    "reader,made,name,revision,files",
     [
-        (ratio_2, post, [("stanfordnlp/SHP", None, None, split) for split in ("validation", "train")]),
-        (in_text, question, [("openai/webgpt_comparisons", "default", "refs/convert/parquet", "train")]),
-        (of_people, asked, [("Hello-SimpleAI/HC3", "all", "refs/convert/parquet", "train")]),
+        (ratio_2, post, "stanfordnlp/SHP", "main", ["askhr/train.json", "askhr/validation.json"]),
+        (in_text, question, "openai/webgpt_comparisons", CONVERTED, ["default/train/0000.parquet"]),
+        (of_people, asked, "Hello-SimpleAI/HC3", CONVERTED, ["all/train/0000.parquet"]),
     ],
     ids=["shp", "webgpt", "hc3"],
 )
-def test_where_they_are_published(monkeypatch, reader, made, there):
-    found = []
-
-    def load_dataset(repository, split, data_dir=None, revision=None):
-        found.append((repository, data_dir, revision, split))
-        return [made(number) for number in range(20)]
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    reader(None, None, 0.1, "error")
-    assert found == there
-    repository, folder = there[0][:2]
-    reader(f"{repository}@{'7' * 40}", None, 0.1, "error")  # another revision of it, with what else it takes
-    assert found[-1] == (repository, folder, "7" * 40, there[-1][3])
-    reader("someone/copy", None, 0.1, "error")
-    assert found[-1] == ("someone/copy", None, None, there[-1][3])
+def test_where_they_are_published(dataset_hub, reader, made, name, revision, files):
+    """There, at another revision of it and in a copy of it here, where another folder has other rows; and elsewhere."""
+    rows = [[made(number) for number in range(20 * nth, 20 * nth + 20 - 7 * nth)] for nth, _ in enumerate(files)]
+    published = dict(zip(files, rows, strict=True))
+    beside = {} if revision == "main" else {"finance/train/0000.parquet": [made(number) for number in range(90, 99)]}
+    commit = dataset_hub.publish(name, published | beside, revision)
+    dataset_hub.publish("someone/copy", {Path(file).name: some for file, some in published.items()} if not beside else
+                        {"train.parquet": rows[0]})  # fmt: skip
+    for path in (None, f"{name}@{commit}", str(dataset_hub.folder(name, commit)), "someone/copy"):
+        data = reader(path, None, 0.1, "error")
+        assert sum(map(len, data.preferences.values())) == sum(map(len, rows))
+        assert bool(data.revisions) == (path is None or "/hub/" not in path)
+    if len(files) == 2:
+        assert len(data.preferences["validation"]) == len(rows[1])

@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import sys
-import types
 
 import pytest
 
@@ -51,20 +49,19 @@ def test_parts_share_no_article(file):
         cnn_dailymail(file, "Be brief.", 2, 2, 2, 3, "drop")
 
 
-def test_rows_come_from_the_hub_where_there_is_no_file(monkeypatch):
-    asked = []
-
-    def load_dataset(*given, **options):
-        asked.append((given, options))
-        return ROWS
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    assert len(cnn_dailymail(None, "Be brief.", None, 0, 2, 3, "drop").prompts["train"]) == 4
-    assert asked.pop() == (("abisee/cnn_dailymail",), {"name": "3.0.0", "split": "train"})
-    cnn_dailymail("abisee/cnn_dailymail@v1", "Be brief.", None, 0, 2, 3, "drop")  # which has other configurations, too
-    assert asked.pop() == (("abisee/cnn_dailymail",), {"name": "3.0.0", "split": "train", "revision": "v1"})
-    cnn_dailymail("someone/copy", "Be brief.", None, 0, 2, 3, "drop")
-    assert asked.pop() == (("someone/copy",), {"split": "train"})
+def test_rows_come_from_the_hub_where_there_is_no_file(dataset_hub):
+    """Of its last version alone, of which a copy has the others, too."""
+    versions = ("1.0.0", "2.0.0", "3.0.0")
+    files = {f"{one}/train-00000-of-00001.parquet": ROWS if one == "3.0.0" else ROWS[:5] for one in versions}
+    files |= {f"{one}/test-00000-of-00001.parquet": ROWS[:1] for one in versions}
+    configs = [f"- config_name: {one}\n  data_files:\n  - split: train\n    path: {one}/train-*\n" for one in versions]
+    files["README.md"] = f"---\nconfigs:\n{''.join(configs)}---\n"
+    commit = dataset_hub.publish("abisee/cnn_dailymail", files)
+    dataset_hub.publish("someone/copy", {"train.parquet": ROWS})
+    here = str(dataset_hub.folder("abisee/cnn_dailymail", commit))
+    for path in (None, f"abisee/cnn_dailymail@{commit}", here, "someone/copy"):
+        assert len(cnn_dailymail(path, "Be brief.", None, 0, 2, 3, "drop").prompts["train"]) == 4
+    assert not [asked for asked in dataset_hub.asked if "1.0.0" in asked]
 
 
 @pytest.mark.parametrize("row", [{"text": "x"}, {"article": "x"}, {"article": " ", "highlights": "x"}, {"article": 3}])
@@ -74,7 +71,7 @@ def test_what_is_no_article_is_named(tmp_path, row):
         cnn_dailymail(str(tmp_path / "a.jsonl"), "Be brief.", None, 0, 0, 0, "drop")
 
 
-def test_instructions_of_alpaca_eval_are_a_turn_each(tmp_path, monkeypatch):
+def test_instructions_of_alpaca_eval_are_a_turn_each(tmp_path, dataset_hub):
     rows = [
         {"dataset": "helpful_base", "instruction": f" Name {n}. ", "output": "x", "generator": "text_davinci_003"}
         for n in range(9)
@@ -87,19 +84,10 @@ def test_instructions_of_alpaca_eval_are_a_turn_each(tmp_path, monkeypatch):
     assert sorted(found, key=str) == [[{"role": "user", "content": f" Name {n}. "}] for n in range(9)]
     assert data.preferences == {}
     assert data.demonstrations == []
-    asked = []
-
-    def load_dataset(*given, **options):
-        asked.append((given, options))
-        return rows
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    assert len(alpaca_eval(None, None, 0, 2, 3, "drop").prompts["train"]) == 4
-    where = {"split": "eval", "data_dir": "alpaca_eval", "revision": "refs/convert/parquet"}
-    assert asked.pop() == (("tatsu-lab/alpaca_eval",), where)
-    alpaca_eval("tatsu-lab/alpaca_eval@v1", None, 0, 2, 3, "drop")
-    assert asked.pop() == (("tatsu-lab/alpaca_eval",), where | {"revision": "v1"})
-    monkeypatch.undo()
+    files = {"alpaca_eval/eval/0000.parquet": rows, "annotations/eval/0000.parquet": [{"z": 1}]}
+    commit = dataset_hub.publish("tatsu-lab/alpaca_eval", files, "refs/convert/parquet")
+    for there in (None, f"tatsu-lab/alpaca_eval@{commit}"):
+        assert len(alpaca_eval(there, None, 0, 2, 3, "drop").prompts["train"]) == 4
     path.write_text(json.dumps([{"instruction": " "}, {"prompt": "x"}]))
     with pytest.raises(ValueError, match="2 of 2 rows are no records:\n  row 0: must have an instruction in plain"):
         alpaca_eval(str(path), None, 0, 0, 0, "drop")

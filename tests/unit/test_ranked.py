@@ -1,8 +1,6 @@
 """Pairs of responses that have scores, and of Stack Exchange's answers in their published form."""
 
 import json
-import sys
-import types
 
 import datasets
 import pytest
@@ -205,13 +203,8 @@ def test_what_is_no_question(tmp_path, wrong):
         )
 
 
-def test_a_part_of_stack_exchange_on_the_hub(monkeypatch):
-    asked = []
-
-    def load_dataset(*given, **options):
-        asked.append((*given, options))
-        return [published(number) for number in range(20)]
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    stack_exchange(None, None, "train[:1%]", "best_worst", False, 0.2, "error")
-    assert asked == [("HuggingFaceH4/stack-exchange-preferences", {"split": "train[:1%]"})]
+def test_a_part_of_stack_exchange_on_the_hub(dataset_hub):
+    files = {f"data/{site}.com/train-00000-of-00001.parquet": list(map(published, range(20))) for site in "ab"}
+    dataset_hub.publish("HuggingFaceH4/stack-exchange-preferences", files)
+    data = stack_exchange(None, None, "train[:50%]", "best_worst", False, 0.2, "error")
+    assert sum(map(len, data.preferences.values())) == 20

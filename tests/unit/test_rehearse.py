@@ -1,8 +1,6 @@
 """What a plan tries before any run starts: each option once, in its own words, and the inputs that it finds."""
 
 import copy
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -254,23 +252,14 @@ def test_an_option_of_a_server_is_named():
     assert len(Rehearsal().of(resolve(compose("train", *twice)))["problems"]) == 1
 
 
-def test_the_revision_of_what_was_read_on_the_hub_is_told(base, monkeypatch):
+def test_the_revision_of_what_was_read_on_the_hub_is_told(base, dataset_hub):
     """Beside what a run is made from, which goes by content: the same rows of another commit are the same data."""
-    commits = ["1" * 40, "2" * 40]
-
-    class Rows(list):
-        info = types.SimpleNamespace(download_checksums=())
-
-    def load_dataset(name, **options):
-        rows = Rows({"prompt": f"{n}?", "chosen": "yes", "rejected": "no"} for n in range(40))
-        rows.info = types.SimpleNamespace(download_checksums={f"hf://datasets/{name}@{commits[0]}/a.parquet": {}})
-        return rows
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    rows = [{"prompt": f"{n}?", "chosen": "yes", "rejected": "no"} for n in range(40)]
     on_hub = with_(base, "data.path", "some/pairs@main")
+    commit = dataset_hub.publish("some/pairs", {"train.parquet": rows})
     one = Rehearsal().of(on_hub)
-    assert one["revisions"] == {"some/pairs@main, train split": "1" * 40}
-    commits.pop(0)
+    assert one["revisions"] == {"some/pairs@main, train split": commit}
+    later = dataset_hub.publish("some/pairs", {"data/train.parquet": rows})
     other = Rehearsal().of(on_hub)
-    assert other["revisions"] == {"some/pairs@main, train split": "2" * 40}
+    assert other["revisions"] == {"some/pairs@main, train split": later} != one["revisions"]
     assert one["inputs"] == other["inputs"]

@@ -3,10 +3,9 @@
 import gzip
 import json
 import os
-import sys
-import types
 
 import datasets
+import huggingface_hub
 import pyarrow
 import pytest
 
@@ -176,40 +175,71 @@ def test_a_file_has_no_splits(write, name, option):
         file(write(name, ROWS), None, 0.3, "error", **option)
 
 
+def numbered(start, count):
+    return [{"prompt": f"{n}?", "chosen": "yes", "rejected": "no"} for n in range(start, start + count)]
+
+
+CONFIGURED = "".join(
+    f"- config_name: {name}\n  data_files:\n"
+    + "".join(f"  - split: {split}\n    path: {name}/{split}.jsonl\n" for split in ("train", "test"))
+    for name in ("easy", "hard")
+)
+
+
 @pytest.fixture
-def hub(monkeypatch):
-    """A hub of one data set; what was asked of it."""
-    asked = []
-
-    class Rows(list):
-        info = types.SimpleNamespace(download_checksums={f"hf://datasets/some/pairs@{'5' * 40}/data/a.parquet": {}})
-
-    def load_dataset(*given, **options):
-        asked.append((*given, options))
-        return Rows(ROWS)
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    return asked
-
-
-def test_a_data_set_on_the_hub(hub):
-    data = file("some/pairs@v1.0", None, 0.3, "error", "easy", "train[:10]", "test")
-    assert hub == [
-        ("some/pairs", {"split": "test", "name": "easy", "revision": "v1.0"}),
-        ("some/pairs", {"split": "train[:10]", "name": "easy", "revision": "v1.0"}),
-    ]
-    assert data.revisions == {f"some/pairs@v1.0, {split} split": "5" * 40 for split in ("test", "train[:10]")}
-    hub.clear()
-    assert file("some/pairs", None, 0.3, "error").revisions == {"some/pairs, train split": "5" * 40}
-    assert hub == [("some/pairs", {"split": "train"})]
+def published(dataset_hub):
+    """Commits of main and v1 of a data set of two configurations; at v1 they have fewer rows."""
+    commits = []
+    for revision, count in (("main", 30), ("v1", 20)):
+        files = {
+            f"{name}/{split}.jsonl": numbered(start, count if split == "train" else 5)
+            for name, start in (("easy", 0), ("hard", 500))
+            for split in ("train", "test")
+        }
+        readme = f"---\nconfigs:\n{CONFIGURED}---\n"
+        commits.append(dataset_hub.publish("some/pairs", {**files, "README.md": readme}, revision))
+    return commits
 
 
-def test_what_the_hub_does_not_have_is_said(monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        ValueError, match=r"nobody/nothing, train split must be readable, found: .*nobody/nothing.*check"
-    ):
-        file("nobody/nothing", None, 0.3, "error")
+def prompts_of(data):
+    return {split: sorted(int(pair.prompt[:-1]) for pair in pairs) for split, pairs in data.preferences.items()}
+
+
+def test_a_data_set_on_the_hub(published, monkeypatch):
+    """Any revision, configuration, split and slice, with its commit; offline the same, and no other in its place."""
+    for offline in (False, True):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+        for name, commit, count in (("some/pairs", published[0], 30), ("some/pairs@v1", published[1], 20)):
+            data = file(name, None, 0.3, "error", "hard", "train[:10]", "test")
+            assert prompts_of(data) == {"train": [*range(500, 510)], "validation": [*range(500, 505)]}
+            assert data.revisions == {f"{name}, {split} split": commit for split in ("test", "train[:10]")}
+            data = file(f"some/pairs@{commit}", None, 0.3, "error", "easy")
+            assert sorted(n for some in prompts_of(data).values() for n in some) == [*range(count)]
+            assert data.revisions == {f"some/pairs@{commit}, train split": commit}
+        for name, said in (("some/pairs@nope", "Revision Not Found"), ("nobody/nothing", "Repository Not Found")):
+            said = "Cannot find an appropriate cached snapshot" if offline else said
+            with pytest.raises(
+                ValueError, match=rf"^{name}, train split must be readable, found: .*{said}.*; check the"
+            ):
+                file(name, None, 0.3, "error")
+    with pytest.raises(ValueError, match=r"Config name is missing. .*'easy', 'hard'"):
+        file("some/pairs", None, 0.3, "error")
+    with pytest.raises(ValueError, match='Unknown split "dev"'):
+        file("some/pairs", None, 0.3, "error", "easy", "dev")
+
+
+def test_what_an_ended_download_left_is_no_data_set(published, dataset_hub, monkeypatch):
+    place = dataset_hub.root / "some/pairs" / published[1] / "easy" / "test.jsonl"
+    content = place.read_text()
+    place.unlink()  # as the listing was made before that
+    monkeypatch.setattr(dataset_hub, "listed", ["easy/test.jsonl"])
+    with pytest.raises(ValueError, match="must be readable"):
+        file("some/pairs@v1", None, 0.3, "error", "easy")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="is incomplete: 1 file"):
+        file("some/pairs@v1", None, 0.3, "error", "easy")
+    monkeypatch.undo()
+    place.write_text(content)
 
 
 def test_prompts_in_front_of_both_texts(write):

@@ -2,7 +2,6 @@
 
 import math
 import random
-import sys
 import types
 import warnings
 from collections import Counter
@@ -133,16 +132,9 @@ def test_empty_responses_are_faulty(tmp_path, capsys):
     assert (cut.prompt, cut.rejected_ended) == ("Is 61 even?", False)
 
 
-def test_from_the_hub(monkeypatch):
-    asked = []
-
-    def load_dataset(name, split):
-        asked.append((name, split))
-        return ROWS[:40] if split == "train" else ROWS[40:]
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+def test_from_the_hub(dataset_hub):
+    dataset_hub.publish("some/repository", {"train.jsonl": ROWS[:40], "test.jsonl": ROWS[40:]})
     data = unpaired(None, None, "some/repository", 0.1, "error")
-    assert sorted(asked) == [("some/repository", "test"), ("some/repository", "train")]
     assert [len(data.preferences[split]) for split in ("train", "validation")] == [40, 20]
     assert data.preferences["validation"][1].source == "some/repository, test split, row 1"
 
