@@ -58,6 +58,7 @@ from dpo.training import distributed
 from dpo.training.log import Log
 from dpo.training.loop import AnyStep, WholeStep, autocast, fit
 from dpo.training.optim import optimizer, schedule
+from dpo.win_rates import wilson
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,9 @@ def run(config: DictConfig, directory: Path) -> None:
         remember_initial(directory, start)
     against, initial = policy_spec(config, config.evaluation.baseline), (policy, tokenizer, weights)
     others = evaluate.compared_with(against, initial, dataset, test, measuring, device, best) if judge else None
-    baseline = {"kl_baseline": str(against.path)} if others and evaluate.reads_alike(against, tokenizer) else {}
+    baseline = {"kl_baseline": str(against.path)} if test and evaluate.reads_alike(against, tokenizer) else {}
+    if judge is None and against.path != "initial" and not baseline:
+        logger.warning(f"evaluation.baseline={against.path} compares nothing: there is no judge of evaluations")
     reference: Reference = make(policy_spec(config, start), policy, pairs, scoring)
     logger.info(f"reference: {reference.held}")
     learned = Lazy(len(pairs["train"]), lambda row: pairs["train"][row].prompt_responses)
@@ -199,14 +202,18 @@ def run(config: DictConfig, directory: Path) -> None:
         answers = evaluate.answer(trained, tokenizer, instructions, measuring) if instructions else []
         responses, measured = measure(trained, len(test))
         chosen = {"steps": steps, "selected_step": selection.step}
-        result = {**chosen, "seconds": time.monotonic() - began, **streamed, **selection.metrics, **measured}
+        ranked = selection.metrics.get("rewards/accuracies", math.nan)
+        ends = wilson(ranked, len(pairs["validation"])) if math.isfinite(ranked) else ()
+        interval = dict(zip(("rewards/accuracies/low", "rewards/accuracies/high"), ends, strict=False))
+        told = {**streamed, **selection.metrics, **interval, **measured}
+        result = {**chosen, "seconds": time.monotonic() - began, **told}
         log.write(steps, "test", measured)
     if distributed.is_main():
         if instructions:
             write_outputs(directory, instructions, answers)
         write_rows(directory / "responses.jsonl", responses)
-        told = facts(trained, tokenizer, weights, reference, pairs, test)
-        card.write(directory / "policy", settings, result, told)
+        made = facts(trained, tokenizer, weights, reference, pairs, test)
+        card.write(directory / "policy", settings, result, made)
         finish(directory, "evaluation.json", result)
     distributed.leave()
 

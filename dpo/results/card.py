@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dpo.sweep.identity import identity_keys
-from dpo.win_rates import Z, wilson
+from dpo.win_rates import Z
 
 CARD = "README.md"
 LIKELIHOOD = "Maximum likelihood of their responses: -log pi(y | x), summed over tokens (nats)."
@@ -61,7 +61,7 @@ def write(policy: Path, config: Mapping[str, Any], result: Mapping[str, float], 
     """
     start, repositories = _start(config["policy"]), _repositories(config)
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", start) and not Path(start).exists()
-    rows = _rows(result, config, facts)
+    rows = _rows(result, config)
     about = ModelCardData(
         model_name=_title(config),
         base_model=start.partition("@")[0] if on_hub else None,
@@ -86,7 +86,7 @@ def write(policy: Path, config: Mapping[str, Any], result: Mapping[str, float], 
     ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}").save(policy / CARD)
 
 
-def _rows(result: Mapping[str, float], config: Mapping[str, Any], facts: Facts) -> list[Row]:
+def _rows(result: Mapping[str, float], config: Mapping[str, Any]) -> list[Row]:
     judge = _option(config, "judge" if config["evaluation"].get("judge") is None else "evaluation.judge")
     words, found = {"judge": judge, "baseline": _shown(config["evaluation"].get("baseline"))}, []
     for name, what in MEASURED.items():
@@ -96,8 +96,6 @@ def _rows(result: Mapping[str, float], config: Mapping[str, Any], facts: Facts) 
         interval = (low, high) if low is not None and high is not None else None
         if error is not None and math.isfinite(error):
             interval = value - Z * error, value + Z * error
-        if name == "rewards/accuracies":
-            interval = wilson(value, facts.sizes["validation"])
         found.append(Row(name, what.format(**words), value, interval))
     return found
 

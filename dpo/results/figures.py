@@ -66,7 +66,8 @@ def _drawn(frame: pd.DataFrame, folder: str, column: bool) -> Figure:
 
     others = [key for key in swept if key not in (x, "seed")]
     groups = list(frame.groupby(others, dropna=False, sort=False)) if others else [((), frame)]
-    ordered = colours(frame["beta"].unique(), "beta") if others == ["beta"] else {}
+    of_beta = colours(frame.get("beta", pd.Series(dtype=float)).unique(), "beta")
+    ordered = of_beta if others == ["beta"] else {}
     named: list[Any] = []
     for index, (values, rows) in enumerate(groups):
         style: dict[str, Any] = {
@@ -81,9 +82,20 @@ def _drawn(frame: pd.DataFrame, folder: str, column: bool) -> Figure:
                 axis.plot(rows[x], rows[name], "o", color=style["color"], alpha=0.3, ms=3.5, mec="none")
         _curve(axes[2], distance["mean"], quality, across=distance, **style)
         named += _named(axes[2], distance, quality, style["color"])
-        if not others and x == "beta":
-            of_beta = colours(quality.index, x)
-            axes[2].scatter(distance["mean"], quality["mean"], c=[*of_beta.values()], s=30, zorder=3)
+        if x == "beta" and not quality.empty:
+            edge = style["color"] if others else "none"
+            axes[2].scatter(
+                distance["mean"], quality["mean"], c=[of_beta[beta] for beta in quality.index], ec=edge, s=30, zorder=3
+            )
+        bare = rows[rows[x].isna()]  # as runs that train all weights have no rank
+        for axis, name in ((axes[0], y), (axes[1], "kl")):
+            if name in bare and bare[name].notna().any():
+                said = ", ".join(filter(None, (label, f"{x}=null")))
+                axis.axhline(bare[name].mean(), color=style["color"], lw=1.2, ls=":", label=said)
+        if not bare.empty:
+            far, good = (pd.DataFrame({"mean": [bare.get(name, bare[x]).mean()]}, ["null"]) for name in ("kl", y))
+            axes[2].plot(far, good, style["marker"], color=style["color"], mfc="white", ms=5)
+            named += _named(axes[2], far, good, style["color"])
 
     if best is not None and y == "win_rate":
         quality, distance = _points(best, "best_of", "win_rate"), _points(best, "best_of", "kl")
@@ -93,9 +105,10 @@ def _drawn(frame: pd.DataFrame, folder: str, column: bool) -> Figure:
         named += _named(axes[2], distance, quality, "0.3")
         axes[2].legend(loc="best", frameon=False, fontsize=8)
     _ticks(axes[:2], frame[x])
-    if others:
-        handles = axes[0].get_legend_handles_labels()
-        drawing.legend(*handles, loc="outside lower center", ncols=1 if column else min(len(groups), 4), frameon=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    if labels:
+        below: Any = {"loc": "outside lower center", "ncols": 1 if column else min(len(labels), 4), "frameon": False}
+        drawing.legend(handles, labels, **below)
     seeds = frame["seed"].nunique() if "seed" in swept else 1
     bars = "95 % interval" if seeds == 1 else f"one standard deviation of {seeds} seeds"
     drawing.suptitle(f"{folder}, bars: {bars}", x=0.005, ha="left", fontsize=9, color="0.35")
@@ -151,7 +164,7 @@ def _named(axis: Any, across: pd.DataFrame, up: pd.DataFrame, color: str) -> lis
         if not any(map(math.isnan, where)):
             near: Any = {"xytext": (4, 5), "textcoords": "offset points"}
             near["path_effects"] = [withStroke(linewidth=2, foreground="white")]  # above lines
-            found.append(axis.annotate(f"{value:g}", where, color=color, fontsize=7, **near))
+            found.append(axis.annotate(short(value), where, color=color, fontsize=7, **near))
     return found
 
 
@@ -184,17 +197,17 @@ def tidy(axis: Any, title: str, across: str, up: str) -> None:
 
 
 def _axis(frame: pd.DataFrame) -> str:
-    """The round, or beta, or if it is the same everywhere another number that is swept, and that every run has."""
+    """The round, or beta, or if it is the same everywhere another number that is swept, best one that every run has."""
     types = pd.api.types
     numeric = [
         key
         for key in frame.attrs["swept"]
         if key != "seed" and types.is_numeric_dtype(frame[key]) and not types.is_bool_dtype(frame[key])
     ]
-    whole = [key for key in numeric if frame[key].notna().all()]
     if "round" in numeric:
         return "round"
-    return "beta" if "beta" in numeric or not whole else whole[0]
+    several = [key for key in numeric if frame[key].nunique() > 1]
+    return "beta" if "beta" in numeric or not several else min(several, key=lambda key: frame[key].isna().sum())
 
 
 def _points(rows: pd.DataFrame, x: str, name: str) -> pd.DataFrame:

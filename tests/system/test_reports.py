@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -323,7 +324,12 @@ def test_responses_are_counted_and_judged(measured):
     assert (result["win_rate/low"], result["win_rate/high"]) == pytest.approx(ends, abs=1e-6)
     kls = {f"{name}{kind}" for name in ("kl", "kl_reference") for kind in ("", "/se", "_plain", "_plain/se")}
     told = {"n", "steps", "selected_step", "seconds", *(f"win_rate{x}{end}" for x in ("", "_lc") for end in ENDS)}
-    told |= {"compression/median", "baseline/words", "baseline/invalid"}
+    ranked = {f"rewards/accuracies{end}" for end in ENDS}
+    low, share, high = (result[f"rewards/accuracies{end}"] for end in ("/low", "", "/high"))
+    pairs = int(re.search(r"(\d+) in validation", (directory / "policy" / "README.md").read_text())[1])
+    z = 1.959964**2 / pairs
+    assert (low, high) == pytest.approx(sorted(np.roots([1 + z, -2 * share - z, share**2])), abs=1e-6)
+    told |= {*ranked, "compression/median", "baseline/words", "baseline/invalid"}
     assert result["compression/median"] == np.median([row["compression"] for row in rows])
     assert result["baseline/words"] == pytest.approx(np.mean([len(row["baseline"].split()) for row in rows]))
     assert result["win_rate_lc/low"] < result["win_rate_lc"] < result["win_rate_lc/high"]

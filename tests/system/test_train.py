@@ -121,6 +121,19 @@ def test_a_reference_that_never_moves_is_the_cached_one(tmp_path, tiny_model):
     assert losses(moved) == pytest.approx([math.log(2)] * 3, abs=1e-5)  # a copy of the policy at every step
 
 
+def test_kl_to_a_baseline_takes_no_judge(tmp_path, tiny_model, capfd):
+    """Of the policy that it started from it is KL itself; that there is no judge for a text to compare with is said."""
+    given = own(tmp_path, tiny_model("llama"))
+    shutil.copytree(tiny_model("llama"), start := tmp_path / "start")
+    _, found = run(tmp_path / "start run", *given, f"evaluation.baseline={start}")
+    assert found["kl_baseline"] == found["kl"] > 0
+    _, other = run(tmp_path / "other run", *given, f"evaluation.baseline={other_model(tmp_path, tiny_model)}")
+    assert other["kl_baseline"] != other["kl"] == found["kl"]
+    assert "compares nothing" not in capfd.readouterr().out
+    run(tmp_path / "human", *given, "evaluation.baseline=human")
+    assert "evaluation.baseline=human compares nothing: there is no judge" in capfd.readouterr().out
+
+
 def test_reference_free_is_the_log_probability_margin(tmp_path, tiny_model):
     rows, _ = run(tmp_path / "run", *own(tmp_path, tiny_model("llama")), "reference=reference_free")
     for row in rows:

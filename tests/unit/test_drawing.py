@@ -178,6 +178,7 @@ def test_without_a_judge_accuracy_is_drawn(drawn):
         ({"beta": [0.1, 0.1], "lr": [1.0, 2.0], "seed": [0, 1]}, ["lr", "seed"], "lr"),
         ({"beta": [0.1, 0.1], "seed": [0, 1]}, ["seed"], "beta"),
         ({"beta": [0.1, 0.1], "alpha": [0.5, np.nan], "lr": [1.0, 2.0]}, ["alpha", "lr"], "lr"),
+        ({"beta": [0.1, 0.1], "alpha": [0.5, np.nan]}, ["alpha"], "beta"),
         ({"beta": [0.1, 0.1], "packed": [True, False]}, ["packed"], "beta"),
         ({"beta": [0.1, 0.1], "loss": ["dpo", "ipo"]}, ["loss"], "beta"),
     ],
@@ -187,6 +188,12 @@ def test_which_number_is_the_axis(drawn, columns, swept, axis):
     figure = drawn({**columns, "win_rate": [0.5, 0.6], "kl": [1.0, 2.0]}, swept)
     assert [one.get_xlabel() for one in figure.axes[:2]] == [axis, axis]
     assert figure.axes[2].get_title(loc="left") == f"Frontier (numbers: {axis})"
+
+
+def test_a_number_that_every_run_has_is_the_axis_before_others(drawn):
+    frame = {"alpha": [0.5, np.nan, 0.7], "lr": [1.0, 2.0, 1.0], "beta": [0.1] * 3, "win_rate": [0.5, 0.6, 0.7]}
+    figure = drawn({**frame, "kl": [1.0, 2.0, 3.0]}, ["alpha", "lr"])
+    assert [one.get_xlabel() for one in figure.axes[:2]] == ["lr", "lr"]
 
 
 def test_bars_on_a_logarithmic_axis_stay_above_0(drawn):
@@ -241,6 +248,45 @@ def test_where_colour_stands_for_beta(drawn):
     [points] = alone.axes[2].collections[-1:]
     assert points.get_offsets().tolist() == [[3.0, 0.5], [2.0, 0.6], [1.0, 0.7]]
     assert [to_hex(one) for one in points.get_facecolors()] == [expected[beta] for beta in (0.1, 0.5, 1.0)]
+
+
+def test_beta_has_its_colour_on_the_frontier_of_several_lines_too(drawn):
+    """The line tells what else is swept, and so does the edge of a point."""
+    frame = sweep(
+        beta=[0.1, 1.0] * 2, loss=["dpo", "dpo", "ipo", "ipo"], win_rate=[0.5, 0.6, 0.7, 0.8], kl=[2, 1, 4, 3]
+    )
+    points = drawn(frame, ["beta", "loss"]).axes[2].collections
+    found = [one for one in points if len(one.get_facecolors()) == 2]
+    assert len(found) == 2
+    expected = figures.colours([0.1, 1.0], "beta")
+    for one, edge in zip(found, figures.COLOURS, strict=False):
+        assert [to_hex(colour) for colour in one.get_facecolors()] == [*expected.values()]
+        assert {to_hex(colour) for colour in one.get_edgecolors()} == {to_hex(edge)}
+
+
+@pytest.mark.parametrize("others", [[], ["loss"]])
+def test_runs_without_the_number_of_the_axis_are_a_line_across(drawn, others):
+    """As those that train all weights beside a sweep of ranks: in their height, and on the frontier in their place."""
+    frame = sweep(
+        **{"policy.lora.rank": [np.nan, 8.0, 64.0, np.nan, 8.0, 64.0]},
+        beta=[0.1] * 6,
+        loss=["dpo"] * 3 + ["ipo"] * 3,
+        win_rate=[0.7, 0.6, 0.65, 0.9, 0.8, 0.85],
+        kl=[4.0, 1.0, 2.0, 8.0, 5.0, 6.0],
+    )[: 6 if others else 3]
+    figure = drawn(frame, ["policy.lora.rank", *others])
+    assert [axis.get_xlabel() for axis in figure.axes[:2]] == ["policy.lora.rank"] * 2
+    lines = [("policy.lora.rank=null", 0.7, 4.0)]
+    if others:
+        lines = [("loss=dpo, policy.lora.rank=null", 0.7, 4.0), ("loss=ipo, policy.lora.rank=null", 0.9, 8.0)]
+    for axis, place in zip(figure.axes, (1, 2), strict=False):
+        across = [line for line in axis.get_lines() if str(line.get_label()).endswith("null")]
+        assert [(line.get_label(), line.get_ydata()[0]) for line in across] == [(one[0], one[place]) for one in lines]
+        assert all(np.ptp(line.get_ydata()) == 0 for line in across)
+    texts = {text.get_text(): text.xy for text in figure.axes[2].texts}
+    assert texts["null"] == (lines[-1][2], lines[-1][1])
+    [legend] = figure.legends
+    assert {text.get_text() for text in legend.get_texts()} >= {one[0] for one in lines}
 
 
 @pytest.mark.parametrize("column", [False, True])
