@@ -4,6 +4,11 @@ import json
 import subprocess
 import sys
 
+import pytest
+from composing import compose
+
+from dpo.data.__main__ import main
+
 WHAT = {"name", "split", "count", "of", "verdict", "advice", "examples", "note"}
 
 
@@ -40,6 +45,8 @@ def test_a_report_on_dialogues(tmp_path, tiny_model):
 
 def test_what_is_no_record_stops_it_as_it_stops_training(tmp_path, tiny_model):
     (tmp_path / "pairs.jsonl").write_text('{\n{"prompt": "alone"}\n')
-    done = call(tmp_path, "data=file", "data.path=pairs.jsonl", f"policy.path={tiny_model('gpt2')}")
-    assert done.returncode == 1
-    assert "2 of 2 lines are no records" in done.stderr
+    folders = [f"report={tmp_path / 'report'}", f"cache={tmp_path / 'cache'}"]
+    given = ["data=file", f"data.path={tmp_path / 'pairs.jsonl'}", f"policy.path={tiny_model('gpt2')}", *folders]
+    with pytest.raises(ValueError, match="2 of 2 lines are no records"):
+        main(compose("data", *given))
+    assert not (tmp_path / "report").exists()
