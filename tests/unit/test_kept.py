@@ -1,6 +1,5 @@
 """Tokens from the cache are those of plain tokenizing, and made again where anything that decides them changed."""
 
-import multiprocessing
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 from conftest import CHAT_TEMPLATE, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import FORKS
 from tokenizers.normalizers import Lowercase
 
 from dpo import cache
@@ -199,7 +199,7 @@ def _ask(folder: str, rank: str) -> list[list[int]]:
 
 def test_of_processes_and_ranks_that_ask_at_once_one_tokenizes(tmp_path):
     """Whichever comes first: no rank waits for another, which may be on its way."""
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
+    with FORKS.Pool(3) as pool:
         found = pool.starmap(_ask, [(str(tmp_path), rank) for rank in ("1", "2", "1")])
     plain = [pair.chosen_ids for pair in tokenize(TEXTS[:2], tiny_tokenizer("gpt2"), 300, "error")]
     assert found == [plain] * 3
