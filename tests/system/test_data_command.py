@@ -43,3 +43,16 @@ def test_what_is_no_record_stops_it_as_it_stops_training(tmp_path, tiny_model):
     done = call(tmp_path, "data=file", "data.path=pairs.jsonl", f"policy.path={tiny_model('gpt2')}")
     assert done.returncode == 1
     assert "2 of 2 lines are no records" in done.stderr
+
+
+def test_a_mixture_with_a_weight(tmp_path, tiny_model):
+    for name in ("a", "b"):
+        rows = [{"prompt": f"{name} {n}?", "chosen": f" yes, {n}", "rejected": " no"} for n in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = "data.sources=[a.jsonl,{path:b.jsonl,weight:2}]"
+    done = call(tmp_path, "data=mixture", sources, f"policy.path={tiny_model('gpt2')}")
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "report" / "report.json").read_text())
+    twice = next(one for one in made["findings"] if one["name"] == "pairs that are there twice")
+    assert twice["count"] == sum(split["given"] for split in made["splits"].values()) - 40 > 0
+    assert all("b.jsonl" in place for place in twice["examples"])
