@@ -10,18 +10,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
-from dpo.data.records import (
-    HUMAN,
-    TURN,
-    Dataset,
-    OnFaulty,
-    Preference,
-    conversations,
-    paired,
-    preference,
-    responses_of,
-)
+from dpo.data.records import Dataset, OnFaulty, Preference, conversations, paired, preference, responses_of
 from dpo.data.sources import Source, has_splits, placed, require
+from dpo.data.texts import HUMAN, TURN
 
 CONVERTED = "refs/convert/parquet"  # the hub's own copy of a data set that is published as a script, a folder each
 FROM_FEEDBACK = Source(f"openai/summarize_from_feedback@{CONVERTED}", "train", folder="comparisons")
