@@ -245,7 +245,7 @@ def _pair(row: dict[str, Any]) -> Preference | str:
     dialogues = [row.get(name) for name in ("chosen", "rejected")]
     if not all(isinstance(dialogue, str) for dialogue in dialogues):
         raise ValueError("must have two dialogues in plain text, chosen and rejected" + _file(row))
-    if "prompt" in row:
+    if row.get("prompt") is not None:
         raise ValueError("must have two whole dialogues, chosen and rejected, found a prompt, too" + _file(row))
     (prompt, turn, chosen), (other, _, rejected) = (str(dialogue).rpartition(TURN) for dialogue in dialogues)
     if not turn:

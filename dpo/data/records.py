@@ -12,10 +12,11 @@ from dpo.cache import digest_large
 from dpo.data.lazy import Lazy
 from dpo.data.sources import SHOWN, Source, elsewhere, listed, parse, require, write_rows
 from dpo.data.sources import read as read_rows
-from dpo.data.texts import TURN, Text, checked, distinct, drawn, key, opening
+from dpo.data.texts import EMPTY, TURN, Text, checked, distinct, drawn, key, opening
 
 logger = logging.getLogger(__name__)
 OnFaulty = Literal["error", "drop", "keep"]  # what to do with faulty pairs and prompts: see `filter_pairs`
+ENDED = {"True": True, "False": False, "None": True, "": True}  # as text: a table without any in a row, and CSV
 READ = (  # what other formats have a policy read beside the prompt
     *("tools", "functions", "documents", "images", "videos", "audios", "system", "system_prompt", "history"),
     *("chat_template_kwargs", "chat_template"),
@@ -333,7 +334,7 @@ def preference(row: dict[str, Any]) -> Preference:
 
 def implicit(row: dict[str, Any]) -> Preference:
     """The pair of two texts that begin with their prompt: the words that they share. Raises: ValueError if none."""
-    if "prompt" in row or conversations(row):
+    if row.get("prompt") is not None or conversations(row):
         raise ValueError("must have no prompt of its own where data.prompt=implicit, found one; leave that out")
     chosen, rejected = (row.get(name) for name in ("chosen", "rejected"))
     if not isinstance(chosen, str) or not isinstance(rejected, str):
@@ -366,16 +367,17 @@ def responses_of(row: dict[str, Any], names: Sequence[str]) -> tuple[Text, list[
                 f"{name} must be one message of the assistant, found roles "
                 f"{[message['role'] for message in response]}; what comes before it belongs in prompt"
             )
-    ended = [row.get(f"{name}_ended", True) for name in names]
-    if not all(isinstance(flag, bool) for flag in ended):
-        raise ValueError(f"{' and '.join(f'{name}_ended' for name in names)} must be true or false, found {ended}")
+    flags = [row.get(f"{name}_ended") for name in names]
+    ended = [ENDED[str(flag)] for flag in flags if str(flag) in ENDED]
+    if len(ended) < len(flags):
+        raise ValueError(f"{' and '.join(f'{name}_ended' for name in names)} must be true or false, found {flags}")
     return prompt, responses, ended
 
 
 def _measures(row: dict[str, Any]) -> Measures:
     """Those of our own files, which have them all; columns of the same names in others mean something else."""
     names = [one.name for one in fields(Measures)]
-    if not all(name in row for name in names):
+    if not all(name in row for name in names) or type(row["flipped"]) is not bool:  # null, where other rows have them
         return Measures()
     values: dict[str, Any] = {name: tuple(value) if isinstance(value := row[name], list) else value for name in names}
     return Measures(**values)
@@ -383,15 +385,18 @@ def _measures(row: dict[str, Any]) -> Measures:
 
 def _score_gap(row: dict[str, Any]) -> float | None:
     for names in SCORES:
-        scores: list[Any] = [row.get(name) for name in names]
-        if all(type(score) in (int, float) and math.isfinite(score) for score in scores):
-            return float(scores[0] - scores[1])
+        try:  # in a CSV file without one in a row they are text
+            scores = [float(row[name]) for name in names if type(row[name]) in (int, float, str)]
+        except (KeyError, ValueError):
+            continue
+        if len(scores) == 2 and all(map(math.isfinite, scores)):
+            return scores[0] - scores[1]
     return None
 
 
 def _token_ids(row: dict[str, Any], chosen: Text, rejected: Text) -> TokenIds | None:
     token_ids = row.get("token_ids")
-    if token_ids is None:
+    if token_ids in EMPTY:
         return None
     names = {column.name for column in fields(TokenIds)}
     if not isinstance(token_ids, dict) or set(token_ids) != names or not isinstance(token_ids["tokenizer"], str):
