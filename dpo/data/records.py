@@ -22,7 +22,10 @@ READ = (  # what other formats have a policy read beside the prompt
     *("chat_template_kwargs", "chat_template"),
 )
 
-SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
+SCORES = (
+    *(("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")),
+    *(("chosen_rating", "rejected_rating"), ("chosen-rating", "rejected-rating")),
+)
 FAULTY = "Mend them, or set data.on_faulty=drop to leave them out or data.on_faulty=keep to train on them."
 
 
