@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 
+import datasets
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, tiny_tokenizer
@@ -145,6 +146,36 @@ def test_from_the_hub(monkeypatch):
     assert sorted(asked) == [("some/repository", "test"), ("some/repository", "train")]
     assert [len(data.preferences[split]) for split in ("train", "validation")] == [40, 20]
     assert data.preferences["validation"][1].source == "some/repository, test split, row 1"
+
+
+def test_splits_and_configurations(tmp_path, monkeypatch):
+    """A folder of a train split alone, and names for any other; of the hub a configuration, too."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    datasets.Dataset.from_list(ROWS).to_parquet(folder / "train-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=r"test split must be readable, found: .*test"):
+        unpaired(str(folder), None, "none", 0.2, "error")
+    data = unpaired(str(folder), None, "none", 0.2, "error", split="train")
+    alone = read(tmp_path, ROWS)
+    for name in ("train", "validation"):
+        assert data.preferences[name] == alone.preferences[name]
+    datasets.Dataset.from_list(ROWS[:9]).to_parquet(folder / "validation-00000-of-00001.parquet")
+    named = unpaired(str(folder), None, "none", 0.2, "error", validation_split="validation")
+    assert [len(named.preferences[name]) for name in ("train", "validation")] == [60, 9]
+    shown = unpaired(str(tmp_path / "rows.jsonl"), str(folder), "none", 0.2, "error", validation_split="validation")
+    assert shown.preferences["validation"] == named.preferences["validation"]
+    asked = []
+
+    def load_dataset(path, split, **options):
+        asked.append((split, options))
+        return ROWS
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    unpaired("some/responses", None, "none", 0.2, "error", config="easy")
+    assert asked == [("test", {"name": "easy"}), ("train", {"name": "easy"})]
+    asked.clear()
+    unpaired("some/responses", "some/others@v1", "none", 0.2, "error", split="all")
+    assert asked == [("test", {"revision": "v1"}), ("all", {})]
 
 
 def test_flips_turn_labels_and_what_needs_pairs_is_refused(tmp_path):
