@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dpo.data import records, report
 from dpo.data.measure import measured, measured_prompts
@@ -41,9 +41,10 @@ def main(config: DictConfig) -> None:
     """Raises: ValueError if the data cannot be read at all, as training would."""
     spec, limits = policy_spec(config), limits_of(config)
     tokenizer = models.load_tokenizer(spec)
-    on_faulty = config.data.get("on_faulty", "error")
+    node: Any = OmegaConf.to_container(config.data, resolve=True)
+    on_faulty = node.get("on_faulty", "error")
     with heard() as refused:  # all faulty pairs are read, and counted here
-        dataset = instantiate({**config.data, **({"on_faulty": "keep"} if "on_faulty" in config.data else {})})
+        dataset = instantiate(node | ({"on_faulty": "keep"} if "on_faulty" in node else {}))
     tables: dict[str, pd.DataFrame]
     if dataset.preferences:
         dataset.preferences.update(treated(dataset.preferences, treatment_of(config), config.seed))

@@ -57,7 +57,7 @@ def _shown(
 
 def _turns(row: dict[str, Any], turns: Turns) -> list[Preference] | str:
     """The demonstrations of a row as single responses that are desirable, or why there is none."""
-    if "messages" not in row:
+    if row.get("messages") is None:
         pairs = "; pairs of chosen and rejected are read by data=file" if "chosen" in row else ""
         require(row, ("prompt", "completion"), pairs, instead="messages, or ")
         prompt, [completion], [ended] = responses_of(row, ("completion",))

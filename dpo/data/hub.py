@@ -10,18 +10,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
-from dpo.data.records import (
-    HUMAN,
-    TURN,
-    Dataset,
-    OnFaulty,
-    Preference,
-    conversations,
-    paired,
-    preference,
-    responses_of,
-)
-from dpo.data.sources import Source, has_splits, placed, require
+from dpo.data.records import Dataset, OnFaulty, Preference, conversations, paired, preference, responses_of
+from dpo.data.sources import Source, elsewhere, has_splits, placed, require
+from dpo.data.texts import HUMAN, TURN
 
 CONVERTED = "refs/convert/parquet"  # the hub's own copy of a data set that is published as a script, a folder each
 FROM_FEEDBACK = Source(f"openai/summarize_from_feedback@{CONVERTED}", "train", folder="comparisons")
@@ -182,17 +173,24 @@ def unpaired(
     repository: str,
     validation_fraction: float,
     on_faulty: OnFaulty,
+    config: str | None = None,
+    split: str | None = None,
+    validation_split: str | None = None,
     columns: dict[str, str] | None = None,
 ) -> Dataset:
     """Single responses with a label, desirable or not, as TRL's unpaired preferences; demonstrations are the former.
 
-    path: None: the splits train and test of `repository` on the hub. A row has a `prompt` and a `completion`, text or
-    chat messages, and a `label`, true or false, 1 or 0; `completion_ended` may be false. columns: where they have other
-    names, see `dpo.data.sources.renamed`. on_faulty: see `dpo.data.records.filter_pairs`.
+    path: None: `repository` on the hub. A row has a `prompt` and a `completion`, text or chat messages, and a `label`,
+    true or false, 1 or 0; `completion_ended` may be false. split, validation_split: None, both of them: the splits
+    train and test, where there are splits; with `split` alone a share of that is held out. config, columns, on_faulty:
+    those of `dpo.data.records.file`.
     """
-
-    published = Source(repository, "train", columns=columns)
-    data = _read(_labelled, path, validation_path, validation_fraction, on_faulty, published, "test")
+    source = Source(path or repository, split, config, columns=columns)
+    published = validation_path is not None or split is None  # a split of its own
+    if validation_split is None and published and has_splits(validation_path or source.path):
+        validation_split = "test"
+    held_out = elsewhere(source, validation_path, validation_split)
+    data = paired(_labelled, source, held_out, validation_fraction, on_faulty)
     if len(found := {row.label for row in data.preferences["train"]}) < 2:
         raise ValueError(
             f"{path or repository} must have training responses of both labels, found {found.pop()} alone; add others"
@@ -260,7 +258,7 @@ def _pair(row: dict[str, Any]) -> Preference | str:
     dialogues = [row.get(name) for name in ("chosen", "rejected")]
     if not all(isinstance(dialogue, str) for dialogue in dialogues):
         raise ValueError("must have two dialogues in plain text, chosen and rejected" + _file(row))
-    if "prompt" in row:
+    if row.get("prompt") is not None:
         raise ValueError("must have two whole dialogues, chosen and rejected, found a prompt, too" + _file(row))
     (prompt, turn, chosen), (other, _, rejected) = (str(dialogue).rpartition(TURN) for dialogue in dialogues)
     if not turn:

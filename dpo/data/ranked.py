@@ -9,8 +9,9 @@ from itertools import combinations
 from typing import Any, Literal
 
 from dpo.cache import digest
-from dpo.data.records import HUMAN, TURN, Dataset, OnFaulty, Preference, paired, preference
+from dpo.data.records import Dataset, OnFaulty, Preference, paired, preference
 from dpo.data.sources import Source, elsewhere, has_splits, require
+from dpo.data.texts import HUMAN, TURN
 
 Pairs = Literal["best_worst", "best_random", "all"]
 

@@ -1,7 +1,5 @@
 """A preference as text; JSONL in and out."""
 
-import hashlib
-import json
 import logging
 import math
 from collections import Counter
@@ -12,21 +10,22 @@ from typing import Any, Literal
 
 from dpo.cache import digest_large
 from dpo.data.lazy import Lazy
-from dpo.data.sources import SHOWN, Source, elsewhere, kind, listed, parse, require, write_rows
+from dpo.data.sources import SHOWN, Source, elsewhere, listed, parse, require, write_rows
 from dpo.data.sources import read as read_rows
+from dpo.data.texts import EMPTY, TURN, Text, checked, distinct, drawn, key, opening
 
 logger = logging.getLogger(__name__)
-Text = str | list[dict[str, str]]  # plain text, or chat messages {"role", "content"}
 OnFaulty = Literal["error", "drop", "keep"]  # what to do with faulty pairs and prompts: see `filter_pairs`
-
-TURN, HUMAN = "\n\nAssistant:", "\n\nHuman:"  # of Anthropic's dialogues
-EMPTY: tuple[Any, ...] = (None, "", [], {})
+ENDED = {"True": True, "False": False, "None": True, "": True}  # as text: a table without any in a row, and CSV
 READ = (  # what other formats have a policy read beside the prompt
     *("tools", "functions", "documents", "images", "videos", "audios", "system", "system_prompt", "history"),
     *("chat_template_kwargs", "chat_template"),
 )
 
-SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
+SCORES = (
+    *(("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")),
+    *(("chosen_rating", "rejected_rating"), ("chosen-rating", "rejected-rating")),
+)
 FAULTY = "Mend them, or set data.on_faulty=drop to leave them out or data.on_faulty=keep to train on them."
 
 
@@ -116,13 +115,13 @@ class Dataset:
         Raises: ValueError if nothing was written to one of them.
         """
         known = self.prompts[split] if split in self.written else []
-        found = dict(zip(map(_key, known), self.written.get(split, []), strict=True))
-        if missing := [prompt for prompt in prompts if _key(prompt) not in found]:
+        found = dict(zip(map(key, known), self.written.get(split, []), strict=True))
+        if missing := [prompt for prompt in prompts if key(prompt) not in found]:
             raise ValueError(
                 f"the data must hold what a human responds to each of the {split} prompts, found nothing for "
                 f"{len(missing)} of {len(prompts)}; data=world has it for all, data with pairs for the test prompts"
             )
-        return [found[_key(prompt)] for prompt in prompts]
+        return [found[key(prompt)] for prompt in prompts]
 
 
 def called(label: bool | None) -> str:
@@ -170,9 +169,10 @@ def file(
     demonstrations are the chosen responses.
 
     validation_path: where the held-out pairs are; None: in `validation_split` of `path`, or, without one, about
-    `validation_fraction` of the prompts, chosen by a hash of the prompt, so that no prompt is on both sides and the
-    split stays when the file grows. columns: see `dpo.data.sources.renamed`. prompt: "implicit": rows have none, and it
-    is what chosen and rejected begin with, to the last whole word. on_faulty: see `filter_pairs`.
+    `validation_fraction` of the prompts, by a hash of what each begins with (`dpo.data.texts.opening`), so that no
+    conversation is on both sides and the split stays when the file grows. columns: see `dpo.data.sources.renamed`.
+    prompt: "implicit": rows have none, and it is what chosen and rejected begin with, to the last whole word.
+    on_faulty: see `filter_pairs`.
     """
     source = Source(path, split, config, columns=columns)
     held_out = elsewhere(source, validation_path, validation_split)
@@ -275,34 +275,34 @@ def split_pairs(
     validation_fraction: float,
     on_faulty: OnFaulty = "error",
 ) -> Dataset:
-    """A data set of labelled pairs; validation is `held_out`, or split off by a stable hash of the prompt.
+    """A data set of labelled pairs; validation is `held_out`, or split off by a stable hash of the prompt's `opening`.
 
-    Where the hash leaves one side empty, it gets the prompt that came next.
+    Where the hash leaves one side empty, it gets the prompts that came next.
     """
     if held_out is None:
         if not 0 < validation_fraction < 1:
             raise ValueError(f"data.validation_fraction must be between 0 and 1, got {validation_fraction}")
-        hashes = [_hash(pair.prompt) for pair in pairs]
+        hashes = [drawn(opening(pair.prompt)) for pair in pairs]
         _, *more = sorted(set(hashes))
         if not more:
             raise ValueError(
-                f"a split must have a prompt on either side, found {len(pairs)} {called(pairs[0].label)} of "
-                "one prompt; add some of another, or give data.validation_path"
+                f"a split must have a prompt on either side, found {len(pairs)} {called(pairs[0].label)} whose prompts "
+                "all begin alike; add some of another, or give data.validation_path"
             )
         border = min(max(validation_fraction, more[0]), more[-1])  # so that neither side is empty
         train = [pair for pair, value in zip(pairs, hashes, strict=True) if value >= border]
         held_out = [pair for pair, value in zip(pairs, hashes, strict=True) if value < border]
     else:
         train = list(pairs)
-        train_keys = {_key(pair.prompt) for pair in train}
-        shared = sum(_key(pair.prompt) in train_keys for pair in held_out)
+        train_keys = {key(pair.prompt) for pair in train}
+        shared = sum(key(pair.prompt) in train_keys for pair in held_out)
         if shared:
             what = called(held_out[0].label)
             logger.warning(f"{shared} of {len(held_out)} validation {what} have a prompt of the training {what}")
     test = distinct(pair.prompt for pair in held_out)
     good, shown = ([pair for pair in some if pair.label is not False] for some in (train, held_out))
-    first = {_key(pair.prompt): pair.chosen for pair in reversed(shown)}
-    texts = [first[_key(prompt)] for prompt in test] if len(first) == len(test) else []
+    first = {key(pair.prompt): pair.chosen for pair in reversed(shown)}
+    texts = [first[key(prompt)] for prompt in test] if len(first) == len(test) else []
     written = [text if isinstance(text, str) else text[-1]["content"] for text in texts]
     return Dataset(
         demonstrations=[Demonstration(pair.prompt, pair.chosen, pair.chosen_ended, pair.source) for pair in good],
@@ -311,23 +311,6 @@ def split_pairs(
         on_faulty=on_faulty,
         written={"test": written} if texts else {},
     )
-
-
-def distinct(prompts: Iterable[Text]) -> list[Text]:
-    """Each prompt once, in order of first appearance."""
-    first: dict[str, Text] = {}
-    for prompt in prompts:
-        first.setdefault(_key(prompt), prompt)
-    return list(first.values())
-
-
-def _key(text: Text) -> str:
-    return json.dumps(text, sort_keys=True)
-
-
-def _hash(prompt: Text) -> float:
-    """Uniform in [0, 1), the same for the same prompt everywhere."""
-    return int.from_bytes(hashlib.sha256(_key(prompt).encode()).digest()[:6]) / 2**48
 
 
 def conversations(row: dict[str, Any]) -> bool:
@@ -354,7 +337,7 @@ def preference(row: dict[str, Any]) -> Preference:
 
 def implicit(row: dict[str, Any]) -> Preference:
     """The pair of two texts that begin with their prompt: the words that they share. Raises: ValueError if none."""
-    if "prompt" in row or conversations(row):
+    if row.get("prompt") is not None or conversations(row):
         raise ValueError("must have no prompt of its own where data.prompt=implicit, found one; leave that out")
     chosen, rejected = (row.get(name) for name in ("chosen", "rejected"))
     if not isinstance(chosen, str) or not isinstance(rejected, str):
@@ -374,7 +357,7 @@ def responses_of(row: dict[str, Any], names: Sequence[str]) -> tuple[Text, list[
             f"must say all that the policy reads in prompt, found {' and '.join(unread)}, too; write it into the "
             "prompt, as a message of the system for example, or remove it"
         )
-    prompt, *responses = (_text(row[name], name) for name in ("prompt", *names))
+    prompt, *responses = (checked(row[name], name) for name in ("prompt", *names))
     if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         raise ValueError("prompt must end before the assistant's turn, found a message of the assistant last")
     for name, response in zip(names, responses, strict=True):
@@ -387,16 +370,17 @@ def responses_of(row: dict[str, Any], names: Sequence[str]) -> tuple[Text, list[
                 f"{name} must be one message of the assistant, found roles "
                 f"{[message['role'] for message in response]}; what comes before it belongs in prompt"
             )
-    ended = [row.get(f"{name}_ended", True) for name in names]
-    if not all(isinstance(flag, bool) for flag in ended):
-        raise ValueError(f"{' and '.join(f'{name}_ended' for name in names)} must be true or false, found {ended}")
+    flags = [row.get(f"{name}_ended") for name in names]
+    ended = [ENDED[str(flag)] for flag in flags if str(flag) in ENDED]
+    if len(ended) < len(flags):
+        raise ValueError(f"{' and '.join(f'{name}_ended' for name in names)} must be true or false, found {flags}")
     return prompt, responses, ended
 
 
 def _measures(row: dict[str, Any]) -> Measures:
     """Those of our own files, which have them all; columns of the same names in others mean something else."""
     names = [one.name for one in fields(Measures)]
-    if not all(name in row for name in names):
+    if not all(name in row for name in names) or type(row["flipped"]) is not bool:  # null, where other rows have them
         return Measures()
     values: dict[str, Any] = {name: tuple(value) if isinstance(value := row[name], list) else value for name in names}
     return Measures(**values)
@@ -404,15 +388,18 @@ def _measures(row: dict[str, Any]) -> Measures:
 
 def _score_gap(row: dict[str, Any]) -> float | None:
     for names in SCORES:
-        scores: list[Any] = [row.get(name) for name in names]
-        if all(type(score) in (int, float) and math.isfinite(score) for score in scores):
-            return float(scores[0] - scores[1])
+        try:  # in a CSV file without one in a row they are text
+            scores = [float(row[name]) for name in names if type(row[name]) in (int, float, str)]
+        except (KeyError, ValueError):
+            continue
+        if len(scores) == 2 and all(map(math.isfinite, scores)):
+            return scores[0] - scores[1]
     return None
 
 
 def _token_ids(row: dict[str, Any], chosen: Text, rejected: Text) -> TokenIds | None:
     token_ids = row.get("token_ids")
-    if token_ids is None:
+    if token_ids in EMPTY:
         return None
     names = {column.name for column in fields(TokenIds)}
     if not isinstance(token_ids, dict) or set(token_ids) != names or not isinstance(token_ids["tokenizer"], str):
@@ -439,38 +426,6 @@ def _other_data(row: dict[str, Any]) -> str:
     if {"messages", "completion", "response", "conversations"} & row.keys() and "rejected" not in row:
         return "; this is data of demonstrations, which dpo.sft reads by data=sft"
     return ""
-
-
-def _text(value: Any, name: str) -> Text:
-    """The value as text, or as chat messages. Raises: ValueError for messages with more than a role and a content."""
-    if isinstance(value, str):
-        _check_unicode(value, name)
-        return value
-    if not isinstance(value, list):
-        raise ValueError(f"{name} must be text or a list of chat messages, found {kind(value)}")
-    if not value:
-        raise ValueError(f"{name} must hold at least one chat message, found an empty list")
-    messages = []
-    for position, message in enumerate(value, start=1):
-        parts = [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else [None]
-        if not all(isinstance(part, str) for part in parts):
-            raise ValueError(f'{name}: message {position} must be {{"role": text, "content": text}}')
-        more = [key for key, field in message.items() if key not in ("role", "content") and field not in EMPTY]
-        if more:
-            raise ValueError(
-                f"{name}: message {position} must have a role and a content and nothing else, found "
-                f"{' and '.join(map(str, more))}; write into the content what the policy shall read; remove the rest"
-            )
-        _check_unicode(message["content"], name)
-        messages.append({"role": message["role"], "content": message["content"]})
-    return messages
-
-
-def _check_unicode(text: str, name: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} must be Unicode, found half a surrogate pair at {error.start}") from error
 
 
 def row(pair: Preference) -> dict[str, Any]:

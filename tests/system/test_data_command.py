@@ -50,3 +50,16 @@ def test_what_is_no_record_stops_it_as_it_stops_training(tmp_path, tiny_model):
     with pytest.raises(ValueError, match="2 of 2 lines are no records"):
         main(compose("data", *given))
     assert not (tmp_path / "report").exists()
+
+
+def test_a_mixture_with_a_weight(tmp_path, tiny_model):
+    for name in ("a", "b"):
+        rows = [{"prompt": f"{name} {n}?", "chosen": f" yes, {n}", "rejected": " no"} for n in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = f"data.sources=[{tmp_path / 'a.jsonl'},{{path:{tmp_path / 'b.jsonl'},weight:2}}]"
+    folders = [f"report={tmp_path / 'report'}", f"cache={tmp_path / 'cache'}"]
+    main(compose("data", "data=mixture", sources, f"policy.path={tiny_model('gpt2')}", *folders))
+    made = json.loads((tmp_path / "report" / "report.json").read_text())
+    twice = next(one for one in made["findings"] if one["name"] == "pairs that are there twice")
+    assert twice["count"] == sum(split["given"] for split in made["splits"].values()) - 40 > 0
+    assert all("b.jsonl" in place for place in twice["examples"])

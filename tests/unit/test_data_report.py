@@ -3,6 +3,7 @@
 import json
 import random
 
+import datasets
 import numpy as np
 import pytest
 
@@ -210,6 +211,37 @@ def test_scores_come_from_any_file_and_turn_with_their_pair(tmp_path, tiny_model
     assert (against.split, against.count, against.of, against.verdict) == ("train", 11, 30, "look")
     assert counts(findings)["scores that are tied"] == 10
     assert "labels against their scores" not in counts(findings, "validation")
+
+
+@pytest.mark.parametrize("names", [("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating")])
+def test_a_label_against_the_scores_of_the_data(tmp_path, tiny_model, names):
+    """Two pairs are turned; as argilla has UltraFeedback, conversations beside a prompt in plain text."""
+    rows = [
+        {
+            "source": "evol_instruct",
+            "prompt": clean(n)["prompt"],
+            **{
+                side: [
+                    {"role": "user", "content": clean(n)["prompt"]},
+                    {"role": "assistant", "content": clean(n)[side]},
+                ]
+                for side in ("chosen", "rejected")
+            },
+            **dict(zip(names, (2.0, 4.75) if n in (3, 8) else (4.75, 2.0), strict=True)),
+        }
+        for n in range(20)
+    ]
+    paths = tmp_path / "train.parquet", tmp_path / "held_out.parquet"
+    for path, some in zip(paths, (rows, rows[:2]), strict=True):
+        datasets.Dataset.from_list(some).to_parquet(path)
+    data = file(*map(str, paths), 0.1, "error")
+    assert data.preferences["train"][0].prompt == rows[0]["chosen"][:1]
+    both = [pair for some in data.preferences.values() for pair in some]
+    table = measured(both, load_tokenizer(tiny_model("qwen2")), str(tmp_path))
+    findings, _, _ = report.of_pairs(data, table, [], Limits(200, 20, "error"), "error", str(tmp_path))
+    against = next(one for one in findings if one.name == "labels against their scores")
+    assert (against.count, against.of) == (2, 20)
+    assert [place.rpartition(" ")[2] for place in against.examples] == ["3", "8"]
 
 
 def test_auc_by_brute_force():

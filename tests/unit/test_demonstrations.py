@@ -60,6 +60,15 @@ def test_turns_of_a_conversation_to_the_letter(tmp_path, kind):
         assert both[1::2] == data.demonstrations
 
 
+def test_turns_of_a_conversation_are_on_one_side(tmp_path):
+    path = save(tmp_path / "rows.jsonl", [conversation(number) for number in range(40)])
+    data = sft(path, None, "all", 0.3, "error")
+    trained, held_out = ({json.dumps(prompt[:2]) for prompt in data.prompts[split]} for split in ("train", "test"))
+    assert not trained & held_out
+    assert len(trained) + len(held_out) == 40
+    assert (len(data.demonstrations), len(data.prompts["test"])) == (2 * len(trained), 2 * len(held_out))
+
+
 def test_prompts_and_completions(tmp_path):
     text = [{"prompt": f"{n}?", "completion": f" {n}."} for n in range(20)]
     chat = [

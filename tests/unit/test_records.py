@@ -1,6 +1,7 @@
 """Records survive a round trip, faults are counted and named, and no prompt is on both sides of a split."""
 
 import gzip
+import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -22,6 +23,7 @@ from dpo.data.records import (
     split_pairs,
     write,
 )
+from dpo.data.texts import HUMAN, TURN, Text
 
 text = st.text(st.characters(exclude_categories=["Cs"]))
 turns = st.lists(text.map(lambda words: {"role": "user", "content": words}), min_size=1, max_size=3)
@@ -315,6 +317,32 @@ def test_split_is_the_same_in_every_process():
         "prompt 20",
         "prompt 26",
     ]  # of this hash, for good
+
+
+def dialogue(begins: str, turns: int, chat: bool) -> Text:
+    """A prompt that ends in the user's turn of this number."""
+    said = [begins, *(f"turn {n} of {begins}" for n in range(2 * turns - 2))]
+    if not chat:
+        return "".join(f"{(HUMAN, TURN)[place % 2]} {text}" for place, text in enumerate(said)) + TURN
+    roles = ["user", "assistant"] * turns
+    system = {"role": "system", "content": "Be brief."}
+    return [system, *({"role": role, "content": text} for role, text in zip(roles, said, strict=False))]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_conversation_is_on_one_side(chat):
+    """Its first turn decides, and so where a single turn has always been."""
+    prompts = {n: [dialogue(f"Who is number {n}?", turns, chat) for turns in (1, 2, 4)] for n in range(40)}
+    some = [Preference(prompt, "good", "bad") for three in prompts.values() for prompt in three]
+    data = split_pairs(some, None, 0.3)
+    held_out = [pair.prompt for pair in data.preferences["validation"]]
+    assert {sum(prompt in held_out for prompt in three) for three in prompts.values()} == {0, 3}
+    single = split_pairs(some[::3], None, 0.3).preferences["validation"]
+    assert [pair.prompt for pair in single] == held_out[::3]
+    places = [hashlib.sha256(json.dumps(three[0], sort_keys=True).encode()).hexdigest() for three in prompts.values()]
+    assert held_out[::3] == [prompts[n][0] for n, place in enumerate(places) if int(place[:12], 16) / 2**48 < 0.3]
+    with pytest.raises(ValueError, match="found 3 pairs whose prompts all begin alike"):
+        split_pairs(some[:3], None, 0.3)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1])

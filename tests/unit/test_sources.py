@@ -9,7 +9,10 @@ import huggingface_hub
 import pyarrow
 import pytest
 
-from dpo.data.records import file
+from dpo.data.demonstrations import sft
+from dpo.data.hub import hh
+from dpo.data.records import Measures, Preference, TokenIds, file
+from dpo.data.records import row as line
 from dpo.data.sources import Source, read, renamed
 
 ROWS = [
@@ -84,6 +87,54 @@ def test_so_are_conversations(write, name):
     pairs = [pair for split in ("train", "validation") for pair in data.preferences[split]]
     assert sorted(pair.prompt[0]["content"] for pair in pairs) == [f"{n}?" for n in range(8)]
     assert {(pair.chosen[0]["content"], pair.rejected[0]["content"]) for pair in pairs} == {("Yes.", "No.")}
+
+
+OPTIONAL = [  # of our own lines, each in some alone
+    {},
+    {"chosen_ended": False},
+    {"rejected_ended": False},
+    {"token_ids": TokenIds("a tokenizer", [1], [2, 3], [4])},
+    {"measures": Measures(1.5, "answers", (2.0, 1.0), (5, 3), True)},
+    {"measures": Measures(gap=-0.5, words=(5, 3))},
+    {"score_gap": 1.0},
+]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_fields_of_some_rows_are_absent_from_the_others(write, name):
+    """A table has null there; CSV files have no lists."""
+    given = [more for more in OPTIONAL if not name.endswith("csv") or more.keys().isdisjoint({"token_ids", "measures"})]
+    pairs = [Preference(f"{n}?", " yes", " no", **more) for n, more in enumerate(given)]
+    rows = [line(pair) for pair in pairs]
+    rows[-1] |= {"score_chosen": 2.5, "score_rejected": 1.5, "origin": "elsewhere"}
+    if "jsonl" not in name:
+        names = dict.fromkeys(key for one in rows for key in one)
+        rows = [{key: one.get(key) for key in names} for one in rows]
+    data = file(write(name, rows), None, 0.3, "error")
+    found = {pair.prompt: pair for some in data.preferences.values() for pair in some}
+    for pair in pairs:
+        assert {**vars(found[pair.prompt]), "source": None} == vars(pair)
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.parquet"])
+def test_columns_of_other_rows_are_no_refusal(write, name):
+    shown = [{"prompt": f"{n}?", "completion": "a", "messages": None, "completion_ended": None} for n in range(5)]
+    chat = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    shown.append({"prompt": None, "completion": None, "messages": chat, "completion_ended": False})
+    data = sft(write(name, shown), None, "last", 0.3, "error")
+    assert len(data.demonstrations) + len(data.prompts["test"]) == 6
+    implicit = [{"prompt": None, "chosen": f"Q {n} is blue.", "rejected": f"Q {n} is green."} for n in range(5)]
+    pairs = file(write(name, implicit), None, 0.3, "error", prompt="implicit").preferences["train"]
+    assert pairs[0].prompt.startswith("Q")
+    said = [{side: f"\n\nHuman: {n}\n\nAssistant: {side}" for side in ("chosen", "rejected")} for n in range(5)]
+    dialogues = hh(write(name, [{"prompt": None, **one} for one in said]), None, None, False, 0.3, "error")
+    assert {pair.chosen for pair in dialogues.preferences["train"]} == {" chosen"}
+
+
+@pytest.mark.parametrize("flag", ["no", 1, [False]])
+def test_whether_a_response_ended_is_true_or_false(write, flag):
+    with pytest.raises(ValueError, match="row 0: chosen_ended and rejected_ended must be true or false, found"):
+        file(write("rows.json", [ROWS[0] | {"chosen_ended": flag}]), None, 0.3, "error")
 
 
 def test_a_row_is_named_by_its_place(write):

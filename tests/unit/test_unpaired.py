@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 
+import datasets
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, tiny_tokenizer
@@ -137,6 +138,34 @@ def test_from_the_hub(dataset_hub):
     data = unpaired(None, None, "some/repository", 0.1, "error")
     assert [len(data.preferences[split]) for split in ("train", "validation")] == [40, 20]
     assert data.preferences["validation"][1].source == "some/repository, test split, row 1"
+
+
+def test_splits_and_configurations(tmp_path, dataset_hub):
+    """A folder of a train split alone, and names for any other; of the hub a configuration, too."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    datasets.Dataset.from_list(ROWS).to_parquet(folder / "train-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=r"test split must be readable, found: .*test"):
+        unpaired(str(folder), None, "none", 0.2, "error")
+    data = unpaired(str(folder), None, "none", 0.2, "error", split="train")
+    alone = read(tmp_path, ROWS)
+    for name in ("train", "validation"):
+        assert data.preferences[name] == alone.preferences[name]
+    datasets.Dataset.from_list(ROWS[:9]).to_parquet(folder / "validation-00000-of-00001.parquet")
+    named = unpaired(str(folder), None, "none", 0.2, "error", validation_split="validation")
+    assert [len(named.preferences[name]) for name in ("train", "validation")] == [60, 9]
+    shown = unpaired(str(tmp_path / "rows.jsonl"), str(folder), "none", 0.2, "error", validation_split="validation")
+    assert shown.preferences["validation"] == named.preferences["validation"]
+    configs = "".join(f"- config_name: {one}\n  data_dir: {one}\n" for one in ("easy", "hard"))
+    files = {f"{one}/{split}.jsonl": some for one, rows in (("easy", ROWS[:40]), ("hard", ROWS)) for split, some in
+             (("train", rows[9:]), ("test", rows[:9]))}  # fmt: skip
+    dataset_hub.publish("some/responses", files | {"README.md": f"---\nconfigs:\n{configs}---\n"})
+    dataset_hub.publish("some/others", {"all.jsonl": ROWS, "test.jsonl": ROWS[:7]}, "v1")
+    for config, count in (("easy", 31), ("hard", 51)):
+        data = unpaired("some/responses", None, "none", 0.2, "error", config=config)
+        assert [len(data.preferences[name]) for name in ("train", "validation")] == [count, 9]
+    data = unpaired(str(tmp_path / "rows.jsonl"), "some/others@v1", "none", 0.2, "error")
+    assert [len(data.preferences[name]) for name in ("train", "validation")] == [60, 7]
 
 
 def test_flips_turn_labels_and_what_needs_pairs_is_refused(tmp_path):
