@@ -279,6 +279,7 @@ def resolve_path(path: str) -> str:
 
     Raises: ValueError if `path` can only be a folder, and is none, or if what it holds cannot be loaded.
     """
+    on_hub(path)
     folder = WORLD_BASE if path == "world" else Path(path).expanduser()
     parent = folder.parent
     named = not folder.is_absolute() and not path.startswith(".") and path.count("/") < 2  # as on the hub

@@ -15,6 +15,7 @@ from dpo.data.batches import collate_responses
 from dpo.policy import model as models
 from dpo.policy import sharded_io
 from dpo.policy.logps import packable, sequence_logps
+from dpo.references import Frozen
 
 KINDS = ["gpt2", "gpt_neox", "llama", "mistral", "qwen2"]
 
@@ -422,6 +423,18 @@ def snapshot_of(source):
 def test_a_revision_that_is_not_there_is_named(hub):
     with pytest.raises(ValueError, match="run `hf download someone/tiny --revision second` where there is a network"):
         models.load(f"{hub}@second")
+
+
+@pytest.mark.parametrize("given", ["model@deadbeef", "me/model@v1", "model@", "{}/model@v1", "world@v1"])
+def test_a_folder_has_no_revision(tiny_model, tmp_path, monkeypatch, given):
+    """Relative as hub names are, too: the library would load the folder, and pass over the revision."""
+    for place in ("model", "me/model"):
+        copy(tiny_model("llama"), tmp_path / place)
+    monkeypatch.chdir(tmp_path)
+    given = given.format(tmp_path)
+    for ask in (models.resolve_path, models.load, Frozen):  # what planning asks, a run, a reference
+        with pytest.raises(ValueError, match=f"a folder has no revision, found {given}; take {given.split('@')[0]}$"):
+            ask(given)
 
 
 def test_a_folder_may_have_an_at_in_its_name(tiny_model, tmp_path):
