@@ -259,6 +259,16 @@ def test_layers_that_get_no_adapter(targets, said, tiny_model):
     models.check_lora(tiny_model("llama"), replace(ADAPTERS, targets=["q_proj", "layers.1.mlp.up_proj"]))
 
 
+@pytest.mark.parametrize(
+    "kind,targets,most", [("llama", ["k_proj"], 16), ("llama", "all-linear", 32), ("gpt2", "all-linear", 32)]
+)
+def test_a_rank_is_that_of_a_weight_at_most(kind, targets, most, tiny_model):
+    """Larger ones are found out before any memory is taken, which is what they would need."""
+    models.check_lora(tiny_model(kind), replace(ADAPTERS, targets=targets, rank=most))
+    with pytest.raises(ValueError, match=rf"policy.lora.rank must be at most {most}, .* got {10**9}; set policy.lora"):
+        models.check_lora(tiny_model(kind), replace(ADAPTERS, targets=targets, rank=10**9))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_which_layers_get_one(kind, tiny_model):
     """All linear ones but the head; of a mixture of experts those of attention, since the others are no layers."""
