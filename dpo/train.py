@@ -85,6 +85,8 @@ def run(config: DictConfig, directory: Path) -> None:
     tokenizer, pairs = encode(config, dataset)
     test = evaluate.test_prompts(dataset, measuring, tokenizer)
     evaluate.questions(instructions, tokenizer, measuring.limits)  # what cannot be asked stops here, not after training
+    if judge:  # a baseline that cannot be read stops here
+        evaluate.reads_alike(policy_spec(config, config.evaluation.baseline), tokenizer)
     start, policy, pairs = prepare(config, dataset, of_pairs, tokenizer, pairs)
     logger.info(brief(pairs["train"]))
     weights, device, in_4_bits = models.fingerprint(policy), distributed.device_of(policy), quantize_of(config)

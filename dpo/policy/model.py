@@ -79,12 +79,6 @@ def load(
     parted = layout if distributed.world_size() > 1 else None
     config = _config(path, trust_remote_code)
     _silence(config)
-    needed = max(tokenizer.get_vocab().values()) + 1
-    if needed > (rows := getattr(config.get_text_config(), "vocab_size", needed)):
-        raise ValueError(
-            f"the model of {path} must embed the {needed} tokens of its tokenizer, found {rows} embeddings; take "
-            "the tokenizer that belongs to the model"
-        )
     if spec.adapter:
         lora.check_fits(without_weights(spec), check_adapter(spec.adapter))
     try:
@@ -170,9 +164,8 @@ def save_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, k
 
 
 def load_tokenizer(which: ModelSpec | str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a policy, from where `load` finds it; it may lack a padding token, but not EOS.
-
-    It has the template and the date of the specification; `save` keeps both with the policy.
+    """The tokenizer of a policy, from where `load` finds it; it may lack a padding token, but not EOS, and the model
+    embeds all of its tokens. It has the template and the date of the specification; `save` keeps both with the policy.
     """
     spec = spec_of(which)
     path, trust_remote_code = spec.path, spec.trust_remote_code
@@ -191,6 +184,12 @@ def load_tokenizer(which: ModelSpec | str) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"the tokenizer of {path} must have a tokenizer.json, found a {type(tokenizer).__name__} without; "
             "convert it with the tokenizers library"
+        )
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > (rows := getattr(_config(path, trust_remote_code).get_text_config(), "vocab_size", needed)):
+        raise ValueError(
+            f"the model of {path} must embed the {needed} tokens of its tokenizer, found {rows} embeddings; take "
+            "the tokenizer that belongs to the model"
         )
     if spec.chat_template is not None:
         tokenizer.chat_template = spec.chat_template
