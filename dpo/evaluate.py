@@ -89,12 +89,13 @@ def run(config: DictConfig, directory: Path) -> None:
     against = replace(spec, path=config.evaluation.baseline, adapter=None)
     if judge:  # a model that does not belong here is refused before one is loaded
         reads_alike(against, tokenizer)
-    start = [] if (path := before(config.against, spec.path)) is None else [replace(spec, path=path, adapter=None)]
-    for one in start:
+    path = before(config.against, spec.path)
+    start = {} if path is None else {"kl": replace(spec, path=path, adapter=None)}
+    for one in start.values():
         models.check_same_tokenizer(one.path, models.load_tokenizer(one), spec.path, tokenizer)
     device = distributed.join(config.device)
     policy, _ = models.load(spec, device)
-    kl_targets = {"kl": models.load(one, device)[0] for one in start}
+    kl_targets = {name: models.load(one, device)[0] for name, one in start.items()}
     initial = next(((other, tokenizer, models.fingerprint(other)) for other in kl_targets.values()), None)
     others = compared_with(against, initial, dataset, test, settings, device, beaten) if judge else None
     answers = answer(policy, tokenizer, instructions, settings) if instructions else []

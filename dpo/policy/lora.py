@@ -74,8 +74,8 @@ def targets(model: PreTrainedModel, lora: Lora) -> list[str]:
     most = max(min(_sizes(modules[name])) for name in found)
     if lora.rank > most:
         raise ValueError(
-            f"policy.lora.rank must be at most {most}, the rank that a weight of these layers can have, got {lora.rank}; "
-            f"set policy.lora.rank={most} or less"
+            f"policy.lora.rank must be at most {most}, the rank that a weight of these layers can have, got "
+            f"{lora.rank}; set policy.lora.rank={most} or less"
         )
     return sorted({*found})
 

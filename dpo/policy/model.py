@@ -169,6 +169,7 @@ def load_tokenizer(which: ModelSpec | str) -> PreTrainedTokenizerBase:
     """
     spec = spec_of(which)
     path, trust_remote_code = spec.path, spec.trust_remote_code
+    check_template(spec.chat_template)
     name, revision = on_hub(resolve_path(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **revision, trust_remote_code=trust_remote_code)
@@ -196,6 +197,15 @@ def load_tokenizer(which: ModelSpec | str) -> PreTrainedTokenizerBase:
     if spec.date is not None and tokenizer.chat_template:
         tokenizer.chat_template = dated(tokenizer.get_chat_template(), spec.date)
     return tokenizer
+
+
+def check_template(template: str | None) -> None:
+    """Raise a ValueError if what is to be a chat template writes nothing, as the path of one would."""
+    if template is not None and not re.search(r"\{[{%]", template):
+        raise ValueError(
+            f"policy.chat_template must be the text of a template in Jinja, with {{{{ or {{%, found {template[:60]!r}; "
+            "if that is a path, give the text of the file, or copy it to chat_template.jinja of the model's folder"
+        )
 
 
 def save(
@@ -268,8 +278,11 @@ def without_weights(which: ModelSpec | str) -> PreTrainedModel:
     """The model on the meta device, where tensors have shapes and no values. Reads its config alone."""
     spec = spec_of(which)
     config = _config(spec.path, spec.trust_remote_code)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+    except Exception as error:  # whatever a config can make of a model's code
+        raise ValueError(_no_model(spec.path, MODEL, error)) from error
     return model
 
 

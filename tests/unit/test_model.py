@@ -295,6 +295,13 @@ def test_tokenizer_without_eos_is_refused(tiny_model, tmp_path):
         models.load(str(folder))
 
 
+@pytest.mark.parametrize("given", ["/nope.jinja", "", "chat"])
+def test_a_path_is_no_chat_template(tiny_model, given):
+    with pytest.raises(ValueError, match=f"policy.chat_template must be the text of a .* found '{given}'; if that is"):
+        models.load_tokenizer(models.ModelSpec(tiny_model("llama"), chat_template=given))
+    models.load_tokenizer(models.ModelSpec(tiny_model("llama"), chat_template="{% if true %}chat{% endif %}"))
+
+
 def test_tokenizer_larger_than_the_model_is_refused(tiny_model, tmp_path, monkeypatch):
     model, tokenizer = models.load(tiny_model("llama"))
     tokenizer.add_tokens(["one", "two", "three"])
