@@ -86,6 +86,11 @@ def check_adapter(path: str) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ValueError(f"policy.adapter must be a folder of a LoRA adapter, found none at {folder}; check the path")
+    if not (folder / ADAPTER_CONFIG).exists() and (folder / "config.json").exists():
+        raise ValueError(
+            f"policy.adapter must be a folder of a LoRA adapter, found a whole model in {folder}; take it alone, "
+            f"policy.path={path}, or the adapter/ that lies beside it"
+        )
     config = read_json(folder / ADAPTER_CONFIG)
     kind, odd = config.get("peft_type"), [key for key in MORE if config.get(key) not in (None, False, "none", [], {})]
     if kind != "LORA" or odd:

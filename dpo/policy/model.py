@@ -175,7 +175,7 @@ def load_tokenizer(which: ModelSpec | str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name, **revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # the library of tokenizers raises no other
         _config(path, trust_remote_code)  # which is read first, and may be what is at fault
-        raise ValueError(_no_model(path, "a tokenizer", error)) from error
+        raise ValueError(_no_model(path, "a tokenizer, tokenizer.json,", error)) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer of {path} must have an EOS token, or no response could end; set eos_token in its "
@@ -443,7 +443,7 @@ def _digest(tensor: Tensor) -> str:
 
 def _no_model(path: str, what: str, error: Exception) -> str:
     said = re.sub(r"^\d+ Client Error.*\n+", "", str(error).strip())  # of the hub: what it means is below
-    reason = re.sub(r":\s*\n\s*", ": ", said).split("\n")[0] or type(error).__name__
+    reason = re.sub(r"([:,]|\bor)\s*\n\s*", r"\1 ", said).split("\n")[0].strip() or type(error).__name__
     if "trust_remote_code" in str(error):
         return (
             f"{path} must need no code but the library's, found code of its own; read it, and where you trust it set "
@@ -451,8 +451,8 @@ def _no_model(path: str, what: str, error: Exception) -> str:
         )
     if Path(path).expanduser().is_dir():
         return (
-            f"{path} must hold {what} as a Hugging Face folder, found otherwise: {reason}; copy all its files there, "
-            "or take another"
+            f"{path} must hold {what} as a Hugging Face folder, found otherwise: {reason.rstrip('.')}; copy all its "
+            "files there, or take another"
         )
     advice = "Check the spelling, the network and HF_TOKEN."
     if huggingface_hub.constants.HF_HUB_OFFLINE:

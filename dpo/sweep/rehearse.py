@@ -169,7 +169,12 @@ def _readable(read: Sequence[Any]) -> None:
     if _here(path):
         tokenizer = load_tokenizer(ModelSpec(*read))
         if template is not None:  # with a folder's own plain text may be all that is learned from
-            turn(tokenizer)
+            try:
+                turn(tokenizer)
+            except ValueError as error:
+                raise ValueError(
+                    f"policy.chat_template must render a chat, found otherwise: {error}; mend it"
+                ) from None
         without_weights(ModelSpec(*read))
 
 

@@ -231,8 +231,10 @@ def test_an_adapter_of_another_kind(change, said, tiny_model, tmp_path):
 def test_a_folder_that_is_no_adapter(tiny_model, tmp_path):
     with pytest.raises(ValueError, match=r"policy.adapter must be a folder of a LoRA adapter, found none at"):
         models.check_adapter(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"adapter_config.json must hold a JSON object"):
+    with pytest.raises(ValueError, match=r"found a whole model in \S+; take it alone, policy\.path=\S+llama, or"):
         models.check_adapter(tiny_model("llama"))
+    with pytest.raises(ValueError, match=r"adapter_config.json must hold a JSON object"):
+        models.check_adapter(str(tmp_path))
     lora.save(adapted(tiny_model("llama")), tmp_path / "adapter", "")
     with open(tmp_path / "adapter" / "adapter_model.safetensors", "r+b") as file:
         file.truncate(100)

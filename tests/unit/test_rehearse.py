@@ -94,7 +94,7 @@ FAULTY = {  # file of a model's folder -> what is in the way there, and what is 
         ({"max_position_embeddings": 40}, "max_length must be at most the 40 positions of"),
     ],
     "tokenizer_config.json": [({"eos_token": None}, "must have an EOS token")],
-    "tokenizer.json": [(None, "must hold a tokenizer as a Hugging Face folder, found otherwise")],
+    "tokenizer.json": [(None, "must hold a tokenizer, tokenizer.json, as a Hugging Face folder, found otherwise")],
 }
 FAULTY_CASES = [(file, *case) for file, cases in FAULTY.items() for case in cases]
 
@@ -146,7 +146,7 @@ def test_another_folder_that_does_not_serve_is_refused_when_planned(
 def test_a_chat_template_is_rendered_when_planned(base, tiny_model, tmp_path, monkeypatch):
     bad = "{{ bad(messages) }}"
     [problem] = Rehearsal().of(with_(base, "policy.chat_template", bad))["problems"]
-    assert "the chat template does not render" in problem
+    assert problem.startswith("policy.chat_template must render a chat, found otherwise: the chat template does not")
     [problem] = Rehearsal().of(with_(base, "policy.chat_template", "{{ broken"))["problems"]
     assert "the chat template does not render" in problem
     folder = copied(tiny_model("llama"), tmp_path / "model")
