@@ -79,22 +79,24 @@ TO_INSTRUCTIONS = "policy to instructions", "answers of the policy to instructio
 def run(config: DictConfig, directory: Path) -> None:
     """Write `responses.jsonl` (test responses with their judgements) and last `evaluation.json` into `directory`."""
     began = time.monotonic()
-    dataset, judge = load(config), evaluation_judge(config)
-    instructions = read_instructions(config.evaluation.instructions)
-    spec, settings = policy_spec(config), evaluation_of(config)
+    dataset, instructions = load(config), read_instructions(config.evaluation.instructions)
+    spec, settings, judge = policy_spec(config), evaluation_of(config), evaluation_judge(config)
     best, beaten = policy_best_of(config), baseline_best_of(config)
     models.check_length(spec, "max_length", config.max_length)
     tokenizer = models.load_tokenizer(spec)
     test = test_prompts(dataset, settings, tokenizer)
     questions(instructions, tokenizer, settings.limits)
+    against = replace(spec, path=config.evaluation.baseline, adapter=None)
+    if judge:  # a model that does not belong here is refused before one is loaded
+        reads_alike(against, tokenizer)
+    path = before(config.against, spec.path)
+    start = {} if path is None else {"kl": replace(spec, path=path, adapter=None)}
+    for one in start.values():
+        models.check_same_tokenizer(one.path, models.load_tokenizer(one), spec.path, tokenizer)
     device = distributed.join(config.device)
     policy, _ = models.load(spec, device)
-    kl_targets, initial = {}, None
-    if (path := before(config.against, spec.path)) is not None:
-        other, its_tokenizer = models.load(replace(spec, path=path, adapter=None), device)
-        models.check_same_tokenizer(path, its_tokenizer, spec.path, tokenizer)
-        kl_targets, initial = {"kl": other}, (other, tokenizer, models.fingerprint(other))
-    against = replace(spec, path=config.evaluation.baseline, adapter=None)
+    kl_targets = {name: models.load(one, device)[0] for name, one in start.items()}
+    initial = next(((other, tokenizer, models.fingerprint(other)) for other in kl_targets.values()), None)
     others = compared_with(against, initial, dataset, test, settings, device, beaten) if judge else None
     answers = answer(policy, tokenizer, instructions, settings) if instructions else []
     if best is None:

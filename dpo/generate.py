@@ -66,6 +66,7 @@ def run(config: DictConfig, directory: Path) -> None:
 
 def of_initial_policy(config: DictConfig, dataset: Dataset) -> dict[str, list[Candidate]]:
     """Candidates of the policy that training would start from, for the prompts of the data. Processes join here."""
+    models.check_length(policy_spec(config), "max_length", config.max_length)
     device = distributed.join(config.device)
     check_engine(config.engine)
     start = sft.initial_policy(config, dataset, device, sampled=True)

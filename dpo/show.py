@@ -50,11 +50,10 @@ def run(config: DictConfig, directory: Path) -> None:
         if config.of != "test":
             dataset = replace(dataset, prompts={"test": read_prompts(config.of)})
         prompts = evaluate.test_prompts(dataset, settings, tokenizer)
-    path = str(before(config.against, spec.path))
+    against = replace(spec, path=str(before(config.against, spec.path)), adapter=None)
+    models.check_same_tokenizer(against.path, models.load_tokenizer(against), spec.path, tokenizer)
     device = distributed.join(config.device)
-    policy, _ = models.load(spec, device)
-    reference, its_tokenizer = models.load(replace(spec, path=path, adapter=None), device)
-    models.check_same_tokenizer(path, its_tokenizer, spec.path, tokenizer)
+    policy, reference = (models.load(one, device)[0] for one in (spec, against))
     if not pairs:  # those that evaluations of these models are of, at the same temperature and seed
         both = [
             evaluate.respond(model, tokenizer, prompts, settings, stream, f"answers of the {name}")
@@ -69,7 +68,7 @@ def run(config: DictConfig, directory: Path) -> None:
         for line in lines(found):
             logger.info(line)
         write_rows(directory / "tokens.jsonl", map(row, found))
-        title = f"{spec.path} against {path}"
+        title = f"{spec.path} against {against.path}"
         (directory / "show.html").write_text(html(title, found), encoding="utf-8")
         logger.info(f"written: {directory / 'show.html'}")
         made = {"responses": len(found), "tokens": sum(map(len, ratios)), "seconds": time.monotonic() - began}

@@ -86,14 +86,16 @@ def run(config: DictConfig, directory: Path) -> None:
     tokenizer, pairs = encode(config, dataset)
     test = evaluate.test_prompts(dataset, measuring, tokenizer)
     evaluate.questions(instructions, tokenizer, measuring.limits)  # what cannot be asked stops here, not after training
+    against = policy_spec(config, config.evaluation.baseline)
+    alike = evaluate.reads_alike(against, tokenizer)  # a baseline that cannot be read stops here
     start, policy, pairs = prepare(config, dataset, of_pairs, tokenizer, pairs)
     logger.info(brief(pairs["train"]))
     weights, device, in_4_bits = models.fingerprint(policy), distributed.device_of(policy), quantize_of(config)
     if distributed.is_main():
         remember_initial(directory, start)
-    against, initial = policy_spec(config, config.evaluation.baseline), (policy, tokenizer, weights)
+    initial = policy, tokenizer, weights
     others = evaluate.compared_with(against, initial, dataset, test, measuring, device, best) if judge else None
-    baseline = {"kl_baseline": str(against.path)} if test and evaluate.reads_alike(against, tokenizer) else {}
+    baseline = {"kl_baseline": str(against.path)} if test and alike else {}
     if judge is None and against.path != "initial" and not baseline:
         logger.warning(f"evaluation.baseline={against.path} compares nothing: there is no judge of evaluations")
     reference: Reference = make(policy_spec(config, start), policy, pairs, scoring)

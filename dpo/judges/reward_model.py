@@ -32,6 +32,7 @@ class RewardModel:
     def __init__(self, path: str | None, max_length: int, pool: PoolOptions | None) -> None:
         if not path:
             raise ValueError("judge.path must name a reward model, a folder or hub name, got none; add judge.path=...")
+        on_hub(path)
         folder, self.judging = Path(path).expanduser(), Judging(max_length)
         self.source = str(folder.resolve() if folder.is_dir() else folder)  # actors work in another folder
         if path.startswith((".", "/", "~")) and not folder.is_dir():

@@ -26,9 +26,16 @@ OTHERS = {"*.bin": "pickled weights", "*.pt*": "pickled weights", "*.gguf": "GGU
 
 
 def on_hub(source: str) -> tuple[str, dict[str, str]]:
-    """What `from_pretrained` takes: a folder as it is, or a hub name and the revision that may stand after its @."""
-    name, _, revision = source.partition("@")
-    return (name, {"revision": revision}) if revision and not Path(source).is_dir() else (source, {})
+    """What `from_pretrained` takes: a folder as it is, or a hub name and the revision that may stand after its @.
+
+    Raises: ValueError if what stands before the @ is a folder, which is there once.
+    """
+    name, at, revision = source.partition("@")
+    if not at or Path(source).expanduser().is_dir():
+        return source, {}
+    if name == "world" or Path(name).expanduser().is_dir():
+        raise ValueError(f"a folder has no revision, found {source}; take {name}")
+    return (name, {"revision": revision}) if revision else (source, {})
 
 
 def check(folder: Path) -> None:
@@ -79,6 +86,11 @@ def check_adapter(path: str) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ValueError(f"policy.adapter must be a folder of a LoRA adapter, found none at {folder}; check the path")
+    if not (folder / ADAPTER_CONFIG).exists() and (folder / "config.json").exists():
+        raise ValueError(
+            f"policy.adapter must be a folder of a LoRA adapter, found a whole model in {folder}; take it alone, "
+            f"policy.path={path}, or the adapter/ that lies beside it"
+        )
     config = read_json(folder / ADAPTER_CONFIG)
     kind, odd = config.get("peft_type"), [key for key in MORE if config.get(key) not in (None, False, "none", [], {})]
     if kind != "LORA" or odd:

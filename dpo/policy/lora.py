@@ -49,7 +49,7 @@ def targets(model: PreTrainedModel, lora: Lora) -> list[str]:
 
     They are given to peft one by one: by itself it would take a router and fused experts for linear layers, too.
 
-    Raises: ValueError if there are none, or others are asked for.
+    Raises: ValueError if there are none, others are asked for, or the rank is above that of every one's weight.
     """
     if find_spec("peft") is None:
         raise ValueError("policy.lora needs peft, found none; pip install -e '.[lora]' -c constraints.txt")
@@ -71,7 +71,18 @@ def targets(model: PreTrainedModel, lora: Lora) -> list[str]:
         found += named
     if not found:
         raise ValueError(f"policy.lora needs linear layers beside the head, found none in {type(model).__name__}")
+    most = max(min(_sizes(modules[name])) for name in found)
+    if lora.rank > most:
+        raise ValueError(
+            f"policy.lora.rank must be at most {most}, the rank that a weight of these layers can have, got "
+            f"{lora.rank}; set policy.lora.rank={most} or less"
+        )
     return sorted({*found})
+
+
+def _sizes(module: Any) -> tuple[int, ...]:
+    """How many inputs and outputs a linear layer has, also one whose weight is in 4 bits."""
+    return (*module.weight.shape,) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
 
 def linear(model: PreTrainedModel) -> list[str]:

@@ -79,12 +79,6 @@ def load(
     parted = layout if distributed.world_size() > 1 else None
     config = _config(path, trust_remote_code)
     _silence(config)
-    needed = max(tokenizer.get_vocab().values()) + 1
-    if needed > (rows := getattr(config.get_text_config(), "vocab_size", needed)):
-        raise ValueError(
-            f"the model of {path} must embed the {needed} tokens of its tokenizer, found {rows} embeddings; take "
-            "the tokenizer that belongs to the model"
-        )
     if spec.adapter:
         lora.check_fits(without_weights(spec), check_adapter(spec.adapter))
     try:
@@ -170,18 +164,18 @@ def save_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, k
 
 
 def load_tokenizer(which: ModelSpec | str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a policy, from where `load` finds it; it may lack a padding token, but not EOS.
-
-    It has the template and the date of the specification; `save` keeps both with the policy.
+    """The tokenizer of a policy, from where `load` finds it; it may lack a padding token, but not EOS, and the model
+    embeds all of its tokens. It has the template and the date of the specification; `save` keeps both with the policy.
     """
     spec = spec_of(which)
     path, trust_remote_code = spec.path, spec.trust_remote_code
+    check_template(spec.chat_template)
     name, revision = on_hub(resolve_path(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # the library of tokenizers raises no other
         _config(path, trust_remote_code)  # which is read first, and may be what is at fault
-        raise ValueError(_no_model(path, "a tokenizer", error)) from error
+        raise ValueError(_no_model(path, "a tokenizer, tokenizer.json,", error)) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer of {path} must have an EOS token, or no response could end; set eos_token in its "
@@ -192,11 +186,26 @@ def load_tokenizer(which: ModelSpec | str) -> PreTrainedTokenizerBase:
             f"the tokenizer of {path} must have a tokenizer.json, found a {type(tokenizer).__name__} without; "
             "convert it with the tokenizers library"
         )
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > (rows := getattr(_config(path, trust_remote_code).get_text_config(), "vocab_size", needed)):
+        raise ValueError(
+            f"the model of {path} must embed the {needed} tokens of its tokenizer, found {rows} embeddings; take "
+            "the tokenizer that belongs to the model"
+        )
     if spec.chat_template is not None:
         tokenizer.chat_template = spec.chat_template
     if spec.date is not None and tokenizer.chat_template:
         tokenizer.chat_template = dated(tokenizer.get_chat_template(), spec.date)
     return tokenizer
+
+
+def check_template(template: str | None) -> None:
+    """Raise a ValueError if what is to be a chat template writes nothing, as the path of one would."""
+    if template is not None and not re.search(r"\{[{%]", template):
+        raise ValueError(
+            f"policy.chat_template must be the text of a template in Jinja, with {{{{ or {{%, found {template[:60]!r}; "
+            "if that is a path, give the text of the file, or copy it to chat_template.jinja of the model's folder"
+        )
 
 
 def save(
@@ -269,8 +278,11 @@ def without_weights(which: ModelSpec | str) -> PreTrainedModel:
     """The model on the meta device, where tensors have shapes and no values. Reads its config alone."""
     spec = spec_of(which)
     config = _config(spec.path, spec.trust_remote_code)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+    except Exception as error:  # whatever a config can make of a model's code
+        raise ValueError(_no_model(spec.path, MODEL, error)) from error
     return model
 
 
@@ -279,6 +291,7 @@ def resolve_path(path: str) -> str:
 
     Raises: ValueError if `path` can only be a folder, and is none, or if what it holds cannot be loaded.
     """
+    on_hub(path)
     folder = WORLD_BASE if path == "world" else Path(path).expanduser()
     parent = folder.parent
     named = not folder.is_absolute() and not path.startswith(".") and path.count("/") < 2  # as on the hub
@@ -430,7 +443,7 @@ def _digest(tensor: Tensor) -> str:
 
 def _no_model(path: str, what: str, error: Exception) -> str:
     said = re.sub(r"^\d+ Client Error.*\n+", "", str(error).strip())  # of the hub: what it means is below
-    reason = re.sub(r":\s*\n\s*", ": ", said).split("\n")[0] or type(error).__name__
+    reason = re.sub(r"([:,]|\bor)\s*\n\s*", r"\1 ", said).split("\n")[0].strip() or type(error).__name__
     if "trust_remote_code" in str(error):
         return (
             f"{path} must need no code but the library's, found code of its own; read it, and where you trust it set "
@@ -438,8 +451,8 @@ def _no_model(path: str, what: str, error: Exception) -> str:
         )
     if Path(path).expanduser().is_dir():
         return (
-            f"{path} must hold {what} as a Hugging Face folder, found otherwise: {reason}; copy all its files there, "
-            "or take another"
+            f"{path} must hold {what} as a Hugging Face folder, found otherwise: {reason.rstrip('.')}; copy all its "
+            "files there, or take another"
         )
     advice = "Check the spelling, the network and HF_TOKEN."
     if huggingface_hub.constants.HF_HUB_OFFLINE:

@@ -42,7 +42,7 @@ from dpo.sweep.directory import MOST, reason, status
 from dpo.sweep.execute import IN_USE, THREADS
 from dpo.sweep.forks import Fork
 from dpo.sweep.identity import non_numeric
-from dpo.sweep.plan import Composed, Refused, Run, key_of, plan, resolve
+from dpo.sweep.plan import Composed, Refused, Run, idle, key_of, plan, resolve
 from dpo.sweep.renamed import renamed
 from dpo.sweep.rounds import run_chains
 from dpo.sweep.schema import check
@@ -177,6 +177,7 @@ class Sweep(Launcher):
 
     def execute(self, composed: Sequence[Composed], refused: Sequence[Refused]) -> NoReturn:
         """Plan all, start what is to do, end the process. If one run is refused nothing is written."""
+        refused = [*refused, *idle(composed)]
         if composed and composed[0].config.get("command") == "data":
             sys.exit(_looked_at(composed, refused))
         if composed and composed[0].config.get("command") == "rounds":

@@ -137,6 +137,20 @@ def plan(composed: Sequence[Composed]) -> tuple[list[Run], list[Refused]]:
     return list(planned.values()), refused
 
 
+def idle(composed: Sequence[Composed]) -> list[Refused]:
+    """Combinations that give options of adapters in a sweep of which no run has any, and would train all weights.
+
+    Of the whole sweep, since policy.lora.rank=null,8 compares runs with and without.
+    """
+    ranks = [OmegaConf.select(one.config, "policy.lora.rank", throw_on_resolution_failure=False) for one in composed]
+    found = []
+    for one in composed if {*ranks} <= {None} else ():
+        if keys := [key for key in _keys(one.overrides) if key in ("policy.lora.alpha", "policy.lora.targets")]:
+            reason = f"{keys[0]} is of adapters, found policy.lora.rank=null in every run; set policy.lora.rank"
+            found.append(Refused(one.overrides, reason))
+    return found
+
+
 def rehearse(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What `dpo.sweep.rehearse` finds in each config, in another process: this one is to import no torch."""
     if not configs:

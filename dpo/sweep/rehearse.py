@@ -9,13 +9,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpo.data.chats import turn
 from dpo.data.instructions import read_instructions
 from dpo.data.sources import absent
 from dpo.losses.pairs import OF_REFERENCE, asked_by, try_out
 from dpo.policy.folder import check_adapter
 from dpo.policy.lora import Lora, check_fits
-from dpo.policy.model import ModelSpec, ask_hub, check_lora, resolve_path, without_weights
-from dpo.references import PrecomputedFiles, scored_ahead
+from dpo.policy.model import (
+    ModelSpec,
+    ask_hub,
+    check_length,
+    check_lora,
+    check_same_tokenizer,
+    check_template,
+    load_tokenizer,
+    resolve_path,
+    without_weights,
+)
+from dpo.policy.scoring import Scoring
+from dpo.references import Frozen, PrecomputedFiles, scored_ahead
 from dpo.sweep import inputs
 from dpo.sweep.directory import before
 from dpo.sweep.schema import misfits, number_of_samples
@@ -35,13 +47,17 @@ class Rehearsal:
         """What speaks against a config, and what its run would be made from."""
         if problems := misfits(config):
             return {"problems": problems, "inputs": {}}
+        policy, baseline = config["policy"], config["evaluation"].get("baseline")
+        base = sizes.present(policy["base"], config["cache"])
+        read = policy["path"] or base, *(policy[key] for key in ("trust_remote_code", "chat_template", "date"))
         attempts: list[tuple[Any, ...]] = [
             (_data, config["data"], config["cache"]),
-            (_located, config["policy"]["path"], sizes.present(config["policy"]["base"], config["cache"])),
-            (_compared, config["policy"]["path"], config.get("against"), config["evaluation"].get("baseline")),
+            (_located, policy["path"], base),
+            (_readable, read),
+            (_compared, policy["path"], config.get("against"), baseline, read),
             (_candidates, config.get("candidates")),
             (_prompts, config.get("of")),
-            (_adapters, config["policy"], config["cache"]),
+            (_adapters, policy, config["cache"]),
             (read_instructions, config["evaluation"]["instructions"]),
             (instantiate, config["judge"]),
         ]
@@ -49,10 +65,13 @@ class Rehearsal:
         attempts += [(_of_evaluations, group, node) for group, node in own.items() if node is not None]
         attempts += [(instantiate, node) for node in (config.get("rule"),) if node is not None]
         attempts += _rulings(config)
-        if number_of_samples(config["evaluation"].get("baseline")) or config.get("best_of", 1) > 1:
+        if config.get("candidates") is None:  # dpo.judge asks nothing of a policy whose responses are there
+            attempts.append((_long_enough, read, config["max_length"]))
+        if number_of_samples(baseline) or config.get("best_of", 1) > 1:
             attempts.append((_chosen_by, config["judge"]))
         if "loss" in config:
-            attempts += [(instantiate, config["engine"]), (_reference, config["reference"]), (_loss, config["loss"])]
+            attempts += [(instantiate, config["engine"])]
+            attempts += [(_reference, config["reference"], read, config["max_length"]), (_loss, config["loss"])]
             attempts += [(_pooled, config["reference"], config.get("scorer"))]
         tried = [self._once(*attempt) for attempt in attempts]
         if problems := [*dict.fromkeys(problem for _, problem in tried if problem is not None)]:
@@ -136,11 +155,38 @@ def _located(*paths: str | None) -> None:
             ask_hub(path)
 
 
-def _adapters(policy: dict[str, Any], cache: str) -> None:
+def _here(path: str | None) -> bool:
     """What the hub alone could tell of a model is left to the run."""
+    return path is not None and Path(resolve_path(path)).is_dir()
+
+
+def _readable(read: Sequence[Any]) -> None:
+    """A folder is that of a model and its tokenizer, and a chat template that was given renders a chat. read: what
+    `ModelSpec` takes.
+    """
+    path, _, template, _ = read
+    check_template(template)
+    if _here(path):
+        tokenizer = load_tokenizer(ModelSpec(*read))
+        if template is not None:  # with a folder's own plain text may be all that is learned from
+            try:
+                turn(tokenizer)
+            except ValueError as error:
+                raise ValueError(
+                    f"policy.chat_template must render a chat, found otherwise: {error}; mend it"
+                ) from None
+        without_weights(ModelSpec(*read))
+
+
+def _long_enough(read: Sequence[Any], max_length: int) -> None:
+    if _here(read[0]):
+        check_length(ModelSpec(*read), "max_length", max_length)
+
+
+def _adapters(policy: dict[str, Any], cache: str) -> None:
     adapter = None if policy["adapter"] is None else check_adapter(policy["adapter"])
     where, asked = policy["path"] or sizes.present(policy["base"], cache), policy["lora"]
-    if where is None or not Path(resolve_path(where)).is_dir():
+    if where is None or not _here(where):
         return
     spec = ModelSpec(where, policy["trust_remote_code"])
     if adapter is not None:
@@ -149,9 +195,15 @@ def _adapters(policy: dict[str, Any], cache: str) -> None:
         check_lora(spec, Lora(**asked, seed=0))
 
 
-def _compared(policy: str | None, against: str | None, baseline: str | None) -> None:
+def _compared(policy: str | None, against: str | None, baseline: str | None, read: Sequence[Any]) -> None:
     named = baseline in ("initial", "human") or number_of_samples(baseline) is not None
-    _located(before(against, policy or "null"), None if named else baseline)
+    others = (path := before(against, policy or "null")), None if named else baseline
+    _located(*others)
+    for other in others:
+        _readable((other, *read[1:]))
+    if path is not None and _here(path) and _here(read[0]):
+        tokenizers = [load_tokenizer(ModelSpec(one, *read[1:])) for one in (path, read[0])]
+        check_same_tokenizer(path, tokenizers[0], read[0], tokenizers[1])
 
 
 def _chosen_by(judge: dict[str, Any] | None) -> None:
@@ -189,9 +241,17 @@ def _ruled(judge: dict[str, Any] | None, rule: dict[str, Any] | None, of_judge: 
         )
 
 
-def _reference(node: dict[str, Any]) -> None:
-    if not isinstance(reference := instantiate(node), PrecomputedFiles):
-        _located(getattr(reference, "path", None))
+def _reference(node: dict[str, Any], read: Sequence[Any], max_length: int) -> None:
+    reference = instantiate(node)
+    asked = getattr(reference, "scored", reference)  # by one that is asked at each step
+    path = getattr(asked, "path", None)
+    if path is None or isinstance(asked, PrecomputedFiles):
+        return
+    _located(path)
+    if isinstance(asked, Frozen) and _here(path):
+        _readable((path, read[1], None, read[3]))
+        if _here(read[0]):
+            asked.check(ModelSpec(*read), Scoring("", "fp32", True, 1, max_length, "error"))
 
 
 def _loss(node: dict[str, Any]) -> None:

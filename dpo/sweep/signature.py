@@ -22,6 +22,14 @@ from typing_extensions import is_typeddict
 PLUGINS = "DPO_PLUGINS"  # environment variable: packages of the user's own, parted by commas
 WORDS = ("_target_", "_partial_", "_convert_")  # of a node, that are no options
 
+# Keys of other programs -> what says the same here
+OTHERWISE = {
+    "dtype": "weights are float32, and precision=bf16 is that of products",
+    "torch_dtype": "weights are float32, and precision=bf16 is that of products",
+    "revision": "it stands after a name on the hub: {}.path=name@revision",
+    "prompts": "prompts of yours are data=prompts data.path=FILE, or with python -m dpo.show of=FILE",
+}
+
 # Group -> where our functions for it live, and its forms: the arguments that a function is given when it is called, not
 # from the config, and what it returns or, as a class, can do.
 GROUPS: dict[str, tuple[tuple[str, ...], dict[tuple[str, ...], str | tuple[str, ...]]]] = {
@@ -177,6 +185,8 @@ def _unfit(target: Any, expected: str | tuple[str, ...]) -> str | None:
 def no_key(key: str, known: Collection[str]) -> str:
     """What to say of a key that is none. known: those that there are in its place, without what is before them."""
     before, dot, last = key.rpartition(".")
+    if where := OTHERWISE.get(last):
+        return f"{key} is not a key of this command; {where.format(before or 'policy')}"
     near = [last.replace("/", ".")] if "/" in last else get_close_matches(last.lower(), known, 1, 0.65)
     if dot and known and not near:
         return f"{key} is not a key of this command; {before} has {', '.join(one for one in known if one[0] != '_')}"

@@ -215,6 +215,7 @@ def test_sft_of_adapters(directory):
     "overrides,said",
     [
         (["policy.lora.targets=[nothing]"], "found no layer of that name: nothing"),
+        (["policy.lora.rank=100000"], "policy.lora.rank must be at most 32, the rank that a weight .* got 100000"),
         (["policy.lora.targets=[lm_head]"], "must be linear layers between embeddings and head, got lm_head"),
         (["policy.adapter=nowhere"], "policy.adapter must be a folder of a LoRA adapter, found none at nowhere"),
         (["policy.path={1}", "policy.adapter={0}/lora/adapter"], "must be an adapter of .*, found one of other layers"),

@@ -90,6 +90,7 @@ REFERENCES = """
 class Initial:
     check = prepare = None
     def __init__(self): ...
+class Frozen: ...
 class PrecomputedFiles: ...
 def scored_ahead(pending): ...
 """
@@ -122,13 +123,17 @@ NOUNS = {
     "world/language": WORLD,
     "world/pretrain": MADE,
     "data/__init__": "",
+    "data/chats": "def turn(tokenizer): ...",
     "policy/__init__": "",
     "policy/folder": "def check_adapter(path): ...",
     "policy/sampling": "class Sample: ...",
+    "policy/scoring": "class Scoring: ...",
     "policy/lora": "class Lora: ...\ndef check_fits(*given): ...",
     "policy/model": "class ModelSpec:\n    def __init__(self, *given): ...\n"
     "def resolve_path(path): return path\ndef ask_hub(path): ...\n"
-    "def check_lora(*given): ...\ndef without_weights(spec): ...",
+    "def check_lora(*given): ...\ndef without_weights(spec): ...\n"
+    "def load_tokenizer(spec): ...\ndef check_length(*given): ...\ndef check_template(template): ...\n"
+    "def check_same_tokenizer(*given): ...",
     "results/figures": "def draw(frame, path, column): path.touch()",
     "train": VERB,
 }

@@ -19,6 +19,7 @@ import torch
 from omegaconf import OmegaConf
 from ranks import together
 from safetensors.torch import load_file, save_file
+from test_model import copy, edit
 from whole_runs import SMALL, frozen, losses, other_model, own, run
 
 import dpo.references
@@ -504,6 +505,30 @@ def test_a_reference_that_cannot_serve_stops_before_sft(tmp_path, tiny_model, mo
     config = frozen(tmp_path / "run", *own(tmp_path, "x"), *base, *overrides)
     with pytest.raises(ValueError, match=said):
         train.run(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "given", [["reference=other", "reference.path={}"], ["judge=shorter", "evaluation.baseline={}"]]
+)
+@pytest.mark.parametrize(
+    "file,change,said",
+    [
+        ("config.json", {"vocab_size": 200}, r"must embed the \d+ tokens of its tokenizer, found 200 embeddings"),
+        ("tokenizer_config.json", {"eos_token": None}, "must have an EOS token"),
+    ],
+)
+def test_a_second_model_that_cannot_be_read_stops_before_the_first(
+    tmp_path, tiny_model, monkeypatch, given, file, change, said
+):
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    other = copy(tiny_model("llama"), tmp_path / "model")
+    edit(other / file, **change)
+    given = [one.format(other) for one in given]
+    for verb, command in (("train", train), ("evaluate", evaluate)):
+        if verb == "train" or "judge=shorter" in given:
+            config = frozen(tmp_path / "run", *own(tmp_path, tiny_model("llama")), *given, verb=verb)
+            with pytest.raises(ValueError, match=said):
+                command.run(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize("split,advice", [("train", "The last checkpoint"), ("validation", "Training diverged, if")])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from serving import Served, serving
 from transformers import AutoModelForCausalLM
-from whole_runs import SMALL, frozen
+from whole_runs import SMALL, frozen, own
 
 from dpo import generate, sft
 from dpo.engines import Endpoint, closing, seed_of
@@ -181,6 +181,13 @@ def test_a_server_that_does_not_answer_is_refused_before_a_policy_is_trained(tmp
     for _ in range(2):  # the second time the policy is there
         generate.of_initial_policy(config, load(config))
     assert asked == ["handshake"]
+
+
+def test_no_policy_is_asked_beyond_its_positions(tmp_path, monkeypatch, tiny_model):
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a model was loaded"))
+    given = [*own(tmp_path, tiny_model("llama")), "max_length=2049", "judge=shorter"]
+    with pytest.raises(ValueError, match="max_length must be at most the 2048 positions"):
+        generate.run(frozen(tmp_path / "candidates", *given, verb="generate"), tmp_path / "candidates")
 
 
 def test_a_server_greets(served, tmp_path):

@@ -284,6 +284,7 @@ def test_a_policy_is_measured_against_another(tmp_path, tiny_model, asked, monke
     told = json.loads((directory / "evaluation.json").read_text())
     assert (told["n"], told["win_rate"], told["kl"] > 0) == (4, 0.0, True)
     strange = frozen(directory, *given, f"against={tiny_model('qwen2')}", verb="evaluate")
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="must have the tokenizer of the policy"):
         evaluate.run(strange, directory)
 

@@ -231,8 +231,10 @@ def test_an_adapter_of_another_kind(change, said, tiny_model, tmp_path):
 def test_a_folder_that_is_no_adapter(tiny_model, tmp_path):
     with pytest.raises(ValueError, match=r"policy.adapter must be a folder of a LoRA adapter, found none at"):
         models.check_adapter(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"adapter_config.json must hold a JSON object"):
+    with pytest.raises(ValueError, match=r"found a whole model in \S+; take it alone, policy\.path=\S+llama, or"):
         models.check_adapter(tiny_model("llama"))
+    with pytest.raises(ValueError, match=r"adapter_config.json must hold a JSON object"):
+        models.check_adapter(str(tmp_path))
     lora.save(adapted(tiny_model("llama")), tmp_path / "adapter", "")
     with open(tmp_path / "adapter" / "adapter_model.safetensors", "r+b") as file:
         file.truncate(100)
@@ -257,6 +259,16 @@ def test_layers_that_get_no_adapter(targets, said, tiny_model):
     with pytest.raises(ValueError, match=f"policy.lora.targets {said}|{said}"):
         models.check_lora(tiny_model("llama"), replace(ADAPTERS, targets=targets))
     models.check_lora(tiny_model("llama"), replace(ADAPTERS, targets=["q_proj", "layers.1.mlp.up_proj"]))
+
+
+@pytest.mark.parametrize(
+    "kind,targets,most", [("llama", ["k_proj"], 16), ("llama", "all-linear", 32), ("gpt2", "all-linear", 32)]
+)
+def test_a_rank_is_that_of_a_weight_at_most(kind, targets, most, tiny_model):
+    """Larger ones are found out before any memory is taken, which is what they would need."""
+    models.check_lora(tiny_model(kind), replace(ADAPTERS, targets=targets, rank=most))
+    with pytest.raises(ValueError, match=rf"policy.lora.rank must be at most {most}, .* got {10**9}; set policy.lora"):
+        models.check_lora(tiny_model(kind), replace(ADAPTERS, targets=targets, rank=10**9))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,6 +15,7 @@ from dpo.data.batches import collate_responses
 from dpo.policy import model as models
 from dpo.policy import sharded_io
 from dpo.policy.logps import packable, sequence_logps
+from dpo.references import Frozen
 
 KINDS = ["gpt2", "gpt_neox", "llama", "mistral", "qwen2"]
 
@@ -269,7 +270,7 @@ def test_missing_weights_are_refused(tiny_model, tmp_path):
 
 
 def test_folders_without_a_part(tiny_model, tmp_path, offline):
-    said = {"config.json": "", "tokenizer.json": " must hold a tokenizer .*, found otherwise: .*; copy all its files"}
+    said = {"config.json": "", "tokenizer.json": " must hold a tokenizer, tokenizer.json, .* and convert; copy all"}
     for name in said:
         folder = copy(tiny_model("llama"), tmp_path / name)
         for path in folder.glob("tokenizer*" if name.startswith("tokenizer") else name):
@@ -292,6 +293,13 @@ def test_tokenizer_without_eos_is_refused(tiny_model, tmp_path):
     edit(folder / "tokenizer_config.json", eos_token=None)
     with pytest.raises(ValueError, match="must have an EOS token"):
         models.load(str(folder))
+
+
+@pytest.mark.parametrize("given", ["/nope.jinja", "", "chat"])
+def test_a_path_is_no_chat_template(tiny_model, given):
+    with pytest.raises(ValueError, match=f"policy.chat_template must be the text of a .* found '{given}'; if that is"):
+        models.load_tokenizer(models.ModelSpec(tiny_model("llama"), chat_template=given))
+    models.load_tokenizer(models.ModelSpec(tiny_model("llama"), chat_template="{% if true %}chat{% endif %}"))
 
 
 def test_tokenizer_larger_than_the_model_is_refused(tiny_model, tmp_path, monkeypatch):
@@ -422,6 +430,18 @@ def snapshot_of(source):
 def test_a_revision_that_is_not_there_is_named(hub):
     with pytest.raises(ValueError, match="run `hf download someone/tiny --revision second` where there is a network"):
         models.load(f"{hub}@second")
+
+
+@pytest.mark.parametrize("given", ["model@deadbeef", "me/model@v1", "model@", "{}/model@v1", "world@v1"])
+def test_a_folder_has_no_revision(tiny_model, tmp_path, monkeypatch, given):
+    """Relative as hub names are, too: the library would load the folder, and pass over the revision."""
+    for place in ("model", "me/model"):
+        copy(tiny_model("llama"), tmp_path / place)
+    monkeypatch.chdir(tmp_path)
+    given = given.format(tmp_path)
+    for ask in (models.resolve_path, models.load, Frozen):  # what planning asks, a run, a reference
+        with pytest.raises(ValueError, match=f"a folder has no revision, found {given}; take {given.split('@')[0]}$"):
+            ask(given)
 
 
 def test_a_folder_may_have_an_at_in_its_name(tiny_model, tmp_path):

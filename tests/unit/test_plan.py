@@ -15,6 +15,7 @@ from dpo.sweep import command_line, inputs, launch
 from dpo.sweep import plan as planning
 from dpo.sweep.directory import config as config_of
 from dpo.sweep.plan import Composed, Run, plan
+from hydra_plugins.dpo_launchers import Local
 
 INPUTS = {"data": "d", "policy": "p", "reference": "r"}
 
@@ -248,6 +249,25 @@ def test_an_option_at_a_key_is_named_by_the_key(monkeypatch):
     )
     made = launch._composed(OmegaConf.create(), settings)
     assert made.choices == {"judge": "hasty", "evaluation.judge": "gold"}
+
+
+@pytest.mark.parametrize("option", ["policy.lora.alpha=16", "policy.lora.targets=[q_proj]"])
+def test_options_of_adapters_need_adapters(base, found, option, capsys, monkeypatch):
+    """In one run of a sweep at least: policy.lora.rank=null,8 compares runs with and without."""
+    started: list[Run] = []
+    monkeypatch.setattr(Local, "start", lambda _, planned: started.extend(planned) or 0)
+
+    def sweep(*runs: str) -> str:
+        with pytest.raises(SystemExit):
+            Local(None).execute([given(base, "device=cpu", option, *one.split()) for one in runs], [])
+        return capsys.readouterr().err
+
+    said = f"{option.split('=')[0]} is of adapters, found policy.lora.rank=null in every run; set policy.lora.rank"
+    assert said in sweep("beta=0.1")
+    assert said in sweep("beta=0.1 policy.lora.rank=null", "beta=0.2")
+    assert not started
+    assert not sweep("policy.lora.rank=null", "policy.lora.rank=8")
+    assert len(started) == 2
 
 
 def test_all_that_a_run_is_made_from_has_words(tmp_path, tiny_model):

@@ -2,11 +2,14 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 from composing import compose
 from omegaconf import OmegaConf
-from whole_runs import frozen, own_pairs
+from test_model import copy as copied
+from test_model import edit
+from whole_runs import frozen, other_model, own_pairs
 
 from dpo.data import records
 from dpo.data.records import contents
@@ -31,14 +34,15 @@ def with_(config: dict, key: str, value: object) -> dict:
     return config
 
 
-def test_what_a_run_would_be_made_from_is_found(base, tiny_model):
-    reference = {"_target_": "dpo.references.Frozen", "path": tiny_model("qwen2")}
+def test_what_a_run_would_be_made_from_is_found(base, tiny_model, tmp_path):
+    other = other_model(tmp_path, tiny_model)
+    reference = {"_target_": "dpo.references.Frozen", "path": other}
     assert Rehearsal().of(with_(base, "reference", reference)) == {
         "problems": [],
         "inputs": {
             "data": contents(instantiate(base["data"])),
             "policy": inputs.sketch(Path(tiny_model("llama"))),
-            "reference": inputs.sketch(Path(tiny_model("qwen2"))),
+            "reference": inputs.sketch(Path(other)),
         },
     }
 
@@ -46,12 +50,13 @@ def test_what_a_run_would_be_made_from_is_found(base, tiny_model):
 def test_what_another_stage_is_made_from_is_found(base, tiny_model, tmp_path):
     for name in ("train.jsonl", "validation.jsonl"):
         (tmp_path / name).write_text("{}\n")
-    told = Rehearsal().of(with_(with_(base, "against", tiny_model("qwen2")), "candidates", str(tmp_path)))
+    other = other_model(tmp_path, tiny_model)
+    told = Rehearsal().of(with_(with_(base, "against", other), "candidates", str(tmp_path)))
     assert told["problems"] == []
     assert told["inputs"] == {
         "data": contents(instantiate(base["data"])),
         "policy": inputs.sketch(Path(tiny_model("llama"))),
-        "against": inputs.sketch(Path(tiny_model("qwen2"))),
+        "against": inputs.sketch(Path(other)),
         "candidates": inputs.sketch(tmp_path),
     }
     (tmp_path / "validation.jsonl").unlink()
@@ -69,10 +74,94 @@ def test_the_hub_is_asked_for_every_model_once(base, tmp_path, monkeypatch):
         config = with_(config, key, value)
     assert Rehearsal().of(config)["problems"] == []
     assert sorted(asked) == ["me/baseline", "me/other", "me/policy", "me/reference"]
+    live = {"_target_": "dpo.references.Live", "path": "me/live"}
+    assert Rehearsal().of(with_(base, "reference", live))["problems"] == []
+    assert asked.pop() == "me/live"
     files = {"_target_": "dpo.references.PrecomputedFiles", "path": str(tmp_path)}
     (tmp_path / "scores.jsonl").write_text("{}\n")
     assert Rehearsal().of(with_(base, "reference", files))["problems"] == []
     assert len(asked) == 4  # folders here and log-probs are no business of the hub
+
+
+FAULTY = {  # file of a model's folder -> what is in the way there, and what is said
+    "config.json": [
+        ({"num_attention_heads": 5}, "as a Hugging Face folder, found otherwise"),
+        ({"hidden_act": "of_nobody"}, "as a Hugging Face folder, found otherwise"),  # which its class does not check
+        ({"num_hidden_layers": 1, "vocab_size": 200}, "tokens of its tokenizer, found 200 embeddings"),
+        ({"model_type": "of_nobody"}, "of_nobody"),
+        ({"max_position_embeddings": 40}, "max_length must be at most the 40 positions of"),
+    ],
+    "tokenizer_config.json": [({"eos_token": None}, "must have an EOS token")],
+    "tokenizer.json": [(None, "must hold a tokenizer, tokenizer.json, as a Hugging Face folder, found otherwise")],
+}
+FAULTY_CASES = [(file, *case) for file, cases in FAULTY.items() for case in cases]
+
+
+def faulty(folder: Path, file: str, change: dict[str, Any] | None) -> str:
+    if change is None:
+        (folder / file).unlink()
+        (folder / "tokenizer_config.json").unlink()
+    else:
+        edit(folder / file, **change)
+    return str(folder)
+
+
+@pytest.mark.parametrize("file,change,said", FAULTY_CASES)
+@pytest.mark.parametrize("key", ["policy.path", "policy.base"])
+def test_what_a_run_would_refuse_of_a_folder_is_refused_when_planned(
+    base, tiny_model, tmp_path, key, file, change, said
+):
+    """Once, however many runs have it."""
+    path = faulty(copied(tiny_model("llama"), tmp_path / "model"), file, change)
+    config = with_(with_(base, "policy.path", None), key, path)
+    made = rehearse.trials([config, with_(config, "beta", 0.5)])
+    assert [len(one["problems"]) for one in made] == [1, 1]
+    assert said in made[0]["problems"][0]
+    assert path in made[0]["problems"][0]
+
+
+@pytest.mark.parametrize("key", ["reference.path", "evaluation.baseline", "against"])
+@pytest.mark.parametrize(
+    "file,change,said",
+    [case for case in FAULTY_CASES if "positions" not in case[2]] + [("kind", None, "the tokenizer")],
+)
+def test_another_folder_that_does_not_serve_is_refused_when_planned(
+    base, tiny_model, tmp_path, key, file, change, said
+):
+    kind = "gpt2" if file == "kind" else "llama"
+    path = copied(tiny_model(kind), tmp_path / "model")
+    path = str(path) if file == "kind" else faulty(path, file, change)
+    reference = {"_target_": "dpo.references.Frozen", "path": path}
+    config = with_(base, "reference", reference) if key == "reference.path" else with_(base, key, path)
+    found = Rehearsal().of(config)["problems"]
+    if (file, key) == ("kind", "evaluation.baseline"):  # whose responses are text
+        assert not found
+    else:
+        assert len(found) == 1
+        assert said in found[0]
+
+
+def test_a_chat_template_is_rendered_when_planned(base, tiny_model, tmp_path, monkeypatch):
+    bad = "{{ bad(messages) }}"
+    [problem] = Rehearsal().of(with_(base, "policy.chat_template", bad))["problems"]
+    assert problem.startswith("policy.chat_template must render a chat, found otherwise: the chat template does not")
+    [problem] = Rehearsal().of(with_(base, "policy.chat_template", "{{ broken"))["problems"]
+    assert "the chat template does not render" in problem
+    folder = copied(tiny_model("llama"), tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(bad)
+    assert not Rehearsal().of(with_(base, "policy.path", str(folder)))["problems"]  # plain text does without
+    monkeypatch.setattr(rehearse, "ask_hub", lambda path: None)
+    on_hub = with_(with_(base, "policy.path", "me/policy"), "policy.chat_template", "/nope.jinja")
+    [problem] = Rehearsal().of(on_hub)["problems"]
+    assert problem.startswith("policy.chat_template must be the text of a template")
+
+
+def test_a_folder_is_tried_once_however_many_runs_it_has(base, monkeypatch):
+    tried = []
+    monkeypatch.setattr(rehearse, "without_weights", tried.append)
+    configs = [with_(with_(base, "beta", beta), "max_length", n) for beta in (0.1, 0.2, 0.3) for n in (96, 97)]
+    assert not any(one["problems"] for one in rehearse.trials(configs))
+    assert len(tried) == 1
 
 
 NO_RECORDS = "must be a file of records, a folder of them or a data set on the hub (owner/name), found none at"

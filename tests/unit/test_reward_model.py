@@ -105,6 +105,8 @@ def test_what_is_no_reward_model_is_refused(folder, tiny_model, tmp_path):
         RewardModel(None, 512, None)
     with pytest.raises(ValueError, match=r"found no folder at \./no/where"):
         RewardModel("./no/where", 512, None).handshake()
+    with pytest.raises(ValueError, match=r"a folder has no revision, found \S+@v1; take "):
+        RewardModel(f"{folder}@v1", 512, None)
     with pytest.raises(ValueError, match="must name a classifier with one output, a reward, found 2 outputs"):
         RewardModel(tiny_model("llama"), 512, None).handshake()
     model = LlamaForCausalLM.from_pretrained(tiny_model("llama"))

@@ -107,12 +107,13 @@ def test_prompts_of_a_file(tmp_path, given):
     assert [row["prompt"] for row in rows[::2]] == page.prompts == ["<s>Hello there", "<s>¿Qué?"]
 
 
-def test_what_cannot_be_shown(tmp_path, given, tiny_model):
+def test_what_cannot_be_shown(tmp_path, given, tiny_model, monkeypatch):
     directory = tmp_path / "run"
     world = ("of=pairs", f"against={given.reference}", f"policy.path={given.policy}")
     with pytest.raises(ValueError, match=r"pairs that the data bring, found none; give a file of pairs"):
         show.run(frozen(directory, *world, verb="show"), directory)
     keys = [one for one in given.keys if not one.startswith("against")]
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="must have the tokenizer of the policy"):
         show.run(frozen(directory, *keys, f"against={tiny_model('qwen2')}", verb="show"), directory)
 

@@ -161,9 +161,9 @@ def test_splits_and_configurations(tmp_path, dataset_hub):
              (("train", rows[9:]), ("test", rows[:9]))}  # fmt: skip
     dataset_hub.publish("some/responses", files | {"README.md": f"---\nconfigs:\n{configs}---\n"})
     dataset_hub.publish("some/others", {"all.jsonl": ROWS, "test.jsonl": ROWS[:7]}, "v1")
-    for config, count in (("easy", 31), ("hard", 51)):
-        data = unpaired("some/responses", None, "none", 0.2, "error", config=config)
-        assert [len(data.preferences[name]) for name in ("train", "validation")] == [count, 9]
+    for name, count in (("easy", 31), ("hard", 51)):
+        data = unpaired("some/responses", None, "none", 0.2, "error", config=name)
+        assert [len(data.preferences[split]) for split in ("train", "validation")] == [count, 9]
     data = unpaired(str(tmp_path / "rows.jsonl"), "some/others@v1", "none", 0.2, "error")
     assert [len(data.preferences[name]) for name in ("train", "validation")] == [60, 7]
 
