@@ -2,6 +2,7 @@
 weights and a tokenizer that has the special tokens of its family and a chat template that does what its family's does.
 """
 
+import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from composing import compose
 from conftest import GROUPED, SENTENCES, SMALL
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import models as tokenizer_models
 from transformers import (
     AddedToken,
@@ -34,7 +35,7 @@ from dpo.data.records import Preference, write
 from dpo.policy import model as models
 
 SPARE = 5  # rows of the embeddings that are no token's
-ASKED = [{"role": "user", "content": "how are you?"}]
+ASKED, ANSWER = [{"role": "user", "content": "how are you?"}], "I am well, 日本"
 CHATML = (
     "{{% if messages[0].role != 'system' %}}{{{{ '<|im_start|>system\n{0}<|im_end|>\n' }}}}{{% endif %}}"
     "{{% for m in messages %}}{{{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}}}{{% endfor %}}"
@@ -75,6 +76,7 @@ class Family:
     template: str | None = None  # that of the folder; None: that of conf/policy, or none
     more: tuple[str, ...] = ()  # tokens without a role
     begins: bool = False  # the tokenizer puts BOS before a text
+    pieces: str | None = None  # "llama" or "gemma": SentencePiece's, as in their tokenizer.json; None: byte-level BPE
 
     @property
     def tied(self) -> bool:
@@ -112,11 +114,11 @@ FAMILIES = {
     "pythia_2_8b": PYTHIA,
     "mistral_7b": Family(
         MistralConfig, FREE | {"sliding_window": 8}, LLAMA_2, "</s>", ("</s>",),
-        "<s><|user|>\nhow are you?</s>\n<|assistant|>\n", begins=True,
+        "<s><|user|>\nhow are you?</s>\n<|assistant|>\n", begins=True, pieces="llama",
     ),
     "tulu_2_7b": Family(
         LlamaConfig, FREE, LLAMA_2, "</s>", ("</s>",),
-        "<s><|user|>\nhow are you?\n<|assistant|>\n", more=("<pad>",), begins=True,
+        "<s><|user|>\nhow are you?\n<|assistant|>\n", more=("<pad>",), begins=True, pieces="llama",
     ),
     "qwen2_1_5b": Family(
         Qwen2Config, TIED, {"eos_token": START, "pad_token": START}, START, (START,),
@@ -141,7 +143,7 @@ FAMILIES = {
         Gemma2Config, TIED | CAPPED | {"head_dim": 16},
         {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"},
         "<end_of_turn>", ("<eos>",), "<bos><start_of_turn>user\nhow are you?<end_of_turn>\n<start_of_turn>model\n",
-        GEMMA, ("<start_of_turn>", "<end_of_turn>"), begins=True,
+        GEMMA, ("<start_of_turn>", "<end_of_turn>"), begins=True, pieces="gemma",
     ),
     "smollm2_135m": SMOL,
     "smollm2_360m": replace(SMOL, options=TIED | {"num_key_value_heads": 1}),
@@ -154,15 +156,37 @@ FAMILIES = {
 LOCAL = {"base", "small", "tiny", "pretrained"}  # of the embedded world, and a user's own
 
 
-def tokenizer_of(family: Family) -> PreTrainedTokenizerFast:
+def byte_level(tokens: list[str]) -> Tokenizer:
     bpe = Tokenizer(tokenizer_models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokens = list(dict.fromkeys([*family.special.values(), *family.more]))
     learn = trainers.BpeTrainer(
         vocab_size=320 + len(tokens), special_tokens=tokens, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(SENTENCES, learn)
+    return bpe
+
+
+def sentence_pieces(tokens: list[str], family: str) -> Tokenizer:
+    """A space is ▁, which Llama 2's have before each text, too; a character that no piece has is its bytes."""
+    bpe = Tokenizer(tokenizer_models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    spaces, first = normalizers.Replace(" ", "▁"), normalizers.Prepend("▁")
+    bpe.normalizer = normalizers.Sequence([first, spaces]) if family == "llama" else spaces
+    bpe.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    learn = trainers.BpeTrainer(vocab_size=120 + len(tokens), special_tokens=tokens, show_progress=False)
+    bpe.train_from_iterator(SENTENCES, learn)
+    made = json.loads(bpe.to_str())
+    vocabulary = made["model"]["vocab"]
+    vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
+    bpe = Tokenizer.from_str(json.dumps(made | {"pre_tokenizer": None}))
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    bpe.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if family == "llama" else parts)
+    return bpe
+
+
+def tokenizer_of(family: Family) -> PreTrainedTokenizerFast:
+    tokens = list(dict.fromkeys([*family.special.values(), *family.more]))
+    bpe = sentence_pieces(tokens, family.pieces) if family.pieces else byte_level(tokens)
     if family.begins:
         bos = family.special["bos_token"]
         bpe.post_processor = processors.TemplateProcessing(
@@ -229,12 +253,13 @@ def test_three_steps(tmp_path, name):
     spec = models.ModelSpec(str(folder), chat_template=asked.chat_template)
     for reader in (models.load_tokenizer(spec), tokenizer):  # as it was trained, and as it is left
         question = ASKED if chats else "\n\nHuman: how are you?\n\nAssistant:"
-        answer = said("I am well") if chats else " I am well"
+        answer = said(ANSWER) if chats else f" {ANSWER}"
         [pair] = tokenize([Preference(question, answer, answer)], reader, 200, "error")
         text = family.prompt or question
         assert pair.prompt_ids == reader(text, add_special_tokens=False)["input_ids"]
-        response = reader("I am well" if chats else " I am well", add_special_tokens=False)["input_ids"]
-        assert pair.chosen_ids == [*response, reader.convert_tokens_to_ids(family.end)]
+        both = reader(text + (ANSWER if chats else f" {ANSWER}"), add_special_tokens=False)["input_ids"]
+        assert [*pair.prompt_ids, *pair.chosen_ids] == [*both, reader.convert_tokens_to_ids(family.end)]
+        assert reader.decode(pair.chosen_ids[:-1]).strip() == ANSWER
 
 
 def said(text: str) -> list[dict[str, str]]:
