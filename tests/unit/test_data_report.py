@@ -14,7 +14,7 @@ from dpo.data.__main__ import _demonstrations, figure, heard, main
 from dpo.data.batches import size, tokenize
 from dpo.data.demonstrations import sft
 from dpo.data.hub import unpaired
-from dpo.data.measure import measured, measured_prompts
+from dpo.data.measure import MARKERS, ODD, measured, measured_prompts
 from dpo.data.prompts import prompts
 from dpo.data.records import file
 from dpo.data.treatment import flipped
@@ -52,6 +52,7 @@ PLANTED = {  # finding -> what is done to a clean row
     "scores that are tied": lambda row: [row | {"score_chosen": 2, "score_rejected": 2.0}],
     "pairs above max_length=200": lambda row: [row | {"chosen": row["chosen"] * 40}],
 }
+FOUND = ODD | {"markers of other chat formats": MARKERS}
 TIMES = {name: 1 + place % 3 for place, name in enumerate(PLANTED)}
 
 
@@ -111,6 +112,42 @@ def test_nothing_is_found_in_clean_data(tmp_path, tiny_model):
     )
     assert not refused
     assert {one.verdict for one in findings} == {"ok"}
+
+
+ODDITIES = {  # finding -> texts that have it
+    "control characters": ("\x00", "a\x1b[1m", "\x7f", "\x85"),
+    "replacement characters": ("\ufffd",),
+    "invisible characters": (
+        *("co\u00adoperate", "\u200b", "\u2060", "\ufeff", "\u202e", "\u2066", "hi\U000e0068\U000e0069", "\U000e0001"),
+        "\U0001f3f4\U000e0067\U000e007f and \U000e0067",
+    ),
+    "markers of other chat formats": (
+        *("<|im_start|>", "<|eot_id|>", "[INST] a", "<<SYS>>", "<start_of_turn>", "a</s>", "<s>a", "<bos>", "<eos>"),
+        *("<\uff5cend\u2581of\u2581sentence\uff5c>", "<\uff5cUser\uff5c>", "<\uff5ctool\u2581calls\u2581begin\uff5c>"),
+    ),
+}
+PLAIN = (  # and texts that have none: scripts and emoji with joiners, a flag of tags, comparisons and HTML
+    *(
+        "\u0646\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        "\U0001f469\u200d\U0001f4bb",
+        "a < b | c > d",
+        "<span>",
+        "<em>",
+        "tab\there\r\n",
+    ),
+    "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",
+    *("\uff5ca\uff5c", "x<s && s>y", "\u2581"),
+)
+
+
+@pytest.mark.parametrize("name,text", [(name, text) for name, texts in ODDITIES.items() for text in texts])
+def test_each_odd_text_is_found_as_what_it_is(name, text):
+    assert [one for one, pattern in FOUND.items() if pattern.search(f"Say {text}.")] == [name]
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_texts_that_are_not_odd(text):
+    assert not any(pattern.search(text) for pattern in FOUND.values())
 
 
 def test_a_response_that_merges_with_its_prompt(tmp_path, tiny_model):
