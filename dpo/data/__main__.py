@@ -15,6 +15,7 @@ import logging
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpo.data import records, report
 from dpo.data.measure import measured, measured_prompts
+from dpo.data.records import Dataset, Preference
+from dpo.data.texts import key
 from dpo.policy import cost
 from dpo.policy import model as models
 from dpo.references import EMA, Frozen, Live
@@ -45,29 +48,51 @@ def main(config: DictConfig) -> None:
     on_faulty = node.get("on_faulty", "error")
     with heard() as refused:  # all faulty pairs are read, and counted here
         dataset = instantiate(node | ({"on_faulty": "keep"} if "on_faulty" in node else {}))
-    tables: dict[str, pd.DataFrame]
-    if dataset.preferences:
+    of = "pairs" if dataset.preferences else "prompts"
+    if of == "pairs":
         dataset.preferences.update(treated(dataset.preferences, treatment_of(config), config.seed))
+    elif shown := _demonstrations(dataset):
+        of, dataset = "demonstrations", replace(dataset, preferences={"train": shown})
+    findings: list[report.Finding] = []
+    splits: dict[str, Any] = {}
+    tables: dict[str, pd.DataFrame] = {}
+    if of != "prompts":
         pairs = [pair for split in dataset.preferences.values() for pair in split]
         table = measured(pairs, tokenizer, config.cache)
         known = {pair.source for pair in pairs}
         refused = [(where, why) for where, why in refused if where not in known]
-        findings, splits, tables = report.of_pairs(dataset, table, refused, limits, on_faulty, config.cache)
-    else:
-        tables = {name: measured_prompts(some, tokenizer, config.cache) for name, some in dataset.prompts.items()}
-        findings, splits = report.of_prompts(dataset, tables, limits, config.cache)
+        alone = of == "demonstrations"
+        findings, splits, tables = report.of_pairs(dataset, table, refused, limits, on_faulty, config.cache, alone)
+    if of != "pairs":
+        asked = {name: some for name, some in dataset.prompts.items() if of == "prompts" or name == "test"}
+        tables |= {name: measured_prompts(some, tokenizer, config.cache) for name, some in asked.items()}
+        more, numbers = report.of_prompts(dataset, {name: tables[name] for name in asked}, limits, config.cache)
+        findings, splits = findings + more, splits | numbers
     made = {
         "data": config.data.get("path") or config.data._target_,
         "tokenizer": spec.path,
         "splits": splits,
         "findings": report.as_json(findings),
-        "cost": _cost(config, tables, bool(dataset.preferences)),
+        "cost": _cost(config, tables, of),
     }
     folder = Path(config.report)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     save(figure(tables["train"], config.max_length), folder / "report.png")
     print(*lines(made, findings), f"{folder}/report.json has examples of each, {folder}/report.png lengths", sep="\n")
+
+
+def _demonstrations(dataset: Dataset) -> list[Preference]:
+    """Those of the training prompts, as `dpo.sft` learns from them, each as a response with a label; none of data with
+    demonstrations beside its prompts, as the world's.
+    """
+    prompts = {key(prompt) for prompt in dataset.prompts["train"]}
+    if all(key(one.prompt) not in prompts for one in dataset.demonstrations):
+        return []
+    return [
+        Preference(one.prompt, one.response, one.response, one.ended, one.ended, one.source, label=True)
+        for one in dataset.demonstrations
+    ]
 
 
 @contextmanager
@@ -86,20 +111,24 @@ def heard() -> Iterator[list[tuple[str, str]]]:
         records.logger.removeFilter(listen)
 
 
-def _cost(config: DictConfig, tables: dict[str, pd.DataFrame], paired: bool) -> dict[str, Any]:
-    """Of pairs; of prompts at most, with as many pairs as may be made of them, and responses as long as they may be."""
+def _cost(config: DictConfig, tables: dict[str, pd.DataFrame], of: str) -> dict[str, Any]:
+    """Of pairs; of demonstrations, by `dpo.sft`; of prompts at most, with as many pairs as may be made of them, and
+    responses as long as they may be.
+    """
     limits, spec, sizes = limits_of(config), policy_spec(config), {}
+    recipe = config.sft if of == "demonstrations" else config
     for split in {"train", "validation"} & tables.keys():
         rows, copies = tables[split][tables[split].prompt >= 0], 1
-        if not paired:
+        if of == "prompts":
             copies, most = config.generation.pairs_per_prompt, config.max_new_tokens
             rows = rows.assign(prompt=rows.prompt.clip(upper=limits.prompt), chosen=most, rejected=most)
         sizes[split] = report.sizes(rows, limits, needs_labels(config), config.packed).repeat(copies, axis=0)
     train = sizes["train"]
-    steps, items = report.seen(len(train), config.batch_size, config.epochs, config.steps)
+    steps, items = report.seen(len(train), recipe.batch_size, recipe.epochs, recipe.steps)
     tokens, scored = train.mean(axis=0) * items if len(train) else (0.0, 0.0)
 
-    policy, added, reference = models.without_weights(spec), lora_of(config), instantiate(config.reference)
+    policy, added = models.without_weights(spec), lora_of(config)
+    reference = None if of == "demonstrations" else instantiate(config.reference)
     adapted = None if added is None else cost.adapters(policy, added)
     asked = reference.scored if isinstance(reference, Live) else reference  # the model, as a table
     scores, moves = isinstance(asked, EMA | Frozen), isinstance(reference, EMA | Live)
@@ -113,17 +142,18 @@ def _cost(config: DictConfig, tables: dict[str, pd.DataFrame], paired: bool) -> 
 
     share = scored / tokens if tokens else 0.0
     longest, mean = int(train[:, 0].max(initial=0)), tokens / max(1, items)
-    micro = max(longest, int(min(config.micro_batch_tokens, mean * config.batch_size)))
+    micro = max(longest, int(min(config.micro_batch_tokens, mean * recipe.batch_size)))
     if not config.packed:  # each is padded to the longest, and a micro-batch goes by sizes without that
-        pairs = min(config.batch_size, config.micro_batch_tokens / max(1.0, mean / 2 + scored / max(1, items) / 2))
-        micro = int(max(1, pairs) * longest)
+        each = mean if of == "demonstrations" else mean / 2 + scored / max(1, items) / 2
+        micro = int(max(1, min(recipe.batch_size, config.micro_batch_tokens / max(1.0, each))) * longest)
     added_to = adapted, quantize_of(config)
     how = config.optimizer, config.precision, config.activation_checkpointing, config.packed
     device = distributed.device(config.device)
     of_other = cost.parameters(other) * (scores and apart)
     memory = cost.memory(policy, *added_to, of_other, moves, micro, int(micro * share), *how, device.type)
     return {
-        "upper_bound": not paired,
+        "command": "dpo.sft" if of == "demonstrations" else "dpo.train",
+        "upper_bound": of == "prompts",
         "steps": steps,
         "tokens": int(tokens),
         "flops": float(flops),
@@ -151,7 +181,7 @@ def lines(made: dict[str, Any], findings: Sequence[report.Finding]) -> Iterator[
             yield from textwrap.wrap(one.advice, WIDTH, initial_indent=" " * 15, subsequent_indent=" " * 15)
     of, memory = made["cost"], cost.Memory(**made["cost"]["memory"])
     bound, fits = "at most " * of["upper_bound"], memory.total < of["device_memory"]
-    yield f"\n  training: {bound}{of['steps']:,} steps, {of['tokens']:,} tokens, {of['flops']:.1e} FLOPs"
+    yield f"\n  {of['command']}: {bound}{of['steps']:,} steps, {of['tokens']:,} tokens, {of['flops']:.1e} FLOPs"
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in vars(memory).items())
     whole = f"{memory.total / 1e9:.1f} of the {of['device_memory'] / 1e9:.0f} GB of {of['device']}"
     yield f"{' ' if fits else '!'} memory: about {whole} ({parts})"

@@ -26,14 +26,18 @@ from dpo.data.records import Preference, Text, fault_of, row
 from dpo.data.tokens import encoded
 from dpo.training.log import progress
 
-VERSION = 1  # part of the cache keys: raise it when a change of the code changes what is kept
+VERSION = 2  # part of the cache keys: raise it when a change of the code changes what is kept
 AT_ONCE = 1000  # items that a process takes
 ODD = {  # characters that no one typed on purpose; joiners, which some scripts and emoji need, are none of them
     "control characters": re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"),
     "replacement characters": re.compile("\ufffd"),
-    "invisible characters": re.compile("[\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069]"),
+    "invisible characters": re.compile(  # tags are none in the flag that they spell
+        "[\u00ad\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069]|(?<![\U0001f3f4\U000e0020-\U000e007e])[\U000e0000-\U000e007f]"
+    ),
 }
-MARKERS = re.compile(r"<\|\w+\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>")  # of chat formats
+MARKERS = re.compile(  # of chat formats
+    r"<\|\w+\|>|<\uff5c[\w\u2581]+\uff5c>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</?s>|<[be]os>"
+)
 _tokenizer: PreTrainedTokenizerBase  # of a process that measures
 
 

@@ -48,11 +48,13 @@ def of_pairs(
     limits: Limits,
     on_faulty: str,
     cache: str,
+    shown: bool = False,
 ) -> tuple[list[Finding], dict[str, Any], dict[str, pd.DataFrame]]:
     """Findings, numbers, and by split the rows that training would learn from.
 
     table: `dpo.data.measure.measured` of the training pairs and then the validation pairs. refused: of rows that are no
-    pairs where they are from and why. on_faulty: what training does with faulty pairs.
+    pairs where they are from and why. on_faulty: what training does with faulty pairs. shown: they are demonstrations,
+    each as a response with a label.
     """
     found: list[Finding] = []
     numbers: dict[str, Any] = {}
@@ -66,7 +68,8 @@ def of_pairs(
     for why in dict.fromkeys(why for _, why in refused):
         places = [place for place, reason in refused if reason == why]
         found.append(finding(why, "all", places, len(table) + len(refused), verdict, advice))
-    kind = called(next((pair.label for pairs in dataset.preferences.values() for pair in pairs), None))
+    label = next((pair.label for pairs in dataset.preferences.values() for pair in pairs), None)
+    kind = "demonstrations" if shown else called(label)
     for split, pairs in dataset.preferences.items():
         rows = table.iloc[first : first + len(pairs)].assign(source=[pair.source or "?" for pair in pairs])
         first += len(pairs)
@@ -79,10 +82,14 @@ def of_pairs(
         usable = rows[(rows.prompt >= 0) & (rows.fault.isna() | (on_faulty == "keep"))]
         of_split, lengths = _of_split([pairs[place] for place in usable.index], usable, split, limits, kind)
         found += of_split
-        numbers[split] = {"pairs": len(usable), "given": len(rows), **lengths}
+        numbers[split] = {kind if shown else "pairs": len(usable), "given": len(rows), **lengths}
         kept[split] = usable[tokens(usable) <= limits.max_length] if limits.on_too_long == "drop" else usable
+        kept[split] = kept[split].drop(columns="rejected") if shown else kept[split]
     prompts = {split: [pair.prompt for pair in pairs] for split, pairs in dataset.preferences.items()}
-    found += _prompts(prompts, kind, cache)
+    rows_of: dict[str, set[str | None]] = {}
+    for pair in dataset.preferences["train"]:
+        rows_of.setdefault(as_text(pair.prompt), set()).add(pair.source)
+    found += _prompts(dataset.prompts | prompts, kind, cache, rows_of)
     return found, numbers, kept
 
 
@@ -104,6 +111,8 @@ def _of_split(
     if single:
         labels = np.array([pair.label for pair in pairs], dtype=bool)
         numbers["lengths"]["completion"] = quantiles(rows.chosen)
+        if kind == "demonstrations":
+            return found, numbers
         numbers["length_auc"] = auc(rows.chosen[labels], rows.chosen[~labels])
         share = int(labels.sum())
         far = "ok" if 0.2 <= share / len(labels) <= 0.8 else "look"
@@ -131,8 +140,11 @@ def _by_length(split: str, value: float, of: int) -> Finding:
 def of_prompts(
     dataset: Dataset, tables: dict[str, pd.DataFrame], limits: Limits, cache: str
 ) -> tuple[list[Finding], dict[str, Any]]:
-    """The same of prompts without responses. tables: `measured_prompts` of each split."""
-    found, numbers = [], {}
+    """The same of prompts without responses. tables: `measured_prompts` of each split; without that of the training
+    split, what is said of the others is said of each alone.
+    """
+    found: list[Finding] = []
+    numbers: dict[str, Any] = {}
     for split, table in tables.items():
         rows = table.assign(source=[f"{split} prompt {place}, counted from 0" for place in range(len(table))])
         for reason, some in rows[rows.fault.notna()].groupby("fault", sort=False):
@@ -144,28 +156,34 @@ def of_prompts(
         found.append(finding("prompts above the budget", split, list(long.source), len(usable), "look", text))
         found += _odd(usable, split)
         numbers[split] = {"prompts": len(usable), "given": len(rows), "lengths": {"prompt": quantiles(usable.prompt)}}
-    return [*found, *_prompts(dataset.prompts, "responses", cache)], numbers
+    return found + (_prompts(dataset.prompts, "responses", cache, {}) if "train" in tables else []), numbers
 
 
 def tokens(rows: pd.DataFrame) -> pd.Series:
     """Of the prompt and the longer response."""
-    return rows.prompt + rows[["chosen", "rejected"]].max(axis=1)
+    return rows.prompt + rows[sides(rows)].max(axis=1)
+
+
+def sides(rows: pd.DataFrame) -> list[str]:
+    """The columns of responses: of demonstrations there is one."""
+    return [name for name in ("chosen", "rejected") if name in rows]
 
 
 def sizes(rows: pd.DataFrame, limits: Limits, labels: bool, packed: bool) -> NDArray[np.int64]:
     """Tokens that each item of training has in a pass, and how many of them are scored: a pair's, or of a loss that
-    reads labels those of a response beside one to another prompt, as long on average.  # (items, 2)
+    reads labels those of a response beside one to another prompt, as long on average; of a demonstration, which has no
+    column `rejected`, its own.  # (items, 2)
 
     With on_too_long=truncate after the cut, see `dpo.data.batches.tokenize`.
     """
-    both = rows[["chosen", "rejected"]].to_numpy()
+    both = rows[sides(rows)].to_numpy()
     both = np.where(both < 0, both[:, :1], both)  # a response with a label has none beside it yet
     prompts = rows.prompt.to_numpy()
     if limits.on_too_long == "truncate":
         prompts = np.minimum(prompts, np.maximum(limits.max_length - both.max(axis=1, initial=0), 1))
         both = np.minimum(both, limits.max_length - prompts[:, None])
-    found = np.stack([prompts * (1 if packed else 2) + both.sum(axis=1), both.sum(axis=1)], axis=1)
-    return found.repeat(2 if labels and (rows.rejected >= 0).any() else 1, axis=0)
+    found = np.stack([prompts * (1 if packed else both.shape[1]) + both.sum(axis=1), both.sum(axis=1)], axis=1)
+    return found.repeat(2 if labels and "rejected" in rows and (rows.rejected >= 0).any() else 1, axis=0)
 
 
 def seen(items: int, batch_size: int, epochs: int, steps: int | None) -> tuple[int, int]:
@@ -209,10 +227,10 @@ def _repeated(pairs: Sequence[Preference], split: str, kind: str) -> list[Findin
         turned += [pair.source] * (other in seen and same != other)
         seen.add(same)
     against = "the same responses with the other label; keep one of the two"
-    return [
-        finding(f"{kind} that are there twice", split, again, len(pairs), "look", "remove them: they count twice"),
-        finding(f"{kind} that contradict another", split, turned, len(pairs), "bad", against),
-    ]
+    twice = finding(f"{kind} that are there twice", split, again, len(pairs), "look", "remove them: they count twice")
+    if kind == "demonstrations":
+        return [twice]
+    return [twice, finding(f"{kind} that contradict another", split, turned, len(pairs), "bad", against)]
 
 
 def _identity(pair: Preference, turned: bool = False) -> str:
@@ -239,8 +257,12 @@ def _labels(pairs: Sequence[Preference], split: str) -> list[Finding]:
     ]
 
 
-def _prompts(prompts: dict[str, list[Text]], kind: str, cache: str) -> list[Finding]:
-    """Prompts that are there again, in their split and across; word for word, and nearly."""
+def _prompts(
+    prompts: dict[str, list[Text]], kind: str, cache: str, rows_of: dict[str, set[str | None]]
+) -> list[Finding]:
+    """Prompts that are there again, in their split and across; word for word, and nearly, but for turns of one
+    conversation. rows_of: text of a training prompt -> where it came from, as far as that is known.
+    """
     texts = {split: list(dict.fromkeys(map(as_text, some))) for split, some in prompts.items()}
     if texts.get("test") == texts.get("validation"):
         texts.pop("test", None)
@@ -256,7 +278,8 @@ def _prompts(prompts: dict[str, list[Text]], kind: str, cache: str) -> list[Find
             shared = [one for one in map(as_text, prompts[split]) if one in train]
             leak = "held-out numbers are of what was trained on; split by prompt"
             found.append(finding("prompts of the training split", split, _brief(shared), all_of, "bad", leak))
-        alike = [one for one, other in zip(own[split], places[split], strict=True) if other >= 0]
+        near = [(one, own["train"][at]) for one, at in zip(own[split], places[split], strict=True) if at >= 0]
+        alike = [one for one, other in near if rows_of.get(one, set()).isdisjoint(rows_of.get(other, ()))]
         what = "near-duplicate prompts" if split == "train" else "prompts near one of the training split"
         text = "keep one of each" if split == "train" else "held-out numbers are too good; move them to training"
         found.append(finding(what, split, _brief(alike), len(some), "look", text))

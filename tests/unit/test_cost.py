@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dpo.data import report
 from dpo.data.__main__ import main
-from dpo.data.batches import collate_pairs, mismatched, size, tokenize
-from dpo.data.records import Preference
+from dpo.data.batches import collate_pairs, mismatched, size, tokenize, tokenize_demonstrations
+from dpo.data.records import Demonstration, Preference
 from dpo.data.truncation import Limits
 from dpo.policy import cost, lora
 from dpo.policy import model as models
@@ -211,6 +211,29 @@ def test_flops_of_training_and_its_reference(costed, tiny_model):
     some = costed("reference=reference_free", "steps=2")
     assert (some["steps"], some["tokens"]) == (2, pytest.approx(tokens[0] * 10 / 24, abs=1))
     assert some["flops"] == pytest.approx(3 * forward[0] * 10 / 24)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_demonstrations_cost_what_their_training_takes(costed, tiny_model, tmp_path, packed):
+    """By the keys of `sft`, and of no reference."""
+    for name, of in (("chats", range(24)), ("chats_held_out", range(50, 58))):
+        lines = [{"prompt": f"Say {'so ' * (n % 7)}{n}:", "completion": f" no{n} a"} for n in of]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = "data=sft", f"data.path={tmp_path}/chats.jsonl", f"data.validation_path={tmp_path}/chats_held_out.jsonl"
+    keys = f"packed={packed}", "sft.batch_size=10", "sft.epochs=2", "loss=kto", "reference=initial"
+    made = costed(*keys, data=data)
+    model, tokenizer = models.without_weights(tiny_model("llama")), models.load_tokenizer(tiny_model("llama"))
+    shown = [Demonstration(f"Say {'so ' * (n % 7)}{n}:", f" no{n} a") for n in range(24)]
+    items = tokenize_demonstrations(shown, tokenizer, 60, "error")
+    tokens, scored = (sum(map(len, some)) for some in ([ids for item in items for ids in item], [r for _, r in items]))
+    assert (made["command"], made["upper_bound"], made["steps"]) == ("dpo.sft", False, 6)
+    assert made["tokens"] == 2 * tokens
+    assert made["flops"] == pytest.approx(3 * cost.forward(model, 2 * tokens, 2 * (scored if packed else tokens)))
+    assert made["memory"]["weights"] == 4 * 4 * made["parameters"]
+    longest = max(len(prompt) + len(response) for prompt, response in items)
+    micro = tokens / 24 * 10 if packed else 10 * longest
+    needs = needed(model, tokens=int(micro), scored=int(int(micro) * scored / tokens), packed=packed, device="cpu")
+    assert made["memory"]["activations"] == pytest.approx(needs.activations, rel=0.01)
 
 
 def test_flops_with_a_larger_reference(costed, tiny_model, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -9,15 +10,17 @@ import pytest
 
 from dpo.cache import digest
 from dpo.data import near, report
-from dpo.data.__main__ import figure, heard
+from dpo.data.__main__ import _demonstrations, figure, heard, main
 from dpo.data.batches import size, tokenize
+from dpo.data.demonstrations import sft
 from dpo.data.hub import unpaired
-from dpo.data.measure import measured, measured_prompts
+from dpo.data.measure import MARKERS, ODD, measured, measured_prompts
 from dpo.data.prompts import prompts
 from dpo.data.records import file
 from dpo.data.treatment import flipped
 from dpo.data.truncation import Limits
 from dpo.policy.model import load_tokenizer
+from tests.composing import compose
 
 WORDS = [
     f"{a}{b}" for a in ("ka", "lo", "mi", "nu", "pe", "ri", "so", "tu") for b in ("bar", "den", "fol", "gim", "hot")
@@ -49,6 +52,7 @@ PLANTED = {  # finding -> what is done to a clean row
     "scores that are tied": lambda row: [row | {"score_chosen": 2, "score_rejected": 2.0}],
     "pairs above max_length=200": lambda row: [row | {"chosen": row["chosen"] * 40}],
 }
+FOUND = ODD | {"markers of other chat formats": MARKERS}
 TIMES = {name: 1 + place % 3 for place, name in enumerate(PLANTED)}
 
 
@@ -108,6 +112,42 @@ def test_nothing_is_found_in_clean_data(tmp_path, tiny_model):
     )
     assert not refused
     assert {one.verdict for one in findings} == {"ok"}
+
+
+ODDITIES = {  # finding -> texts that have it
+    "control characters": ("\x00", "a\x1b[1m", "\x7f", "\x85"),
+    "replacement characters": ("\ufffd",),
+    "invisible characters": (
+        *("co\u00adoperate", "\u200b", "\u2060", "\ufeff", "\u202e", "\u2066", "hi\U000e0068\U000e0069", "\U000e0001"),
+        "\U0001f3f4\U000e0067\U000e007f and \U000e0067",
+    ),
+    "markers of other chat formats": (
+        *("<|im_start|>", "<|eot_id|>", "[INST] a", "<<SYS>>", "<start_of_turn>", "a</s>", "<s>a", "<bos>", "<eos>"),
+        *("<\uff5cend\u2581of\u2581sentence\uff5c>", "<\uff5cUser\uff5c>", "<\uff5ctool\u2581calls\u2581begin\uff5c>"),
+    ),
+}
+PLAIN = (  # and texts that have none: scripts and emoji with joiners, a flag of tags, comparisons and HTML
+    *(
+        "\u0646\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        "\U0001f469\u200d\U0001f4bb",
+        "a < b | c > d",
+        "<span>",
+        "<em>",
+        "tab\there\r\n",
+    ),
+    "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",
+    *("\uff5ca\uff5c", "x<s && s>y", "\u2581"),
+)
+
+
+@pytest.mark.parametrize("name,text", [(name, text) for name, texts in ODDITIES.items() for text in texts])
+def test_each_odd_text_is_found_as_what_it_is(name, text):
+    assert [one for one, pattern in FOUND.items() if pattern.search(f"Say {text}.")] == [name]
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_texts_that_are_not_odd(text):
+    assert not any(pattern.search(text) for pattern in FOUND.values())
 
 
 def test_a_response_that_merges_with_its_prompt(tmp_path, tiny_model):
@@ -291,6 +331,63 @@ def test_the_figure_shows_the_lengths(tmp_path, tiny_model):
     assert curve.get_ydata()[-1] == 1
     assert third.lines[1].get_xdata()[0] == 150
     assert [text.get_text() for text in first.get_legend().get_texts()] == ["prompt", "chosen", "rejected"]
+
+
+@pytest.mark.parametrize("on_faulty", ["error", "drop"])
+def test_demonstrations_are_measured_whole(tmp_path, tiny_model, monkeypatch, capsys, on_faulty):
+    """Prompt and response, with what stops `dpo.sft`; of what is held out the prompts, and rows that are none."""
+    monkeypatch.setattr("dpo.data.__main__.save", lambda *_: None)
+    rows = [{"prompt": clean(n)["prompt"], "completion": clean(n)["chosen"]} for n in range(40)]
+    for place, said in ((3, " "), (5, " ka" * 300), (7, " \x07"), (9, " \x07"), (11, " a <|endoftext|>")):
+        rows[place]["completion"] = said
+    rows.append(rows[20])
+    held_out = [{"prompt": clean(n)["prompt"], "completion": " yes"} for n in range(200, 210)]
+    held_out += [{"prompt": clean(4)["prompt"], "completion": " "}, {"messages": [{"role": "user", "content": "Hi."}]}]
+    held_out.append({"prompt": clean(220)["prompt"] + "\x07", "completion": " \ufffd"})
+    paths = [write(tmp_path / f"{name}.jsonl", some) for name, some in (("train", rows), ("held_out", held_out))]
+    places = f"data.path={paths[0]}", f"data.validation_path={paths[1]}", f"policy.path={tiny_model('gpt2')}"
+    folders = f"report={tmp_path}/report", f"cache={tmp_path}/cache", f"data.on_faulty={on_faulty}"
+    main(compose("data", "data=sft", *places, *folders, "max_length=200", "max_new_tokens=20", "device=cpu"))
+    made = json.loads((tmp_path / "report" / "report.json").read_text())
+    found = {(one["split"], one["name"]): (one["count"], one["of"], one["verdict"]) for one in made["findings"]}
+    bad = {"error": "bad", "drop": "look"}[on_faulty]
+    assert {key: value for key, value in found.items() if value[0]} == {
+        ("all", "completion is empty"): (1, 43, bad),
+        ("all", "the last message is not the assistant's, after another's"): (1, 43, bad),
+        ("train", "completion is empty"): (1, 41, bad),
+        ("train", "demonstrations above max_length=200"): (1, 40, "bad"),
+        ("train", "control characters"): (2, 40, "look"),
+        ("train", "special tokens typed in the text"): (1, 40, "look"),
+        ("train", "demonstrations that are there twice"): (1, 40, "look"),
+        ("train", "prompts that are there before"): (1, 41, "ok"),
+        ("test", "control characters"): (1, 12, "look"),
+        ("validation", "prompts of the training split"): (1, 12, "bad"),
+    }
+    assert made["splits"]["train"]["lengths"]["completion"]["100%"] > 300
+    assert (made["splits"]["train"]["demonstrations"], made["splits"]["test"]["prompts"]) == (40, 12)
+    assert "dpo.sft: 2 steps" in capsys.readouterr().out
+
+
+def test_turns_of_one_conversation_are_near_each_other(tmp_path, tiny_model):
+    """And that is no finding, but a second conversation like the first is one."""
+    rows = []
+    for n in (*range(30), 1):
+        said = [f"{clean(n)['prompt']} {clean(n + 50)['prompt']} {clean(n + 99)['prompt']}", "Yes.", "Why?", "So."]
+        messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, said, strict=True)]
+        rows.append({"messages": messages})
+    rows[-1]["messages"][0]["content"] += " Please!"
+    held_out = [{"prompt": clean(200)["prompt"], "completion": "Yes."}]
+    paths = [write(tmp_path / f"{name}.jsonl", some) for name, some in (("train", rows), ("held_out", held_out))]
+    data = sft(*paths, "all", 0.1, "error")
+    shown = _demonstrations(data)
+    assert [(one.prompt, one.chosen) for one in shown] == [(one.prompt, one.response) for one in data.demonstrations]
+    table = measured(shown, load_tokenizer(tiny_model("qwen2")), str(tmp_path))
+    data = replace(data, preferences={"train": shown})
+    limits = Limits(500, 20, "error")
+    findings, _, kept = report.of_pairs(data, table, [], limits, "error", str(tmp_path), shown=True)
+    assert len(kept["train"]) == 62
+    assert 0 < counts(findings)["near-duplicate prompts"] <= 4
+    assert not any("label" in one.name or "contradict" in one.name for one in findings)
 
 
 def test_prompts_alone(tmp_path, tiny_model):
