@@ -399,7 +399,7 @@ def _score_gap(row: dict[str, Any]) -> float | None:
 
 def _token_ids(row: dict[str, Any], chosen: Text, rejected: Text) -> TokenIds | None:
     token_ids = row.get("token_ids")
-    if token_ids in EMPTY:
+    if token_ids in (None, ""):  # an empty cell of a table
         return None
     names = {column.name for column in fields(TokenIds)}
     if not isinstance(token_ids, dict) or set(token_ids) != names or not isinstance(token_ids["tokenizer"], str):

@@ -144,6 +144,7 @@ PROJECT = (
         "cache.py",
         "data/lazy.py",
         "data/records.py",
+        "data/texts.py",
         "data/sources.py",
         "data/instructions.py",
     ),

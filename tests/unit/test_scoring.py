@@ -109,7 +109,7 @@ def test_a_reference_has_its_own_template_and_the_runs_day(tmp_path, tiny_model)
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHAT_TEMPLATE
     models.save(model, tokenizer, tmp_path / "dated")
     asked, told = settings(tmp_path, max_length=3), []  # tokens of the policy
-    initial = models.ModelSpec(tiny_model("gpt2"), chat_template="{# the policy's #}", date="2024-07-26")
+    initial = models.ModelSpec(tiny_model("gpt2"), chat_template="{{ messages }}", date="2024-07-26")
 
     class Spied(OtherTokenizer):
         def sequences(self, pairs: Any, split: str, tokenizer: Any, *more: Any) -> Any:
