@@ -12,7 +12,7 @@ from dpo.cache import digest_large
 from dpo.data.lazy import Lazy
 from dpo.data.sources import SHOWN, Source, elsewhere, listed, parse, require, write_rows
 from dpo.data.sources import read as read_rows
-from dpo.data.texts import EMPTY, TURN, Text, checked, distinct, drawn, key, opening
+from dpo.data.texts import TURN, Text, checked, distinct, drawn, key, opening
 
 logger = logging.getLogger(__name__)
 OnFaulty = Literal["error", "drop", "keep"]  # what to do with faulty pairs and prompts: see `filter_pairs`

@@ -26,6 +26,7 @@ WORDS = ("_target_", "_partial_", "_convert_")  # of a node, that are no options
 OTHERWISE = {
     "dtype": "weights are float32, and precision=bf16 is that of products",
     "torch_dtype": "weights are float32, and precision=bf16 is that of products",
+    "attn_implementation": "attention is that of the shared prefix, see docs/models.md",
     "revision": "it stands after a name on the hub: {}.path=name@revision",
     "prompts": "prompts of yours are data=prompts data.path=FILE, or with python -m dpo.show of=FILE",
 }

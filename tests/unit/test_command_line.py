@@ -56,6 +56,7 @@ def typed(monkeypatch, capsys, verb: str, *arguments: str) -> str:
         ("train loss.gamma=1", "loss.gamma is not a key of this command; loss has beta, label_smoothing"),
         ("train loss/beta=1", "did you mean loss.beta?"),
         ("train policy.dtype=bfloat16", "this command; weights are float32, and precision=bf16 is that of products"),
+        ("train policy.attn_implementation=sdpa", "this command; attention is that of the shared prefix, see docs/m"),
         ("sft policy.revision=v1", "it stands after a name on the hub: policy.path=name@revision"),
         ("generate prompts=p.jsonl", "are data=prompts data.path=FILE, or with python -m dpo.show of=FILE"),
         ("train launcher=slurm", "launcher is not a key of this command; --help lists the keys"),
