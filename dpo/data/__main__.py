@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 from omegaconf import DictConfig, OmegaConf
 
 from dpo.data import records, report
@@ -190,23 +191,40 @@ def lines(made: dict[str, Any], findings: Sequence[report.Finding]) -> Iterator[
 
 
 def figure(rows: pd.DataFrame, max_length: int) -> Figure:
-    """Lengths of training pairs: by part, chosen less rejected, and what a budget would hold."""
+    """Lengths of training rows: by part, of pairs chosen less rejected, and what a budget would hold."""
     rows = rows[rows.prompt >= 0]
     drawing = Figure(figsize=(13, 4), layout="constrained", dpi=120)
-    axes = drawing.subplots(1, 3)
-    paired = "chosen" in rows
-    parts = [name for name in ("prompt", "chosen", "rejected") if name in rows and (rows[name] >= 0).any()]
-    most = max((int(rows[name].max()) for name in parts), default=1)
+    parts = [name for name in ("prompt", *report.sides(rows)) if (rows[name] >= 0).any()]
+    compared = "rejected" in parts
+    by_part, *middle, fits = drawing.subplots(1, 3 if compared else 2)
+    longest = rows[parts].max(axis=1)
+    end, beyond = _end(longest)
     for name, colour in zip(parts, COLOURS, strict=False):
-        axes[0].hist(rows[name], bins=40, range=(0, most + 1), histtype="step", lw=1.6, color=colour, label=name)
-    axes[0].legend(frameon=False)
-    tidy(axes[0], "Lengths", "tokens", "training rows")
-    if "rejected" in parts:
-        axes[1].hist(rows.chosen - rows.rejected, bins=41, color=COLOURS[0])
-        axes[1].axvline(0, color="0.5", lw=1, ls="--")
-    tidy(axes[1], "Chosen less rejected", "tokens", "training pairs")
-    lengths = np.sort(report.tokens(rows) if paired else rows.prompt)
-    axes[2].plot(lengths, np.arange(1, len(lengths) + 1) / max(1, len(lengths)), color=COLOURS[0])
-    axes[2].axvline(max_length, color=COLOURS[1], lw=1, ls="--")
-    tidy(axes[2], f"Fits (dashed: max_length={max_length})", "tokens of prompt and response", "share of rows")
+        label = "completion" if name == "chosen" and not compared else name
+        by_part.hist(rows[name], bins=40, range=(0, end + 1), histtype="step", lw=1.6, color=colour, label=label)
+    if parts:
+        by_part.legend(frameon=False)
+    tidy(by_part, "Lengths", f"tokens{beyond}", "training rows")
+    for axis in middle:
+        gaps = rows.chosen - rows.rejected
+        end, beyond = _end(gaps.abs())
+        axis.hist(gaps, bins=41, range=(-end - 1, end + 1) if beyond else None, color=COLOURS[0])
+        axis.axvline(0, color="0.5", lw=1, ls="--")
+        tidy(axis, "Chosen less rejected", f"tokens{beyond}", "training pairs")
+    lengths = np.sort(report.tokens(rows) if "chosen" in rows else rows.prompt)
+    end, beyond = _end(lengths, 1.05 * max_length)
+    fits.plot(lengths, np.arange(1, len(lengths) + 1) / max(1, len(lengths)), color=COLOURS[0])
+    fits.axvline(max_length, color=COLOURS[1], lw=1, ls="--")
+    if beyond:
+        fits.set_xlim(0, end)
+    tidy(fits, f"Fits (dashed: max_length={max_length})", f"tokens of prompt and response{beyond}", "share of rows")
     return drawing
+
+
+def _end(lengths: ArrayLike, least: float = 1) -> tuple[float, str]:
+    """Where an axis of lengths ends, and what it says of those beyond: few, which would leave no room to all others."""
+    ordered = np.sort(np.asarray(lengths))
+    end = float(max(least, ordered[int(0.99 * (len(ordered) - 1))] if len(ordered) else 0))
+    if (most := ordered.max(initial=0)) <= 2 * end:
+        return max(end, most), ""
+    return end, f"\n({(ordered > end).sum():,} of {len(ordered):,} rows beyond this axis, up to {most:,})"

@@ -51,7 +51,7 @@ def ultrachat(
 def _shown(
     turns: Turns, source: Source, held_out: Source | None, validation_fraction: float, on_faulty: OnFaulty
 ) -> Dataset:
-    data = paired(partial(_turns, turns=turns), source, held_out, validation_fraction, on_faulty)
+    data = paired(partial(_turns, turns=turns), source, held_out, validation_fraction, on_faulty, "demonstrations")
     return replace(data, preferences={})
 
 

@@ -190,7 +190,7 @@ def unpaired(
     if validation_split is None and published and has_splits(validation_path or source.path):
         validation_split = "test"
     held_out = elsewhere(source, validation_path, validation_split)
-    data = paired(_labelled, source, held_out, validation_fraction, on_faulty)
+    data = paired(_labelled, source, held_out, validation_fraction, on_faulty, "responses")
     if len(found := {row.label for row in data.preferences["train"]}) < 2:
         raise ValueError(
             f"{path or repository} must have training responses of both labels, found {found.pop()} alone; add others"

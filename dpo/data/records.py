@@ -185,10 +185,11 @@ def paired(
     held_out: Source | None,
     validation_fraction: float,
     on_faulty: OnFaulty,
+    what: str = "pairs",
 ) -> Dataset:
     """A data set of what `record` makes of the rows of a source, and of those to hold out; None: a share of the former.
 
-    record: gives a pair, several, or the reason why there is none.
+    record: gives a pair, several, or the reason why there is none. what: messages call them.
     """
     revisions: dict[str, str] = {}
 
@@ -197,7 +198,7 @@ def paired(
         if revision is not None:
             revisions[str(place)] = revision
         each = [(where, one) for where, made in found for one in (made if isinstance(made, list) else [made])]
-        return filter_pairs(each, on_faulty, str(place))
+        return filter_pairs(each, on_faulty, str(place), what)
 
     shown = None if held_out is None else pairs(held_out)
     return replace(split_pairs(pairs(source), shown, validation_fraction, on_faulty), revisions=revisions)
@@ -221,21 +222,23 @@ def write(path: str | Path, preferences: Iterable[Preference]) -> None:
     write_rows(path, map(row, preferences))
 
 
-def filter_pairs(records: Iterable[tuple[str, Preference | str]], on_faulty: str, source: str) -> list[Preference]:
+def filter_pairs(
+    records: Iterable[tuple[str, Preference | str]], on_faulty: str, source: str, what: str = "pairs"
+) -> list[Preference]:
     """The pairs to learn from. Faulty are pairs of which a response is empty or blank, or both are the same; and, found
     when they are tokenized, pairs and prompts of which the chat template loses a part or which it refuses, those with
     typed text that becomes control tokens, and pairs of responses with the same tokens.
 
     records: the name of each with the pair, or with the reason why it is none. on_faulty: "error" raises;
-    "drop" leaves faulty pairs out; "keep" leaves out only what is no pair. The last two log counts.
+    "drop" leaves faulty pairs out; "keep" leaves out only what is no pair. The last two log counts. what: messages call
+    them.
     """
     if on_faulty not in ("error", "drop", "keep"):
         raise ValueError(f'on_faulty must be "error", "drop" or "keep", got {on_faulty!r}')
-    kept, faults, total, what = [], [], 0, "pairs"
+    kept, faults, total = [], [], 0
     for where, pair in records:
         total += 1
         fault = pair if isinstance(pair, str) else fault_of(pair)
-        what = what if isinstance(pair, str) else called(pair.label)
         if fault is not None:
             faults.append((where, fault))
         if not isinstance(pair, str) and (fault is None or on_faulty == "keep"):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 
 from dpo.cache import digest
@@ -331,6 +332,25 @@ def test_the_figure_shows_the_lengths(tmp_path, tiny_model):
     assert curve.get_ydata()[-1] == 1
     assert third.lines[1].get_xdata()[0] == 150
     assert [text.get_text() for text in first.get_legend().get_texts()] == ["prompt", "chosen", "rejected"]
+
+
+def test_one_long_row_leaves_the_others_to_be_seen():
+    """What is beyond an axis is said below it; of a demonstration there is nothing to compare."""
+    lengths = {"prompt": [20 + n % 7 for n in range(59)] + [9000], "chosen": [10 + n % 5 for n in range(60)]}
+    rows = pd.DataFrame({**lengths, "rejected": [*(12 + n % 3 for n in range(59)), 4000]})
+    first, second, third = figure(rows, 150).axes
+    said = "tokens\n(1 of 60 rows beyond this axis, up to "
+    assert first.get_xlabel() == said + "9,000)"
+    assert second.get_xlabel() == said + f"{4000 - 14:,})"
+    assert 26 < first.get_xlim()[1] < 40
+    assert second.get_xlim()[0] > -10
+    assert sum(patch.get_height() for patch in second.patches) == 59
+    assert third.get_xlabel().endswith("\n(1 of 60 rows beyond this axis, up to 13,000)")
+    assert 150 < third.get_xlim()[1] < 200
+    plain, fits = figure(rows[:59].drop(columns="rejected"), 150).axes
+    assert [text.get_text() for text in plain.get_legend().get_texts()] == ["prompt", "completion"]
+    assert (plain.get_xlabel(), len(fits.lines[0].get_xdata())) == ("tokens", 59)
+    assert figure(rows[:0], 150).axes
 
 
 @pytest.mark.parametrize("on_faulty", ["error", "drop"])

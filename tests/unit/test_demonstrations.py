@@ -99,9 +99,16 @@ def test_conversations_without_an_answer_are_counted(tmp_path, capsys):
     data = ultrachat(save(tmp_path / "a.jsonl", [*rows, empty]), None, "last", 0.3, "drop")
     assert len(data.demonstrations) + len(data.prompts["test"]) == 9
     said = capsys.readouterr().out
-    assert "5 of 14 responses are faulty, 5 dropped" in said
+    assert "5 of 14 demonstrations are faulty, 5 dropped" in said
     assert "4 x the last message is not the assistant's, after another's" in said
     assert "1 x completion is empty" in said
+    none = save(tmp_path / "b.jsonl", [conversation(9, TURNS[:4])] * 2)
+    for rule, kept in (
+        ("error", "2 of 2 demonstrations are faulty"),
+        ("drop", "one of the demonstrations must be sound"),
+    ):
+        with pytest.raises(ValueError, match=kept):
+            sft(none, None, "last", 0.3, rule)
 
 
 @pytest.mark.parametrize(
