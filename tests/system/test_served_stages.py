@@ -158,9 +158,8 @@ def larger(text, body):
     return "Verdict: A" if first > second else "Verdict: B"
 
 
-@pytest.mark.parametrize(
-    "verb", ["judge", *(pytest.param(one, marks=pytest.mark.long) for one in ("generate", "evaluate"))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("verb", ["judge", "generate", "evaluate"])
 def test_a_stage_that_is_killed_pays_for_no_answer_twice(tmp_path, tiny_model, verb):
     """Killed by a signal that it cannot see, while the server answers; the same command goes on from there. The key is
     in no file and in nothing that is said.
