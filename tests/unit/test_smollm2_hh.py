@@ -273,5 +273,6 @@ def test_the_commands_of_the_header():
         config = resolve(compose("train", *(one.split(",")[0] for one in command)))
         found.append((config["name"], config["policy"]["lora"]["rank"], config["lr"], config["data"]["chat"]))
     cpu, gpu = "smollm2_hh", "smollm2_hh_epoch"
-    assert found[:3] == [(cpu, None, 2e-5, True), (cpu, 16, 2e-4, True), (cpu, None, 2e-5, True)]
-    assert found[3:] == [(gpu, None, 1e-6, True), (gpu, 16, 1e-5, True)]
+    full = cpu, None, 2e-5, True
+    assert found[:4] == [full, (cpu, 16, 2e-4, True), full, full]
+    assert found[4:] == [(gpu, None, 1e-6, True), (gpu, 16, 1e-5, True)]
