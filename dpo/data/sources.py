@@ -80,7 +80,9 @@ def placed(path: str | None, published: Source) -> Source:
 
 def absent(path: str) -> str | None:
     """What is wrong with a path that names nothing here, and nothing that could be on the hub; None: nothing."""
-    place = Path(path).expanduser()
+    place, (name, revision, _) = Path(path).expanduser(), path.partition("@")
+    if revision and not place.exists() and Path(name).expanduser().is_dir():
+        return f"must have no revision where they are a folder here, found {path}; take {name}"
     if (path.strip() and place.exists()) or (ON_HUB.fullmatch(path) and not path.endswith((*LINES, *KINDS, ".gz"))):
         return None
     return (

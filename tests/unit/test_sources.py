@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 
 import datasets
 import huggingface_hub
@@ -277,6 +278,18 @@ def test_a_data_set_on_the_hub(published, monkeypatch):
         file("some/pairs", None, 0.3, "error")
     with pytest.raises(ValueError, match='Unknown split "dev"'):
         file("some/pairs", None, 0.3, "error", "easy", "dev")
+
+
+def test_a_folder_has_no_revision(write, tmp_path, monkeypatch):
+    """Nor is it looked for on the hub, where another may have its name."""
+    write("saved", ROWS)
+    monkeypatch.chdir(tmp_path.parent)
+    for folder in (f"{tmp_path.name}/saved", str(tmp_path / "saved")):
+        assert file(folder, None, 0.3, "error").preferences["train"]
+        with pytest.raises(ValueError, match=rf"^data must have no revision .* found {folder}@v1; take {folder}$"):
+            file(f"{folder}@v1", None, 0.3, "error")
+    shutil.copytree(tmp_path / "saved", tmp_path / "saved@v1")  # whose name it is
+    assert file(str(tmp_path / "saved@v1"), None, 0.3, "error").preferences["train"]
 
 
 def test_what_an_ended_download_left_is_no_data_set(published, dataset_hub, monkeypatch):
