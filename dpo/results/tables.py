@@ -65,7 +65,7 @@ def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     measures = (("win rate", "win_rate", ".3f"), *_controlled(frame), ("KL", "kl", ".2f"))
     measures += _measured(frame, "round" in keys)
-    for values, group in frame.groupby(keys, dropna=False, sort=False):
+    for values, group in frame.groupby(keys, dropna=False, sort=False) if keys else [((), frame)]:
         row = dict(zip(keys, map(short, values), strict=True)) | {"seeds": str(len(group))}
         for title, name, form in measures:
             measured = group.get(name, pd.Series(dtype=float)).dropna()

@@ -16,6 +16,22 @@ SWITCHES |= {key: key for key in SINGLE}
 OF_DATA = ("config", "split", "validation_split", "columns", "prompt", "chat")
 SWITCHES |= {f"data.{key}": f"data.{key}" for key in OF_DATA}
 
+# What a command does not read, of the keys that it has in common with `dpo.train`: no part of its runs' identities, so
+# that the grid of a sweep has one run of each that differ, and none is named by what decides nothing there.
+_OF_LOSS = "beta", "loss.beta", "lr", "policy.lr", "epochs", "steps", "schedule", "warmup_steps", "keep", "batch_size"
+_OF_TRAINING = *_OF_LOSS, "loss", "reference"
+_OF_MEASURED = (
+    *(*_OF_TRAINING, "sft", "optimizer", "adam_betas", "weight_decay", "max_grad_norm"),
+    *("generation", "pairs"),
+)
+UNREAD = {
+    "generate": (*_OF_TRAINING, "evaluation", "judge", "rule", "pairs", "generation.pairs_per_prompt"),
+    "judge": (*_OF_TRAINING, "evaluation"),
+    "score": (*_OF_LOSS, "evaluation"),
+    "evaluate": _OF_MEASURED,
+    "show": (*_OF_MEASURED, "judge", "rule", "evaluation.judge", "evaluation.rule", "evaluation.baseline"),
+}
+
 RECORDED = ("id", "choices", "provenance")  # added when the config is frozen, and by nobody else
 
 # What cannot change a number: these keys are no part of a run's identity or name.
@@ -48,6 +64,8 @@ def non_numeric(key: str, config: dict[str, Any] | None = None) -> bool:
     """Whether a key is outside a run's identity: it cannot change a number (of `config`, which may select a step)."""
     if key == "evaluate_every" and config and config.get("keep", "last") != "last":
         return False  # what is evaluated can be selected
+    if config and any(_below(key, one) for one in UNREAD.get(config.get("command", ""), ())):
+        return True
     switch = next((one for group, one in SWITCHES.items() if key.startswith(group)), None)
     if config and switch in config and (config[switch] is None or config[switch] is False):
         return True
@@ -61,7 +79,11 @@ def in_name(key: str, config: dict[str, Any]) -> bool:
 
 @cache
 def _outside(key: str) -> bool:
-    return any(key == other or key.startswith(f"{other}.") for other in NON_NUMERIC)
+    return any(_below(key, other) for other in NON_NUMERIC)
+
+
+def _below(key: str, other: str) -> bool:
+    return key == other or key.startswith(f"{other}.")
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -41,8 +41,8 @@ from dpo.sweep.command_line import EXPERIMENTS, in_hydras_words, message, no_opt
 from dpo.sweep.directory import MOST, reason, status
 from dpo.sweep.execute import IN_USE, THREADS
 from dpo.sweep.forks import Fork
-from dpo.sweep.identity import non_numeric
-from dpo.sweep.plan import Composed, Refused, Run, idle, key_of, plan, resolve
+from dpo.sweep.identity import flatten, in_name, non_numeric
+from dpo.sweep.plan import Composed, Refused, Run, deciding_nothing, key_of, plan, resolve
 from dpo.sweep.renamed import renamed
 from dpo.sweep.rounds import run_chains
 from dpo.sweep.schema import check
@@ -177,13 +177,15 @@ class Sweep(Launcher):
 
     def execute(self, composed: Sequence[Composed], refused: Sequence[Refused]) -> NoReturn:
         """Plan all, start what is to do, end the process. If one run is refused nothing is written."""
-        refused = [*refused, *idle(composed)]
+        refused = [*refused, *deciding_nothing(composed)]
         if composed and composed[0].config.get("command") == "data":
             sys.exit(_looked_at(composed, refused))
         if composed and composed[0].config.get("command") == "rounds":
             sys.exit(run_chains(self, composed, refused))
         planned, more = plan(composed)
         self.check(planned, [*refused, *more])
+        if said := fewer(composed, planned):
+            print(said, flush=True)
         sys.exit(self.start(planned))
 
     def check(self, planned: Sequence[Run], refused: Sequence[Refused]) -> None:
@@ -402,6 +404,20 @@ def _bar(runs: int, disable: bool | None) -> Any:
 def _say(line: str) -> None:
     tqdm.write(line)  # above the bar
     sys.stdout.flush()
+
+
+def fewer(composed: Sequence[Composed], planned: Sequence[Run]) -> str:
+    """What to say where several combinations are one run, and the keys that are to blame, of those with several values;
+    "" where none are.
+    """
+    if len(planned) == len(composed):
+        return ""
+    varied = sorted({key for one in composed for key in one.swept})
+    blamed = [key for key in varied if not any(in_name(key, flatten(run.config)) for run in planned)]
+    why, verb = "some have the same settings", "decide" if len(blamed) > 1 else "decides"
+    if blamed:
+        why = f"{', '.join(blamed)} {verb} no number of dpo.{planned[0].config['command']}"
+    return f"{len(composed)} combinations of overrides are {count(len(planned))}: {why}"
 
 
 def _looked_at(composed: Sequence[Composed], refused: Sequence[Refused]) -> int:

@@ -4,8 +4,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from platform import python_version
@@ -20,6 +21,7 @@ from dpo.sweep.directory import config as config_of
 from dpo.sweep.directory import configs, finished, status, to_yaml
 from dpo.sweep.forks import ask, serve
 from dpo.sweep.identity import ALIASES, RECORDED, flatten, identity, identity_keys, in_name
+from dpo.sweep.idle import IDLE, idle
 from dpo.sweep.schema import NAME_BYTES, faults
 
 INPUTS = {  # what a run is made from beside its settings: see dpo.sweep.inputs
@@ -78,7 +80,7 @@ class Run:
         try:
             os.link(unfinished, file)  # fails where there is one
         except FileExistsError:
-            if config_of(self.directory).get("id") != self.config["id"]:
+            if identity(config_of(self.directory)) != self.config["id"]:  # a former version may have said it otherwise
                 raise FileExistsError(
                     f"{self.directory} was planned with other settings by another command meanwhile; the same command "
                     "again takes another name for it"
@@ -109,7 +111,10 @@ def plan(composed: Sequence[Composed]) -> tuple[list[Run], list[Refused]]:
     folders: dict[Path, Folder] = {}
     remade: dict[tuple[Path, str], list[Run]] = {}  # folder and what changed -> runs that were made from something else
     provenance = _provenance()
-    for (one, config), tried in zip(settled, rehearse([config for _, config in settled]), strict=True):
+    rehearsed = rehearse([config for _, config in settled])
+    of_data = [{"with_pairs": tried.get("pairs", False)} for tried in rehearsed]
+    refused += deciding_nothing([one for one, _ in settled], of_data)
+    for (one, config), tried in zip(settled, rehearsed, strict=True):
         if tried["problems"]:
             refused.append(Refused(one.overrides, "\n".join(tried["problems"])))
             continue
@@ -137,18 +142,14 @@ def plan(composed: Sequence[Composed]) -> tuple[list[Run], list[Refused]]:
     return list(planned.values()), refused
 
 
-def idle(composed: Sequence[Composed]) -> list[Refused]:
-    """Combinations that give options of adapters in a sweep of which no run has any, and would train all weights.
-
-    Of the whole sweep, since policy.lora.rank=null,8 compares runs with and without.
-    """
-    ranks = [OmegaConf.select(one.config, "policy.lora.rank", throw_on_resolution_failure=False) for one in composed]
-    found = []
-    for one in composed if {*ranks} <= {None} else ():
-        if keys := [key for key in _keys(one.overrides) if key in ("policy.lora.alpha", "policy.lora.targets")]:
-            reason = f"{keys[0]} is of adapters, found policy.lora.rank=null in every run; set policy.lora.rank"
-            found.append(Refused(one.overrides, reason))
-    return found
+def deciding_nothing(composed: Sequence[Composed], values: Sequence[Mapping[str, Any]] | None = None) -> list[Refused]:
+    """Combinations with keys that decide nothing: see `dpo.sweep.idle`. values: of switches; None: those of configs."""
+    if values is None:
+        select = partial(OmegaConf.select, throw_on_resolution_failure=False)
+        values = [{rule.switch: select(one.config, rule.switch) for rule in IDLE} for one in composed]
+    swept = {key for one in composed for key in one.swept}
+    found = idle([_keys(one.overrides) for one in composed], values, swept)
+    return [Refused(composed[number].overrides, "\n".join(reasons)) for number, reasons in found.items()]
 
 
 def rehearse(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

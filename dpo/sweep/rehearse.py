@@ -109,7 +109,8 @@ class Rehearsal:
         )
         if problem is not None:
             return {"problems": [problem], "inputs": {}}
-        found = {"problems": [], "inputs": {"data": content, **models}}
+        given = with_pairs and config["command"] in ("train", "score")  # which then sample none
+        found: dict[str, Any] = {"problems": [], "inputs": {"data": content, **models}, "pairs": given}
         return found | ({"revisions": revisions} if revisions else {})
 
     def _once(self, function: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
@@ -281,8 +282,9 @@ def _together(loss: dict[str, Any], reference: dict[str, Any], single: bool) -> 
 
 
 def trials(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What each of several resolved configs gets: {"problems": [...], "inputs": {...}}, see `dpo.sweep.inputs`; and
-    "revisions", the commits of what was read on the hub: a record, since content tells what a run is made from.
+    """What each of several resolved configs gets: {"problems": [...], "inputs": {...}}, see `dpo.sweep.inputs`;
+    "pairs", whether the data bring those that it trains on; and "revisions", the commits of what was read on the hub: a
+    record, since content tells what a run is made from.
     """
     rehearsal = Rehearsal()
     return [rehearsal.of(config) for config in configs]

@@ -58,7 +58,35 @@ def test_the_settings_that_make_a_run_another_one():
             assert identity(flatten(train) | {key: 7}) == identity(train), key
     groups = ("loss.", "reference.", "engine.", "generation.", "pairs.")
     assert set(identity_keys(sft)) == {key for key in DECIDE - NOT_OF_SFT if not key.startswith(groups)}
-    assert set(identity_keys(score)) == DECIDE | {"per_token"}
+    trained = {
+        "beta",
+        "lr",
+        "loss.beta",
+        "policy.lr",
+        "epochs",
+        "steps",
+        "schedule",
+        "warmup_steps",
+        "keep",
+        "batch_size",
+    }
+    measured = {key for key in DECIDE if key.startswith("evaluation.")}
+    assert set(identity_keys(score)) == DECIDE - trained - measured | {"per_token"}
+    of_loss = {key for key in DECIDE if key.startswith(("loss.", "reference."))}
+    made = {key for key in DECIDE if key.startswith(("sft.", "generation.", "pairs."))}
+    made |= {"optimizer", "adam_betas", "weight_decay", "max_grad_norm"}
+    judged = {key for key in DECIDE if key.startswith(("judge.", "pairs."))} | {"generation.pairs_per_prompt"}
+    for verb, own, unread in (
+        ("generate", set(), trained | of_loss | measured | judged),
+        ("judge", {"candidates"}, trained | of_loss | measured),
+        ("evaluate", {"against", "best_of"}, trained | of_loss | made),
+        (
+            "show",
+            {"against", "of"},
+            trained | of_loss | made | judged | {"evaluation.judge", "evaluation.baseline"},
+        ),
+    ):
+        assert set(identity_keys(config(command=verb))) == DECIDE - unread | own, verb
     for key, value in flatten(train).items():
         if key in off:
             continue
@@ -88,7 +116,7 @@ def servers(group, url):
     [
         ("train", (), "689c4f9609d62caa"),
         ("sft", (), "2d35fdf4d4835f8b"),
-        ("score", (), "604473886885dd0d"),
+        ("score", (), "5458d870f5503ce7"),
         ("train", ("beta=0.3", "policy=pretrained", "policy.path=x"), "557be3022332b8f6"),
         ("train", ("policy.lora.rank=8",), "a7ae3d77de313a62"),
         ("train", ("data=hh", "policy.path=x"), "bebfee5f737f0de7"),

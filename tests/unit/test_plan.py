@@ -116,10 +116,21 @@ def test_the_same_settings_again_bring_what_changes_no_number(base, found):
         [run], _ = plan([given(base, f"packed={packed}", "threads=3")])
         run.freeze()
         assert config_of(run.directory)["packed"] is packed
-    other = Run(run.directory, run.config | {"id": "0", "packed": True}, "")
+    [another], _ = plan([given(base, "beta=0.7")])
+    other = Run(run.directory, another.config | {"packed": True}, "")
     with pytest.raises(FileExistsError, match="the same command again takes another name"):
         other.freeze()
     assert config_of(run.directory)["packed"] is False
+
+
+def test_a_run_of_another_identity_then_is_taken_up_again(base, found):
+    """A former version took other keys for its identity; the settings are the same."""
+    [run], _ = plan([given(base)])
+    Run(run.directory, run.config | {"id": "0"}, "").freeze()
+    [again], refused = plan([given(base, "threads=2")])
+    assert (again.directory, refused) == (run.directory, [])
+    again.freeze()
+    assert config_of(run.directory)["id"] == run.config["id"]
 
 
 def test_what_is_refused_and_why(base, found):

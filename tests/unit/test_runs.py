@@ -216,6 +216,10 @@ def test_tables_over_seeds_by_hand():
     assert first["KL"] == "3.00 ± 2.65"  # of 1, 2 and 6: the root of (4 + 1 + 9) / 2
     assert (first["accuracy"], first["wrong"]) == ("0.700 ± 0.000", "-")
     assert (second["alpha"], second["seeds"], second["win rate"]) == ("0.5", "1", "0.400")
+    alone = frame.head(4).drop(columns=["beta", "alpha"])  # runs of a command without a beta, of which only seeds vary
+    alone.attrs["swept"] = ["seed"]
+    (row,) = results.over_seeds(alone).to_dict("records")
+    assert (row["seeds"], row["win rate"]) == ("4", "0.650 ± 0.191")
 
 
 def test_frames_by_hand(tmp_path):

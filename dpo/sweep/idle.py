@@ -1,0 +1,81 @@
+"""Overrides that decide nothing, since another key switches off what they are of.
+
+A sweep over such a key would measure one run again and again, so a plan refuses it. What a command as a whole leaves
+unread is no part of its runs' identities instead (`dpo.sweep.identity.UNREAD`): several commands take the same keys.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Keys that decide nothing where `switch` has one of the values `off`, or any but these if `off` is turned."""
+
+    keys: tuple[str, ...]  # or those below them
+    switch: str
+    off: tuple[Any, ...]
+    said: str  # of {key} and the switch's {value}
+    turned: bool = False
+    alone: bool = True  # given with one value they are refused, too
+
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        return self.switch in values and (values[self.switch] in self.off) is not self.turned
+
+
+SETS = "{key} decides nothing where {switch} does, found {value}; leave it out, or give {switch}=null"
+IDLE = (
+    Idle(
+        ("policy.lora.alpha", "policy.lora.targets"),
+        "policy.lora.rank",
+        (None,),
+        "{key} is of adapters, found policy.lora.rank=null in every run; set policy.lora.rank",
+    ),
+    # the record of a round has both: a chain's first policy was made so, its later ones are the rounds'
+    Idle(
+        ("sft", "policy.base"),
+        "policy.path",
+        (None,),
+        "{key} is of a policy that is yet to be made, found policy.path={value}; leave out one of the two",
+        turned=True,
+        alone=False,
+    ),
+    Idle(("epochs",), "steps", (None,), SETS, turned=True),
+    Idle(("sft.epochs",), "sft.steps", (None,), SETS, turned=True),
+    Idle(("adam_betas",), "optimizer", ("rmsprop",), "{key} is of AdamW, found optimizer={value}; leave it out"),
+    Idle(("pairs.outlier",), "pairs.outliers", (0,), "{key} needs outliers, found none; set {switch}, their share"),
+    Idle(
+        ("evaluate_prompts",),
+        "evaluate_every",
+        (0,),
+        "{key} needs evaluations on the way, found none; set {switch}",
+    ),
+    Idle(
+        ("engine", "generation"),
+        "with_pairs",  # not a key: what was found in the data
+        (True,),
+        "{key} is of pairs that are sampled, found data that bring theirs; leave it out (evaluations have an engine of "
+        "their own: evaluation.engine)",
+    ),
+)
+
+
+def idle(
+    given: Sequence[Collection[str]], values: Sequence[Mapping[str, Any]], swept: Collection[str]
+) -> dict[int, list[str]]:
+    """What to say of combinations, by number, that give a key which decides nothing in any of those that give it.
+
+    given: the keys of each combination. values: of its switches. swept: keys with several values. Of all combinations,
+    since policy.lora.rank=null,8 compares runs with and without.
+    """
+    found: dict[int, list[str]] = {}
+    for key in sorted({key for keys in given for key in keys}):
+        where = [number for number, keys in enumerate(given) if key in keys]
+        for rule in IDLE:
+            named = any(key == one or key.startswith(f"{one}.") for one in rule.keys)
+            if named and (rule.alone or key in swept) and all(rule.holds(values[number]) for number in where):
+                for number in where:
+                    value = values[number][rule.switch]
+                    found.setdefault(number, []).append(rule.said.format(key=key, switch=rule.switch, value=value))
+    return found
