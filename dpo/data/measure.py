@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dpo.cache import digest_large, remember
+from dpo.cores import cores
 from dpo.data import near
 from dpo.data.chats import Literal, as_text
 from dpo.data.kept import decides_tokens
@@ -97,17 +98,17 @@ def _spread(
 ) -> list[Any]:
     """What a function makes of the items, so many at once."""
     chunks = [items[first : first + AT_ONCE] for first in range(0, len(items), AT_ONCE)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = cores()
     found = []
     with progress(total=len(items), name=title) as bar:
-        if len(chunks) < 3 or cores == 1:
+        if len(chunks) < 3 or workers == 1:
             _begin(tokenizer)
             for chunk in chunks:
                 found.append(function(chunk))
                 bar.update(len(chunk))
             return found
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        with ProcessPoolExecutor(cores, context, _begin, (tokenizer, True)) as pool:
+        with ProcessPoolExecutor(workers, context, _begin, (tokenizer, True)) as pool:
             for chunk, made in zip(chunks, pool.map(function, chunks), strict=True):
                 found.append(made)
                 bar.update(len(chunk))

@@ -36,6 +36,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
+from dpo.cores import cores
 from dpo.sweep import command_line
 from dpo.sweep.command_line import EXPERIMENTS, in_hydras_words, message, no_options
 from dpo.sweep.directory import MOST, reason, status
@@ -245,7 +246,7 @@ def side_by_side(planned: Sequence[Run], gpus: Sequence[str]) -> int:
     if gpus or any(_loads({**run.config, "data": None}) for run in planned):
         return 0
     each = max(run.config["processes"] * (run.config.get("threads") or 1) for run in planned)
-    return max(1, min(AT_ONCE, _cores() // each))
+    return max(1, min(AT_ONCE, cores() // each))
 
 
 def _loads(node: Mapping[str, Any]) -> bool:
@@ -335,7 +336,7 @@ class Execution:
             return
         (run.directory / "error.json").unlink(missing_ok=True)
         processes = run.config["processes"]
-        threads = str(self.threads or max(1, _cores() // self.jobs // processes))
+        threads = str(self.threads or max(1, cores() // self.jobs // processes))
         environment = dict.fromkeys(THREADS, threads) | {"PYTHONUNBUFFERED": "1", **os.environ}
         if self.gpus and run.config["device"] != "cpu":  # slots share GPUs when there are too few
             own = [self.gpus[(slot * processes + rank) % len(self.gpus)] for rank in range(processes)]
@@ -468,10 +469,6 @@ def _silent(directory: Path, code: int) -> str:
     with suppress(OSError):  # a full disk cannot
         (directory / "error.json").write_text(json.dumps(error, indent=1))
     return f"{kind}: {text}"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus() -> list[str]:

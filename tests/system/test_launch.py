@@ -142,6 +142,7 @@ PROJECT = (
         "__init__.py",
         "bill.py",
         "cache.py",
+        "cores.py",
         "data/lazy.py",
         "data/records.py",
         "data/texts.py",

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = [  # imports go to a lower layer or stay in theirs, and never in a circle
-    {"HOME", "bill", "cache", "endpoint", "training"},
+    {"HOME", "bill", "cache", "cores", "endpoint", "training"},
     {"data", "losses", "policy", "responses", "win_rates", "world"},
     {"engines", "references", "tables", "judges", "vllm_scorer"},
     {"sweep"},
