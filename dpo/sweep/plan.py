@@ -80,7 +80,8 @@ class Run:
         try:
             os.link(unfinished, file)  # fails where there is one
         except FileExistsError:
-            if identity(config_of(self.directory)) != self.config["id"]:  # a former version may have said it otherwise
+            there = config_of(self.directory)
+            if self.config["id"] not in (there.get("id"), identity(there)):  # a former version had others
                 raise FileExistsError(
                     f"{self.directory} was planned with other settings by another command meanwhile; the same command "
                     "again takes another name for it"

@@ -37,14 +37,14 @@ def with_(config: dict, key: str, value: object) -> dict:
 def test_what_a_run_would_be_made_from_is_found(base, tiny_model, tmp_path):
     other = other_model(tmp_path, tiny_model)
     reference = {"_target_": "dpo.references.Frozen", "path": other}
-    assert Rehearsal().of(with_(base, "reference", reference)) == {
-        "problems": [],
-        "inputs": {
-            "data": contents(instantiate(base["data"])),
-            "policy": inputs.sketch(Path(tiny_model("llama"))),
-            "reference": inputs.sketch(Path(other)),
-        },
+    made_from = {
+        "data": contents(instantiate(base["data"])),
+        "policy": inputs.sketch(Path(tiny_model("llama"))),
+        "reference": inputs.sketch(Path(other)),
     }
+    found = Rehearsal().of(with_(base, "reference", reference))
+    assert found == {"problems": [], "inputs": made_from, "pairs": True}
+    assert not Rehearsal().of(with_(base, "command", "evaluate"))["pairs"]  # which trains on none
 
 
 def test_what_another_stage_is_made_from_is_found(base, tiny_model, tmp_path):
