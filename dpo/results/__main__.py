@@ -1,5 +1,6 @@
 """Where a sweep stands, and its table and figure once more: python -m dpo.results runs/dev"""
 
+import argparse
 import shutil
 import sys
 from collections import Counter
@@ -11,15 +12,22 @@ from dpo.sweep.squeue import queued
 
 
 def main() -> None:
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python -m dpo.results runs/<name>")
-    path = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m dpo.results",
+        description="Where a sweep stands: its runs by state, with the reasons of those that failed, and once more the "
+        "table and the figure of those that are finished (table.csv, figure.png and figure.pdf in the folder).",
+    )
+    parser.add_argument("folder", type=Path, help="of a sweep, runs/<name>")
+    path = parser.parse_args().folder
     try:
         runs = folders(path)
+        if not runs:
+            raise ValueError(_no_sweep(path))
     except ValueError as error:
         sys.exit(str(error))
     waiting: set[Path] = set()
-    if shutil.which("squeue"):
+    # A job has its manifest in one of the folders that it is of.
+    if shutil.which("squeue") and any(path.absolute().parent.glob("*/manifests")):
         try:
             waiting = queued()
         except RuntimeError as error:
@@ -34,6 +42,16 @@ def main() -> None:
         if state != "finished":
             print(f"  {state:9}{run}  {reason(path / run) or ''}".rstrip())
     report(path, named=states)
+
+
+def _no_sweep(path: Path) -> str:
+    """What to say of a folder without runs."""
+    if (path / "config.yaml").is_file():
+        return f"{path} must be a folder of run directories, found a run; take the folder that it is in"
+    below = (file for depth in ("*/*", "*/*/*") for file in path.glob(f"{depth}/config.yaml"))  # name=a/b has two parts
+    sweeps = sorted({str(file.parent.parent) for file in below})
+    said = f"{path} must be a folder of run directories, such as runs/dev, found none in it"
+    return f"{said}; these have some: {', '.join(sweeps[:20])}{', ...' * (len(sweeps) > 20)}" if sweeps else said
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from sweeps import saved  # noqa: F401
 
 from dpo import results
+from dpo.results import __main__ as main
 
 
 def run(directory: Path, beta: float, finished: bool = True, **settings: Any) -> Path:
@@ -370,6 +371,37 @@ def test_command(tmp_path):
     said = command(tmp_path, "nowhere")
     assert said.returncode == 1
     assert "nowhere must be a folder of run directories" in said.stderr
+
+
+@pytest.mark.parametrize(
+    "folder,told",
+    [
+        ("dev/beta=0.1,reference=initial", "must be a folder of run directories, found a run; take the folder that it"),
+        (".", "such as runs/dev, found none in it; these have some: dev, name/of"),
+        ("other", "such as runs/dev, found none in it\n"),
+    ],
+)
+def test_a_folder_that_is_no_sweep_is_told_where_sweeps_are(tmp_path, monkeypatch, folder, told):
+    run(tmp_path / "dev", 0.1)
+    run(tmp_path / "name" / "of", 0.1)
+    (tmp_path / "other").mkdir()
+    said = command(tmp_path, folder)
+    assert (said.returncode, said.stdout) == (1, "")
+    assert told in said.stderr
+
+
+def test_the_queue_is_asked_where_something_was_submitted(tmp_path, monkeypatch, capsys):
+    """And not wherever Slurm's commands are: they may be without a cluster. A job's manifest lies beside one sweep."""
+    run(tmp_path / "dev", 0.1)
+    monkeypatch.setattr(sys, "argv", ["dpo.results", str(tmp_path / "dev")])
+    monkeypatch.setattr("shutil.which", lambda _: "squeue")
+    asked = []
+    monkeypatch.setattr(main, "queued", lambda: asked.append(1) or set())
+    main.main()
+    assert not asked
+    (tmp_path / "other" / "manifests").mkdir(parents=True)
+    main.main()
+    assert asked
 
 
 def command(cwd: Path, path: str) -> subprocess.CompletedProcess[str]:
