@@ -46,7 +46,9 @@ def _drawn(frame: pd.DataFrame, folder: str, column: bool) -> Figure:
     frame, best = _trained(frame)
     swept = frame.attrs["swept"]
     x, y = _axis(frame), "win_rate" if "win_rate" in frame else "rewards/accuracies"
-    frame = frame.assign(**{x: pd.to_numeric(frame[x], errors="coerce")})  # what is no number has no place on an axis
+    numbers = pd.to_numeric(frame[x], errors="coerce")
+    beyond = "inf" if np.isinf(numbers).any() else "null"
+    frame = frame.assign(**{x: numbers.where(np.isfinite(numbers))})  # what is no number has no place on an axis
     labels = {
         x: x,
         "kl": "KL to the initial policy (nats per response)",
@@ -90,10 +92,10 @@ def _drawn(frame: pd.DataFrame, folder: str, column: bool) -> Figure:
         bare = rows[rows[x].isna()]  # as runs that train all weights have no rank
         for axis, name in ((axes[0], y), (axes[1], "kl")):
             if name in bare and bare[name].notna().any():
-                said = ", ".join(filter(None, (label, f"{x}=null")))
+                said = ", ".join(filter(None, (label, f"{x}={beyond}")))
                 axis.axhline(bare[name].mean(), color=style["color"], lw=1.2, ls=":", label=said)
         if not bare.empty:
-            far, good = (pd.DataFrame({"mean": [bare.get(name, bare[x]).mean()]}, ["null"]) for name in ("kl", y))
+            far, good = (pd.DataFrame({"mean": [bare.get(name, bare[x]).mean()]}, [beyond]) for name in ("kl", y))
             axes[2].plot(far, good, style["marker"], color=style["color"], mfc="white", ms=5)
             named += _named(axes[2], far, good, style["color"])
 

@@ -289,6 +289,17 @@ def test_runs_without_the_number_of_the_axis_are_a_line_across(drawn, others):
     assert {text.get_text() for text in legend.get_texts()} >= {one[0] for one in lines}
 
 
+def test_an_infinite_number_is_a_line_across(drawn):
+    """As max_grad_norm=inf, no clipping: no axis goes so far."""
+    frame = sweep(max_grad_norm=[0.5, 1.0, np.inf], beta=[0.1] * 3, win_rate=[0.6, 0.65, 0.7], kl=[1.0, 2.0, 4.0])
+    figure = drawn(frame, ["max_grad_norm"])
+    for axis, height in zip(figure.axes, (0.7, 4.0), strict=False):
+        [across] = [line for line in axis.get_lines() if line.get_label() == "max_grad_norm=inf"]
+        assert {*across.get_ydata()} == {height}
+        assert axis.get_xlim()[1] < 1.1
+    assert {text.get_text(): text.xy for text in figure.axes[2].texts}["inf"] == (4.0, 0.7)
+
+
 @pytest.mark.parametrize("column", [False, True])
 def test_numbers_of_the_frontier_do_not_collide(drawn, column):
     """Eight points that nearly coincide, of two lines: each has its number near it, and no two overlap."""
