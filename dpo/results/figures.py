@@ -41,6 +41,7 @@ def draw(frame: pd.DataFrame, path: Path, column: bool = False) -> None:
 
 
 def _drawn(frame: pd.DataFrame, folder: str, column: bool) -> Figure:
+    bounded = "kl_bound" in frame and "kl" not in frame
     if "kl_bound" in frame:
         frame = frame.assign(kl=frame.get("kl", frame["kl_bound"]).fillna(frame["kl_bound"]))
     frame, best = _trained(frame)
@@ -51,7 +52,7 @@ def _drawn(frame: pd.DataFrame, folder: str, column: bool) -> Figure:
     frame = frame.assign(**{x: numbers.where(np.isfinite(numbers))})  # what is no number has no place on an axis
     labels = {
         x: x,
-        "kl": "KL to the initial policy (nats per response)",
+        "kl": f"{'bound of the ' * bounded}KL to the initial policy (nats per response)",
         "win_rate": "win rate over the initial policy",
         "rewards/accuracies": "accuracy on held-out pairs",
     }

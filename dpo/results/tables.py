@@ -131,7 +131,9 @@ def report(path: str | Path, named: Collection[str] = ()) -> None:
     unfinished = path / f"table.{os.getpid()}.unfinished"
     frame.to_csv(unfinished, index=False)
     unfinished.replace(path / "table.csv")
-    if "beta" in frame and {"win_rate", "rewards/accuracies"} & {*frame}:
+    numbers = [key for key in swept(frame) if key != "seed" and pd.api.types.is_numeric_dtype(frame[key])]
+    across = "beta" in frame or any(frame[key].nunique() > 1 for key in numbers)
+    if across and {"win_rate", "rewards/accuracies"} & {*frame}:
         figure(frame, path / "figure.png")
         written += [path / "figure.png", path / "figure.pdf"]
     print(f"{len(frame)} finished in {path}: {', '.join(map(str, written))}", flush=True)

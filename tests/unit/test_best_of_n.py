@@ -239,11 +239,17 @@ def test_beside_runs_of_a_sweep_it_is_told_by_its_number(tmp_path):
     assert rows["best_of"].dropna().unique().tolist() == [1, 2, 8]
 
 
-def test_alone_its_number_is_a_key_like_others(tmp_path):
+def test_alone_its_number_is_a_key_like_others(tmp_path, saved):  # noqa: F811
     beside(tmp_path)
     for trained in tmp_path.glob("*command=train*"):
         trained.rename(tmp_path.parent / trained.name)
-    assert results.swept(results.final(tmp_path)) == ["best_of"]
+    frame = results.final(tmp_path)
+    assert results.swept(frame) == ["best_of"]
+    bounds = frame[frame["best_of"] > 1].dropna(axis="columns", how="all")
+    for some, before in ((frame, ""), (bounds, "bound of the ")):
+        some.attrs["swept"] = ["best_of"]
+        results.figure(some, tmp_path / "figure.png")
+        assert saved.pop().axes[1].get_ylabel() == f"{before}KL to the initial policy (nats per response)"
 
 
 def test_it_is_drawn_on_the_frontier_alone(tmp_path, saved):  # noqa: F811

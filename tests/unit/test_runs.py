@@ -280,6 +280,20 @@ def test_a_report_says_all(tmp_path, capsys, saved):  # noqa: F811
     assert "damaged" not in capsys.readouterr().out
 
 
+def test_a_sweep_without_beta_has_a_figure_over_another_number(tmp_path, saved):  # noqa: F811
+    """As one of `dpo.evaluate` over temperatures, which says nothing of a beta; over names it has none."""
+    for temperature, judge in ((0.5, "gold"), (1.0, "gold"), (1.0, "hasty")):
+        mine = {"command": "evaluate", "evaluation": {"temperature": temperature}, "choices": {"judge": judge}}
+        for folder in [f"of {judge}"] + ["judges"] * (temperature == 1):
+            run(tmp_path / folder, 0.1, **mine, best_of=judge)
+    results.report(tmp_path / "of gold")
+    assert [axis.get_xlabel() for axis in saved.pop().axes[:2]] == ["evaluation.temperature"] * 2
+    results.report(tmp_path / "judges")
+    results.report(tmp_path / "of hasty")
+    assert not saved
+    assert "beta" not in pd.read_csv(tmp_path / "judges" / "table.csv")
+
+
 @pytest.mark.parametrize("betas,references,seeds", [([0.1], 1, 1), ([0.01, 0.1, 1.0], 2, 2), ([0.1, 0.2], 1, 3)])
 @pytest.mark.filterwarnings("error")
 def test_figure(tmp_path, saved, betas, references, seeds):  # noqa: F811
