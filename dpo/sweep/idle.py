@@ -19,6 +19,7 @@ class Idle:
     said: str  # of {key} and the switch's {value}
     turned: bool = False
     alone: bool = True  # given with one value they are refused, too
+    not_of: str = ""  # a command that does go by them
 
     def holds(self, values: Mapping[str, Any]) -> bool:
         return self.switch in values and (values[self.switch] in self.off) is not self.turned
@@ -40,6 +41,7 @@ IDLE = (
         "{key} is of a policy that is yet to be made, found policy.path={value}; leave out one of the two",
         turned=True,
         alone=False,
+        not_of="sft",
     ),
     Idle(("epochs",), "steps", (None,), SETS, turned=True),
     Idle(("sft.epochs",), "sft.steps", (None,), SETS, turned=True),

@@ -147,7 +147,10 @@ def deciding_nothing(composed: Sequence[Composed], values: Sequence[Mapping[str,
     """Combinations with keys that decide nothing: see `dpo.sweep.idle`. values: of switches; None: those of configs."""
     if values is None:
         select = partial(OmegaConf.select, throw_on_resolution_failure=False)
-        values = [{rule.switch: select(one.config, rule.switch) for rule in IDLE} for one in composed]
+        values = [
+            {rule.switch: select(one.config, rule.switch) for rule in IDLE if rule.not_of != one.config.command}
+            for one in composed
+        ]
     swept = {key for one in composed for key in one.swept}
     found = idle([_keys(one.overrides) for one in composed], values, swept)
     return [Refused(composed[number].overrides, "\n".join(reasons)) for number, reasons in found.items()]

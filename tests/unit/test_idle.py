@@ -72,6 +72,7 @@ def test_what_a_policy_is_made_with_cannot_be_swept_beside_a_policy_that_is_ther
     assert not said(*runs)
     assert not said("sft.lr=1e-3", "sft.lr=1e-4", swept="sft.lr")
     assert not said("sft.lr=1e-3", "sft.lr=1e-4", swept="sft.lr", verb="sft")
+    assert not said(*runs, swept="sft.lr", verb="sft")  # which makes another policy of that
 
 
 @pytest.mark.parametrize("key", ["generation.temperature=0.7", "engine=ray"])
