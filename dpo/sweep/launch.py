@@ -53,6 +53,7 @@ from dpo.world import sizes
 OTHERS = ("server", "pool", "llm", "concurrency", "model")  # keys of what has other processes answer
 WORDS = ("world", *sizes.MADE, "initial", "human")  # for a model that is small, or another policy of the run
 AT_ONCE = 8  # runs at most, unless told
+DEVICES = Path("/dev")  # has a file for each GPU, nvidia0 and on
 SMALL = 50e6  # bytes of weights, below which a model is small: the world's largest has 10 million
 
 
@@ -472,15 +473,18 @@ def _silent(directory: Path, code: int) -> str:
 
 
 def _gpus() -> list[str]:
-    """GPUs that runs may use, asked of nvidia-smi: a process that only plans must not initialise CUDA."""
+    """GPUs that runs may use, asked of nvidia-smi: a process that only plans must not initialise CUDA. A container may
+    have GPUs without it.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [device for device in visible.split(",") if device.strip() not in ("", "-1")]
     try:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout
+        found = [line for line in listed.splitlines() if line.startswith("GPU ")]
     except OSError:
-        return []
-    return [str(index) for index, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
+        found = [str(file) for file in DEVICES.glob("nvidia[0-9]*")]
+    return [str(index) for index in range(len(found))]
 
 
 def count(n: int) -> str:
