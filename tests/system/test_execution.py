@@ -332,22 +332,6 @@ def test_runs_of_a_cpu_are_forked(tmp_path, config, gpus, forked):
             assert one.how["stdin"] == subprocess.DEVNULL
 
 
-def test_gpus_are_found_without_their_tool(tmp_path, monkeypatch):
-    """As in containers that may compute and no more. Else small runs would all go to the first one."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(launch, "DEVICES", tmp_path / "dev")
-    assert launch._gpus() == []
-    (tmp_path / "dev").mkdir()
-    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "nvidia-modeset"):
-        (tmp_path / "dev" / name).touch()
-    assert launch._gpus() == ["0", "1"]
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: a)'\necho '  MIG 1g.10gb Device 0: (UUID: b)'\n")
-    program.chmod(0o755)
-    assert launch._gpus() == ["0"]
-
-
 def test_what_cannot_be_started_here(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0, ,-1,2")
     assert launch._gpus() == ["0", "2"]

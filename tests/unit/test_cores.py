@@ -1,4 +1,4 @@
-"""Cores that a process has to itself, by what Linux tells of its control groups."""
+"""Cores that a process has to itself, by what Linux tells of its control groups; and GPUs."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 from dpo import cores as counting
 from dpo.cores import cores
+from dpo.sweep import launch
 
 V1 = "4:memory:/a\n2:cpu,cpuacct:/docker/x\n1:cpuset:/\n0::/\n"
 
@@ -59,3 +60,19 @@ def test_the_least_of_the_groups_around_it_counts(groups):
     assert cores() == 3
     write(groups / "pod" / "box", cpu__max="200000 100000")
     assert cores() == 2
+
+
+def test_gpus_are_found_without_their_tool(tmp_path, monkeypatch):
+    """As in containers that may compute and no more. Else small runs would all go to the first one."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(launch, "DEVICES", tmp_path / "dev")
+    assert launch._gpus() == []
+    (tmp_path / "dev").mkdir()
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "nvidia-modeset"):
+        (tmp_path / "dev" / name).touch()
+    assert launch._gpus() == ["0", "1"]
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: a)'\necho '  MIG 1g.10gb Device 0: (UUID: b)'\n")
+    program.chmod(0o755)
+    assert launch._gpus() == ["0"]
