@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 
-from dpo.results.frames import short
+from dpo.results.frames import horizontal, short, trained, undrawable
 
 COLOURS = ("#2a6f97", "#d1495b", "#e09f3e", "#3c8d53", "#7b5ea7", "#8c6d46", "#5f6b76", "#d16ba5")
 COLUMN, SMALL = 3.25, 7.0  # inches and points: a column of a paper with two, and type in it
@@ -34,7 +34,12 @@ def draw(frame: pd.DataFrame, path: Path, column: bool = False) -> None:
     Best of n has its bound of KL where others have their KL. Beside runs of `dpo.train` it is on the frontier alone.
 
     column: panels below each other in the width of a paper's column, in its size of type.
+
+    Raises: ValueError if there is nothing to draw.
     """
+    if lacks := undrawable(frame):
+        must = "a figure must have a win rate or an accuracy of finished runs over a number"
+        raise ValueError(f"{must}, found no {lacks}; dpo.results.table shows what they have")
     size: Any = {"font.size": SMALL} if column else {}
     with rc_context(size):
         save(_drawn(frame, path.parent.name, column), path)
@@ -44,9 +49,9 @@ def _drawn(frame: pd.DataFrame, folder: str, column: bool) -> Figure:
     bounded = "kl_bound" in frame and "kl" not in frame
     if "kl_bound" in frame:
         frame = frame.assign(kl=frame.get("kl", frame["kl_bound"]).fillna(frame["kl_bound"]))
-    frame, best = _trained(frame)
+    frame, best = trained(frame)
     swept = frame.attrs["swept"]
-    x, y = _axis(frame), "win_rate" if "win_rate" in frame else "rewards/accuracies"
+    x, y = str(horizontal(frame)), "win_rate" if "win_rate" in frame else "rewards/accuracies"
     numbers = pd.to_numeric(frame[x], errors="coerce")
     beyond = "inf" if np.isinf(numbers).any() else "null"
     frame = frame.assign(**{x: numbers.where(np.isfinite(numbers))})  # what is no number has no place on an axis
@@ -112,13 +117,21 @@ def _drawn(frame: pd.DataFrame, folder: str, column: bool) -> Figure:
     if labels:
         below: Any = {"loc": "outside lower center", "ncols": 1 if column else min(len(labels), 4), "frameon": False}
         drawing.legend(handles, labels, **below)
-    seeds = frame["seed"].nunique() if "seed" in swept else 1
-    bars = "95 % interval" if seeds == 1 else f"one standard deviation of {seeds} seeds"
-    drawing.suptitle(f"{folder}, bars: {bars}", x=0.005, ha="left", fontsize=9, color="0.35")
+    drawing.suptitle(f"{folder}, bars: {_bars(frame, [x, *others])}", x=0.005, ha="left", fontsize=9, color="0.35")
     for text in drawing.findobj(Text) if column else ():
         text.set_fontsize(min(text.get_fontsize(), SMALL))
     apart(drawing, named)
     return drawing
+
+
+def _bars(frame: pd.DataFrame, keys: list[str]) -> str:
+    """What the bars are: of each point by how many runs it has."""
+    runs = frame.groupby(keys, dropna=False, sort=False).size()
+    if runs.max() == 1:
+        return "95 % interval"
+    several = sorted({*runs[runs > 1]})
+    of = f"{several[0]} to {several[-1]}" if len(several) > 1 else f"{several[0]}"
+    return f"one standard deviation of {of} seeds{', 95 % interval of single runs' * int(runs.min() == 1)}"
 
 
 def save(drawing: Figure, path: Path) -> list[Path]:
@@ -148,16 +161,6 @@ def colours(values: Iterable[Any], key: str) -> dict[Any, str]:
 
 def _as_number(value: Any) -> float:
     return float(value) if isinstance(value, Real) else math.inf
-
-
-def _trained(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame | None]:
-    """Runs of `dpo.train`, and best of n beside them; where none of the folder trained, all of them and none."""
-    number = pd.to_numeric(frame.get("best_of", pd.Series(None, frame.index)), errors="coerce")
-    if number.isna().all() or number.notna().all():
-        return frame, None
-    trained = frame[number.isna()].dropna(axis="columns", how="all")
-    trained.attrs["swept"] = [key for key in frame.attrs["swept"] if key in trained]
-    return trained, frame[number > 1].assign(best_of=number)
 
 
 def _named(axis: Any, across: pd.DataFrame, up: pd.DataFrame, color: str) -> list[Any]:
@@ -197,20 +200,6 @@ def tidy(axis: Any, title: str, across: str, up: str) -> None:
     axis.grid(color="0.92")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def _axis(frame: pd.DataFrame) -> str:
-    """The round, or beta, or if it is the same everywhere another number that is swept, best one that every run has."""
-    types = pd.api.types
-    numeric = [
-        key
-        for key in frame.attrs["swept"]
-        if key != "seed" and types.is_numeric_dtype(frame[key]) and not types.is_bool_dtype(frame[key])
-    ]
-    if "round" in numeric:
-        return "round"
-    several = [key for key in numeric if frame[key].nunique() > 1]
-    return "beta" if "beta" in numeric or not several else min(several, key=lambda key: frame[key].isna().sum())
 
 
 def _points(rows: pd.DataFrame, x: str, name: str) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from dpo.sweep.directory import configs, folders
 from dpo.sweep.identity import ALIASES, SWITCHES, identity_keys
 
 DASH = "-"
+MAKERS = ("generate", "judge", "score", "show")  # commands whose runs make files, and measure nothing
 
 
 def load(path: str | Path, always: Sequence[str] = ("beta",)) -> pd.DataFrame:
@@ -59,6 +60,50 @@ def swept(frame: pd.DataFrame) -> list[str]:
     return list(frame.attrs["swept"])
 
 
+def horizontal(frame: pd.DataFrame) -> str | None:
+    """What a figure has across: the round, or beta, or if it is the same everywhere another number that is swept, best
+    one that every run has; None where there is none of these.
+    """
+    types = pd.api.types
+    numeric = [
+        key
+        for key in swept(frame)
+        if key != "seed" and types.is_numeric_dtype(frame[key]) and not types.is_bool_dtype(frame[key])
+    ]
+    if "round" in numeric:
+        return "round"
+    several = [key for key in numeric if frame[key].nunique() > 1]
+    if "beta" in numeric or not several:
+        return "beta" if "beta" in frame else None
+    return min(several, key=lambda key: frame[key].isna().sum())
+
+
+def trained(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    """What a figure shows: runs of `dpo.train`, and best of n beside them; where none trained, all of them and none.
+    Those of `dpo.sft` beside others have no place there: they were compared with nothing.
+    """
+    if "command" in frame:
+        frame = _only(frame, frame["command"].isna())
+    number = pd.to_numeric(frame.get("best_of", pd.Series(None, frame.index)), errors="coerce")
+    if number.isna().all() or number.notna().all():
+        return frame, None
+    return _only(frame, number.isna()), frame[number > 1].assign(best_of=number)
+
+
+def _only(frame: pd.DataFrame, some: pd.Series) -> pd.DataFrame:
+    found = frame[some].dropna(axis="columns", how="all")
+    found.attrs["swept"] = [key for key in frame.attrs["swept"] if key in found]
+    return found
+
+
+def undrawable(frame: pd.DataFrame) -> str | None:
+    """What these runs lack to be drawn; None if they can be."""
+    shown, _ = trained(frame)
+    if not {"win_rate", "rewards/accuracies"} & {*shown}:
+        return "win rate or accuracy"
+    return None if horizontal(shown) else "beta and no other number that varies"
+
+
 def short(value: Any) -> str:
     """A swept value as a reader writes it; a run that has none, as of another option's knob, has a dash."""
     if value is None or value != value:
@@ -79,25 +124,35 @@ def _sound(path: Path) -> dict[str, dict[str, Any]]:
     wrong = damaged(path)
     for run, why in wrong.items():
         warnings.warn(f"{run} is damaged and left out: {why}", DamagedRun, stacklevel=3)
-    return as_rounds(path, {run: config for run, config in configs(path).items() if run not in wrong})
+    sound = {run: config for run, config in configs(path).items() if run not in wrong}
+    return as_rounds(path, {run: config for run, config in sound.items() if _command(config) not in MAKERS})
 
 
 def _settings(frozen: dict[str, dict[str, Any]], always: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
     """The keys that vary, and their values in each run; runs in the order of their values.
 
-    Where `dpo.evaluate` has put runs beside those of `dpo.train`, as of best of n, a key that varies among the ones
-    says nothing of the others, and `best_of` tells these apart.
+    Where runs of several commands are in a folder, a key that varies among the ones says nothing of the others:
+    `best_of` of `dpo.evaluate` and `command` of `dpo.sft` tell these apart.
     """
-    trained = {run: config for run, config in frozen.items() if config.get("command") != "evaluate"}
-    measured = {run: config for run, config in frozen.items() if run not in trained}
-    if not (trained and measured):
-        return _of_one_command(frozen, always)
-    keys, settings = _of_one_command(trained, always)
-    more, others = _of_one_command(measured, ["best_of", *(key for key in always if key == BASELINE)])
-    keys += [key for key in dict.fromkeys(["best_of", *more]) if key not in keys]
+    by_command: dict[str, dict[str, dict[str, Any]]] = {}
+    for run, config in sorted(frozen.items(), key=lambda item: _command(item[1]) != "train"):
+        by_command.setdefault(_command(config), {})[run] = config
+    keys: list[str] = []
+    settings: dict[str, dict[str, Any]] = {}
+    for command, runs in by_command.items():
+        own = []
+        if command != "train" and len(by_command) > 1:
+            own = ["best_of" if command == "evaluate" else "command"]
+        varying, found = _of_one_command(runs, [*own, *always])
+        keys += [key for key in dict.fromkeys([*own, *varying]) if key not in keys]
+        settings |= found
     keys.sort(key=lambda key: key == "seed")
-    shown = dict.fromkeys(key for values in (*settings.values(), *others.values()) for key in values)
-    return keys, {run: {key: values.get(key) for key in shown} for run, values in (settings | others).items()}
+    shown = dict.fromkeys(key for values in settings.values() for key in values)
+    return keys, {run: {key: values.get(key) for key in shown} for run, values in settings.items()}
+
+
+def _command(config: dict[str, Any]) -> str:
+    return str(config.get("command", "train"))
 
 
 def _of_one_command(

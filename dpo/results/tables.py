@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from dpo.results.failures import failures
-from dpo.results.frames import DASH, DamagedRun, damaged, final, short, swept
+from dpo.results.frames import DASH, DamagedRun, damaged, final, short, swept, undrawable
 
 Measure = tuple[str, str, str]  # title, metric, format
 MEASURED: tuple[Measure, ...] = (  # columns of the tables, without those that carry an interval
@@ -104,6 +104,8 @@ def figure(frame: pd.DataFrame, path: str | Path, column: bool = False) -> None:
     """Win rate and KL against beta, and one against the other, as a PNG and a PDF: see `dpo.results.figures`.
 
     column: in the width of a paper's column.
+
+    Raises: ValueError if there is no win rate or accuracy, or no number that it could be drawn over.
     """
     from dpo.results.figures import draw  # matplotlib takes half a second that the rest does without
 
@@ -131,9 +133,7 @@ def report(path: str | Path, named: Collection[str] = ()) -> None:
     unfinished = path / f"table.{os.getpid()}.unfinished"
     frame.to_csv(unfinished, index=False)
     unfinished.replace(path / "table.csv")
-    numbers = [key for key in swept(frame) if key != "seed" and pd.api.types.is_numeric_dtype(frame[key])]
-    across = "beta" in frame or any(frame[key].nunique() > 1 for key in numbers)
-    if across and {"win_rate", "rewards/accuracies"} & {*frame}:
+    if not undrawable(frame):
         figure(frame, path / "figure.png")
         written += [path / "figure.png", path / "figure.pdf"]
     print(f"{len(frame)} finished in {path}: {', '.join(map(str, written))}", flush=True)

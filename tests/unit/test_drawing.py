@@ -137,6 +137,19 @@ def test_bars_over_seeds(drawn):
     ]
 
 
+@pytest.mark.parametrize(
+    "betas,seeds,bars",
+    [
+        ([0.1, 1.0], [0, 1], "95 % interval"),  # a seed each
+        ([0.1, 0.1, 1.0], [0, 1, 0], "one standard deviation of 2 seeds, 95 % interval of single runs"),
+        ([0.1] * 3 + [1.0] * 2, [0, 1, 2, 0, 1], "one standard deviation of 2 to 3 seeds"),
+    ],
+)
+def test_the_note_on_bars_is_that_of_each_point(drawn, betas, seeds, bars):
+    frame = sweep(beta=betas, seed=seeds, win_rate=[0.5 + seed / 10 for seed in seeds], kl=[1.0] * len(seeds))
+    assert drawn(frame, ["beta", "seed"]).get_suptitle() == f"kl_strength, bars: {bars}"
+
+
 def test_scales_of_the_axes(drawn):
     """beta is logarithmic; KL where it spreads over a factor of 10 and is above 0; quality never if it spreads less."""
     figure = drawn(REFERENCES, ["beta", "reference"])

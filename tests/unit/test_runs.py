@@ -459,6 +459,67 @@ def test_whom_a_win_rate_is_over_is_told_where_it_is_another(tmp_path):
         assert results.degenerate(frame).tolist() == [collapsed, collapsed]
 
 
+def of(folder: Path, command: str, **settings: Any) -> None:
+    """A finished run of a command, with figures that all commands measure."""
+    directory = folder / f"{command},{settings}"
+    directory.mkdir(parents=True)
+    config = {"command": command, "seed": 0, "choices": {}, **settings}
+    OmegaConf.save(OmegaConf.create(config), directory / "config.yaml")
+    name, measured = ("manifest.json", {"tokens": 9}) if command == "generate" else ("evaluation.json", {"n": 9})
+    rated = {"win_rate": 0.6, "win_rate/low": 0.5, "win_rate/high": 0.7} if command == "evaluate" else {}
+    (directory / name).write_text(json.dumps({**measured, **rated}))
+
+
+def test_runs_of_other_commands_in_a_folder_vary_by_themselves(tmp_path, capsys, saved):  # noqa: F811
+    """What `dpo.sft` lacks is no news of a sweep beside it, nor what `dpo.generate` was given; a figure has neither."""
+    run(tmp_path, 0.1, command="train")
+    run(tmp_path, 0.2, command="train")
+    of(tmp_path, "sft", sft={"lr": 1e-3})
+    of(tmp_path, "generate", generation={"top_p": 0.9})
+    frame = results.final(tmp_path)
+    assert results.swept(frame) == ["beta", "command"]
+    assert results.table(frame)["command"].tolist() == ["-", "-", "sft"]
+    assert results.swept(results.load(tmp_path)) == ["beta", "command"]
+    results.report(tmp_path)
+    assert "figure.png" in capsys.readouterr().out
+    assert not saved[-1].legends
+    of(tmp_path, "sft", sft={"lr": 1e-2})
+    assert results.swept(results.final(tmp_path)) == ["beta", "command", "sft.lr"]
+
+
+@pytest.mark.parametrize(
+    "given,varies,drawn",
+    [
+        ([{}], [], False),
+        ([{"judge": {"margin": 1}}, {"judge": {"margin": "wide"}}], ["judge.margin"], False),
+        ([{"best_of": 2}, {"best_of": 4}], ["best_of"], True),
+    ],
+)
+def test_what_was_measured_alone_has_no_beta(tmp_path, capsys, saved, given, varies, drawn):  # noqa: F811
+    """`dpo.evaluate` trains nothing: whatever beta is in its page, a policy was not trained with it."""
+    for settings in given:
+        of(tmp_path, "evaluate", beta=0.1, loss={"beta": 0.1}, **settings)
+    frame = results.final(tmp_path)
+    assert results.swept(frame) == varies
+    assert "beta" not in frame
+    assert "beta" not in results.table(frame)
+    results.report(tmp_path)
+    assert ("figure.png" in capsys.readouterr().out) is drawn
+    of(tmp_path, "sft", sft={"lr": 0.1})  # a number that varies, but of nothing that is drawn
+    of(tmp_path, "sft", sft={"lr": 0.2})
+    results.report(tmp_path)
+    assert len(saved) == 2 * drawn
+
+
+def test_what_cannot_be_drawn_is_told(tmp_path):
+    of(tmp_path / "sft", "sft")
+    of(tmp_path / "measured", "evaluate", beta=0.1)
+    of(tmp_path / "made", "generate")
+    for name, lacks in (("sft", "win rate or accuracy"), ("measured", "beta and no other"), ("made", "win rate or")):
+        with pytest.raises(ValueError, match=f"a figure must have a win rate.* found no {lacks}"):
+            results.figure(results.final(tmp_path / name), tmp_path / "figure.png")
+
+
 def test_seeds_are_averaged_with_their_spread(tmp_path):
     for seed, win in ((0, 0.5), (1, 0.6), (2, 0.7)):
         directory = run(tmp_path, 0.1, seed=seed)
