@@ -475,7 +475,8 @@ def test_runs_of_other_commands_in_a_folder_vary_by_themselves(tmp_path, capsys,
     run(tmp_path, 0.1, command="train")
     run(tmp_path, 0.2, command="train")
     of(tmp_path, "sft", sft={"lr": 1e-3})
-    of(tmp_path, "generate", generation={"top_p": 0.9})
+    for share in (0.8, 0.9):
+        of(tmp_path, "generate", generation={"top_p": share})
     frame = results.final(tmp_path)
     assert results.swept(frame) == ["beta", "command"]
     assert results.table(frame)["command"].tolist() == ["-", "-", "sft"]
