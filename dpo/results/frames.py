@@ -14,7 +14,6 @@ from dpo.sweep.directory import configs, folders
 from dpo.sweep.identity import ALIASES, SWITCHES, identity_keys
 
 DASH = "-"
-MAKERS = ("generate", "judge", "score", "show")  # commands whose runs make files, and measure nothing
 
 
 def load(path: str | Path, always: Sequence[str] = ("beta",)) -> pd.DataFrame:
@@ -124,8 +123,7 @@ def _sound(path: Path) -> dict[str, dict[str, Any]]:
     wrong = damaged(path)
     for run, why in wrong.items():
         warnings.warn(f"{run} is damaged and left out: {why}", DamagedRun, stacklevel=3)
-    sound = {run: config for run, config in configs(path).items() if run not in wrong}
-    return as_rounds(path, {run: config for run, config in sound.items() if _command(config) not in MAKERS})
+    return as_rounds(path, {run: config for run, config in configs(path).items() if run not in wrong})
 
 
 def _settings(frozen: dict[str, dict[str, Any]], always: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:

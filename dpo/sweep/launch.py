@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
+from hydra.core.override_parser.types import OverrideType, RangeSweep
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.errors import ConfigCompositionException, HydraException
@@ -99,7 +99,9 @@ class Grid(Sweeper):
             if not override.is_sweep_override():
                 axes[key] = [override.input_line or ""]
             elif override.is_discrete_sweep():
-                values = itertools.islice(override.sweep_string_iterator(), MOST + 1)
+                values = list(itertools.islice(override.sweep_string_iterator(), MOST + 1))
+                if isinstance(override.value(), RangeSweep):  # it adds up its steps, and 0.1 + 0.2 is not 0.3
+                    values = [value if value.lstrip("-").isdigit() else f"{float(value):.12g}" for value in values]
                 axes[key] = in_hydras_words([f"{key}={value}" for value in values])
             else:
                 raise ConfigCompositionException(

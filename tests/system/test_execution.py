@@ -404,6 +404,10 @@ def test_every_combination_of_the_values_given():
     own = {"beta": "0.1,0.2", "lr": "1"}  # those of an experiment are below what the command line says
     assert combinations("beta=0.5", "lr=2,3", params=own) == [["beta=0.5", "lr=2"], ["beta=0.5", "lr=3"]]
     assert combinations("beta=1,2", "beta=3") == [["beta=3"]]
+    tenths = [[f"beta={value}"] for value in (-0.1, 0, 0.1, 0.2, 0.3)]  # as they are written, and as others are named
+    assert combinations("beta=range(-0.1,0.35,0.1)") == tenths
+    assert combinations("beta=sort(range(-0.1,0.35,0.1))") == tenths
+    assert combinations("beta=range(1e-5,3e-5,1e-5)") == [["beta=1e-05"], ["beta=2e-05"]]
     assert combinations(f"seed=range({launch.MOST})")[-1] == ["seed=9999"]
     with pytest.raises(ConfigCompositionException, match="at most 10000 runs; seed has 10001 values"):
         combinations("seed=range(10001)")
