@@ -64,7 +64,7 @@ def non_numeric(key: str, config: dict[str, Any] | None = None) -> bool:
     """Whether a key is outside a run's identity: it cannot change a number (of `config`, which may select a step)."""
     if key == "evaluate_every" and config and config.get("keep", "last") != "last":
         return False  # what is evaluated can be selected
-    if config and any(_below(key, one) for one in UNREAD.get(config.get("command", ""), ())):
+    if config and any(below(key, one) for one in UNREAD.get(config.get("command", ""), ())):
         return True
     switch = next((one for group, one in SWITCHES.items() if key.startswith(group)), None)
     if config and switch in config and (config[switch] is None or config[switch] is False):
@@ -79,10 +79,11 @@ def in_name(key: str, config: dict[str, Any]) -> bool:
 
 @cache
 def _outside(key: str) -> bool:
-    return any(_below(key, other) for other in NON_NUMERIC)
+    return any(below(key, other) for other in NON_NUMERIC)
 
 
-def _below(key: str, other: str) -> bool:
+def below(key: str, other: str) -> bool:
+    """Whether a key is another one, or lies in it."""
     return key == other or key.startswith(f"{other}.")
 
 

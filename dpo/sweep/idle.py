@@ -4,9 +4,11 @@ A sweep over such a key would measure one run again and again, so a plan refuses
 unread is no part of its runs' identities instead (`dpo.sweep.identity.UNREAD`): several commands take the same keys.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from dpo.sweep.identity import below
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,12 @@ class Idle:
     alone: bool = True  # given with one value they are refused, too
     not_of: str = ""  # a command that does go by them
 
-    def holds(self, values: Mapping[str, Any]) -> bool:
-        return self.switch in values and (values[self.switch] in self.off) is not self.turned
+    def holds(self, value: Any) -> bool:
+        """Of the switch's value."""
+        return (value in self.off) is not self.turned
 
 
+WITH_PAIRS = "with_pairs"  # no key: what was found in the data
 SETS = "{key} decides nothing where {switch} does, found {value}; leave it out, or give {switch}=null"
 IDLE = (
     Idle(
@@ -55,7 +59,7 @@ IDLE = (
     ),
     Idle(
         ("engine", "generation"),
-        "with_pairs",  # not a key: what was found in the data
+        WITH_PAIRS,
         (True,),
         "{key} is of pairs that are sampled, found data that bring theirs; leave it out (evaluations have an engine of "
         "their own: evaluation.engine)",
@@ -64,20 +68,19 @@ IDLE = (
 
 
 def idle(
-    given: Sequence[Collection[str]], values: Sequence[Mapping[str, Any]], swept: Collection[str]
+    rules: Sequence[Idle], given: Sequence[Collection[str]], value: Callable[[int, str], Any], swept: Collection[str]
 ) -> dict[int, list[str]]:
     """What to say of combinations, by number, that give a key which decides nothing in any of those that give it.
 
-    given: the keys of each combination. values: of its switches. swept: keys with several values. Of all combinations,
-    since policy.lora.rank=null,8 compares runs with and without.
+    given: the keys of each combination. value: of a switch in one of them, by number. swept: keys with several values.
+    Of all combinations, since policy.lora.rank=null,8 compares runs with and without.
     """
     found: dict[int, list[str]] = {}
     for key in sorted({key for keys in given for key in keys}):
-        where = [number for number, keys in enumerate(given) if key in keys]
-        for rule in IDLE:
-            named = any(key == one or key.startswith(f"{one}.") for one in rule.keys)
-            if named and (rule.alone or key in swept) and all(rule.holds(values[number]) for number in where):
-                for number in where:
-                    value = values[number][rule.switch]
-                    found.setdefault(number, []).append(rule.said.format(key=key, switch=rule.switch, value=value))
+        for rule in rules:
+            if any(below(key, one) for one in rule.keys) and (rule.alone or key in swept):
+                switch = {number: value(number, rule.switch) for number, keys in enumerate(given) if key in keys}
+                for number in switch if all(map(rule.holds, switch.values())) else ():
+                    said = rule.said.format(key=key, switch=rule.switch, value=switch[number])
+                    found.setdefault(number, []).append(said)
     return found

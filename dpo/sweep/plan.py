@@ -4,9 +4,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from platform import python_version
@@ -21,7 +20,7 @@ from dpo.sweep.directory import config as config_of
 from dpo.sweep.directory import configs, finished, status, to_yaml
 from dpo.sweep.forks import ask, serve
 from dpo.sweep.identity import ALIASES, RECORDED, flatten, identity, identity_keys, in_name
-from dpo.sweep.idle import IDLE, idle
+from dpo.sweep.idle import IDLE, WITH_PAIRS, idle
 from dpo.sweep.schema import NAME_BYTES, faults
 
 INPUTS = {  # what a run is made from beside its settings: see dpo.sweep.inputs
@@ -113,8 +112,7 @@ def plan(composed: Sequence[Composed]) -> tuple[list[Run], list[Refused]]:
     remade: dict[tuple[Path, str], list[Run]] = {}  # folder and what changed -> runs that were made from something else
     provenance = _provenance()
     rehearsed = rehearse([config for _, config in settled])
-    of_data = [{"with_pairs": tried.get("pairs", False)} for tried in rehearsed]
-    refused += deciding_nothing([one for one, _ in settled], of_data)
+    refused += deciding_nothing([one for one, _ in settled], [tried.get("pairs", False) for tried in rehearsed])
     for (one, config), tried in zip(settled, rehearsed, strict=True):
         if tried["problems"]:
             refused.append(Refused(one.overrides, "\n".join(tried["problems"])))
@@ -143,16 +141,21 @@ def plan(composed: Sequence[Composed]) -> tuple[list[Run], list[Refused]]:
     return list(planned.values()), refused
 
 
-def deciding_nothing(composed: Sequence[Composed], values: Sequence[Mapping[str, Any]] | None = None) -> list[Refused]:
-    """Combinations with keys that decide nothing: see `dpo.sweep.idle`. values: of switches; None: those of configs."""
-    if values is None:
-        select = partial(OmegaConf.select, throw_on_resolution_failure=False)
-        values = [
-            {rule.switch: select(one.config, rule.switch) for rule in IDLE if rule.not_of != one.config.command}
-            for one in composed
-        ]
+def deciding_nothing(composed: Sequence[Composed], with_pairs: Sequence[bool] | None = None) -> list[Refused]:
+    """Combinations with keys that decide nothing: see `dpo.sweep.idle`.
+
+    with_pairs: whether the data of each bring pairs, and of this alone; None: of what their configs say.
+    """
+
+    def value(number: int, switch: str) -> Any:
+        if with_pairs is not None:
+            return with_pairs[number]
+        return OmegaConf.select(composed[number].config, switch, throw_on_resolution_failure=False)
+
+    rules = [rule for rule in IDLE if (rule.switch == WITH_PAIRS) is (with_pairs is not None)]
+    rules = [rule for rule in rules if not composed or rule.not_of != composed[0].config.command]
     swept = {key for one in composed for key in one.swept}
-    found = idle([_keys(one.overrides) for one in composed], values, swept)
+    found = idle(rules, [_keys(one.overrides) for one in composed], value, swept)
     return [Refused(composed[number].overrides, "\n".join(reasons)) for number, reasons in found.items()]
 
 
