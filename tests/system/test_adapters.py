@@ -149,6 +149,22 @@ def test_the_best_policy_keeps_its_adapter(directory):
     assert models.fingerprint(policy) == models.fingerprint(again)
 
 
+def test_a_policy_with_an_adapter_is_measured_against_its_base(directory):
+    """Which has no adapter, be it the baseline or what KL is to: all is as for the merged policy."""
+    base, found = directory / "base", []
+    for name, start in (
+        ("by adapter", [f"policy.adapter={directory / 'lora' / 'adapter'}"]),
+        ("merged", [f"policy.path={directory / 'lora' / 'policy'}"]),
+    ):
+        asked = [f"against={base}", f"evaluation.baseline={base}", "judge=shorter", *start]
+        (folder := directory / name).mkdir()
+        evaluate.run(frozen(folder, *own(directory, str(base)), *asked, verb="evaluate"), folder)
+        measured = json.loads((folder / "evaluation.json").read_text())
+        found.append(({**measured, "seconds": 0}, (folder / "responses.jsonl").read_text()))
+    assert found[0] == found[1]
+    assert found[0][0]["kl"] > 0.01
+
+
 def test_training_goes_on_from_an_adapter(directory):
     """What it starts from, and is held to, is base and adapter merged, as a policy of its own."""
     adapter = f"policy.adapter={directory / 'lora' / 'adapter'}"

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from whole_runs import SMALL, other_model, run
 
-from dpo import train
+from dpo import evaluate, train
 from dpo.policy.model import WORLD_BASE
 from dpo.world import language
 
@@ -246,7 +246,17 @@ def measured(tmp_path_factory) -> tuple[Path, str]:
     words.save_pretrained(path / "reference")
     overrides = [*SMALL, f"policy.path={WORLD_BASE}", "reference=other", f"reference.path={path / 'reference'}"]
     overrides += ["max_new_tokens=18", "lr=3e-3", "warmup_steps=0", "evaluate_prompts=4", "evaluate_every=2", "seed=2"]
-    run(path / "run", *overrides, "evaluation.log_samples=3", "evaluation.batch_size=4", "data.test=14")
+    overrides += ["evaluation.log_samples=3", "evaluation.batch_size=4", "data.test=14"]
+    measure, asked = evaluate.measure, []
+
+    def spy(policy: Any, kl_targets: Any, tokenizer: Any, prompts: Any, baseline: Any, *more: Any) -> Any:
+        asked.append([prompts, baseline])
+        return measure(policy, kl_targets, tokenizer, prompts, baseline, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "measure", spy)
+        run(path / "run", *overrides)
+    (path / "asked.json").write_text(json.dumps(asked))
     return path / "run", str(path / "reference")
 
 
@@ -348,6 +358,9 @@ def test_rows_of_metrics_and_samples_say_when(measured):
     ]
     before, after = (row for row in rows if row["split"] == "test")
     assert before["n"] == 4
+    answered = [[row[name] for row in lines(directory / "responses.jsonl")] for name in ("prompt", "baseline")]
+    on_the_way = [some[:4] for some in answered]  # to the first prompts, what is compared with them in the end
+    assert json.loads((directory.parent / "asked.json").read_text()) == [on_the_way, answered]
     assert {name: value for name, value in after.items() if name not in ("step", "split", "epoch")} == {
         name: result[name] for name in after if name not in ("step", "split", "epoch")
     }

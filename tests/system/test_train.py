@@ -122,6 +122,14 @@ def test_a_reference_that_never_moves_is_the_cached_one(tmp_path, tiny_model):
     assert losses(moved) == pytest.approx([math.log(2)] * 3, abs=1e-5)  # a copy of the policy at every step
 
 
+def test_a_reference_beside_the_policy_is_where_training_starts(tmp_path, tiny_model):
+    """And not the base that SFT made that of."""
+    given = [one for one in own(tmp_path, tiny_model("llama")) if not one.startswith("policy.path")]
+    given += [f"policy.base={tiny_model('llama')}", "sft.steps=1", "sft.lr=1e-2", "steps=0", "reference=live"]
+    [before, *_], _ = run(tmp_path / "run", *given)
+    assert [before[f"logratios/{side}"] for side in ("chosen", "rejected")] == pytest.approx([0, 0], abs=1e-4)
+
+
 def test_kl_to_a_baseline_takes_no_judge(tmp_path, tiny_model, capfd):
     """Of the policy that it started from it is KL itself; that there is no judge for a text to compare with is said."""
     given = own(tmp_path, tiny_model("llama"))

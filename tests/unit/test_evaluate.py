@@ -40,6 +40,19 @@ def test_a_tie_is_half_a_win():
     assert found["score"] == -2.0
 
 
+def test_what_a_judge_cannot_judge_is_in_no_mean():
+    """Of responses and of the baseline's; how many are is told."""
+
+    def judge(prompts: Any, responses: Any) -> list[dict[str, float]]:
+        return [{} if text == "?" else {"score": -float(len(text.split()))} for text in responses]
+
+    samples, baseline = [answer("a"), answer("?"), answer("a b c"), answer("a b")], ["a b", "a", "?", "a"]
+    rows, found = evaluate.describe(["p"] * 4, samples, judge, baseline)
+    assert [row.get("win") for row in rows] == [1.0, None, None, 0.0]
+    assert (found["n"], found["judged"], found["compared"]) == (4, 3, 2)
+    assert (found["win_rate"], found["score"]) == (0.5, -2.0)
+
+
 def test_a_pairwise_judge_decides_wins_in_both_orders():
     """It favours the first of two, where they are as long; and has nothing to say of a response alone."""
 

@@ -18,7 +18,8 @@ from transformers import LlamaForCausalLM
 from dpo import engines, generate, score
 from dpo import judge as judging
 from dpo.data.batches import collate_pairs, encode_prompts, tokenize
-from dpo.data.records import Dataset, read, write, write_rows
+from dpo.data.records import Dataset, Preference, TokenIds, read, write, write_rows
+from dpo.data.tokens import vocabulary
 from dpo.judges import shorter
 from dpo.policy import model as models
 from dpo.policy import sampling
@@ -389,6 +390,9 @@ def test_token_ids_are_used_where_they_fit(tmp_path, capsys):
         )
         assert read_as_text == tokenize([replace(one, token_ids=None) for one in found], other, 200, "error")
         assert all(pair.text.token_ids is None for pair in read_as_text)
+    elsewhere = replace(found[0].token_ids, tokenizer="another", chosen=[5], rejected=[6])  # after the same prompt ids
+    [read_as_text] = tokenize([replace(found[0], token_ids=elsewhere)], tokenizer, 64, "error")
+    assert [read_as_text] == tokenize([replace(found[0], token_ids=None)], tokenizer, 64, "error")
     for change in ({"chosen": "other"}, {"token_ids": replace(found[0].token_ids, rejected=[100_000])}):
         with pytest.raises(
             ValueError, match=r"must be those of the text beside them, found others:\n  here \((ch|rej)"
@@ -399,6 +403,18 @@ def test_token_ids_are_used_where_they_fit(tmp_path, capsys):
         (tmp_path / "pairs.jsonl").write_text(json.dumps(line | {"token_ids": wrong}))
         with pytest.raises(ValueError, match="line 1: token_ids"):
             read(tmp_path / "pairs.jsonl")
+
+
+def test_what_was_sampled_after_a_prompt_that_is_cut_has_no_token_ids():
+    """They would be written beside a text that is not what they were sampled after."""
+    tokenizer = tiny_tokenizer("llama")
+    pair = Preference("cats and dogs and cats", " a.", " b.")
+    [read] = tokenize([pair], tokenizer, 64, "error")
+    ids = TokenIds(vocabulary(tokenizer), read.prompt_ids, read.chosen_ids, read.rejected_ids)
+    size = len(read.prompt_ids) + max(len(read.chosen_ids), len(read.rejected_ids))
+    [whole], [cut] = (tokenize([replace(pair, token_ids=ids)], tokenizer, size - less, "truncate") for less in (0, 1))
+    assert whole.text.token_ids == ids
+    assert (cut.chosen_ids, cut.cut, cut.text.token_ids) == (ids.chosen, ("prompt",), None)
 
 
 WORDS = (2, 4, 4, 1, 3)  # of the responses to each prompt: two are as good as each other

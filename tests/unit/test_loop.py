@@ -1,5 +1,6 @@
 import contextlib
 import itertools
+import json
 import math
 import os
 import random
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ import torch
 from loops import Run, Windows
 from torch import nn
 
-from dpo.training import checkpoint
+from dpo.training import checkpoint, loop
 from dpo.training.loop import Stopped, autocast
 from dpo.training.optim import optimizer
 
@@ -104,7 +106,15 @@ def test_rows(run):
     assert [row["epoch"] for row in run.rows] == pytest.approx([step / 3 for step in range(1, 11)])
     rates = [1 / 3, 2 / 3, *(1 - passed / 8 for passed in range(8))]
     assert [row["lr"] for row in run.rows] == pytest.approx([0.05 * rate for rate in rates])
-    assert "items_per_second" in (run.directory / "metrics.jsonl").read_text()
+
+
+def test_items_per_second_are_real_items(tmp_path, monkeypatch):
+    """Whatever their micro-batches, by a clock that goes half a second on when it is read."""
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=itertools.count(0, 0.5).__next__))
+    run = Run(tmp_path, micro_batch_size=3)
+    run.fit(steps=4)
+    rows = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [row["items_per_second"] for row in rows] == [16, 16, 12, 16]
 
 
 def test_evaluations(run):

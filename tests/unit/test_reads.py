@@ -128,6 +128,22 @@ def test_every_reference_gives_the_tokens_of_its_sums(tmp_path, tiny_model, made
     assert torch.allclose(tokens, expected, atol=1e-5)
 
 
+def test_tokens_of_held_out_pairs_are_their_own(tmp_path, tiny_model):
+    """Of a reference that is the policy, where no two rows or splits have the same tails."""
+    path = tiny_model("llama")
+    policy, _ = models.load(path)
+    splits = {"train": PAIRS[:2], "validation": PAIRS[::-1]}
+    reference = Initial().prepare(path, policy, splits, settings(tmp_path, per_token=True))
+    for split, pairs in splits.items():
+        rows = torch.arange(len(pairs))
+        batch = collate_pairs(pairs, rows, rows >= 0, pad_id=0, packed=False)
+        found = pair_logps(policy, reference, batch, split, ("tails",))
+        for side in ("chosen", "rejected"):
+            ours, theirs = (getattr(found, f"{whose}_{side}_tails") for whose in ("policy", "reference"))
+            assert torch.allclose(ours, theirs, atol=1e-5)
+        assert found.policy_chosen_tails.count_nonzero() + found.policy_rejected_tails.count_nonzero() == 2
+
+
 def test_a_reference_that_reads_no_prompt_gives_its_own_tokens(tmp_path, tiny_model):
     path = tiny_model("llama")
     policy, _ = models.load(path)
