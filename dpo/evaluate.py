@@ -63,7 +63,7 @@ from dpo.sweep.inputs import load
 from dpo.sweep.schema import number_of_samples
 from dpo.sweep.signature import in_evaluations, instantiate
 from dpo.training import distributed
-from dpo.training.distributed import all_sum, any_true, device_of, is_main
+from dpo.training.distributed import all_sum, any_true, device_of, gathered, is_main
 from dpo.training.log import progress
 from dpo.training.loop import AnyStep, passes, refuse
 from dpo.win_rates import length_controlled, wilson
@@ -260,11 +260,12 @@ def respond(
     stream: str,
     title: str = "answers of the policy",
 ) -> list[Sample]:
-    """One response to each test prompt; the same random numbers for all policies of a seed.
+    """One response to each test prompt; the same random numbers for all policies of a seed. All ranks have those that
+    rank 0 drew: KL of others, which rounding may have made longer, would take other passes, and all ranks would wait.
 
     stream: which of a seed's random numbers. title: of the progress bar; "": none.
     """
-    return _drawn(model, tokenizer, _encoded(prompts, tokenizer, settings), settings, stream, title)
+    return gathered([_drawn(model, tokenizer, _encoded(prompts, tokenizer, settings), settings, stream, title)])[0]
 
 
 def _encoded(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, settings: Evaluation) -> list[list[int]]:

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dpo import evaluate
 from dpo.training import checkpoint, distributed
 from dpo.training.log import Log
 from dpo.training.loop import Stopped, fit
@@ -172,6 +173,11 @@ def two_processes(directory):
         distributed.on_main(refuse)
     except ValueError as error:
         told["refused"] = str(error)
+    drawn = [f"by {rank}"] * (1 + rank)  # as many as rounding has it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "_encoded", lambda *_: [])
+        patch.setattr(evaluate, "_drawn", lambda *_: drawn)
+        told["drawn"] = evaluate.respond(None, None, [], None, "policy")
     for tied in (False, True):
         for micro_batch_size in (2, 4):
             model = train(directory / f"two-{tied}-{micro_batch_size}", 6, tied, micro_batch_size)
@@ -251,6 +257,11 @@ def test_join_sum_leave(told):
 def test_what_rank_0_makes_or_refuses_is_that_of_all(told):
     assert [one["made"] for one in told] == [["by 0", [0]], ["by 0", []]]
     assert [one["refused"] for one in told] == ["refused by 0"] * 2
+
+
+def test_responses_are_those_of_rank_0(told):
+    """Where ranks drew others, they would measure KL in other passes, and wait for each other."""
+    assert [one["drawn"] for one in told] == [["by 0"]] * 2
 
 
 def test_blocks_and_root_are_sharded(told):
