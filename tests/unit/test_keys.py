@@ -323,6 +323,10 @@ def test_what_is_given_beside_the_settings_decides_too(ask, settings, world, mon
     with monkeypatch.context() as patch:
         patch.setattr(model.generation_config, "eos_token_id", [model.generation_config.eos_token_id, 9])
         assert {kind for kind in DECIDE if missed(kind)} == {"candidates", "baseline", "best_of_n"}
+    started_from, _ = models.load(sft_of(settings).base, torch.device("cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(started_from.generation_config, "eos_token_id", [started_from.generation_config.eos_token_id, 9])
+        assert {kind for kind in DECIDE if missed(kind)} == {"sft"}  # which is saved with the policy
     with torch.no_grad():
         next(model.parameters())[-1, -1] += 1e-6  # the policy's own weights
     assert missed("reference")
@@ -360,6 +364,11 @@ def test_the_fingerprint_of_a_large_weight_sees_every_byte(place):
     before = models.fingerprint(module)
     module.weight[place] = 1
     assert models.fingerprint(module) != before
+
+
+def test_a_policy_of_before_is_found(ask, settings):
+    """Its key says nothing of ends where the generation config lists none beside those of the tokenizer."""
+    assert "ends" not in ask("sft", settings).key
 
 
 def test_a_cached_policy_lies_where_its_key_says(ask, settings, tmp_path):
