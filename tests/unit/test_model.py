@@ -16,6 +16,7 @@ from dpo.policy import model as models
 from dpo.policy import sharded_io
 from dpo.policy.logps import packable, sequence_logps
 from dpo.references import Frozen
+from dpo.training import distributed
 
 KINDS = ["gpt2", "gpt_neox", "llama", "mistral", "qwen2"]
 
@@ -447,3 +448,15 @@ def test_a_folder_has_no_revision(tiny_model, tmp_path, monkeypatch, given):
 def test_a_folder_may_have_an_at_in_its_name(tiny_model, tmp_path):
     folder = copy(tiny_model("llama"), tmp_path / "step@100")
     assert models.fingerprint(models.load(str(folder))[0]) == models.fingerprint(models.load(tiny_model("llama"))[0])
+
+
+def test_the_way_of_several_processes_reads_the_same_folder(tmp_path, tiny_model):
+    """Weights to the bit, and the ends of a response that the generation config lists beside EOS."""
+    model, tokenizer = models.load(tiny_model("llama"))
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, 9]
+    models.save(model, tokenizer, tmp_path / "model")
+    layout = distributed.ParallelLayout(group=None, offload=False, precision="fp32")
+    read, faults = sharded_io.read(layout, torch.device("cpu"), str(tmp_path / "model"), model.config, False)
+    assert not any(faults.values())
+    assert models.fingerprint(read) == models.fingerprint(model)
+    assert {*read.generation_config.eos_token_id} == {tokenizer.eos_token_id, 9}
