@@ -46,6 +46,7 @@ def made(tmp_path_factory) -> Path:
     run("generate", "candidates")
     run("judge", "judged", f"candidates={folder / 'candidates'}")
     run("judge", "at once")
+    run("judge", "judged and noisy", f"candidates={folder / 'candidates'}", *NOISE)
     run("train", "trained")
     (start,) = (folder / "cache" / "sft").glob("*/policy")
     run("evaluate", "evaluated", f"policy.path={folder / 'trained' / 'policy'}", f"against={start}")
@@ -130,6 +131,7 @@ def test_what_is_done_to_pairs_is_done_before_training(made):
         replace(pair, token_ids=None) for pair in train_pairs
     ]
     assert [pair.measures for pair in found["train"]] == [pair.measures for pair in train_pairs]
+    assert read(made / "judged and noisy" / "train.jsonl") == train_pairs
     assert {pair.measures.flipped for pair in found["train"]} == {True, False}
     assert "outlier" in {pair.measures.kind for pair in found["train"]}
     one, other = (lines(made / name / "metrics.jsonl") for name in ("trained", "noisy"))

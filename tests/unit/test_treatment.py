@@ -8,10 +8,13 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from whole_runs import frozen, own
 
+from dpo import score
 from dpo.data import treatment
 from dpo.data.records import Measures, Preference, TokenIds, read, write
 from dpo.data.treatment import Treatment, draw, treat
+from dpo.sweep.inputs import load
 
 KINDS = ("answers", "threshold", "length")
 
@@ -56,6 +59,17 @@ def test_nothing_is_done_by_default():
     pairs = some(50)
     assert treat(pairs, Treatment(), 0) == pairs
     assert [one.measures for one in treat(pairs, Treatment(), 0)] == [one.measures for one in pairs]
+
+
+def test_pairs_of_data_are_treated_with_the_seed_of_the_run(tmp_path, tiny_model):
+    config = frozen(tmp_path / "run", *own(tmp_path, tiny_model("llama")), "pairs.flip=0.5", "seed=3")
+    dataset = load(config)
+    _, pairs = score.encode(config, dataset)
+    found = {split: [pair.text.chosen for pair in some] for split, some in pairs.items()}
+    whole = {split: [pair.chosen for pair in some] for split, some in dataset.preferences.items()}
+    assert found["train"] == [pair.chosen for pair in treat(dataset.preferences["train"], Treatment(flip=0.5), seed=3)]
+    assert found["train"] != whole["train"]
+    assert found["validation"] == whole["validation"]
 
 
 @given(TREATMENTS, st.integers(0, 3), st.randoms())
