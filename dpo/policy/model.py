@@ -1,6 +1,7 @@
 """Load and save a causal language model with its tokenizer, and name its weights."""
 
 import hashlib
+import json
 import logging
 import re
 import shutil
@@ -28,6 +29,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from dpo.cache import digest
 from dpo.data.chats import dated, ends
 from dpo.policy import lora, sharded_io
 from dpo.policy.attention import using_attention
@@ -40,6 +42,7 @@ disable_progress_bar()  # of loading and saving: runs show their own
 logger = logging.getLogger(__name__)
 MODEL = "a causal language model in safetensors"
 BITS = "nf4.safetensors"  # beside the folder of a quantized model
+NO_NUMBER = ("architectures", "dtype", "transformers_version", "use_cache")  # in a config
 RANDOM = ("dropout", "pdrop", "layerdrop", "jitter")  # in the names of a config's shares
 
 
@@ -387,6 +390,12 @@ def fingerprint(model: nn.Module) -> str:
     with ThreadPoolExecutor() as pool:  # hashing large arrays releases the interpreter's lock
         lines = [*pool.map(line, named)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def config_digest(model: PreTrainedModel) -> str:
+    """Of what a model computes with its weights, which `fingerprint` says nothing of: positions, norms, windows."""
+    told = json.loads(model.config.to_json_string())
+    return digest({name: value for name, value in told.items() if name not in NO_NUMBER})
 
 
 def broken(model: nn.Module) -> list[str]:

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,21 @@ def test_training_goes_on_from_an_adapter(directory):
     assert "merged" in told[0]["policy"]
     assert losses(rows(directory / "from adapter")) == losses(rows(directory / "from policy"))
     assert len({models.fingerprint(models.load(one["policy"])[0]) for one in told}) == 1
+
+
+def test_a_merged_policy_is_that_of_its_base_as_it_is_read(directory, tmp_path):
+    """With another template, or where the base's folder says another thing beside weights, it is another policy."""
+    spec = models.ModelSpec(str(directory / "base"), adapter=str(directory / "lora" / "adapter"))
+    cache = str(directory / "cache")
+    for template in ("{{ messages[0].content }}", "{{ messages[-1].content }}"):
+        made = sft.merged_policy(replace(spec, chat_template=template), cache, torch.device("cpu"))
+        assert models.load_tokenizer(made).chat_template == template
+    for file, key, value in (("generation_config.json", "eos_token_id", [1, 9]), ("config.json", "rms_norm_eps", 0.5)):
+        shutil.copytree(directory / "base", other := tmp_path / file)
+        said = json.loads((other / file).read_text())
+        (other / file).write_text(json.dumps({**said, key: value}))
+        made = sft.merged_policy(replace(spec, path=str(other)), cache, torch.device("cpu"))
+        assert json.loads((Path(made) / file).read_text())[key] == value
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,14 @@ def test_a_run_is_held_to_the_quantized_base(directory):
     assert key["weights"] == models.fingerprint(models.load(str(directory / "base"))[0])
     scored = {json.loads(one.read_text())["weights"] for one in (directory / "cache" / "reference").glob("*/key.json")}
     assert scored == {key["weights"], models.fingerprint(models.load(started(directory / "nf4"))[0])}
+
+
+def test_bits_are_kept_with_what_their_base_says_beside_weights(directory, tmp_path):
+    shutil.copytree(directory / "base", other := tmp_path / "base")
+    said = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps({**said, "eos_token_id": [9]}))
+    made = sft.quantized_policy(models.ModelSpec(str(other)), "nf4", str(directory / "cache"))
+    assert 9 in json.loads((Path(made) / "generation_config.json").read_text())["eos_token_id"]
 
 
 def test_scores_made_ahead_are_those_of_the_bits(directory):

@@ -323,10 +323,20 @@ def test_what_is_given_beside_the_settings_decides_too(ask, settings, world, mon
     with monkeypatch.context() as patch:
         patch.setattr(model.generation_config, "eos_token_id", [model.generation_config.eos_token_id, 9])
         assert {kind for kind in DECIDE if missed(kind)} == {"candidates", "baseline", "best_of_n"}
+    with monkeypatch.context() as patch:  # of weights that compute something else, references ask the model itself
+        patch.setattr(model.config, "rms_norm_eps", 0.5)
+        assert {kind for kind in DECIDE if missed(kind)} == {"candidates", "baseline", "best_of_n"}
     started_from, _ = models.load(sft_of(settings).base, torch.device("cpu"))
     with monkeypatch.context() as patch:
         patch.setattr(started_from.generation_config, "eos_token_id", [started_from.generation_config.eos_token_id, 9])
         assert {kind for kind in DECIDE if missed(kind)} == {"sft"}  # which is saved with the policy
+    with monkeypatch.context() as patch:
+        patch.setattr(started_from.config, "rms_norm_eps", 0.5)
+        assert {kind for kind in DECIDE if missed(kind)} == {"sft"}
+    with monkeypatch.context() as patch:
+        patch.setattr(started_from.config, "dtype", torch.bfloat16)  # of the files; in memory it is float32
+        patch.setattr(started_from.config, "use_cache", True)
+        assert not missed("sft")
     with torch.no_grad():
         next(model.parameters())[-1, -1] += 1e-6  # the policy's own weights
     assert missed("reference")
@@ -364,11 +374,6 @@ def test_the_fingerprint_of_a_large_weight_sees_every_byte(place):
     before = models.fingerprint(module)
     module.weight[place] = 1
     assert models.fingerprint(module) != before
-
-
-def test_a_policy_of_before_is_found(ask, settings):
-    """Its key says nothing of ends where the generation config lists none beside those of the tokenizer."""
-    assert "ends" not in ask("sft", settings).key
 
 
 def test_a_cached_policy_lies_where_its_key_says(ask, settings, tmp_path):
