@@ -128,7 +128,7 @@ def merged_policy(spec: models.ModelSpec, cache: str, device: torch.device) -> s
     """Folder of a model with its adapter merged, which what is trained on from there starts from and is held to."""
     model, tokenizer = models.load(spec, device)
     key = {"weights": models.fingerprint(model), "chat_template": tokenizer.chat_template}
-    key |= {"tokenizer": vocabulary(tokenizer), **_kept(model, tokenizer)}
+    key |= {"tokenizer": vocabulary(tokenizer), "ends": ends(tokenizer, model.generation_config)}
 
     def build(folder: Path) -> None:
         models.save(model, tokenizer, distributed.gathered([folder])[0] / "policy")
@@ -143,18 +143,13 @@ def quantized_policy(spec: models.ModelSpec, quantize: str, cache: str) -> str:
     """
     model, tokenizer = models.load(spec)
     key = {"weights": models.fingerprint(model), "chat_template": tokenizer.chat_template}
-    key |= {"tokenizer": vocabulary(tokenizer), **_kept(model, tokenizer), "quantize": quantize}
+    key |= {"tokenizer": vocabulary(tokenizer), "ends": ends(tokenizer, model.generation_config), "quantize": quantize}
 
     def build(folder: Path) -> None:
         models.save_quantized(model, tokenizer, quantize, folder)
 
     folder, _ = remember(cache, "quantized", key, build)
     return str(folder / "policy")
-
-
-def _kept(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Of a key: what a made policy keeps of its base's configs, and so decides what is sampled from it."""
-    return {"config": models.config_digest(model), "ends": ends(tokenizer, model.generation_config)}
 
 
 def cached_policy(
@@ -173,7 +168,7 @@ def cached_policy(
         "weights": models.fingerprint(model),
         "demonstrations": digest(items),
         "chat_template": tokenizer.chat_template,
-        **_kept(model, tokenizer),
+        "ends": ends(tokenizer, model.generation_config),  # which the policy keeps
         "recipe": asdict(settings.recipe),
         "max_length": settings.max_length,
         "precision": settings.precision,

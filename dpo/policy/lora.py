@@ -164,7 +164,7 @@ def without(model: PreTrainedModel) -> Iterator[None]:
 
 
 def save(model: PreTrainedModel, folder: Path, weights: str) -> None:
-    """Write the adapters in peft's format, and BASE: where the model is from and its fingerprint. A collective."""
+    """Write the adapters in peft's format, and BASE: where the model is from and its digest. A collective."""
     tensors = {}
     for name, layer in layers(model).items():
         for side, weight in zip("AB", _adapters(layer), strict=True):
@@ -189,7 +189,7 @@ def read(model: PreTrainedModel, folder: Path) -> None:
 
 @torch.no_grad()
 def merge(model: PreTrainedModel, folder: Path, weights: str) -> None:
-    """Add an adapter of a folder to the weights of a model, each process to its part. weights: their fingerprint.
+    """Add an adapter of a folder to the weights of a model, each process to its part. weights: their digest.
 
     Raises: ValueError if it is an adapter of others.
     """

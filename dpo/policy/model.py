@@ -42,7 +42,8 @@ disable_progress_bar()  # of loading and saving: runs show their own
 logger = logging.getLogger(__name__)
 MODEL = "a causal language model in safetensors"
 BITS = "nf4.safetensors"  # beside the folder of a quantized model
-NO_NUMBER = ("architectures", "dtype", "transformers_version", "use_cache")  # in a config
+ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+NO_NUMBER = ("architectures", "dtype", "transformers_version", "use_cache", *ENDS)  # in a config, decide no log-prob
 RANDOM = ("dropout", "pdrop", "layerdrop", "jitter")  # in the names of a config's shares
 
 
@@ -98,7 +99,7 @@ def load(
                 f"such as {names[0]}; save the model again, or take another"
             )
     if spec.adapter:
-        lora.merge(model, check_adapter(spec.adapter), fingerprint(model))
+        lora.merge(model, check_adapter(spec.adapter), weights_digest(model))
     if names := broken(model):
         raise ValueError(
             f"the weights of {path} must be finite, found {len(names)} that are not, such as {names[0]}; take another "
@@ -237,7 +238,7 @@ def save(
         else:
             (_plain(model) if lora.layers(model) else model).save_pretrained(unfinished)
         if lora.layers(model):
-            lora.save(model, unfinished / "adapter", fingerprint(model))
+            lora.save(model, unfinished / "adapter", weights_digest(model))
         if not distributed.is_main():
             return
         tokenizer.save_pretrained(unfinished)
@@ -367,7 +368,15 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         block.forward = partial(cast(Any, checkpoint), block.forward, **options)
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256, in hex, of all that a model computes with: its weights, and what its config says of positions, norms and
+    windows. For a sharded model a collective.
+    """
+    told = json.loads(model.config.to_json_string())
+    return digest([weights_digest(model), {name: told[name] for name in told if name not in NO_NUMBER}])
+
+
+def weights_digest(model: nn.Module) -> str:
     """SHA-256, in hex, of a model's weights: names, shapes, dtypes and bytes; tied weights count once, adapters do not.
     Weights in 4 bits are those that they stand for.
 
@@ -390,12 +399,6 @@ def fingerprint(model: nn.Module) -> str:
     with ThreadPoolExecutor() as pool:  # hashing large arrays releases the interpreter's lock
         lines = [*pool.map(line, named)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def config_digest(model: PreTrainedModel) -> str:
-    """Of what a model computes with its weights, which `fingerprint` says nothing of: positions, norms, windows."""
-    told = json.loads(model.config.to_json_string())
-    return digest({name: value for name, value in told.items() if name not in NO_NUMBER})
 
 
 def broken(model: nn.Module) -> list[str]:

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from dpo.cache import digest
 from dpo.data.chats import ends
 from dpo.data.tokens import decode
-from dpo.policy.model import config_digest, vocabulary
+from dpo.policy.model import vocabulary
 from dpo.training.distributed import any_true, device_of
 from dpo.training.log import progress
 
@@ -196,12 +196,11 @@ def _cache(model: PreTrainedModel, tokens: int) -> DynamicCache:
 def inputs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], sampling: Sampling
 ) -> dict[str, Any]:
-    """What decides `sample` besides the weights and the seed, for a cache key."""
+    """What decides `sample` besides the model and the seed, for a cache key."""
     return {
         "drawn": {name: getattr(sampling, name) for name in ("max_new_tokens", "temperature", "top_p")},
         "prompt_ids": digest(list(prompts)),
         "tokenizer": digest(_state(tokenizer)),  # makes text of ids
-        "config": config_digest(model),
         "ends": ends(tokenizer, model.generation_config),
         "sampling": SAMPLING_VERSION,
     }

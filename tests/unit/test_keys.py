@@ -323,16 +323,16 @@ def test_what_is_given_beside_the_settings_decides_too(ask, settings, world, mon
     with monkeypatch.context() as patch:
         patch.setattr(model.generation_config, "eos_token_id", [model.generation_config.eos_token_id, 9])
         assert {kind for kind in DECIDE if missed(kind)} == {"candidates", "baseline", "best_of_n"}
-    with monkeypatch.context() as patch:  # of weights that compute something else, references ask the model itself
+    with monkeypatch.context() as patch:  # these weights compute something else
         patch.setattr(model.config, "rms_norm_eps", 0.5)
-        assert {kind for kind in DECIDE if missed(kind)} == {"candidates", "baseline", "best_of_n"}
+        assert {kind for kind in DECIDE if missed(kind)} == {"reference"}  # the others are given its fingerprint
     started_from, _ = models.load(sft_of(settings).base, torch.device("cpu"))
     with monkeypatch.context() as patch:
         patch.setattr(started_from.generation_config, "eos_token_id", [started_from.generation_config.eos_token_id, 9])
         assert {kind for kind in DECIDE if missed(kind)} == {"sft"}  # which is saved with the policy
     with monkeypatch.context() as patch:
-        patch.setattr(started_from.config, "rms_norm_eps", 0.5)
-        assert {kind for kind in DECIDE if missed(kind)} == {"sft"}
+        patch.setattr(started_from.config, "rms_norm_eps", 0.5)  # of the other reference's folder, too
+        assert {kind for kind in DECIDE if missed(kind)} == {"sft", "other-reference"}
     with monkeypatch.context() as patch:
         patch.setattr(started_from.config, "dtype", torch.bfloat16)  # of the files; in memory it is float32
         patch.setattr(started_from.config, "use_cache", True)
@@ -371,9 +371,9 @@ def test_the_splits_of_pairs_have_random_numbers_of_their_own(ask, settings, tmp
 def test_the_fingerprint_of_a_large_weight_sees_every_byte(place):
     module = torch.nn.Module()
     module.weight = torch.nn.Parameter(torch.zeros(3 * 2**20, dtype=torch.uint8), requires_grad=False)
-    before = models.fingerprint(module)
+    before = models.weights_digest(module)
     module.weight[place] = 1
-    assert models.fingerprint(module) != before
+    assert models.weights_digest(module) != before
 
 
 def test_a_cached_policy_lies_where_its_key_says(ask, settings, tmp_path):

@@ -192,12 +192,24 @@ def test_fingerprint_sees_every_weight(tiny_model):
     assert len(found) == 1 + len(list(model.parameters()))
 
 
-def test_fingerprint_sees_names_shapes_and_dtypes_and_ties_once():
+def test_fingerprint_sees_what_the_weights_are_computed_with(tiny_model):
+    model, _ = models.load(tiny_model("llama"))
+    found = {models.fingerprint(model)}
+    for name, value in (("rms_norm_eps", 0.5), ("rope_parameters", {"rope_theta": 5.0, "rope_type": "default"})):
+        setattr(model.config, name, value)
+        found.add(models.fingerprint(model))
+    assert len(found) == 3
+    for name, value in (("use_cache", True), ("dtype", torch.bfloat16), ("pad_token_id", 7), ("eos_token_id", 9)):
+        setattr(model.config, name, value)
+        assert models.fingerprint(model) in found
+
+
+def test_weights_digest_sees_names_shapes_and_dtypes_and_ties_once():
     def of(**weights):
         module = torch.nn.Module()
         for name, weight in weights.items():
             setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
-        return models.fingerprint(module)
+        return models.weights_digest(module)
 
     zeros, half = torch.zeros(4), torch.zeros(4, dtype=torch.bfloat16)
     assert len({of(a=zeros), of(b=zeros), of(a=zeros.view(2, 2)), of(a=half), of(a=zeros, b=zeros)}) == 5
@@ -207,7 +219,7 @@ def test_fingerprint_sees_names_shapes_and_dtypes_and_ties_once():
     assert of(a=scalar) != of(a=scalar[None])
     tied = torch.nn.Module()
     tied.a = tied.b = torch.nn.Parameter(zeros)
-    assert models.fingerprint(tied) == of(a=zeros)
+    assert models.weights_digest(tied) == of(a=zeros)
     assert of(a=torch.arange(6.0).view(2, 3).T) == of(a=torch.arange(6.0).view(2, 3).T.contiguous())
     assert of(a=torch.arange(8.0)[::2]) == of(a=2 * torch.arange(4.0))
 

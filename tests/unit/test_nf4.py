@@ -201,7 +201,7 @@ def test_what_is_saved_is_what_was_trained(kind, start, wide, tmp_path):
     models.move_adapter_out(tmp_path / "policy")
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     told = json.loads((tmp_path / "adapter" / "base.json").read_text())
-    assert told == {"path": path, "weights": models.fingerprint(models.load(path)[0])}
+    assert told == {"path": path, "weights": models.weights_digest(models.load(path)[0])}
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {name.rpartition(".lora_")[2] for name in stored} == {"A.weight", "B.weight"}
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -78,6 +79,8 @@ def test_what_is_scored_again_is_from_all_over(tmp_path, tiny_model):
 def test_which_model_a_reference_is(tmp_path, tiny_model):
     """Its log-probs, its origin, what KL is measured to, and whether the loss begins at ln 2."""
     path, other = tiny_model("llama"), other_model(tmp_path, tiny_model)
+    said = json.loads((shutil.copytree(path, tmp_path / "flat") / "config.json").read_text())
+    (tmp_path / "flat" / "config.json").write_text(json.dumps({**said, "rms_norm_eps": 0.5}))
     policy, another = (models.load(one)[0] for one in (path, other))
     prints = {one: models.fingerprint(model) for one, model in ((path, policy), (other, another))}
     chosen = [pair.chosen for pair in PAIRS]
@@ -100,6 +103,9 @@ def test_which_model_a_reference_is(tmp_path, tiny_model):
         assert torch.equal(reference.table["validation"], reference.table["train"][1:])
         assert reference.lengths["validation"].tolist() == [[2, 3], [1, 1]]
     assert len([one for one in (tmp_path / "cache" / "reference").iterdir() if one.is_dir()]) == 4
+    flat = Frozen(str(tmp_path / "flat")).prepare(path, policy, {"train": PAIRS}, settings(tmp_path))
+    assert not flat.is_initial  # the same weights, which compute something else
+    assert torch.allclose(flat.table["train"][:, 0], live(models.load(str(tmp_path / "flat"))[0], chosen), rtol=1e-5)
     assert (MovingAverage.is_initial, MovingAverage.kl_target, MovingAverage.fingerprint) == (True, None, "")
     assert (ReferenceFree.is_initial, ReferenceFree.kl_target, ReferenceFree.fingerprint) == (False, None, "")
 
