@@ -21,6 +21,7 @@ from dpo.training.distributed import any_true, device_of
 from dpo.training.log import progress
 
 SAMPLING_VERSION = 4  # part of cache keys: raise it when a change of the code changes what is sampled
+READ = 4096  # tokens of prompts in one pass: what a model holds of each is many times its keys and values
 LEFT = 0.75  # share of rows that are not ended, from which on the others leave the batch
 
 
@@ -61,7 +62,7 @@ def sample(
     The random numbers of a prompt are those of the seed and of its place, in `places` or else in `prompts`: what else
     is drawn beside it decides nothing, but for rounding. A prompt that is there several times is read once. Of the
     model's generation config only the ends of turn count: penalties, top_k and such would make it another policy. Ids
-    that are no token's are never drawn: a model may have rows to spare. A collective of ranks that have as many
+    that are no token's are never drawn: a model may have rows to spare. A collective of ranks that have the same
     prompts: of a sharded model none can make a pass alone.
 
     Raises: RuntimeError if the model gives no finite logits, ValueError if it keeps no keys and values.
@@ -115,16 +116,33 @@ def _decode(
     rows = torch.arange(len(prompts), device=device)  # the prompts that the rows of the cache belong to
     drawn = torch.full_like(numbers, stops[0], dtype=torch.long)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for step in range(sampling.max_new_tokens):
-        seen = slice(width + step - input_ids.shape[1], width + step)
-        logits = model(
+
+    def logits_after(input_ids: Tensor, attended: Tensor, positions: Tensor) -> Tensor:
+        """Of the token that comes next; these go into the cache.  # (B, t), (B, T), (B, T) -> (B, V)"""
+        return model(
             input_ids,
-            attention_mask=attended[:, : width + step] if padded else None,
+            attention_mask=attended if padded else None,
             past_key_values=cache,
             use_cache=True,
-            **({"position_ids": positions[:, seen]} if "position_ids" in takes else {}),
+            **({"position_ids": positions[:, -input_ids.shape[1] :]} if "position_ids" in takes else {}),
             **narrow,
         ).logits[:, -1]
+
+    rooms = [layer for layer in cache.layers if type(layer) is _Room]
+    some = max(1, READ // width) if len(rooms) == len(cache.layers) else len(distinct)
+    for step in range(sampling.max_new_tokens):
+        read = input_ids, attended[:, : width + step], positions[:, : width + step]
+        if step or some >= len(distinct):
+            logits = logits_after(*read)
+        else:
+            passes = []
+            for first in range(0, len(distinct), some):
+                for room in rooms:
+                    room.turn_to(slice(first, first + some), len(distinct))
+                passes.append(logits_after(*(part[first : first + some] for part in read)))
+            for room in rooms:
+                room.turn_to(slice(None), len(distinct), width)
+            logits = torch.cat(passes)
         if not step and len(distinct) < len(prompts):
             index = {prompt: row for row, prompt in enumerate(distinct)}
             owner = torch.tensor([index[tuple(prompt)] for prompt in prompts], device=device)
@@ -165,7 +183,13 @@ class _Room(DynamicLayer):
 
     def __init__(self, tokens: int) -> None:
         super().__init__()
-        self.tokens = tokens
+        self.tokens, self.turn, self.rows = tokens, slice(None), 0
+
+    def turn_to(self, turn: slice, rows: int, tokens: int = 0) -> None:
+        """What comes next is of these of `rows` rows, and they have `tokens` tokens."""
+        self.turn, self.rows = turn, rows
+        if self.is_initialized:
+            self.keys, self.values = (room[turn, :, :tokens] for room in self.room)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append those of new tokens; returns all.  # (B, G, t, D) -> (B, G, T, D)"""
@@ -173,12 +197,13 @@ class _Room(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.room = [
-                new.new_empty(*new.shape[:2], self.tokens, new.shape[-1]) for new in (key_states, value_states)
+                new.new_empty(self.rows or len(new), new.shape[1], self.tokens, new.shape[-1])
+                for new in (key_states, value_states)
             ]
         last = first + key_states.shape[-2]
         for room, new in zip(self.room, (key_states, value_states), strict=True):
-            room[:, :, first:last] = new
-        self.keys, self.values = (room[:, :, :last] for room in self.room)
+            room[self.turn, :, first:last] = new
+        self.keys, self.values = (room[self.turn, :, :last] for room in self.room)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from dpo.data.tokens import decode
+from dpo.policy import sampling
 from dpo.policy.model import load, vocabulary
 from dpo.policy.sampling import Sampling, sample
 
@@ -105,8 +106,8 @@ def test_every_prompt_has_random_numbers_of_its_own(llama):
 
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
-def test_greedy_is_what_the_library_generates(tiny_model, kind):
-    """Token for token, for prompts of unequal length, in batches and after rows have left them."""
+def test_greedy_is_what_the_library_generates(tiny_model, kind, monkeypatch):
+    """Token for token, for prompts of unequal length, in batches, read in passes, and after rows have left them."""
     model, tokenizer = load(tiny_model(kind))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -126,8 +127,10 @@ def test_greedy_is_what_the_library_generates(tiny_model, kind):
     model.generation_config.eos_token_id = ends = [tokenizer.eos_token_id, *(row[at] for at, row in enumerate(free))]
     expected = generated(ends)
     assert len({len(row) for row in expected}) > 1
-    found = draw((model, tokenizer), prompts, max_new_tokens=16, temperature=0, batch_size=8)
-    assert [one.response_ids for one in found] == expected
+    for tokens in (sampling.READ, 40):
+        monkeypatch.setattr(sampling, "READ", tokens)
+        found = draw((model, tokenizer), [*prompts, prompts[3]], max_new_tokens=16, temperature=0, batch_size=8)
+        assert [one.response_ids for one in found] == [*expected, expected[3]]
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "recurrent"])
@@ -176,6 +179,11 @@ def test_batches_and_limits(llama, monkeypatch):
     assert max(rows for rows, width in asked if width == 1) == 3
     assert {len(one.response_ids) for one in found if not one.ended} == {5}
     assert all(one.response_ids[-1] in (tokenizer.eos_token_id, 77) for one in found if one.ended)
+
+    asked.clear()
+    monkeypatch.setattr(sampling, "READ", 50)  # tokens, with what fills up the rows
+    draw(llama, [[*range(20, 20 + width)] for width in (15, 16, 14, 12, 13)], max_new_tokens=1)
+    assert asked == [(3, 16), (2, 16)]
 
     asked.clear()
     monkeypatch.setattr(model.generation_config, "eos_token_id", [tokenizer.eos_token_id, *range(30, 330)])
