@@ -30,7 +30,7 @@ from dpo.data.batches import Batch, Batches, Tokens, collate, size, tokenize_dem
 from dpo.data.chats import ends
 from dpo.data.instructions import read_instructions, write_outputs
 from dpo.data.records import Dataset, Demonstration, write_rows
-from dpo.data.tokens import vocabulary
+from dpo.data.tokens import state
 from dpo.policy import model as models
 from dpo.policy.logps import packable, sequence_logps
 from dpo.results import card
@@ -127,13 +127,11 @@ def _whole_policy(config: DictConfig, dataset: Dataset, device: torch.device, sa
 def merged_policy(spec: models.ModelSpec, cache: str, device: torch.device) -> str:
     """Folder of a model with its adapter merged, which what is trained on from there starts from and is held to."""
     model, tokenizer = models.load(spec, device)
-    key = {"weights": models.fingerprint(model), "chat_template": tokenizer.chat_template}
-    key |= {"tokenizer": vocabulary(tokenizer), "ends": ends(tokenizer, model.generation_config)}
 
     def build(folder: Path) -> None:
         models.save(model, tokenizer, distributed.gathered([folder])[0] / "policy")
 
-    folder, _ = remember(cache, "merged", key, build, distributed.any_true)
+    folder, _ = remember(cache, "merged", _kept(model, tokenizer), build, distributed.any_true)
     return str(folder / "policy")
 
 
@@ -142,14 +140,22 @@ def quantized_policy(spec: models.ModelSpec, quantize: str, cache: str) -> str:
     from and is held to. The bits lie beside it. On the CPU, since a GPU may hold no more than these.
     """
     model, tokenizer = models.load(spec)
-    key = {"weights": models.fingerprint(model), "chat_template": tokenizer.chat_template}
-    key |= {"tokenizer": vocabulary(tokenizer), "ends": ends(tokenizer, model.generation_config), "quantize": quantize}
 
     def build(folder: Path) -> None:
         models.save_quantized(model, tokenizer, quantize, folder)
 
-    folder, _ = remember(cache, "quantized", key, build)
+    folder, _ = remember(cache, "quantized", _kept(model, tokenizer) | {"quantize": quantize}, build)
     return str(folder / "policy")
+
+
+def _kept(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Of a key: all that a policy made of another has from it, be it weights or not."""
+    return {
+        "weights": models.fingerprint(model),
+        "tokenizer": digest(state(tokenizer)),
+        "chat_template": tokenizer.chat_template,
+        "ends": ends(tokenizer, model.generation_config),
+    }
 
 
 def cached_policy(
@@ -165,10 +171,8 @@ def cached_policy(
     model, tokenizer = models.load(settings.base, device)
     items = tokenize_demonstrations(demonstrations, tokenizer, settings.max_length, settings.on_too_long, on_faulty)
     key = {
-        "weights": models.fingerprint(model),
+        **_kept(model, tokenizer),
         "demonstrations": digest(items),
-        "chat_template": tokenizer.chat_template,
-        "ends": ends(tokenizer, model.generation_config),  # which the policy keeps
         "recipe": asdict(settings.recipe),
         "max_length": settings.max_length,
         "precision": settings.precision,

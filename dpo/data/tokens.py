@@ -19,7 +19,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tokenizers import Encoding
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from dpo.cache import digest
@@ -168,6 +168,14 @@ def pieces(
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
     """Digest of what each token id means."""
     return digest(tokenizer.get_vocab())
+
+
+def state(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that a tokenizer is, without how the last call to it had texts padded and cut."""
+    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    return copy.to_str()
 
 
 def encode_alone(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, what: str = "prompts") -> list[Prompt]:

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from dpo.cache import digest
 from dpo.data.chats import ends
-from dpo.data.tokens import decode
+from dpo.data.tokens import decode, state
 from dpo.policy.model import vocabulary
 from dpo.training.distributed import any_true, device_of
 from dpo.training.log import progress
@@ -225,18 +224,10 @@ def inputs(
     return {
         "drawn": {name: getattr(sampling, name) for name in ("max_new_tokens", "temperature", "top_p")},
         "prompt_ids": digest(list(prompts)),
-        "tokenizer": digest(_state(tokenizer)),  # makes text of ids
+        "tokenizer": digest(state(tokenizer)),  # makes text of ids
         "ends": ends(tokenizer, model.generation_config),
         "sampling": SAMPLING_VERSION,
     }
-
-
-def _state(tokenizer: PreTrainedTokenizerBase) -> str:
-    """All that a tokenizer is, without how the last call to it had texts padded and cut."""
-    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    copy.no_padding()
-    copy.no_truncation()
-    return copy.to_str()
 
 
 @contextmanager

@@ -187,7 +187,11 @@ def test_a_merged_policy_is_that_of_its_base_as_it_is_read(directory, tmp_path):
         made = sft.merged_policy(replace(spec, chat_template=template), cache, torch.device("cpu"))
         assert models.load_tokenizer(made).chat_template == template
     sft.merged_policy(spec, cache, torch.device("cpu"))
-    for file, key, value in (("generation_config.json", "eos_token_id", [1, 9]), ("config.json", "rms_norm_eps", 0.5)):
+    for file, key, value in (
+        ("generation_config.json", "eos_token_id", [1, 9]),
+        ("config.json", "rms_norm_eps", 0.5),
+        ("tokenizer.json", "normalizer", {"type": "Lowercase"}),
+    ):
         shutil.copytree(directory / "base", other := tmp_path / file)
         said = json.loads((other / file).read_text())
         (other / file).write_text(json.dumps({**said, key: value}))
