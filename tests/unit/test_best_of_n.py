@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from dpo.sweep.rehearse import Rehearsal
 from dpo.sweep.schema import faults, number_of_samples
 
 PROMPTS = 3000
+NEAR = {"threshold": 3, "min_length_diff": 3, "tie_below_threshold": "tie"}
 
 
 def as_number(prompts, responses) -> list[dict[str, float]]:
@@ -118,6 +120,16 @@ def test_a_rule_chooses_what_wins_most_often():
     assert best.best_of(judge, ["a"], ["s", "p", "p", "r"], rule) == [0]
     assert best.best_of(judge, ["a"], ["?", "p", "?"], rule) == [1]
     assert best.best_of(judge, ["a"], ["s", "p", "s"]) == [0]  # without it by score: the first of equals
+
+
+def test_a_tie_is_half_a_win_of_either():
+    """Of 8, 6 and 10 words, three apart or more: the second beats the last, and the first is as good as both."""
+
+    def judge(prompts, responses) -> list[dict[str, float]]:
+        return [{"score": 0.0, "correct": 5.0} for _ in responses]
+
+    said = ["a " * count for count in (8, 6, 10)]
+    assert best.best_of(judge, ["p"], said, partial(judges.accurate_then_short, **NEAR)) == [1]
 
 
 def test_judge_and_rule_of_pairs_choose(tmp_path, tiny_model):
@@ -316,6 +328,10 @@ def test_best_of_n_is_measured_as_a_policy(tmp_path, tiny_model):
         (weights[llama], "policy", 3),
         (weights[other], "initial policy", 5),
     }
+    (directory := tmp_path / "ruled").mkdir()
+    config = frozen(directory, *given, "best_of=5", "evaluation.rule=accurate_then_short", verb="evaluate")
+    with pytest.raises(RuntimeError, match="rule=accurate_then_short reads"):  # which is asked, and not the score
+        evaluate.run(config, directory)
 
 
 def test_a_run_is_measured_against_best_of_n(tmp_path, tiny_model):

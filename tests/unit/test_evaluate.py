@@ -41,7 +41,7 @@ def test_a_tie_is_half_a_win():
 
 
 def test_what_a_judge_cannot_judge_is_in_no_mean():
-    """Of responses and of the baseline's; how many are is told."""
+    """Of responses and of the baseline's; how many are is told, and the interval is of so many."""
 
     def judge(prompts: Any, responses: Any) -> list[dict[str, float]]:
         return [{} if text == "?" else {"score": -float(len(text.split()))} for text in responses]
@@ -51,6 +51,7 @@ def test_what_a_judge_cannot_judge_is_in_no_mean():
     assert [row.get("win") for row in rows] == [1.0, None, None, 0.0]
     assert (found["n"], found["judged"], found["compared"]) == (4, 3, 2)
     assert (found["win_rate"], found["score"]) == (0.5, -2.0)
+    assert (found["win_rate/low"], found["win_rate/high"]) == pytest.approx((0.0945, 0.9055), abs=1e-4)
 
 
 def test_a_pairwise_judge_decides_wins_in_both_orders():

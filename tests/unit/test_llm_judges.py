@@ -301,6 +301,7 @@ def test_questions_are_shuffled_by_their_article():
         assert {one["question"]: one["choices"]["ABCDE".index(one["answer"])] for one in some} == right
         assert all(sorted(one["choices"]) == [f"{one['choices'][0][:2]}{letter}" for letter in "ABCDE"] for one in some)
     assert {one["answer"] for some in orders for one in some} == {*"ABCDE"}
+    assert {some[0]["question"] for some in orders} == {*right}
     assert "Answer" not in shown(found)
     assert shown(found).splitlines()[:3] == ["Q1) Which of w1?", "A) w1A", "B) w1B"]
 
@@ -358,6 +359,15 @@ def test_a_model_asks_and_answers_questions(judge, tmp_path):
     assert [file.parent.name for file in (tmp_path / "cache").rglob("*.jsonl")].count("questions") == 1
 
 
+def test_answers_in_no_form_are_unsure(judge):
+    def answer(text, body):
+        return "I cannot say." if "[Text]\nodd" in text else reader(text, body)
+
+    with serving(Served("m", answer)) as url:
+        found = judge(url, "questions")(["xy and more"] * 2, ["xy1B xy2C xy3D", "odd xy1B"])
+    assert found[1] == {"score": 0.0, "correct": 0.0, "enough": 0.0, "unsure": 5.0}
+
+
 def test_an_article_without_questions_is_not_judged(judge, capsys):
     def answer(text, body):
         return "No." if "[Article]\nodd" in text else reader(text, body)
@@ -374,13 +384,15 @@ def test_an_article_without_questions_is_not_judged(judge, capsys):
     assert "They count as []" in said_so
 
 
-def test_the_prompts_are_part_of_what_is_kept(judge, monkeypatch):
+def test_prompts_and_options_are_part_of_what_is_kept(judge, monkeypatch):
     served = Served("m", reader)
     with serving(served) as url:
         judge(url, "questions")(["xy"], ["xy1B"])
         monkeypatch.setattr(llm, "ASK", llm.ASK.replace("Read the article", "Read this article"))
         judge(url, "questions")(["xy"], ["xy1C"])
-    assert sum("[Article]" in one["messages"][0]["content"] for one in served.asked) == 2
+        for changed in ({"attempts": 5}, {"max_tokens": 999}, {"temperature": 0.5}):
+            judge(url, "questions", **changed)(["xy"], ["xy1C"])
+    assert sum("[Article]" in one["messages"][0]["content"] for one in served.asked) == 5
 
 
 @pytest.mark.parametrize("which", ["pairwise", "questions"])

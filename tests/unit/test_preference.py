@@ -19,6 +19,8 @@ VERSIONS = {  # threshold, min_length_diff, tie_below_threshold
     "evaluation": (3, 1, "shorter"),
     "picture": (3, 1, "shorter"),
     "text": (4, 3, "tie"),
+    "any": (3, 0, "tie"),  # these two are nobody's
+    "mixed": (3, 3, "shorter"),
 }
 
 
@@ -32,11 +34,12 @@ def said(correct, words):
         ((3, 20), (5, 23), {"pairs": 1, "evaluation": 1, "text": 0}),
         ((3, 20), (5, 22), {"pairs": 0.5, "evaluation": 1, "text": 0}),
         ((3, 20), (5, 21), {"pairs": 0.5, "evaluation": 1, "text": 0}),
-        ((4, 20), (4, 20), {"pairs": 0.5, "evaluation": 0.5, "text": 0.5}),
+        ((4, 20), (4, 20), {"pairs": 0.5, "evaluation": 0.5, "text": 0.5, "any": 0.5}),
         ((4, 23), (5, 20), {"pairs": 0, "evaluation": 0, "text": 0}),
         ((2, 50), (1, 5), {"pairs": 1, "evaluation": 1, "text": 1}),
         ((2, 5), (3, 50), {"pairs": 0, "evaluation": 0, "text": 0}),
         ((2, 5), (2, 50), {"pairs": 0.5, "evaluation": 1, "text": 0.5}),
+        ((2, 5), (2, 6), {"pairs": 0.5, "evaluation": 1, "mixed": 1}),
         ((0, 5), (0, 5), {"pairs": 0.5, "evaluation": 0.5, "text": 0.5}),
         ((3, 40), (3, 10), {"pairs": 0, "evaluation": 0, "text": 0.5}),
     ],

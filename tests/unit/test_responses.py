@@ -75,11 +75,11 @@ def test_right_answers_of_any_judge_that_counts_them(correct, enough, four):
 
 def test_means_and_the_median():
     """Beside their number; of the baseline what its length and gibberish are told by."""
-    prompts, said = ["a b c d"] * 4, ["a", "a b", "a b", "a b c d e ø g"]
+    prompts, said = ["a b c d"] * 4, ["a", "a b", "a b c", "a b c d e ø g"]
     rows, found = evaluate.describe(prompts, [answer(text) for text in said], judges.shorter, ["a b", "ß", "a", "a"])
-    assert [row["compression"] for row in rows] == [0.25, 0.5, 0.5, 1.75]
-    assert [row["words"] for row in rows] == [1, 2, 2, 7]
-    assert (found["n"], found["compression"], found["compression/median"]) == (4, 0.75, 0.5)
-    assert (found["words"], found["baseline/words"]) == (3.0, 1.25)
+    assert [row["compression"] for row in rows] == [0.25, 0.5, 0.75, 1.75]
+    assert [row["words"] for row in rows] == [1, 2, 3, 7]
+    assert (found["n"], found["compression"], found["compression/median"]) == (4, 0.8125, 0.625)
+    assert (found["words"], found["baseline/words"]) == (3.25, 1.25)
     assert (found["too_long"], found["invalid"], found["baseline/invalid"]) == (0.25, 0.25, 0.25)
     assert not {key for key in evaluate.describe(prompts, [answer("a")] * 4, judges.shorter)[1] if "baseline" in key}
