@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from analysis import pair_gaps, published, seeds
 from analysis.report import Frames, main
-from dpo.results import short
+from dpo.results import beaten, short
 from dpo.results.figures import COLOURS, plain, tidy
 
 GAP, LEVEL, OUTLIERS = "pairs.gap", "loss.level", "pairs.outliers"
@@ -153,7 +153,8 @@ def beside_published(filters: pd.DataFrame) -> pd.DataFrame:
     ours = ours.assign(score=ours["score"] * (100 if ours["scored_by"].eq("win_rate").all() else 1))
     cells = {"DPO": ours[ours["method"] == PLAIN], "beta-DPO": ours[ours["method"] == WHOLE]}
     row = {name: seeds.cell(same, "score", ".2f") for name, same in cells.items()}
-    return pd.concat([paper, pd.DataFrame(row, index=["ours, over the policy before training"])]).rename_axis("policy")
+    over = beaten(filters).replace("initial policy", "policy before training")
+    return pd.concat([paper, pd.DataFrame(row, index=[f"ours, over {over}"])]).rename_axis("policy")
 
 
 def slopes(final: pd.DataFrame, gap: str) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from analysis import seeds
 from analysis.report import Frames, main
 from dpo import results
-from dpo.results import short
+from dpo.results import beaten, short
 from dpo.results.figures import colours, plain, tidy
 
 KEYS = ("beta", "lr", "seed")
@@ -169,7 +169,7 @@ def figure(final: pd.DataFrame, history: pd.DataFrame) -> Figure:
     betas = sorted(final["beta"].unique())
     on_the_way = history[(history["split"] == "test") & history["run"].isin(final["run"])]
     for axis, lr in zip(drawing.subplots(1, len(rates), sharey=True, squeeze=False)[0], rates, strict=True):
-        tidy(axis, f"lr {short(lr)}", "KL to the initial policy (nats per response)", "win rate over it")
+        tidy(axis, f"lr {short(lr)}", "KL to the initial policy (nats per response)", f"win rate over {beaten(final)}")
         axis.set_xscale("log")
         plain(axis.xaxis)
         axis.axhline(0.5, color="0.5", lw=1, ls="--", zorder=0)

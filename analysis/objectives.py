@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from analysis import seeds
 from analysis.published import OBJECTIVES
 from analysis.report import Frames, main
-from dpo.results import degenerate, short
+from dpo.results import beaten, degenerate, short
 from dpo.results.figures import COLOURS, plain, tidy
 
 KEYS = ("loss", "beta", "seed")
@@ -211,7 +211,7 @@ def frontier(final: pd.DataFrame) -> Figure:
     drawing = Figure(figsize=(14, 4.6 * rows), layout="constrained", dpi=150)
     axes = drawing.subplots(rows, min(3, len(shown)), sharex=True, sharey=True, squeeze=False).ravel()
     for axis, (title, family) in zip(axes, shown.items(), strict=False):
-        tidy(axis, title, "KL to the initial policy (nats per response)", "win rate over it")
+        tidy(axis, title, "KL to the initial policy (nats per response)", f"win rate over {beaten(final)}")
         axis.set_xscale("log")
         plain(axis.xaxis)
         axis.tick_params(labelbottom=True, labelleft=True)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from analysis import seeds
 from analysis.objectives import curve
 from analysis.report import Frames, main
-from dpo.results import degenerate, short
+from dpo.results import beaten, degenerate, short
 from dpo.results.figures import COLOURS, plain, tidy
 
 KEYS = ("judge", "beta", "seed")
@@ -119,7 +119,7 @@ def figure(final: pd.DataFrame) -> Figure:
     drawing = Figure(figsize=(1 + 5 * len(shown), 4.4), layout="constrained", dpi=150)
     axes = drawing.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False).ravel()
     for axis, (judge, title) in zip(axes, shown.items(), strict=True):
-        tidy(axis, title, "KL to the initial policy (nats per response)", "win rate over it")
+        tidy(axis, title, "KL to the initial policy (nats per response)", f"win rate over {beaten(final)}")
         axis.set_xscale("log")
         plain(axis.xaxis)
         axis.axhline(0.5, color="0.5", lw=1, ls="--", zorder=0)

@@ -20,6 +20,8 @@ from scipy.stats import t as student
 
 from dpo import results
 from dpo.results import degenerate, short
+from dpo.results.failures import INITIAL
+from dpo.results.frames import BEATEN
 
 Floats = NDArray[np.float64]
 
@@ -315,8 +317,9 @@ def parted(final: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def before_training(final: pd.DataFrame) -> str:
-    """The cell of the policy before training. A win rate is over it, so its own is one half."""
-    return cell(parted(final)[1], "score") or ("0.500" if final["scored_by"].eq("win_rate").all() else "")
+    """The cell of the policy before training. A win rate over it is one half, its own."""
+    known = final["scored_by"].eq("win_rate").all() and results.beaten(final) == BEATEN[INITIAL]
+    return cell(parted(final)[1], "score") or ("0.500" if known else "")
 
 
 def same_value(found: Any, wanted: str) -> bool:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 
-from dpo.results.frames import horizontal, short, trained, undrawable
+from dpo.results.frames import beaten, horizontal, short, trained, undrawable
 
 COLOURS = ("#2a6f97", "#d1495b", "#e09f3e", "#3c8d53", "#7b5ea7", "#8c6d46", "#5f6b76", "#d16ba5")
 COLUMN, SMALL = 3.25, 7.0  # inches and points: a column of a paper with two, and type in it
@@ -58,7 +58,7 @@ def _drawn(frame: pd.DataFrame, folder: str, column: bool) -> Figure:
     labels = {
         x: x,
         "kl": f"{'bound of the ' * bounded}KL to the initial policy (nats per response)",
-        "win_rate": "win rate over the initial policy",
+        "win_rate": f"win rate over {beaten(frame)}",
         "rewards/accuracies": "accuracy on held-out pairs",
     }
     panels = (("Quality", x, y), ("Distance", x, "kl"), (f"Frontier (numbers: {x})", "kl", y))

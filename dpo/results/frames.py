@@ -14,6 +14,7 @@ from dpo.sweep.directory import configs, folders
 from dpo.sweep.identity import ALIASES, SWITCHES, identity_keys
 
 DASH = "-"
+BEATEN = {INITIAL: "the initial policy", "human": "what people wrote"}  # by win rates; any other: "the baseline"
 
 
 def load(path: str | Path, always: Sequence[str] = ("beta",)) -> pd.DataFrame:
@@ -101,6 +102,12 @@ def undrawable(frame: pd.DataFrame) -> str | None:
     if not {"win_rate", "rewards/accuracies"} & {*shown}:
         return "win rate or accuracy"
     return None if horizontal(shown) else "beta and no other number that varies"
+
+
+def beaten(frame: pd.DataFrame) -> str:
+    """Whom the win rates of a frame made by `final` are over, in a reader's words."""
+    over = {*frame.get(BASELINE, pd.Series(INITIAL, frame.index)).fillna(INITIAL)}
+    return BEATEN.get(over.pop(), "the baseline") if len(over) == 1 else "the baseline"
 
 
 def short(value: Any) -> str:

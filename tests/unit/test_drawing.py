@@ -94,6 +94,20 @@ def test_what_lies_on_which_axis(drawn):
     assert [text.get_text() for text in legend.get_texts()] == names
 
 
+@pytest.mark.parametrize(
+    "baseline, over",
+    [
+        (["human"] * 5, "what people wrote"),
+        (["initial", None, *["initial"] * 3], "the initial policy"),  # None: of a run from when there was no other
+        (["runs/strong/policy"] * 5, "the baseline"),
+        (["initial", *["human"] * 4], "the baseline"),
+    ],
+)
+def test_whom_a_win_rate_is_over(drawn, baseline, over):
+    figure = drawn(REFERENCES.assign(**{"evaluation.baseline": baseline}), ["beta"])
+    assert [axis.get_ylabel() for axis in figure.axes] == [f"win rate over {over}", KL, f"win rate over {over}"]
+
+
 def test_bars_of_single_runs(drawn):
     """95 % intervals: of the win rate as it was measured, of KL from its standard error; both on the frontier."""
     figure = drawn(REFERENCES[REFERENCES["reference"] == "initial"], ["beta"])

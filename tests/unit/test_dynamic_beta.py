@@ -234,6 +234,9 @@ def test_tables():
     table = tables["beside_published"]
     assert table.loc["published, Pythia 1.4B on HH"].tolist() == ["42.78", "48.67"]
     assert [cell[:5] for cell in table.iloc[-1]] == ["60.00", "77.00"]
+    over_people = dynamic_beta.beside_published(frames["filters"].assign(**{"evaluation.baseline": "human"}))
+    ours = "ours, over the policy before training", "ours, over what people wrote"
+    assert (table.index[-1], over_people.index[-1]) == ours
     assert len(table) == len(published.BETA_DPO) + 1
 
     [drawn] = curves(figures["figure_2"])

@@ -135,6 +135,7 @@ def test_tables():
         kl_strength.table_1(final.assign(scored_by="alpaca_eval/length_controlled")),
     )
     assert (own.loc["inf"].tolist(), other.loc["inf"].tolist()) == (["0.500"] * 2, [""] * 2)
+    assert kl_strength.table_1(final.assign(**{"evaluation.baseline": "human"})).loc["inf"].tolist() == [""] * 2
 
     table = tables["table_2"]
     assert table.index.tolist() == ["inf", "0.03", "0.01"]
@@ -165,7 +166,7 @@ def test_frontier():
     for axis, lr in zip(axes, (5e-4, 1e-3), strict=True):
         assert (axis.get_xscale(), axis.get_yscale()) == ("log", "linear")
         assert axis.get_xlabel() == "KL to the initial policy (nats per response)"
-        assert axis.get_ylabel() == "win rate over it"
+        assert axis.get_ylabel() == "win rate over the initial policy"
         half, *lines = axis.lines
         assert list(half.get_ydata()) == [0.5, 0.5]
         expected = [(frame, beta) for beta in (0.01, 0.1) for frame in (way, final)]

@@ -229,7 +229,7 @@ def test_frontier(final):
     for axis, loss in zip(axes.values(), ("ipo", "simpo", "orpo"), strict=True):
         lines = {line.get_label(): line for line in axis.lines}
         assert (axis.get_xscale(), axis.get_xlabel()) == ("log", "KL to the initial policy (nats per response)")
-        assert axis.get_ylabel() == "win rate over it"
+        assert axis.get_ylabel() == "win rate over the initial policy"
         assert [text.get_text() for text in axis.get_legend().get_texts()] == [loss, "DPO"]
         for label, of_loss in ((loss, loss), ("DPO", "dpo")):
             means = final[final["loss"] == of_loss].groupby("beta")[["kl", "win_rate"]].mean()

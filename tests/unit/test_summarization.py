@@ -82,6 +82,12 @@ def test_claims(sign, said):
     for text, mean in zip(found["measured"], expected, strict=True):
         assert numbers(text)[::3] == [pytest.approx(mean, abs=3e-3)], text
     assert "at beta 0.1, lr 0.0005 minus that at beta 0.01, lr 0.002" in found["measured"].iloc[6]
+    for changed, over in (
+        ({"evaluation.baseline": "human"}, "win_rate over what people wrote"),
+        ({"scored_by": "alpaca_eval/length_controlled"}, "alpaca_eval/length_controlled over the initial policy"),
+    ):
+        first = summarization.claims(world(sign).assign(**changed)).iloc[0]
+        assert first["measured"] == f"not measured: it takes win rates over it, found {over}"
 
 
 def test_intervals_allow_for_all_settings():
