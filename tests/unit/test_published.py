@@ -286,6 +286,12 @@ def test_the_command_line_of_a_study_writes(tmp_path, monkeypatch, capsys):
     assert pd.read_csv(folders[0] / "frames" / "runs.csv").to_dict("list") == {"run": ["a"], "score": [0.5]}
 
 
+def test_a_step_is_training(tmp_path):
+    sweep(tmp_path)
+    run(tmp_path, 5.0, beta=5.0, steps=1)
+    assert not kl_strength.read(tmp_path)["runs"]["untrained"].any()
+
+
 def test_two_runs_are_no_two_seeds(tmp_path):
     sweep(tmp_path)
     run(tmp_path, 12.0, beta=0.1, seed=0, epochs=1)

@@ -179,6 +179,11 @@ def test_rare_events_are_paired_by_seed():
     crossed = more_often("a claim", one, other.assign(broken=[0.0] * 7 + [0.9]), ("here", "there"))
     p = 2 * sum(math.comb(8, few) for few in (0, 1)) / 2**8
     assert f"7 of 8 seeds at here, 1 at there: exact p = {p:.3f}" in crossed.measured
+    both = frame(seed=[*range(8)], score=[0.5] * 8)
+    one, other = both.assign(broken=[0.9] * 6 + [0.0] * 2), both.assign(broken=[0.0] * 6 + [0.9] * 2)
+    found = more_often("a claim", one, other, ("here", "there"))
+    least = next(n for n in range(8, 99) if stats.binomtest(6 * n // 8, 6 * n // 8 + 2 * n // 8).pvalue < 0.05)
+    assert found.measured.endswith(f" (about {least} seeds decide)")  # so many more collapse on either side
 
 
 def test_simulated_sweeps_are_what_they_say():
@@ -240,6 +245,8 @@ def test_the_best_of_a_grid():
     assert at_best(one)["beta"].unique().tolist() == [1.0]
     lucky = frame(beta=[0.1, 0.1, 1.0, 1.0], seed=[0, 1, 0, 1], score=[0.9, 0.1, 0.6, 0.7])
     assert at_best(lucky)["beta"].unique().tolist() == [1.0]  # the best mean, not the best run
+    fallen = frame(beta=[0.1] * 3 + [1.0] * 3, seed=[0, 1, 2] * 2, score=[0.0, 0.7, 0.7, 0.6, 0.6, 0.6])
+    assert at_best(fallen)["beta"].unique().tolist() == [1.0]  # nor the best median
     missing = best_minus_best(one[one["seed"] == 0], other)
     assert (missing.mean, missing.low, missing.seeds) == (pytest.approx(0.3), -math.inf, 1)
     with pytest.raises(ValueError, match=r"a run per seed, found two at beta=0\.1"):

@@ -90,6 +90,12 @@ def test_claims(sign, said):
         assert first["measured"] == f"not measured: it takes win rates over it, found {over}"
 
 
+def test_the_most_samples_are_compared_with():
+    final = world()
+    few = final[final["best_of"] == 4].assign(best_of=2.0)
+    assert summarization.claims(pd.concat([few, final])).index[-1].startswith("8. DPO is better than best of 4 ")
+
+
 def test_intervals_allow_for_all_settings():
     """The best of four settings of DPO against the best of two of SFT; and what was chosen by another measure."""
     final = world()
@@ -157,6 +163,9 @@ def test_tables():
     ]
     assert found["three right or more"].str[:5].tolist()[:3] == ["0.600", "0.650", "0.800"]
     assert found.loc["published, DPO"].tolist()[:6] == ["65.43 %", "25.71 %", "11.58 %", "13 %", "0 %", "0 %"]
+    shares = {"four_correct": 0.41, "compression": 0.42, "too_long": 0.43, "invalid": 0.44, "wrong": 0.45}
+    cells = summarization.results(final.assign(**shares)).loc["DPO, beta 0.1, lr 0.0005"].drop("win rate")
+    assert cells.str.partition(" ")[0].tolist() == ["0.800", "0.410", "0.520", "0.420", "0.430", "0.440", "0.45", "7.0"]
     low = student(values(of_dpo(final), beta=0.1, lr=5e-4), looks=4)[1]  # of the best of four
     assert numbers(found["win rate"].iloc[2])[1] == pytest.approx(low, abs=6e-4)
     knobs = tables["win_rate"]
@@ -198,6 +207,9 @@ def test_figures():
     assert score["lr 0.0005"][1] == pytest.approx([0.6, 0.7], abs=1e-3)
     assert kl["lr 0.002"][1] == pytest.approx([5.0, 7.0], abs=1e-2)
     assert min(kl["lr 0.002"][2]) > 0
+    for panel, value in ((score, "score"), (kl, "kl")):
+        _, mean, low, high = (one[1] for one in panel["lr 0.0005"])
+        assert (mean, low, high) == pytest.approx(student(values(of_dpo(world()), value, beta=0.1, lr=5e-4)))
     [axis] = figures["frontier"].axes
     lines = {line.get_label(): np.transpose(line.get_data()) for line in axis.get_lines()}
     assert lines["DPO, lr 0.0005 (numbers: beta)"] == pytest.approx(np.array([[6.0, 0.6], [7.0, 0.7]]), abs=1e-2)
