@@ -244,7 +244,11 @@ def test_tables():
     assert drawn["high"][1] == pytest.approx([0.55, 0.6, 0.65], abs=1e-3)
     [drawn] = curves(figures["figure_4"])
     assert drawn[dynamic_beta.PLAIN][:2] == [[0.0, 1.0], pytest.approx([0.7, 0.6], abs=1e-3)]
-    assert "population, 0.4, 0.1, True" in [text.get_text() for text in figures["gaps"].axes[0].get_xticklabels()]
+    [gaps] = figures["gaps"].axes
+    assert "population, 0.4, 0.1, True" in [text.get_text() for text in gaps.get_xticklabels()]
+    box, below, above, *_, middle, mean, beyond = [sorted(line.get_ydata()) for line in gaps.lines[:8]]
+    drawn = [box[0], box[-1], *below, *above, middle[0], mean[0], *beyond]
+    assert drawn == pytest.approx([-0.25, 0.25, -0.4, -0.25, 0.25, 0.4, 0.0, 1.0, -0.49, 0.49], abs=1e-3)
 
 
 def test_sizes():

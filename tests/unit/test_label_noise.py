@@ -70,6 +70,8 @@ def test_claims(sign, said):
     found = label_noise.claims(world(sign), weighed(heavier, lighter))
     assert [claim[:2] for claim in found.index] == ["1a", "1b", "2a", "2b", "2c", "3.", "4.", "5."]
     assert found["verdict"].tolist() == [said] * 8
+    more = runs([row("cdpo", 0.5, 0.9, 0.9, 0.1)])  # a share of flips that DPO was not run at
+    assert label_noise.claims(pd.concat([world(sign), more]), weighed(heavier, lighter)).equals(found)
     for text, expected in zip(found["measured"], AS_SAID, strict=True):
         assert numbers(text)[::3] == pytest.approx([sign * one for one in expected], abs=2e-3), text
     assert found["measured"].iloc[:5].str.contains("0.4|score").all()
@@ -148,6 +150,10 @@ def test_tables():
     assert primes[0]["0.4 flipped"][0] == [0.3, 1.0, 10.0]
     assert primes[0]["0.4 flipped"][1] == pytest.approx([0.55, 0.6, 0.55], abs=1e-3)
     assert figures["beta_prime"].axes[0].get_xscale() == "log"
+    final.loc[(final["loss"] == "dpo") & (final["beta"] == 0.1), "score"] -= 0.5  # the other beta has the best score
+    flips = curves(label_noise.figures(final)["flips"])
+    assert flips[0]["DPO"][1] == pytest.approx([0.7, 0.6, 0.5], abs=1e-3)
+    assert flips[1]["DPO"][1] == pytest.approx([0.4, 0.25, 0.1], abs=1e-3)
 
 
 def test_weight_of_flipped_pairs():

@@ -126,6 +126,10 @@ def test_table_has_numbers_of_runs_whose_samples_are_cut():
         assert table.loc[("all weights", "0.1"), title] == f"{mean:.{digits}f} ± {high - mean:.{digits}f}"
     assert table.loc[("LoRA of rank 16", "1"), "reward accuracy"].startswith("0.650 ±")
     assert (table["length"] == "").all()  # not measured
+    others = {"kl/se": 0.41, "length": 4.2, "ended": 0.43, "repetition": 0.44, "broken": 0.45, POLICY: 0.46}
+    first = smollm2_hh.table(final.assign(**others)).iloc[0].str.partition(" ")[0]
+    shown = ["policy accuracy", "its error over responses", "length", "ended", "repetition", "broken"]
+    assert first[shown].tolist() == ["0.460", "0.41", "4.2", "0.430", "0.440", "0.450"]
     some = final.assign(broken=(final["seed"] < 3).astype(float))
     assert set(smollm2_hh.table(some)["degenerate"]) == {"3 of 8"}
     assert not smollm2_hh.table(some)["KL"].str.contains("degenerate").any()
