@@ -298,10 +298,11 @@ def test_ranks_wait_as_long_for_a_save_as_for_all_else(tmp_path, monkeypatch):
 
 
 def test_random_state_round_trip():
+    random.gauss(0, 1), np.random.randn()  # of two that they draw, one is kept
     state = checkpoint.get_rng()
-    first = random.random(), np.random.rand(), torch.rand(()).item()
+    first = random.gauss(0, 1), np.random.randn(), random.random(), np.random.rand(), torch.rand(()).item()
     checkpoint.set_rng(state)
-    assert (random.random(), np.random.rand(), torch.rand(()).item()) == first
+    assert (random.gauss(0, 1), np.random.randn(), random.random(), np.random.rand(), torch.rand(()).item()) == first
 
 
 def test_a_rank_has_its_own_random_state(tmp_path, monkeypatch):

@@ -141,6 +141,12 @@ def test_what_a_filter_drops(filter, places, by):
         assert metrics(pair, loss(pair))["kept"].tolist() == expected.tolist(), name
 
 
+def test_a_share_that_has_no_binary_fraction():
+    """0.29 times 100 is less than 29 in floating point."""
+    pair = pairs(100)
+    assert metrics(pair, loss_of("beta_dpo", keep=0.29)(pair))["kept"].sum() == 29
+
+
 def test_pairs_are_drawn_by_weight_without_replacement():
     """Frequencies of every set of two of four pairs, over steps, against the exact probabilities of two draws."""
     h, number = np.array([0.0, 1.0, 3.0, 9.0]), 3000
@@ -280,6 +286,8 @@ def test_alpha_dpo_against_numpy():
         logits = beta * (policy - gamma - alpha * z)
         assert losses.numpy() == pytest.approx(-log_sigmoid(logits))
         assert slopes[0].numpy() == pytest.approx(-beta / (1 + np.exp(logits)) / n["chosen_lengths"])
+        logged = {name: value.item() for name, value in frozen(loss)(pair).figures.items()}
+        assert logged == pytest.approx({"gaps/mean": running(means), "gaps/std": running(stds)})
     held_out = pairs(5, seed=9)
     n = numbers(held_out)
     policy, reference = (
@@ -319,6 +327,8 @@ def test_kto_for_pairs_against_numpy(flows, sign):
     losses, slopes = gradient(loss_of("kto_paired", gradient_of_baseline=flows), pair)
     wins, loses = (1 / (1 + np.exp(-beta * x)) for x in (a - below, above - b))
     assert losses.numpy() == pytest.approx(1 - (wins + loses) / 2)
+    logged = {name: value.item() for name, value in loss_of("kto_paired")(pair).figures.items()}
+    assert logged == pytest.approx({"baselines/chosen": above, "baselines/rejected": below})
     of_baseline = -beta * (loses * (1 - loses)).mean() / 2 if flows and sign > 0 else 0
     assert slopes[0].numpy() == pytest.approx(-beta * wins * (1 - wins) / 2 + of_baseline)
 

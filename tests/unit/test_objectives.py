@@ -17,7 +17,7 @@ from test_losses import LN2, log_sigmoid, pair, with_gradient
 
 from dpo import losses
 from dpo.losses import PairLogps, dpo
-from dpo.losses.pairs import READ, metrics, try_out
+from dpo.losses.pairs import READ, metrics, tie_tolerance, try_out
 from dpo.sweep.rehearse import _together, trials
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -241,6 +241,24 @@ def test_policy_equal_to_reference(name, options, value):
     if name != "r_dpo":
         assert loss.chosen_rewards.tolist() == pytest.approx([0, 0] if name != "chi_po" else [BETA, BETA])
         assert metrics(SAME, loss)["rewards/ties"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        *(("dpo", {"label_smoothing": 0.0}), ("length_normalized", {}), ("chi_po", {"clip": None})),
+        *(("f_dpo", {"divergence": kind, "alpha": 0.5}) for kind in ("forward_kl", "js", "alpha", "reverse_kl")),
+    ],
+)
+def test_a_tie_is_as_wide_as_rounding_makes_rewards_differ(name, options):
+    """At equal models whose log-probs are off by as much as two computations of them may be, either way."""
+    logps = torch.tensor([[-20.0, -50.0], [-40.0, -30.0]], dtype=torch.float64)
+    off = torch.stack([tie_tolerance(side) for side in logps])
+    for lengths, least in (([[5, 8], [5, 8]], 0.99), ([[5, 8], [9, 2]], 0.5)):
+        pair = PairLogps(logps[0] + off[0], logps[1] - off[1], *logps, *torch.tensor(lengths))
+        loss = getattr(losses, name)(pair, BETA, **options)
+        share = (loss.chosen_rewards - loss.rejected_rewards) / loss.tie_tolerance
+        assert ((least < share) & (share < 1.01)).all()
 
 
 @pytest.mark.parametrize(

@@ -395,8 +395,8 @@ def test_at_equal_models_it_is_half_the_weight():
 
 
 def test_by_hand():
-    """Log-ratios 1 and -2 of a desirable and an undesirable response, 3 and 1 of those beside them: z = 2."""
-    ours, zeros = torch.tensor([[1.0, -2.0], [3.0, 1.0]], dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
+    """Log-ratios 1 and -2 of a desirable and an undesirable response, 5 and -1 of those beside them: z = 2."""
+    ours, zeros = torch.tensor([[1.0, -2.0], [5.0, -1.0]], dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
     pair = PairLogps(*ours, *zeros, *torch.tensor([[4, 6], [1, 1]]), desirable=torch.tensor([True, False]))
     found = kto(pair, 0.5, 1.0, 2.0)
     assert found.losses.tolist() == pytest.approx(
