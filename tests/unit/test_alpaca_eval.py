@@ -103,6 +103,19 @@ def test_the_regression_is_of_each_row_with_its_own_instruction(monkeypatch):
     assert chances.tolist() == [row["preference"] - 1 if row["preference"] else 0.5 for row in known]
 
 
+def test_the_interval_is_over_instructions(monkeypatch):
+    """Of a regression that says the same of every resample: that of the mean of what it predicts."""
+    rows, gamed = made_up(400), made_up_gamed(400)
+    monkeypatch.setattr(alpaca_eval, "RESAMPLES", 5000)
+    monkeypatch.setattr(alpaca_eval, "_fit", lambda *_: np.array([0.0, 1.0, 0.0]))
+    monkeypatch.setattr(alpaca_eval, "_held_out_loss", lambda *_: 0.0)
+    found = alpaca_eval.length_controlled(rows, rows, gamed)
+    predicted = 1 / (1 + np.exp(-gamed["instruction_difficulty"][:400]))
+    assert found.value == pytest.approx(predicted.mean())
+    half = 1.96 * predicted.std() / 20
+    assert (found.value - found.low, found.high - found.value) == pytest.approx((half, half), rel=0.06)
+
+
 @pytest.mark.parametrize(
     "change,message",
     [

@@ -55,6 +55,10 @@ def test_weights_take_and_repeat_training_pairs(two, tmp_path):
         assert counted(mixed(weight), "b") == counted(mixed(1), "b")
         assert mixed(weight).preferences["validation"] == mixed(1).preferences["validation"]
     assert len({contents(mixed(weight)) for weight in (0.5, 0.7, 1, 2)}) == 4
+    same = [{"prompt": f"a {n // 10}?", "chosen": f"yes {n}", "rejected": "no"} for n in range(400)]
+    kept = counted(mixed(0.5, save(tmp_path / "d.jsonl", same)), "a")
+    assert len(kept) > 20
+    assert max(kept.values()) < 10  # pairs of one prompt are drawn one by one
 
 
 def test_other_data_and_options_in_a_mixture(tmp_path):

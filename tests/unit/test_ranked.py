@@ -46,6 +46,8 @@ def test_which_pairs_are_made(tmp_path):
         taken(ranked(save(tmp_path / "b.jsonl", map(row, reversed(range(60)))), None, "best_random", 0.2, "error"))
         == drawn
     )
+    equal = save(tmp_path / "c.jsonl", [row(n, scores=[1, 3, 0, 3, 0]) for n in range(9)])
+    assert set(map(tuple, taken(ranked(equal, None, "best_worst", 0.2, "error")).values())) == {((1, 2),)}  # the first
 
 
 @pytest.mark.parametrize("kind", ["parquet", "json", "saved"])
