@@ -176,9 +176,9 @@ def claims(final: pd.DataFrame, rounds: pd.DataFrame | None = None) -> pd.DataFr
     top, settings = seeds.at_best(dpo, "setting"), dpo["setting"].nunique()
     best, claim = seeds.best(dpo, "setting"), "1. DPO beats the untuned policy (published 74 %)"
     found = [seeds.holds(claim, "win rate", best, 0.5, margin)]
-    over = final["scored_by"].iloc[0], beaten(final)
-    if over != ("win_rate", BEATEN[INITIAL]):
-        found = [seeds.unmeasured(claim, f"it takes win rates over it, found {over[0]} over {over[1]}")]
+    measured = final["scored_by"].iloc[0], beaten(final)
+    if measured != ("win_rate", BEATEN[INITIAL]):
+        found = [seeds.unmeasured(claim, f"it takes win rates over it, found {measured[0]} over {measured[1]}")]
     for letter, value, claim, sign in (
         ("a", "enough", "more often has three right answers (published 65 % against 43 %)", 1),
         ("b", "compression/median", "is more concise in the median (published 0.116 against 0.127)", -1),

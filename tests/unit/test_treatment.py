@@ -146,8 +146,6 @@ def test_all_of_a_pair_is_turned():
     plain = Preference("p", [{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}])
     assert treatment.flipped(plain).measures == Measures(flipped=True)  # of pairs from elsewhere nothing else is known
     assert draw(plain, "flip", 0) == draw(treatment.flipped(plain), "flip", 0)
-    scored = treatment.flipped(Preference("p", "a", "b", score_gap=2.0))
-    assert (scored.score_gap, treatment.flipped(scored).score_gap) == (-2.0, 2.0)
 
 
 def test_labels_are_drawn_by_bradley_and_terry():
