@@ -32,6 +32,7 @@ KEYS = {  # in which the runs of each sweep may differ
     "temperatures": ("seed", "policy.path", TEMPERATURE),
     "sizes": ("beta", "seed", "policy", "loss", GAP),
 }
+OPTIONAL = {"mixtures": (OUTLIERS,), "sizes": (GAP,)}  # keys that runs may lack
 LEVELS = {"population": "DPO", "instance": "instance-level", "batch": "batch-level"}
 OBJECTIVES = {"beta_dpo": "DPO", "beta_ipo": "IPO", "beta_kto": "KTO", "beta_simpo": "SimPO"}
 QUANTILES = {"p1": 0.01, "p10": 0.1, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9, "p99": 0.99}
@@ -58,7 +59,11 @@ def read(
     Raises: ValueError as `seeds.finished`.
     """
     given = dict(zip(KEYS, (gaps, mixtures, filters, variants, temperatures, sizes), strict=True))
-    frames = {name: seeds.finished(path, KEYS[name], only) for name, path in given.items() if path is not None}
+    frames = {
+        name: seeds.finished(path, KEYS[name], only, optional=OPTIONAL.get(name, ()))
+        for name, path in given.items()
+        if path is not None
+    }
     for name, label in (("filters", filtered), ("variants", varied), ("temperatures", evaluated), ("sizes", sized)):
         if name in frames:
             frames[name] = frames[name].assign(method=label(frames[name]))
@@ -96,9 +101,21 @@ def of_sizes(final: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def evaluated(final: pd.DataFrame) -> list[str]:
-    """What `filtered` says of the run whose policy each evaluation is of."""
-    configs = [OmegaConf.load(Path(path).parent / "config.yaml") for path in final["policy.path"]]
+    """What `filtered` says of the run whose policy each evaluation is of.
+
+    Raises: ValueError if that run is not here, or has no filter.
+    """
+    files = [Path(path).parent / "config.yaml" for path in final["policy.path"]]
+    if lacking := [file for file in files if not file.is_file()]:
+        raise ValueError(
+            f"evaluations must be of policies of runs by table=dynamic_beta_filters, which are read, found no "
+            f"{lacking[0]}; call this where these runs lie"
+        )
+    configs = [OmegaConf.load(file) for file in files]
     keys = {key: [OmegaConf.select(config, key) for config in configs] for key in (FILTER, KEEP, ALPHA)}
+    seeds.complete(
+        "the folders of policy.path", pd.DataFrame(keys).assign(run=[str(file.parent) for file in files]), [*keys]
+    )
     return filtered(pd.DataFrame(keys))
 
 

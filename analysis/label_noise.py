@@ -34,7 +34,7 @@ def read(path: str | Path, **only: str) -> Frames:
 
     Raises: ValueError as `seeds.finished`.
     """
-    final = seeds.finished(path, KEYS, only)
+    final = seeds.finished(path, KEYS, only, optional=[PRIME])
     noisy = compared(final)
     noisy = noisy[noisy[FLIP] > 0]
     weights = pair_gaps.of_runs(path, noisy, [*KEYS, "untrained"], relative)

@@ -32,7 +32,9 @@ def read(path: str | Path, proxy: str | Path, **only: str) -> Frames:
     Raises: ValueError as `seeds.finished`, or if a run has no such evaluation.
     """
     final = seeds.finished(path, KEYS, only)
-    measured = seeds.finished(proxy, ("seed", "policy.path"), {}, shown=["evaluation.judge", "judge"])
+    measured = seeds.finished(
+        proxy, ("seed", "policy.path"), {}, shown=["evaluation.judge", "judge"], scores=["win_rate"]
+    )
     of_run = dict(zip(measured["policy.path"].map(lambda at: Path(at).parent.name), measured["win_rate"], strict=True))
     lacking = sorted({*final["run"]} - {*of_run})
     if lacking:

@@ -28,6 +28,7 @@ KEYS = {  # in which the runs of each sweep may differ
     "tuned": (*SETTING, "epochs"),
 }
 ALL_KEYS = (*SETTING, "loss", "epochs")
+OPTIONAL = (SUMMARIES, "epochs")  # keys that runs may lack
 ITSELF = "initial"
 FITTING = {  # policy: a stronger reference that is related to it, one that is not, and one with another tokenizer
     "human": ("world_clean", "world_alien", "world_other_tokenizer"),
@@ -55,13 +56,13 @@ def read(
     Raises: ValueError as `seeds.finished`, or if the first or third sweep is of several policies.
     """
     names = {"necessity": necessity, "compatibility": compatibility, "tuned": tuned}
-    frames = {name: seeds.finished(path, KEYS[name], only, ALL_KEYS) for name, path in names.items()}
+    frames = {name: seeds.finished(path, KEYS[name], only, ALL_KEYS, optional=OPTIONAL) for name, path in names.items()}
     for name in ("necessity", "tuned"):
         if len(found := frames[name][policies(frames[name])].unique()) > 1:
             raise ValueError(f"one policy at a time in {names[name]}: say policy={' or policy='.join(map(str, found))}")
     if strength is None:
         return frames
-    more = seeds.finished(strength, SETTING, only, ALL_KEYS)
+    more = seeds.finished(strength, SETTING, only, ALL_KEYS, optional=OPTIONAL)
     frames["necessity"] = joined(frames["necessity"], more[more["untrained"]])
     return frames | {name: joined(frames[name], more) for name in ("compatibility", "tuned")}
 

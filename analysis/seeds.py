@@ -270,6 +270,7 @@ def finished(
     only: Mapping[str, str],
     shown: Sequence[str] = (),
     scores: Sequence[str] = JUDGED,
+    optional: Sequence[str] = (),
 ) -> pd.DataFrame:
     """`results.final` where each key of `only` has that value, with columns `score`, the first of `scores` that every
     run has, `scored_by`, which of them, and `untrained`, whether the run has measured a policy before training
@@ -277,8 +278,10 @@ def finished(
 
     shown: further settings that are columns. scores: of `SCORES`. That of AlpacaEval, in percent, is there where
     `dpo.results.alpaca_eval` has added it to the runs. A study without a judge asks for the accuracy on held-out pairs.
+    optional: those of `keys` that a run may lack.
 
-    Raises: ValueError if there is no such run, key or score, or two runs differ in none of `keys`.
+    Raises: ValueError if there is no such run, key or score, none is trained, a trained run lacks a key that is not
+    optional, or two runs differ in none of `keys`.
     """
     frame = results.final(path, [*dict.fromkeys([*keys, *shown, "policy", *only])])
     for key, value in only.items():
@@ -296,6 +299,9 @@ def finished(
         )
     steps = frame.get("steps", pd.Series(nan, frame.index))
     frame = frame.assign(untrained=pd.to_numeric(steps, errors="coerce") == 0)
+    if trained(frame).empty:
+        raise ValueError(f"{path} must hold runs of steps above 0, found none: train some")
+    complete(path, trained(frame), [key for key in keys if key not in optional])
     apart(path, frame, [key for key in keys if key in frame])
     known = [score for score in scores if score in frame and frame[score].notna().all()]
     if not known:
@@ -328,6 +334,18 @@ def same_value(found: Any, wanted: str) -> bool:
         return float(found) == float(wanted)
     except (TypeError, ValueError):
         return short(found) == wanted
+
+
+def complete(path: str | Path, frame: pd.DataFrame, keys: Sequence[str]) -> None:
+    """Raise if a run has no value of a key by which a study tells runs apart: it would be in none of its tables."""
+    lacking = frame.reindex(columns=list(keys)).isna()
+    for key in keys:
+        if without := frame["run"][lacking[key]].tolist():
+            raise ValueError(
+                f"each run in {path} must have {key}, by which this study tells runs apart, found none in "
+                f"{'any of them' if len(without) == len(frame) else without[0]}; take the folder of the study's own "
+                "sweep (experiments/README.md lists them), or leave others out by KEY=VALUE"
+            )
 
 
 def apart(path: str | Path, frame: pd.DataFrame, keys: list[str]) -> None:

@@ -54,14 +54,17 @@ def read(path: str | Path, rounds: str | Path | None = None, **only: str) -> Fra
 
     Raises: ValueError as `seeds.finished`, or if there is no run of DPO.
     """
-    final = seeds.finished(path, KEYS, only)
+    final = seeds.finished(path, KEYS, only, optional=KEYS)  # best of n has neither beta nor loss
     final = final.reindex(columns=[*dict.fromkeys([*final, *KEYS])])
     if of_dpo(final).empty:
         raise ValueError(f"{path} must hold runs of loss=dpo, which all are compared with, found none: run them")
     if rounds is None:
         return {"runs": final}
-    chains = seeds.finished(rounds, OF_ROUNDS, only)
-    return {"runs": final, "rounds": chains.reindex(columns=[*dict.fromkeys([*chains, *OF_ROUNDS])])}
+    chains = seeds.finished(rounds, OF_ROUNDS, only, optional=["round", "data.train"])
+    chains = chains.reindex(columns=[*dict.fromkeys([*chains, *OF_ROUNDS])])
+    if last_round(chains) < 2:
+        raise ValueError(f"{rounds} must hold rounds of dpo.rounds, found no second one; leave the folder out")
+    return {"runs": final, "rounds": chains}
 
 
 def named(same: pd.DataFrame) -> pd.DataFrame:
@@ -222,14 +225,21 @@ def together(dpo: pd.DataFrame) -> seeds.Finding:
 
 
 def breaks(dpo: pd.DataFrame) -> list[seeds.Finding]:
-    """Whether the weakest constraint at the highest rate fails as the case study says of bad settings."""
+    """Whether the weakest constraint at the highest rate fails as the case study says of bad settings: beside the best
+    setting, which it may be itself.
+    """
     wild = dpo[(dpo["beta"] == dpo["beta"].min()) & (dpo["lr"] == dpo["lr"].max())]
     top, settings = seeds.at_best(dpo, "setting"), dpo["setting"].nunique()
     found = []
     for letter, value, claim in (("a", "ended", "do not end"), ("b", "valid", "end in gibberish")):
+        claim = f"5{letter}. Responses of bad settings {claim}"
+        if {*top["setting"]} == {*wild["setting"]}:
+            needs = "it takes a better setting than the smallest beta at the highest learning rate"
+            found.append(seeds.unmeasured(claim, needs))
+            continue
         less = seeds.paired(top, wild, value, looks=settings)
         names = f"at {top['setting'].iloc[0]} minus that at {wild['setting'].iloc[0]}"
-        found.append(seeds.holds(f"5{letter}. Responses of bad settings {claim}", f"share {value} {names}", less))
+        found.append(seeds.holds(claim, f"share {value} {names}", less))
     return found
 
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from analysis.kl_strength import at_best_lr, of_one_policy
-from analysis.reference_compatibility import KEYS, methods
+from analysis.reference_compatibility import KEYS, OPTIONAL, methods
 from analysis.report import Frames, main
 from analysis.seeds import (
     Interval,
@@ -101,8 +101,6 @@ def read(strength: str | Path, necessity: str | Path | None = None, **only: str)
     response.
     """
     final = at_best_lr(trained(of_one_policy(strength, only)))
-    if final.empty:
-        raise ValueError(f"{strength} must hold finished runs that have been trained, found none")
     found = of_runs(strength, final, ["beta", "seed"])
     frames = {
         "items": means(found, ["beta", "seed", "token", "end"]),
@@ -113,7 +111,7 @@ def read(strength: str | Path, necessity: str | Path | None = None, **only: str)
         frames["values"] = means(found.assign(kind=kind), ["beta", "seed", "kind"])
     if necessity is None:
         return frames
-    needed = methods(trained(finished(necessity, KEYS["necessity"], only)))
+    needed = methods(trained(finished(necessity, KEYS["necessity"], only, optional=OPTIONAL)))
     needed = needed[needed["method"].isin(METHODS)]
     if needed.empty:
         raise ValueError(f"{necessity} must hold trained runs of {', '.join(METHODS)}, found none")

@@ -317,6 +317,11 @@ def test_an_evaluation_is_of_the_run_that_made_its_policy(tmp_path):
         paths.append(str(folder / "policy"))
     found = dynamic_beta.evaluated(pd.DataFrame({"policy.path": paths}))
     assert found == [dynamic_beta.PLAIN, dynamic_beta.WHOLE, "head, dynamic beta"]
+    with pytest.raises(ValueError, match=r"must be of policies of runs by table=dynamic_beta_filters.*found no .*away"):
+        dynamic_beta.evaluated(pd.DataFrame({"policy.path": [*paths, str(tmp_path / "away" / "policy")]}))
+    OmegaConf.save(OmegaConf.create({"loss": {}}), tmp_path / "head,0.8" / "config.yaml")
+    with pytest.raises(ValueError, match=r"each run in the folders of policy.path must have loss.filter.*head,0.8;"):
+        dynamic_beta.evaluated(pd.DataFrame({"policy.path": paths}))
 
 
 def test_mean_over_settings_is_of_whole_seeds():

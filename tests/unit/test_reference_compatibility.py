@@ -249,7 +249,7 @@ def test_what_is_read(monkeypatch):
     )
     asked = {}
 
-    def finished(path, keys, only, shown=()):
+    def finished(path, keys, only, shown=(), optional=()):
         asked[path] = (keys, only, shown)
         return more if path == "strength" else mine
 

@@ -1,14 +1,26 @@
 """Intervals, differences by seed, choices without luck, and the state "degenerate", against hand-made frames."""
 
 import math
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 from sweeps import student
+from test_published import run
 
-from analysis import coverage
+from analysis import (
+    coverage,
+    dynamic_beta,
+    kl_strength,
+    label_noise,
+    objectives,
+    reference_compatibility,
+    seeds,
+    summarization,
+    token_level,
+)
 from analysis.kl_strength import rising
 from analysis.seeds import (
     COLLAPSED,
@@ -349,3 +361,43 @@ def test_a_grid_has_a_row_per_beta_from_the_largest():
     assert table.loc["1"].tolist() == ["0.700", "0.900"]
     missing = grid(runs[1:], "beta", ["lr"], "score")
     assert missing.loc["0.1", "0.001"] == ""
+
+
+@pytest.mark.parametrize(
+    ("study", "folders", "lacking"),
+    [
+        (dynamic_beta, 1, "pairs.gap"),
+        (dynamic_beta, 2, "pairs.gap"),
+        (label_noise, 1, "pairs.flip"),
+    ],
+)
+def test_runs_of_another_sweep_are_refused(tmp_path, study, folders, lacking):
+    """They would end in a KeyError, or be in no table."""
+    for beta in (0.1, 1.0):
+        run(tmp_path, None, {"win_rate": 0.5}, beta=beta)
+    with pytest.raises(
+        ValueError, match=rf"each run in .* must have {lacking}, .* found none in any of them; take the"
+    ):
+        study.read(*[tmp_path] * folders)
+
+
+def test_one_run_without_a_key_is_refused(tmp_path):
+    """Of what is optional none is; nor is a policy before training."""
+    run(tmp_path, None, {"win_rate": 0.5}, pairs={"gap": "low"})
+    run(tmp_path, None, {"win_rate": 0.5}, beta=1.0)
+    run(tmp_path, None, {"win_rate": 0.5}, beta=10.0, steps=0)
+    keys = ["beta", "seed", "pairs.gap"]
+    with pytest.raises(ValueError, match=r"must have pairs.gap, .* found none in policy=mistral_7b,.*,beta=1.0,"):
+        seeds.finished(tmp_path, keys, {})
+    assert len(seeds.finished(tmp_path, keys, {}, optional=["pairs.gap"])) == 3
+    assert len(seeds.finished(tmp_path, keys, {"pairs.gap": "low"})) == 1
+    [lacking] = tmp_path.glob("*beta=1.0*")
+    shutil.rmtree(lacking)
+    assert len(seeds.finished(tmp_path, keys, {})) == 2
+
+
+@pytest.mark.parametrize("study", [kl_strength, objectives, reference_compatibility, summarization, token_level])
+def test_a_study_takes_trained_runs(tmp_path, study):
+    run(tmp_path, None, {"win_rate": 0.5}, steps=0)
+    with pytest.raises(ValueError, match="must hold runs of steps above 0, found none: train some"):
+        study.read(*[tmp_path] * (3 if study is reference_compatibility else 1))

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from sweeps import LUCK, curves, numbers, runs_of, student, values
+from test_published import run
 
 from analysis import published, summarization
 from analysis.summarization import of_dpo, of_round, of_sft
@@ -134,11 +135,18 @@ def test_what_is_missing_is_said():
     final = runs([row(0.6)])
     found = summarization.claims(final, chains().iloc[:16])  # two rounds, and nothing beside the last
     missing = found["measured"].str.contains("not measured")
-    assert missing[~found.index.str.match("1|5|6")].all()
+    assert missing[~found.index.str.match("1|6")].all()
     assert not {"supports", "refutes"} & {*found["verdict"][missing]}
     tables, figures = summarization.study({"runs": final})
     assert {"results", "win_rate", "kl", "detectors", "claims"} == {*tables}
     assert {"knobs", "frontier"} == {*figures}
+
+
+def test_rounds_have_a_second_one(tmp_path):
+    for name in ("runs", "others"):
+        run(tmp_path / name, None, {"win_rate": 0.5})
+    with pytest.raises(ValueError, match=r"others must hold rounds of dpo.rounds, found no second one; leave"):
+        summarization.read(tmp_path / "runs", tmp_path / "others")
 
 
 def test_tables():
