@@ -107,17 +107,8 @@ def shown(
 
 
 def _held_out(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Evaluation) -> list[Tokens]:
-    """Chosen and rejected response of the first held-out pairs, in turn.
-
-    Raises: ValueError if the data have none.
-    """
-    first = {"validation": list(dataset.preferences.get("validation", ()))[: settings.prompts]}
-    if not first["validation"] or first["validation"][0].label is not None:
-        found = "responses with a label" if first["validation"] else "none"
-        raise ValueError(
-            f"of=pairs shows pairs that the data bring, found {found}; give a file of pairs, such as one of "
-            "dpo.judge: data=file data.path=..."
-        )
+    """Chosen and rejected response of the first held-out pairs, in turn."""
+    first = {"validation": dataset.preferences["validation"][: settings.prompts]}
     rules = settings.limits, dataset.on_faulty, False
     pairs = score.tokenized(first, tokenizer, *rules, settings.cache)["validation"]
     return [tokens for pair in pairs for tokens in (pair.chosen, pair.rejected)]

@@ -97,6 +97,12 @@ class Rehearsal:
                 "rounds sample pairs of their own, found data with pairs; take its prompts: data=prompts data.path=..."
             )
             return {"problems": [wrong], "inputs": {}}
+        if config.get("of") == "pairs" and (single or not with_pairs):
+            wrong = (
+                f"of=pairs shows pairs that the data bring, found {'responses with a label' if single else 'none'}; "
+                "give a file of pairs, such as one of dpo.judge: data=file data.path=..."
+            )
+            return {"problems": [wrong], "inputs": {}}
         single = single and config["command"] in ("train", "score")  # others read the prompts alone
         if "loss" in config and (problem := self._once(_together, config["loss"], config["reference"], single)[1]):
             return {"problems": [problem], "inputs": {}}

@@ -109,17 +109,21 @@ def test_prompts_of_a_file(tmp_path, given):
 
 def test_what_cannot_be_shown(tmp_path, given, tiny_model, monkeypatch):
     directory = tmp_path / "run"
-    world = ("of=pairs", f"against={given.reference}", f"policy.path={given.policy}")
-    with pytest.raises(ValueError, match=r"pairs that the data bring, found none; give a file of pairs"):
-        show.run(frozen(directory, *world, verb="show"), directory)
     keys = [one for one in given.keys if not one.startswith("against")]
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="must have the tokenizer of the policy"):
         show.run(frozen(directory, *keys, f"against={tiny_model('qwen2')}", verb="show"), directory)
 
-    def tried(*more):
+    def tried(*more, keys=keys):
         return trials([OmegaConf.to_container(frozen(directory, *keys, *more, verb="show"))])[0]
 
+    labelled = tmp_path / "labelled.jsonl"
+    rows = ({"prompt": f"a {row}", "completion": "b", "label": row % 2} for row in range(40))
+    labelled.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    models_alone = f"policy.path={given.policy}", f"against={given.reference}", "judge=none"
+    for data, found in (["data=world"], "none"), (["data=unpaired", f"data.path={labelled}"], "responses with a label"):
+        [problem] = tried("of=pairs", *data, keys=models_alone)["problems"]
+        assert problem.startswith(f"of=pairs shows pairs that the data bring, found {found}; give a file of pairs")
     assert tried()["problems"][0].startswith("against=initial is what the run of dpo.train that made policy.path=")
     away = tmp_path / "away.jsonl"
     [problem] = tried(f"against={given.reference}", f"of={away}")["problems"]
