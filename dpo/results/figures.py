@@ -253,11 +253,11 @@ def plain(axis: Any) -> None:
 def _ticks(axes: Any, values: pd.Series) -> None:
     """The values that were run, where there are few."""
     distinct = sorted(values.dropna().unique())
-    for axis in axes if 1 < len(distinct) <= 8 else ():
+    for axis in axes if 1 <= len(distinct) <= 8 else ():
         # By hand: where all points but one lack a height, it depends on the processor whether Matplotlib finds a range.
         scale = axis.xaxis.get_transform()
         first, last = scale.transform([distinct[0], distinct[-1]])
-        margin = 0.05 * (last - first)
+        margin = 0.05 * (last - first) or abs(first) or 1.0  # of a single value: from 0 to twice it
         axis.autoscale(enable=False, axis="x")
         axis.set_xlim(scale.inverted().transform([first - margin, last + margin]))
         axis.set_xticks(distinct, [f"{value:g}" for value in distinct])

@@ -9,6 +9,7 @@ import pandas as pd
 
 from dpo.results.failures import failures
 from dpo.results.frames import DASH, DamagedRun, damaged, final, short, swept, undrawable
+from dpo.sweep.directory import MADE, folders
 
 Measure = tuple[str, str, str]  # title, metric, format
 MEASURED: tuple[Measure, ...] = (  # columns of the tables, without those that carry an interval
@@ -33,7 +34,7 @@ OF_ROUNDS = ("degenerate", "degenerate", ".2f")  # where there are rounds: the s
 
 
 def table(frame: pd.DataFrame) -> pd.DataFrame:
-    """What a reader compares, as text: one row per run of `final`."""
+    """What a reader compares, as text: one row per run of `final`, and no column that none of them has a value of."""
     always = ["beta"] if "beta" in frame else []
     if {"kl", "kl/se"} <= {*frame}:
         half = 1.96 * frame["kl/se"]
@@ -43,7 +44,8 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     def text(name: str, pattern: str, *keys: str) -> None:
         rows = zip(*(frame.get(key, pd.Series(None, frame.index)) for key in keys), strict=True)
         cells = [DASH if any(pd.isna(value) for value in row) else pattern.format(*row) for row in rows]
-        columns[name] = pd.Series(cells, frame.index)
+        if {*cells} != {DASH}:
+            columns[name] = pd.Series(cells, frame.index)
 
     text("n", "{:.0f}", "n")
     text("win rate [95 %]", "{:.3f} [{:.3f}, {:.3f}]", "win_rate", "win_rate/low", "win_rate/high")
@@ -51,7 +53,7 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
         text(title, f"{{:{form}}}", name)
     text("KL [95 %]", "{:.2f} [{:.2f}, {:.2f}]", *(f"kl{end}" for end in ("", "/low", "/high")))
     if "kl_bound" in frame:  # of best of n
-        kl = columns["KL [95 %]"]
+        kl = columns.get("KL [95 %]", pd.Series(DASH, frame.index))
         columns["KL [95 %]"] = kl.where(kl != DASH, frame["kl_bound"].map("at most {:.2f}".format, na_action="ignore"))
         columns["KL [95 %]"] = columns["KL [95 %]"].fillna(DASH)
     for title, name, form in _measured(frame, "round" in columns):
@@ -65,6 +67,7 @@ def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     measures = (("win rate", "win_rate", ".3f"), *_controlled(frame), ("KL", "kl", ".2f"))
     measures += _measured(frame, "round" in keys)
+    measures = tuple(one for one in measures if one[1] in frame and frame[one[1]].notna().any())
     for values, group in frame.groupby(keys, dropna=False, sort=False) if keys else [((), frame)]:
         row = dict(zip(keys, map(short, values), strict=True)) | {"seeds": str(len(group))}
         for title, name, form in measures:
@@ -114,14 +117,19 @@ def figure(frame: pd.DataFrame, path: str | Path, column: bool = False) -> None:
 
 def report(path: str | Path, named: Collection[str] = ()) -> None:
     """Print the table over the finished runs of `path`, and which of them look broken; write `table.csv`, and
-    `figure.png` and `figure.pdf`, there.
+    `figure.png` and `figure.pdf`, there. Of runs that make files and measure nothing, print where these are.
 
     named: damaged runs that the reader is told of elsewhere; the others are listed.
     """
     path = Path(path)
-    for run, wrong in damaged(path).items():
+    wrong = damaged(path)
+    for run, why in wrong.items():
         if run not in named:
-            print(f"{run} is damaged and left out: {wrong}", flush=True)
+            print(f"{run} is damaged and left out: {why}", flush=True)
+    if made := [run for run in folders(path) if (run / MADE).is_file() and run.name not in wrong]:
+        where = made[0] if len(made) == 1 else path / "*"
+        files = sorted({file.name for run in made for file in run.iterdir() if file.suffix in (".jsonl", ".html")})
+        print(f"\n{len(made)} finished in {path}: {', '.join(str(where / file) for file in files)}", flush=True)
     with warnings.catch_warnings(action="ignore", category=DamagedRun):
         frame = final(path)
     if frame.empty:

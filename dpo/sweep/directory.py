@@ -20,9 +20,10 @@ from dpo.bill import total
 
 logger = logging.getLogger(__name__)
 SCORES = "alpaca_eval_scores.json"  # what `dpo.results.alpaca_eval` adds to a run
-MARKERS = ("evaluation.json", "manifest.json")  # of a run that measures a policy, or one that makes files; written last
+MADE = "manifest.json"  # of a run that makes files
+MARKERS = ("evaluation.json", MADE)  # of a run that measures a policy, or one that makes files; written last
 MOST = 10_000  # runs of a sweep; a cache of fewer would have a command read each of them several times
-FILES = ("config.yaml", "evaluation.json", SCORES, "manifest.json", "metrics.jsonl", "error.json")
+FILES = ("config.yaml", "evaluation.json", SCORES, MADE, "metrics.jsonl", "error.json")
 
 
 # OmegaConf's dialect of YAML, in which 1e-3 is a number and yes is text, by libyaml where PyYAML has it: a config is
@@ -260,7 +261,7 @@ def manifest(directory: Path) -> dict[str, Any]:
 
     Raises: ValueError if it is damaged.
     """
-    file, must = directory / "manifest.json", "a JSON object of numbers"
+    file, must = directory / MADE, "a JSON object of numbers"
     advice = f"move {directory} away, and the same command makes the run again"
     content = _content(file, json.loads, must, advice)
     if content is not None and (not isinstance(content, dict) or not content or _odd(content)):

@@ -140,9 +140,7 @@ def test_table(tmp_path):
         "margin": "0.1",
         "length": "20.2",
         "ended": "1.000",
-        "correct": "-",
         "wrong": "0.62",
-        "valid": "-",
     }
 
 
@@ -150,13 +148,13 @@ def test_table_without_a_judge(tmp_path):
     directory = run(tmp_path, 0.1)
     result = {key: value for key, value in evaluation(0.1).items() if not key.startswith("win_rate")}
     (directory / "evaluation.json").write_text(json.dumps(result | {"kl": None}))
-    table = results.table(results.final(tmp_path))
-    assert table["win rate [95 %]"].tolist() == ["-"]
-    assert table["KL [95 %]"].tolist() == ["-"]
+    columns = ["beta", "n", "accuracy", "margin", "length", "ended", "wrong"]
+    assert results.table(results.final(tmp_path)).columns.tolist() == columns
+    assert {"win rate", "KL"} & {*results.over_seeds(results.final(tmp_path))} == set()
 
 
 def test_tables_by_hand():
-    """Each column is the measure of its name; what was not measured has a dash."""
+    """Each column is the measure of its name; what a run alone has not measured has a dash."""
     first = {
         "beta": 0.1,
         "lr": 0.00012345,
@@ -208,6 +206,7 @@ def test_tables_over_seeds_by_hand():
             "kl": [1.0, 2.0, None, 6.0, 3.0],
             "kl/se": 0.5,
             "rewards/accuracies": [0.7, 0.7, 0.7, 0.7, 0.6],
+            "valid": [None, None, None, None, 0.9],
         }
     )
     frame.attrs["swept"] = ["beta", "alpha", "seed"]
@@ -215,8 +214,10 @@ def test_tables_over_seeds_by_hand():
     assert {key: first[key] for key in ("beta", "alpha", "seeds")} == {"beta": "0.1", "alpha": "-", "seeds": "4"}
     assert first["win rate"] == "0.650 ± 0.191"  # the root of (2 0.15^2 + 0.05^2 + 0.25^2) / 3
     assert first["KL"] == "3.00 ± 2.65"  # of 1, 2 and 6: the root of (4 + 1 + 9) / 2
-    assert (first["accuracy"], first["wrong"]) == ("0.700 ± 0.000", "-")
+    assert first["accuracy"] == "0.700 ± 0.000"
+    assert "wrong" not in first
     assert (second["alpha"], second["seeds"], second["win rate"]) == ("0.5", "1", "0.400")
+    assert (first["valid"], second["valid"]) == ("-", "0.900")
     alone = frame.head(4).drop(columns=["beta", "alpha"])  # runs of a command without a beta, of which only seeds vary
     alone.attrs["swept"] = ["seed"]
     (row,) = results.over_seeds(alone).to_dict("records")
@@ -280,6 +281,19 @@ def test_a_report_says_all(tmp_path, capsys, saved):  # noqa: F811
     assert "damaged" not in capsys.readouterr().out
 
 
+def test_a_report_says_where_files_are(tmp_path, capsys):
+    """Of runs that measure nothing; of one run in its own folder."""
+    for seed, count in ((0, "1"), (1, "2")):
+        directory = run(tmp_path, 0.1, finished=False, command="judge", seed=seed)
+        for name in ("train.jsonl", "manifest.json", "log.txt"):
+            (directory / name).write_text('{"n": 9}')
+        (directory / "metrics.jsonl").rename(directory / "show.html")
+        results.report(tmp_path)
+        where = tmp_path / "*" if seed else directory
+        said = f"{count} finished in {tmp_path}: {where}/show.html, {where}/train.jsonl"
+        assert capsys.readouterr().out.splitlines() == ["", said]
+
+
 def test_a_sweep_without_beta_has_a_figure_over_another_number(tmp_path, saved):  # noqa: F811
     """As one of `dpo.evaluate` over temperatures, which says nothing of a beta; over names it has none."""
     for temperature, judge in ((0.5, "gold"), (1.0, "gold"), (1.0, "hasty")):
@@ -305,6 +319,8 @@ def test_figure(tmp_path, saved, betas, references, seeds):  # noqa: F811
     curves = [[list(one[0].get_xdata()) for one in axis.containers] for axis in saved[0].axes]
     assert curves == [[betas] * references] * 2 + [[[1 / beta for beta in betas]] * references]
     saved[0].draw_without_rendering()
+    for axis in saved[0].axes[:2] if len(betas) == 1 else ():  # the one beta, and room about it
+        assert (axis.get_xlim(), axis.get_xticks().tolist()) == (pytest.approx((0, 0.2)), [0.1])
 
 
 @pytest.mark.filterwarnings("error")
@@ -528,7 +544,7 @@ def test_seeds_are_averaged_with_their_spread(tmp_path):
     (row,) = results.over_seeds(results.final(tmp_path)).to_dict("records")
     assert row["seeds"] == "3"
     assert row["win rate"] == "0.600 ± 0.100"
-    assert row["valid"] == "-"
+    assert "valid" not in row
 
 
 @pytest.mark.parametrize("ranks", [(None, 8, 64, None), (None, 8)])
