@@ -90,11 +90,13 @@ def _measured(frame: pd.DataFrame, has_rounds: bool) -> tuple[Measure, ...]:
 
 def alarm(frame: pd.DataFrame) -> str | None:
     """A line that says which runs of `final` look broken, and how; None if none does: see `dpo.results.failures`."""
-    keys, found = swept(frame), []
-    for run in frame.to_dict("records"):
+    found, told = [], frame[swept(frame)].map(short)
+    for run, settings in zip(frame.to_dict("records"), told.to_dict("records"), strict=True):
         if how := failures(run):
-            own = {key: told for key in keys if (told := short(run[key])) != DASH}
-            name = ", ".join(f"{key}={told}" for key, told in own.items()) or str(run["run"])
+            own = {key: value for key, value in settings.items() if value != DASH}
+            if told.eq(pd.Series(own))[[*own]].all(axis=1).sum() > 1:  # others have these and more
+                own = {key: "null" if value == DASH else value for key, value in settings.items()}
+            name = ", ".join(f"{key}={value}" for key, value in own.items()) or str(run["run"])
             found.append(f"{name} ({', '.join(how)})")
     if not found:
         return None

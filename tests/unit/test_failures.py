@@ -75,6 +75,18 @@ def test_one_line_says_which_runs_look_broken_and_how(tmp_path, capsys, saved): 
     assert capsys.readouterr().out.splitlines()[-1] == line
 
 
+def test_null_is_told_where_it_tells_runs_apart():
+    """As of a sweep of adapters beside all weights; what another option's knob has no value of is left out."""
+    rank, option = [None, 8.0, None, 8.0], ["dpo", "dpo", "ipo", "ipo"]
+    frame = pd.DataFrame({"run": [*"abcd"], "loss": option, "policy.lora.rank": rank, "broken": [0.6, 0.6, 0.0, 0.0]})
+    frame.attrs["swept"] = ["loss", "policy.lora.rank"]
+    said = "loss=dpo, policy.lora.rank=null (60 % broken); loss=dpo, policy.lora.rank=8 (60 % broken)"
+    assert results.alarm(frame) == f"alarm: 2 of 4 runs look broken: {said}"
+    alone = frame.iloc[[0, 3]]
+    alone.attrs["swept"] = frame.attrs["swept"]
+    assert results.alarm(alone) == "alarm: 1 of 2 runs looks broken: loss=dpo (60 % broken)"
+
+
 def test_no_line_where_none_does(tmp_path, capsys, saved):  # noqa: F811
     assert results.alarm(sweep(tmp_path, {}, {})) is None
     results.report(tmp_path)
