@@ -21,7 +21,7 @@ def descendants(pid: int) -> Iterator[int]:
 
 
 def main() -> None:
-    keys = [*SHORT, *sys.argv[1:]]
+    keys = [*{key.partition("=")[0]: key for key in (*SHORT, *sys.argv[1:])}.values()]
     with tempfile.TemporaryDirectory() as folder:
         run = subprocess.Popen(
             [sys.executable, "-m", "dpo.train", *keys, f"runs={folder}", f"cache={folder}/cache"],

@@ -29,6 +29,11 @@ SMALL = [
 ]
 
 
+def once(*keys: str) -> list[str]:
+    """Overrides of which the last of a key counts, as a command line takes them."""
+    return [*{key.partition("=")[0]: key for key in keys}.values()]
+
+
 def frozen(directory: Path, *overrides: str, verb: str = "train") -> Any:
     """The config that a sweep would freeze for these overrides; caches beside the run directory."""
     resolved = resolve(compose(verb, *overrides, f"cache={directory.parent / 'cache'}", "wandb.mode=disabled"))

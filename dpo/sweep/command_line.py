@@ -11,11 +11,13 @@ from typing import Any, get_type_hints
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Sweep
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from dpo import HOME
+from dpo.sweep.identity import flatten
 from dpo.sweep.schema import OPEN_GROUPS
 from dpo.sweep.signature import kind, no_key, no_option
 
@@ -89,7 +91,8 @@ def refusal(arguments: Sequence[str]) -> str | None:
     experiments = [one for one in given.overrides if one.lstrip("+").partition("=")[0] in EXPERIMENTS]
     if "," in " ".join(experiments) or len(experiments) > 1:
         return f"an experiment must be one at a time, got {' '.join(experiments)}; take a command for each"
-    return next(filter(None, map(_unread, given.overrides)), None) or no_options(given.overrides)
+    said = next(filter(None, map(_unread, given.overrides)), None)
+    return said or no_options(given.overrides) or _twice(given.overrides)
 
 
 def no_options(overrides: Sequence[str]) -> str | None:
@@ -127,11 +130,13 @@ def message(error: Exception) -> str:
     of = error if isinstance(error, OmegaConfBaseException) else cause
     if isinstance(of, ConfigKeyError | ConfigAttributeError) and of.full_key:
         known = of.parent_node if isinstance(of.parent_node, DictConfig) else ()
-        return where + no_key(of.full_key, [str(key) for key in known])
+        return where + no_key(of.full_key, [str(key) for key in known], _all_keys(of.parent_node))
     if isinstance(of, ValidationError) and is_dataclass(of.object_type) and isinstance(of.object_type, type):
         expected = get_type_hints(of.object_type).get(of.key)
         of_what = "a group of keys" if is_dataclass(expected) else kind(expected)
         hint = "; none is written null" if str(of.value).lower() in ("none", "") and "None" in of_what else ""
+        if "float" in of_what and (found := re.fullmatch(r"([-+]?)\.(inf|nan)", str(of.value).lower())):
+            hint = f"; on a command line that is {found[1]}{found[2]}"
         return f"{where}{of.full_key} must be {of_what}, got {of.value!r}{hint}"
     if found := re.match(r"Could not append to config. An item is already at '(.*)'", text):
         return f"{found[1]} must be given without +, since it is there already"
@@ -142,6 +147,23 @@ def message(error: Exception) -> str:
     return "\n".join(line for line in text.splitlines() if line.strip())
 
 
+def _all_keys(node: Any) -> list[str]:
+    """The keys of the whole config that a node is of, but for Hydra's own."""
+    root = node._get_root() if isinstance(node, DictConfig) else None
+    values: Any = OmegaConf.to_container(root) if isinstance(root, DictConfig) else {}
+    return [key for key in flatten(values) if not key.startswith("hydra.")]
+
+
+def _twice(overrides: Sequence[str]) -> str | None:
+    """What to say of a key that is given twice, of which Hydra takes the last."""
+    given: dict[str, str] = {}
+    for override, word in zip(overrides, in_hydras_words(overrides), strict=True):
+        key = word.partition("=")[0].lstrip("+").rpartition("@")[2]
+        if given.setdefault(key, override) is not override:
+            return f"{key} must be given once, found {given[key]} and {override}; leave one out"
+    return None
+
+
 def _unread(argument: str) -> str | None:
     """What to say of an argument that is no key=value, or whose value Hydra's grammar does not take as it is, such as
     train[:10] or a path with a =.
@@ -150,12 +172,14 @@ def _unread(argument: str) -> str | None:
     if not key.lstrip("+~") or not (equals or key.startswith("~")):
         return f"{argument} must be key=value, without spaces; --help lists the keys"
     try:
-        OverridesParser.create().parse_override(argument)
+        read = OverridesParser.create().parse_override(argument).value()
     except HydraException:
         return (
             f"{argument} must be read whole, found what cannot be: several values are a,b and a list is [a,b], both "
             f"without spaces; a text with other characters is quoted twice: '{key}=\"{value}\"'"
         )
+    if isinstance(read, ChoiceSweep) and any(isinstance(one, Sweep) for one in read.list):
+        return f"{argument} must be values between commas or one range, found both; write all values: {key}=a,b,c"
     return None
 
 

@@ -306,7 +306,7 @@ def _keys(node: Any, schema: type, prefix: str = "") -> list[str]:
     types, problems = get_type_hints(schema), []
     for key in node:
         if key not in types and (prefix or key not in RECORDED):
-            problems.append(no_key(f"{prefix}{key}", types))
+            problems.append(no_key(f"{prefix}{key}", types, flatten(node, prefix)))
     for key, expected in types.items():
         if key not in node:
             problems.append(f"{prefix}{key} must be given, found none; leave its default in place")

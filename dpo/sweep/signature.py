@@ -183,15 +183,18 @@ def _unfit(target: Any, expected: str | tuple[str, ...]) -> str | None:
     return f"must have, or return what has, {', '.join(missing)}" if missing else None
 
 
-def no_key(key: str, known: Collection[str]) -> str:
-    """What to say of a key that is none. known: those that there are in its place, without what is before them."""
+def no_key(key: str, known: Collection[str], keys: Collection[str] = ()) -> str:
+    """What to say of a key that is none. known: those that there are in its place, without what is before them.
+    keys: all that there are, with it: one with the same last word may be meant.
+    """
     before, dot, last = key.rpartition(".")
     if where := OTHERWISE.get(last):
         return f"{key} is not a key of this command; {where.format(before or 'policy')}"
     near = [last.replace("/", ".")] if "/" in last else get_close_matches(last.lower(), known, 1, 0.65)
-    if dot and known and not near:
+    meant = [f"{before}{dot}{near[0]}"] if near else [one for one in keys if one.endswith(f".{last}") and one != key]
+    if dot and known and not meant:
         return f"{key} is not a key of this command; {before} has {', '.join(one for one in known if one[0] != '_')}"
-    hint = f"did you mean {before}{dot}{near[0]}?" if near else "--help lists the keys"
+    hint = f"did you mean {' or '.join(meant)}?" if meant else "--help lists the keys"
     return f"{key} is not a key of this command; {hint}"
 
 

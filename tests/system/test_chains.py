@@ -14,7 +14,7 @@ from filelock import FileLock
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from test_launch import NOUNS, VERB, built, said, start, states, tree, wait_for  # noqa: F401
-from whole_runs import SMALL, frozen
+from whole_runs import SMALL, frozen, once
 
 from dpo import evaluate, results, train
 
@@ -92,7 +92,7 @@ def test_a_queue_gets_one_round_at_a_time(chains):
 
 def given(folder: Path) -> list[str]:
     cache = f"cache={folder.parent / 'cache'}"
-    return [*SMALL, "steps=4", "seed=3", "checkpoint_every=1", "wandb.mode=disabled", "device=cpu", cache]
+    return once(*SMALL, "steps=4", "seed=3", "checkpoint_every=1", "wandb.mode=disabled", "device=cpu", cache)
 
 
 @pytest.fixture(scope="module", params=[pytest.param(None, marks=pytest.mark.long)])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Gemma2Config, GenerationConfig, LlamaConfig, MistralConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from whole_runs import SMALL, frozen, losses, run
+from whole_runs import SMALL, frozen, losses, once, run
 
 from dpo import train
 from dpo.data.batches import Pair, collate_pairs
@@ -313,7 +313,7 @@ def test_kl():
         assert off(found[1:], [torch.stack(kls)]) < 1e-4
 
 
-WORLD = [*SMALL, "evaluate_every=2", "evaluation.prompts=10", "steps=6", "data.train=24"]
+WORLD = once(*SMALL, "evaluate_every=2", "evaluation.prompts=10", "steps=6", "data.train=24")
 
 
 @pytest.fixture(scope="module")

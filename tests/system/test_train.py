@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from ranks import together
 from safetensors.torch import load_file, save_file
 from test_model import copy, edit
-from whole_runs import SMALL, frozen, losses, other_model, own, run
+from whole_runs import SMALL, frozen, losses, once, other_model, own, run
 
 import dpo.references
 from dpo import cache, evaluate, sft, train
@@ -343,7 +343,7 @@ def test_two_processes_are_one(tmp_path, tiny_model, reference, kind):
         together(in_a_group, tmp_path / "two" / "run", given, processes=2)
     else:
         places = ["name=two", f"runs={tmp_path}", f"cache={tmp_path / 'cache2'}"]
-        command = [sys.executable, "-m", "dpo.train", *given, *places]
+        command = [sys.executable, "-m", "dpo.train", *once(*given, *places)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
     (directory,) = (path.parent for path in (tmp_path / "two").glob("*/evaluation.json"))

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo import HOME
 from dpo.__main__ import SWEEPS
 from dpo.push import main as push
-from dpo.sweep import launch
+from dpo.sweep import command_line, launch
 from dpo.sweep.command_line import EXPERIMENTS, GROUPS, in_hydras_words, message, no_options
 from dpo.sweep.identity import flatten
 
@@ -62,6 +62,9 @@ def typed(monkeypatch, capsys, verb: str, *arguments: str) -> str:
         ("train launcher=slurm", "launcher is not a key of this command; --help lists the keys"),
         ("train hydra.launcher.jbs=2", "did you mean hydra.launcher.jobs?"),
         ("sft beta=0.1", "beta is not a key of this command"),
+        ("sft steps=2", "steps is not a key of this command; did you mean sft.steps?"),
+        ("train policy.rank=8", "policy.rank is not a key of this command; did you mean policy.lora.rank?"),
+        ("train temperature=1", "did you mean generation.temperature or evaluation.temperature?"),
         ("sft loss=dpo", "loss is not a key of this command"),
         ("sft evaluation.judge=gold", "evaluation.judge is not a key of this command"),
         ("sft figure=kl_strength", "In 'figure/kl_strength': evaluate_prompts is not a key of this command"),
@@ -82,6 +85,15 @@ def typed(monkeypatch, capsys, verb: str, *arguments: str) -> str:
         ("train -m seed=range(3,0)", "seed must have values to sweep, found none"),
         ("train -m beta=glob(*)", "beta must have values to sweep, found none"),
         ("train -m beta=0.1,", "beta=0.1, must be read whole"),
+        ("train -m seed=range(3),5", "seed=range(3),5 must be values between commas or one range, found both; write"),
+        ("train -m seed=5,interval(0,1)", "seed=5,interval(0,1) must be values between commas or one range, found"),
+        ("train max_grad_norm=.inf", "max_grad_norm must be float, got '.inf'; on a command line that is inf"),
+        ("train beta=0.1 seed=0 beta=0.2", "beta must be given once, found beta=0.1 and beta=0.2; leave one out"),
+        ("train -m beta=0.1 ++beta=1,2", "beta must be given once, found beta=0.1 and ++beta=1,2"),
+        ("train loss=ipo loss=dpo", "loss must be given once, found loss=ipo and loss=dpo"),
+        ("train evaluation.judge=gold judge@evaluation.judge=hasty", "evaluation.judge must be given once, found eval"),
+        ("train betas=[0.9,0.99] adam_betas=[0.9,0.98]", "adam_betas must be given once, found"),
+        ("push run=a run=b repo=c/d", "run must be given once, found run=a and run=b"),
         ("train adam_betas=(0.9,0.95)", "adam_betas=(0.9,0.95) must be read whole"),
         ("train policy.path=~/x", "policy.path=~/x must be read whole"),
         ("train name=é", "name=é must be read whole"),
@@ -101,6 +113,23 @@ def typed(monkeypatch, capsys, verb: str, *arguments: str) -> str:
 def test_what_is_typed_wrongly_is_told_in_one_sentence(line, said, planned, monkeypatch, capsys):
     assert said in typed(monkeypatch, capsys, *line.split())
     assert not planned
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "judge=gold evaluation.judge=hasty",
+        "loss=ipo loss.beta=0.2",
+        "figure=kl_strength beta=0.1 lr=1e-3",
+    ],
+)
+def test_what_is_given_twice_by_two_names_is_taken(line, planned, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", *line.split()])
+    with pytest.raises(SystemExit) as end:
+        launch.command("train")
+    assert not end.value.code
+    assert planned
+    assert command_line._twice(["~data", "data=hh"]) is None
 
 
 @pytest.mark.parametrize(
