@@ -52,7 +52,8 @@ def folders(path: Path) -> list[Path]:
     Raises: ValueError if it is no folder.
     """
     if not path.is_dir():
-        raise ValueError(f"{path} must be a folder of run directories, such as runs/dev; it does not exist")
+        found = "a file" if path.exists() else "nothing there"
+        raise ValueError(f"{path} must be a folder of run directories, such as runs/dev, found {found}")
     names = ("config.yaml", "metrics.jsonl", *MARKERS)
     return sorted({file.parent for name in names for file in path.glob(f"*/{name}")})
 

@@ -93,7 +93,7 @@ class Grid(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        axes: dict[str, list[str]] = {}  # of two overrides of a key the last counts
+        axes: dict[str, list[str]] = {}  # the command line counts over an experiment
         for override in self.parser.parse_overrides([*(f"{k}={v}" for k, v in self.params.items()), *arguments]):
             key = override.get_key_element()
             if not override.is_sweep_override():

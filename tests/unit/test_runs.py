@@ -406,6 +406,10 @@ def test_command(tmp_path):
 @pytest.mark.parametrize(
     "folder,told",
     [
+        (
+            "dev/beta=0.1,reference=initial/config.yaml",
+            "must be a folder of run directories, such as runs/dev, found a f",
+        ),
         ("dev/beta=0.1,reference=initial", "must be a folder of run directories, found a run; take the folder that it"),
         (".", "such as runs/dev, found none in it; these have some: dev, name/of"),
         ("other", "such as runs/dev, found none in it\n"),
