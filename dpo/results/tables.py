@@ -90,19 +90,20 @@ def _measured(frame: pd.DataFrame, has_rounds: bool) -> tuple[Measure, ...]:
 
 def alarm(frame: pd.DataFrame) -> str | None:
     """A line that says which runs of `final` look broken, and how; None if none does: see `dpo.results.failures`."""
-    found, told = [], frame[swept(frame)].map(short)
-    for run, settings in zip(frame.to_dict("records"), told.to_dict("records"), strict=True):
-        if how := failures(run):
-            own = {key: value for key, value in settings.items() if value != DASH}
-            if told.eq(pd.Series(own))[[*own]].all(axis=1).sum() > 1:  # others have these and more
-                own = {key: "null" if value == DASH else value for key, value in settings.items()}
-            name = ", ".join(f"{key}={value}" for key, value in own.items()) or str(run["run"])
-            found.append(f"{name} ({', '.join(how)})")
-    if not found:
+    broken = [(row, how) for row, run in enumerate(frame.to_dict("records")) if (how := failures(run))]
+    if not broken:
         return None
-    more = [f"and {len(found) - LISTED} more"] if len(found) > LISTED else []
-    runs, look = ("run", "looks") if len(frame) == 1 else ("runs", "looks" if len(found) == 1 else "look")
-    return f"alarm: {len(found)} of {len(frame)} {runs} {look} broken: {'; '.join([*found[:LISTED], *more])}"
+    found, told = [], frame[swept(frame)].map(short)
+    for row, how in broken[:LISTED]:
+        settings = told.iloc[row].to_dict()
+        own = {key: value for key, value in settings.items() if value != DASH}
+        if told.eq(pd.Series(own))[[*own]].all(axis=1).sum() > 1:  # others have these and more
+            own = {key: "null" if value == DASH else value for key, value in settings.items()}
+        name = ", ".join(f"{key}={value}" for key, value in own.items()) or str(frame["run"].iloc[row])
+        found.append(f"{name} ({', '.join(how)})")
+    more = [f"and {len(broken) - LISTED} more"] if len(broken) > LISTED else []
+    runs, look = ("run", "looks") if len(frame) == 1 else ("runs", "looks" if len(broken) == 1 else "look")
+    return f"alarm: {len(broken)} of {len(frame)} {runs} {look} broken: {'; '.join([*found, *more])}"
 
 
 def figure(frame: pd.DataFrame, path: str | Path, column: bool = False) -> None:
