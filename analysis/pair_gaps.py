@@ -22,7 +22,8 @@ from dpo.training.log import progress
 
 
 def gaps(run: str | Path, split: str = "train") -> pd.DataFrame:
-    """A row per pair of one finished run, as it was treated, with its label.
+    """A row per pair of one finished run, as it was treated, with its label. The reference is the policy before
+    training, whatever the run was held to.
 
     Columns: `kind` and `flipped` (see docs/pairs.md), `gap`, the reward gap after training, beta * (log-ratio of chosen
     less that of rejected), and those of `weights` and `ranked`, under the run's objective as evaluation has it.

@@ -78,7 +78,8 @@ def over_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
     """A row per run: shares of held-out pairs that are ranked as labelled, and differences on the same pairs.
 
     The intervals are of 95 % over pairs, each by itself: of what this one run would do on other pairs of the kind. They
-    know nothing of another seed. Without a reference the reward is the policy's own log-prob, and no log-ratio.
+    know nothing of another seed. Rewards of pairs are log-ratios to the policy before training, so those of runs
+    that were held to anything else are left out.
     """
     rows, ways, pair = {}, of_ways(pairs), ["beta", "seed", "pair"]
     full = ways.get(FULL, pairs[:0]).set_index(pair)["policy"]
@@ -87,7 +88,7 @@ def over_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
             own = run.set_index(pair)
             rows[way, short(beta), seed] = {
                 "pairs": len(run),
-                "reward accuracy": "" if "reference_free" in way else str(seeds.interval(own["reward"])),
+                "reward accuracy": "" if ", " in way else str(seeds.interval(own["reward"])),
                 "policy accuracy": str(seeds.interval(own["policy"])),
                 "minus that before training": str(seeds.interval(own["policy"] - own["before"])),
                 f"minus that of {FULL}": "" if way == FULL else str(seeds.interval(own["policy"] - full)),

@@ -121,6 +121,9 @@ def test_each_run_is_joined_with_its_own_evaluation(tmp_path):
     assert len(final) == 6
     assert (final["proxy"] - final["score"]).tolist() == pytest.approx([0.3] * 6)
     assert final["judge"].eq("hasty").all()
+    (proxy / "00" / "evaluation.json").write_text(json.dumps({"n": 500, "kl": 1.0}))
+    with pytest.raises(ValueError, match=r"every run in .* needs win_rate; 00 have none"):
+        over_optimization.read(runs, proxy)
     for file in (proxy / "00").iterdir():
         file.unlink()
     (proxy / "00").rmdir()

@@ -169,6 +169,7 @@ def test_over_pairs():
     assert table["minus that of all weights"].tolist()[:2] == ["", ""]
     assert table["minus that of all weights"].tolist()[3] == "not measured"  # no run of all weights at that beta
     assert table["reward accuracy"].tolist()[3] == ""  # its reward is the policy's own log-prob
+    assert smollm2_hh.over_pairs(ranks(full, reference="world_clean"))["reward accuracy"].tolist() == [""]
     assert smollm2_hh.over_pairs(pairs[pairs[RANK] == 16])["minus that of all weights"].tolist() == ["not measured"]
 
 
