@@ -22,6 +22,7 @@ from dpo import results
 from dpo.results import degenerate, short
 from dpo.results.failures import INITIAL
 from dpo.results.frames import BEATEN
+from dpo.sweep.directory import folders, no_sweep
 
 Floats = NDArray[np.float64]
 
@@ -294,6 +295,8 @@ def finished(
             )
         frame = frame[frame[key].map(lambda found, wanted=value: same_value(found, wanted))] if len(frame) else frame
     if frame.empty:
+        if not folders(Path(path)):
+            raise ValueError(no_sweep(Path(path)))
         raise ValueError(
             f"{path} must hold finished runs{''.join(f' of {k}={v}' for k, v in only.items())}, found none"
         )

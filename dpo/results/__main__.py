@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from dpo.results.tables import report
-from dpo.sweep.directory import folders, reason, status
+from dpo.sweep.directory import folders, no_sweep, reason, status
 from dpo.sweep.squeue import queued
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     try:
         runs = folders(path)
         if not runs:
-            raise ValueError(_no_sweep(path))
+            raise ValueError(no_sweep(path))
     except ValueError as error:
         sys.exit(str(error))
     waiting: set[Path] = set()
@@ -42,16 +42,6 @@ def main() -> None:
         if state != "finished":
             print(f"  {state:9}{run}  {reason(path / run) or ''}".rstrip())
     report(path, named=states)
-
-
-def _no_sweep(path: Path) -> str:
-    """What to say of a folder without runs."""
-    if (path / "config.yaml").is_file():
-        return f"{path} must be a folder of run directories, found a run; take the folder that it is in"
-    below = (file for depth in ("*/*", "*/*/*") for file in path.glob(f"{depth}/config.yaml"))  # name=a/b has two parts
-    sweeps = sorted({str(file.parent.parent) for file in below})
-    said = f"{path} must be a folder of run directories, such as runs/dev, found none in it"
-    return f"{said}; these have some: {', '.join(sweeps[:20])}{', ...' * (len(sweeps) > 20)}" if sweeps else said
 
 
 if __name__ == "__main__":

@@ -58,6 +58,16 @@ def folders(path: Path) -> list[Path]:
     return sorted({file.parent for name in names for file in path.glob(f"*/{name}")})
 
 
+def no_sweep(path: Path) -> str:
+    """What to say of a folder without runs."""
+    if (path / "config.yaml").is_file():
+        return f"{path} must be a folder of run directories, found a run; take the folder that it is in"
+    below = (file for depth in ("*/*", "*/*/*") for file in path.glob(f"{depth}/config.yaml"))  # name=a/b has two parts
+    sweeps = sorted({str(file.parent.parent) for file in below})
+    said = f"{path} must be a folder of run directories, such as runs/dev, found none in it"
+    return f"{said}; these have some: {', '.join(sweeps[:20])}{', ...' * (len(sweeps) > 20)}" if sweeps else said
+
+
 def configs(path: Path) -> dict[str, dict[str, Any]]:
     """The frozen config of each run in `path` that has one which can be read."""
     found: dict[str, dict[str, Any]] = {}

@@ -401,3 +401,13 @@ def test_a_study_takes_trained_runs(tmp_path, study):
     run(tmp_path, None, {"win_rate": 0.5}, steps=0)
     with pytest.raises(ValueError, match="must hold runs of steps above 0, found none: train some"):
         study.read(*[tmp_path] * (3 if study is reference_compatibility else 1))
+
+
+def test_a_folder_of_sweeps_is_refused(tmp_path):
+    """By the names of those in it."""
+    (tmp_path / "dev" / "beta=0.1").mkdir(parents=True)
+    (tmp_path / "dev" / "beta=0.1" / "config.yaml").write_text("{}")
+    with pytest.raises(ValueError, match=rf"found none in it; these have some: {tmp_path / 'dev'}$"):
+        seeds.finished(tmp_path, ("beta",), {})
+    with pytest.raises(ValueError, match="must hold finished runs, found none"):
+        seeds.finished(tmp_path / "dev", ("beta",), {})
