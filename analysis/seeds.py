@@ -327,8 +327,12 @@ def parted(final: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def before_training(final: pd.DataFrame) -> str:
     """The cell of the policy before training. A win rate over it is one half, its own."""
-    known = final["scored_by"].eq("win_rate").all() and results.beaten(final) == BEATEN[INITIAL]
-    return cell(parted(final)[1], "score") or ("0.500" if known else "")
+    return cell(parted(final)[1], "score") or ("0.500" if over_initial(final) else "")
+
+
+def over_initial(final: pd.DataFrame) -> bool:
+    """Whether all scores are win rates over the policy before training."""
+    return bool(final["scored_by"].eq("win_rate").all()) and results.beaten(final) == BEATEN[INITIAL]
 
 
 def same_value(found: Any, wanted: str) -> bool:

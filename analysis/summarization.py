@@ -18,9 +18,8 @@ from analysis import seeds
 from analysis.published import SUMMARIZATION
 from analysis.report import Frames, main
 from dpo.results import beaten, degenerate, short
-from dpo.results.failures import INITIAL, failures
+from dpo.results.failures import failures
 from dpo.results.figures import COLOURS, plain, tidy
-from dpo.results.frames import BEATEN
 
 SETTING = ("beta", "lr")
 KEYS = (*SETTING, "seed", "loss", "best_of")
@@ -179,9 +178,9 @@ def claims(final: pd.DataFrame, rounds: pd.DataFrame | None = None) -> pd.DataFr
     top, settings = seeds.at_best(dpo, "setting"), dpo["setting"].nunique()
     best, claim = seeds.best(dpo, "setting"), "1. DPO beats the untuned policy (published 74 %)"
     found = [seeds.holds(claim, "win rate", best, 0.5, margin)]
-    measured = final["scored_by"].iloc[0], beaten(final)
-    if measured != ("win_rate", BEATEN[INITIAL]):
-        found = [seeds.unmeasured(claim, f"it takes win rates over it, found {measured[0]} over {measured[1]}")]
+    if not seeds.over_initial(final):
+        measured = f"{final['scored_by'].iloc[0]} over {beaten(final)}"
+        found = [seeds.unmeasured(claim, f"it takes win rates over it, found {measured}")]
     for letter, value, claim, sign in (
         ("a", "enough", "more often has three right answers (published 65 % against 43 %)", 1),
         ("b", "compression/median", "is more concise in the median (published 0.116 against 0.127)", -1),

@@ -164,7 +164,7 @@ def without(model: PreTrainedModel) -> Iterator[None]:
 
 
 def save(model: PreTrainedModel, folder: Path, weights: str) -> None:
-    """Write the adapters in peft's format, and BASE: where the model is from and its digest. A collective."""
+    """Write the adapters in peft's format, and BASE: whose they are, and the digest `weights` of it. A collective."""
     tensors = {}
     for name, layer in layers(model).items():
         for side, weight in zip("AB", _adapters(layer), strict=True):

@@ -9,7 +9,7 @@ import pandas as pd
 
 from dpo.results.failures import failures
 from dpo.results.frames import DASH, DamagedRun, damaged, final, short, swept, undrawable
-from dpo.sweep.directory import MADE, folders
+from dpo.sweep.directory import MADE
 
 Measure = tuple[str, str, str]  # title, metric, format
 MEASURED: tuple[Measure, ...] = (  # columns of the tables, without those that carry an interval
@@ -129,7 +129,7 @@ def report(path: str | Path, named: Collection[str] = ()) -> None:
     for run, why in wrong.items():
         if run not in named:
             print(f"{run} is damaged and left out: {why}", flush=True)
-    if made := [run for run in folders(path) if (run / MADE).is_file() and run.name not in wrong]:
+    if made := sorted(file.parent for file in path.glob(f"*/{MADE}") if file.parent.name not in wrong):
         where = made[0] if len(made) == 1 else path / "*"
         files = sorted({file.name for run in made for file in run.iterdir() if file.suffix in (".jsonl", ".html")})
         print(f"\n{len(made)} finished in {path}: {', '.join(str(where / file) for file in files)}", flush=True)
