@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from dpo.losses.objectives import dpo, simpo
-from dpo.losses.pairs import Loss, PairLogps, reads, unbound, whole_step, with_rewards
+from dpo.losses.pairs import Loss, PairLogps, at_least_0, reads, tie_tolerance, unbound, whole_step, with_rewards
 
 
 class RunningMean(nn.Module):
@@ -166,10 +166,11 @@ def kto_paired(pair: PairLogps, beta: float, gradient_of_baseline: bool) -> Loss
 
     z_a = max(0, mean a) and z_b = max(0, mean b) over the step: each side against the mean log-ratio of the other.
 
-    gradient_of_baseline: let gradients flow into these means, as that code did.
+    gradient_of_baseline: let gradients flow into these means, as that code did; also at 0, as before the first step.
     """
     chosen, rejected = pair.chosen_logratios, pair.rejected_logratios  # (N,)
-    baselines = torch.stack([chosen.mean(), rejected.mean()]).clamp(min=0)
+    rounding = [tie_tolerance(logps).mean() for logps in (pair.policy_chosen_logps, pair.policy_rejected_logps)]
+    baselines = at_least_0(torch.stack([chosen.mean(), rejected.mean()]), torch.stack(rounding), slope=1)
     of_chosen, of_rejected = baselines if gradient_of_baseline else baselines.detach()
     wins, losses = torch.sigmoid(beta * (chosen - of_rejected)), torch.sigmoid(beta * (of_chosen - rejected))
     result = with_rewards(1 - (wins + losses) / 2, pair, beta)

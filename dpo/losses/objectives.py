@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from dpo.losses.pairs import Loss, PairLogps, with_rewards
+from dpo.losses.pairs import Loss, PairLogps, at_least_0, tie_tolerance, with_rewards
 
 EXPONENT = 80.0  # a ratio of probabilities counts as e^80 at most, as in TRL: beyond, float32 soon has no number
 
@@ -108,11 +108,12 @@ def r_dpo(pair: PairLogps, beta: float, alpha: float) -> Loss:
 def dpop(pair: PairLogps, beta: float, penalty: float) -> Loss:
     """DPO-Positive, DPOP (2402.13228): -log s(beta (d - penalty max(0, -a))).
 
-    penalty: the paper's lambda, at least 0; of a chosen response that is less probable than under the reference.
+    penalty: the paper's lambda, at least 0; of a chosen response that is less probable than under the reference. One
+    that is as probable, as before the first step, has none, nor a gradient of it.
     """
     if penalty < 0:
         raise ValueError(f"penalty must be at least 0, got {penalty}")
-    lost = torch.relu(-pair.chosen_logratios)  # (B,) nats
+    lost = at_least_0(-pair.chosen_logratios, tie_tolerance(pair.policy_chosen_logps), slope=0)  # (B,) nats
     return with_rewards(-logsigmoid(beta * (pair.margins - penalty * lost)), pair, beta)
 
 

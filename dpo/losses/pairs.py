@@ -41,6 +41,17 @@ def tie_tolerance(logps: Tensor, precision: str = "fp32") -> Tensor:
     return TIE_TOLERANCE[precision] * logps.detach().abs().clamp(min=10)
 
 
+def at_least_0(values: Tensor, rounding: Tensor, slope: float) -> Tensor:
+    """max(0, values), that near 0 has the slope at 0: where policy and reference are equal, before the first step,
+    rounding would decide it, so another batch or device would take another step.
+
+    rounding: what is within it is near, see `tie_tolerance`. slope: of max(0, x) at x = 0, from 0 to 1.
+    """
+    at = values.detach()
+    slopes = torch.where(at.abs() <= rounding, slope, (at > 0).to(at))
+    return at.clamp(min=0) + slopes * (values - at)
+
+
 @dataclass(frozen=True)
 class PairLogps:
     """Log-probs (nats) and lengths (tokens) of the responses of B pairs; gradients flow into the policy's."""

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from dpo.losses import PairLogps, dpo, hinge, ipo, kto_paired, simpo
 from dpo.losses.coupled import RunningMean
-from dpo.losses.pairs import frozen, metrics, try_out, unbound
+from dpo.losses.pairs import READ, at_least_0, frozen, metrics, try_out, unbound
 from dpo.sweep.signature import check_signature, instantiate
 
 CONF = Path(__file__).parents[2] / "conf" / "loss"
@@ -42,6 +42,12 @@ def pairs(size=6, seed=0, dtype=torch.float64, first=0, labels=False):
     lengths = [torch.randint(1, 20, (size,), generator=rng) for _ in range(2)]
     rows = torch.arange(first, first + size)
     return PairLogps(*logps, *lengths, row_ids=rows, desirable=rows % 3 == 0 if labels else None)
+
+
+def equal(pair):
+    """The reference is the policy."""
+    sides = {side: getattr(pair, f"policy_{side}_logps") for side in ("chosen", "rejected")}
+    return replace(pair, **{f"reference_{side}_logps": logps for side, logps in sides.items()})
 
 
 def numbers(pair):
@@ -314,6 +320,21 @@ def test_aot_against_numpy():
         assert found.rejected_rewards.numpy() == pytest.approx(beta * rejected)
 
 
+@pytest.mark.parametrize("slope", [0, 1])
+def test_at_least_0_has_one_slope_where_rounding_decides(slope):
+    values = torch.tensor([-1.0, -2e-3, -1e-4, 0.0, 1e-4, 2e-3, 1.0], dtype=torch.float64, requires_grad=True)
+    found = at_least_0(values, torch.tensor(1e-3), slope)
+    assert torch.equal(found, values.clamp(min=0))
+    assert torch.autograd.grad(found.sum(), values)[0].tolist() == [0, 0, slope, slope, slope, 1, 1]
+
+
+@pytest.mark.parametrize(("name", "slope"), [("dpop", 0.05), ("kto_paired", 0.025)])
+def test_of_equal_models(name, slope):
+    """DPOP has the gradient of DPO; KTO for pairs has half of that, and half of this through its means."""
+    _, slopes = gradient(loss_of(name, beta=0.1), equal(pairs(4)))
+    assert slopes.tolist() == [pytest.approx([-slope] * 4), pytest.approx([slope] * 4)]
+
+
 @pytest.mark.parametrize("flows", [True, False])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_kto_for_pairs_against_numpy(flows, sign):
@@ -331,6 +352,22 @@ def test_kto_for_pairs_against_numpy(flows, sign):
     assert logged == pytest.approx({"baselines/chosen": above, "baselines/rejected": below})
     of_baseline = -beta * (loses * (1 - loses)).mean() / 2 if flows and sign > 0 else 0
     assert slopes[0].numpy() == pytest.approx(-beta * wins * (1 - wins) / 2 + of_baseline)
+
+
+@pytest.mark.parametrize("name", sorted(page.stem for page in CONF.glob("*.yaml")))
+def test_the_first_step_is_not_a_matter_of_rounding(name):
+    """Where the policy is the reference, log-ratios are 0 up to rounding, which batch and device decide."""
+    more = {"cdpo": {"label_smoothing": 0.1}, "ld_dpo": {"alpha": 0.5}}  # of those without a default
+    exact = replace(equal(pairs(8)), **dict.fromkeys(READ["tails"], torch.zeros(8).double()))
+    exact = replace(exact, **dict.fromkeys((*READ["alignment"], *READ["kl"]), torch.zeros(8).double()))
+    exact = replace(exact, desirable=torch.arange(8) % 2 == 0)
+    _, slopes = gradient(loss_of(name, **more.get(name, {})), exact)
+    for seed in range(4):
+        noise = 2e-5 * torch.rand(2, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1e-5
+        policy = [exact.policy_chosen_logps + noise[0], exact.policy_rejected_logps + noise[1]]
+        rounded = replace(exact, policy_chosen_logps=policy[0], policy_rejected_logps=policy[1])
+        _, found = gradient(loss_of(name, **more.get(name, {})), rounded)
+        assert found.numpy() == pytest.approx(slopes.numpy(), rel=5e-3, abs=5e-3 * slopes.abs().max().item())
 
 
 def test_bco_against_numpy():
