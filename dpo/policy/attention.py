@@ -150,7 +150,7 @@ def attend(
         raise Unsupported("its attention has dropout" if dropout else "its attention has sinks")
     prefix_mask.layers.add(module)
     window, scale = prefix_mask.window(sliding_window), query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.device.type == "cuda":
+    if query.device.type != "cpu":
         return _by_flex(query, key, value, prefix_mask.block_mask(window), scale, softcap).transpose(1, 2), None
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
