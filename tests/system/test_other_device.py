@@ -39,9 +39,9 @@ def assert_alike(directory, *overrides, rel=2e-3):
 @pytest.mark.parametrize(
     "overrides",
     [
-        pytest.param(("loss=tdpo", "reference=live", "micro_batch_tokens=256"), id="token by token"),
+        pytest.param(("loss=tdpo", "reference=live", "micro_batch_tokens=256"), id="tokens"),
         pytest.param(("packed=false", "policy.lora.rank=4", "reference=ema"), id="padded", marks=pytest.mark.long),
-        pytest.param(("loss=beta_dpo", "evaluation.baseline=best_of_2"), id="whole step", marks=pytest.mark.long),
+        pytest.param(("loss=beta_dpo", "evaluation.baseline=best_of_2"), id="coupled", marks=pytest.mark.long),
     ],
 )
 def test_a_run_in_the_world(tmp_path, overrides):
