@@ -69,36 +69,18 @@ def token_logps_and(model: PreTrainedModel, batch: Batch, of_words: OfWords) -> 
     """`token_logps`, and what `of_words` makes of the log-probs of all words, a tile of tokens at a time, which are
     computed again for its gradient.  # (N,), (N,)
     """
-    function = _fast_and if batch.shared_prefixes else _plain_and
-    return _whole(model, function, (batch, of_words))
+    return _whole(model, _and, (batch, of_words))
 
 
-def _plain_and(model: PreTrainedModel, given: tuple[Batch, OfWords]) -> tuple[Tensor, Tensor]:
+def _and(model: PreTrainedModel, given: tuple[Batch, OfWords]) -> tuple[Tensor, Tensor]:
     batch, of_words = given
-    logits = _logits(model, batch)
-    return _in_tiles(lambda rows: log_softmax(logits[rows].float()), _rows(model), batch, of_words)
+    logps = _logps_at(model, batch)
 
-
-def _fast_and(model: PreTrainedModel, given: tuple[Batch, OfWords]) -> tuple[Tensor, Tensor]:
-    batch, of_words = given
-    states, (head, cap) = _states(model, batch), _head(model)
-
-    def logps(rows: slice) -> Tensor:
-        logits = nn.functional.linear(states[rows], head.weight).float()
-        logits = logits if head.bias is None else logits + head.bias
-        return log_softmax(logits if cap is None else cap * torch.tanh(logits / cap))
-
-    return _in_tiles(logps, _rows(model), batch, of_words)
-
-
-def _in_tiles(
-    logps: Callable[[slice], Tensor], vocabulary: int, batch: Batch, of_words: OfWords
-) -> tuple[Tensor, Tensor]:
     def tile(rows: slice) -> tuple[Tensor, Tensor]:
         words = logps(rows)
         return words.gather(-1, batch.labels[rows, None]).squeeze(-1), of_words(rows, words)
 
-    parts = [checkpoint(tile, rows, use_reentrant=False) for rows in tiles(len(batch.labels), vocabulary)]
+    parts = [checkpoint(tile, rows, use_reentrant=False) for rows in tiles(len(batch.labels), _rows(model))]
     of_labels, made = zip(*parts, strict=True)
     return torch.cat(of_labels), torch.cat(made)
 
@@ -303,7 +285,7 @@ def _tile_logits(
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if bias is not None:
         logits += bias
-    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+    return logits if cap is None else cap * logits.div_(cap).tanh_()
 
 
 def token_kl(policy: Tensor, reference: Tensor) -> Tensor:
@@ -354,22 +336,25 @@ def _rows(model: PreTrainedModel) -> int:
 
 
 def _logps_by_tile(model: PreTrainedModel, batch: Batch) -> Callable[[slice], Tensor]:
-    """Log-probs of the whole vocabulary at some of the scored positions.  # (n,) -> (n, V) float32"""
+    """`_logps_at`, to be asked when the model's weights may no longer be whole; for no gradients."""
+    return _whole(model, _kept, batch)
+
+
+def _kept(model: PreTrainedModel, batch: Batch) -> Callable[[slice], Tensor]:
+    return _logps_at(model, batch, keep=isinstance(model, FSDPModule))
+
+
+def _logps_at(model: PreTrainedModel, batch: Batch, keep: bool = False) -> Callable[[slice], Tensor]:
+    """Log-probs of the whole vocabulary at some of the scored positions.  # (n,) -> (n, V) float32
+
+    keep: in memory of their own the weights that it takes.
+    """
     if not batch.shared_prefixes:
         logits = _logits(model, batch)
         return lambda rows: log_softmax(logits[rows].float())
-    states, weight, bias, cap = _whole(model, _states_and_head, batch)
+    states, (head, cap) = _states(model, batch), _head(model)
+    weight, bias = (None if one is None else one.clone() if keep else one for one in (head.weight, head.bias))
     return lambda rows: log_softmax(_tile_logits(states[rows], weight, bias, cap, states.dtype))
-
-
-def _states_and_head(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, float | None]:
-    head, cap = _head(model)
-    weights = [None if tensor is None else tensor.detach() for tensor in (head.weight, head.bias)]
-    if isinstance(model, FSDPModule):  # whole for a moment only
-        weights = [None if tensor is None else tensor.clone() for tensor in weights]
-    weight, bias = weights
-    assert weight is not None
-    return _states(model, batch), weight, bias, cap
 
 
 def packable(model: PreTrainedModel, items: Sequence[PromptResponses]) -> bool:
