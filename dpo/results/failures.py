@@ -27,13 +27,7 @@ def degenerate(frame: pd.DataFrame) -> pd.Series:
     against what it was before training, as one does that ends at once; against people or a strong policy a sound one
     may. What was not measured says nothing.
     """
-
-    def measured(name: str) -> pd.Series:
-        return pd.to_numeric(frame.get(name, pd.Series(None, frame.index)), errors="coerce")
-
-    broken, gibberish = measured("broken") > MOST_BROKEN, measured("valid") < LEAST_VALID
-    against_itself = frame.get(BASELINE, pd.Series(INITIAL, frame.index)).fillna(INITIAL) == INITIAL
-    return broken | gibberish | ((measured("win_rate") < LEAST_WINS) & against_itself)
+    return pd.Series([any(_degenerate(run).values()) for run in frame.to_dict("records")], frame.index, dtype=bool)
 
 
 def failures(run: Mapping[Any, Any]) -> list[str]:
@@ -42,29 +36,35 @@ def failures(run: Mapping[Any, Any]) -> list[str]:
     Long endings and foreign characters are told against the baseline's: where its responses are cut as often, or are in
     another language, nothing failed.
     """
-
-    def measured(name: str) -> float:
-        value = run.get(name)
-        return float(value) if isinstance(value, int | float) else math.nan
-
-    unfinished, broken, valid = 1 - measured("ended"), measured("broken"), measured("valid")
-    others_words = measured("baseline/words")
-    length = measured("words") / others_words if others_words else math.nan
-    over = run.get(BASELINE)
-    against_itself = over is None or over != over or over == INITIAL
+    unfinished, others_words = 1 - _measured(run, "ended"), _measured(run, "baseline/words")
+    length = _measured(run, "words") / others_words if others_words else math.nan
+    invalid, repetition = _measured(run, "invalid"), _measured(run, "repetition")
     found = {
         f"{_percent(unfinished)} unfinished, length {length:.1f} times the baseline's": (
             unfinished > MOST_UNFINISHED and length > LONGER
         ),
-        f"{_percent(broken)} broken": broken > MOST_BROKEN,
-        f"{_percent(valid)} of clauses valid": valid < LEAST_VALID,
-        f"{_percent(measured('invalid'))} with invalid characters": (
-            measured("invalid") - measured("baseline/invalid") > MORE_INVALID
-        ),
-        f"repetition {measured('repetition'):.2f}": measured("repetition") > MOST_REPEATED,
-        f"win rate {measured('win_rate'):.2f}": measured("win_rate") < LEAST_WINS and against_itself,
+        **_degenerate(run),
+        f"{_percent(invalid)} with invalid characters": invalid - _measured(run, "baseline/invalid") > MORE_INVALID,
+        f"repetition {repetition:.2f}": repetition > MOST_REPEATED,
     }
     return [words for words, failed in found.items() if failed]
+
+
+def _degenerate(run: Mapping[Any, Any]) -> dict[str, bool]:
+    """What a degenerate policy may show, in a reader's words, and whether that of a run does."""
+    broken, valid, win_rate = (_measured(run, name) for name in ("broken", "valid", "win_rate"))
+    over = run.get(BASELINE)
+    against_itself = over is None or over != over or over == INITIAL
+    return {
+        f"{_percent(broken)} broken": broken > MOST_BROKEN,
+        f"{_percent(valid)} of clauses valid": valid < LEAST_VALID,
+        f"win rate {win_rate:.2f}": win_rate < LEAST_WINS and against_itself,
+    }
+
+
+def _measured(run: Mapping[Any, Any], name: str) -> float:
+    value = run.get(name)
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _percent(share: float) -> str:
