@@ -24,6 +24,7 @@ from dpo.data import near
 from dpo.data.chats import Literal, as_text
 from dpo.data.kept import decides_tokens
 from dpo.data.records import Preference, Text, fault_of, row
+from dpo.data.texts import words_of
 from dpo.data.tokens import encoded
 from dpo.training.log import progress
 
@@ -130,7 +131,7 @@ def _pairs(pairs: Sequence[Preference]) -> pd.DataFrame:
     ]
     table = _measure([pair.prompt for pair in pairs], sides)
     for place, pair in enumerate(pairs):
-        chosen, rejected = (_content(side) for side in (pair.chosen, pair.rejected))
+        chosen, rejected = (words_of(side) for side in (pair.chosen, pair.rejected))
         table["fault"][place] = fault_of(pair) or table["fault"][place]
         sound = pair.label is None and fault_of(pair) is None
         table["prefix"].append(sound and (chosen.startswith(rejected) or rejected.startswith(chosen)))
@@ -158,13 +159,9 @@ def _measure(prompts: Sequence[Text], sides: Sequence[Sequence[tuple[Text, bool]
         table["rejected"].append(len(ids[1]) if len(ids) == 2 else -1)
         table["fault"].append(fault)
         table["merged"].append(0 if item is None else item.merged)
-        text = "\n".join([as_text(prompt), *(_content(side) for side, _ in responses)])
+        text = "\n".join([as_text(prompt), *(words_of(side) for side, _ in responses)])
         table["typed"].append(bool(special.search(text)))
         table["markers"].append(bool(MARKERS.search(special.sub("", text))))
         for name, pattern in ODD.items():
             table[name].append(bool(pattern.search(text)))
     return table
-
-
-def _content(response: Text) -> str:
-    return response if isinstance(response, str) else response[-1]["content"]

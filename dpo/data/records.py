@@ -12,7 +12,7 @@ from dpo.cache import digest_large
 from dpo.data.lazy import Lazy
 from dpo.data.sources import SHOWN, Source, elsewhere, listed, parse, require, write_rows
 from dpo.data.sources import read as read_rows
-from dpo.data.texts import TURN, Text, checked, distinct, drawn, key, opening
+from dpo.data.texts import TURN, Text, checked, distinct, drawn, key, opening, words_of
 
 logger = logging.getLogger(__name__)
 OnFaulty = Literal["error", "drop", "keep"]  # what to do with faulty pairs and prompts: see `filter_pairs`
@@ -305,14 +305,13 @@ def split_pairs(
     test = distinct(pair.prompt for pair in held_out)
     good, shown = ([pair for pair in some if pair.label is not False] for some in (train, held_out))
     first = {key(pair.prompt): pair.chosen for pair in reversed(shown)}
-    texts = [first[key(prompt)] for prompt in test] if len(first) == len(test) else []
-    written = [text if isinstance(text, str) else text[-1]["content"] for text in texts]
+    written = [words_of(first[key(prompt)]) for prompt in test] if len(first) == len(test) else []
     return Dataset(
         demonstrations=[Demonstration(pair.prompt, pair.chosen, pair.chosen_ended, pair.source) for pair in good],
         preferences={"train": train, "validation": list(held_out)},
         prompts={"train": distinct(pair.prompt for pair in train), "validation": test, "test": test},
         on_faulty=on_faulty,
-        written={"test": written} if texts else {},
+        written={"test": written} if written else {},
     )
 
 
@@ -444,7 +443,7 @@ def row(pair: Preference) -> dict[str, Any]:
 
 
 def fault_of(pair: Preference) -> str | None:
-    chosen, rejected = (text if isinstance(text, str) else text[-1]["content"] for text in (pair.chosen, pair.rejected))
+    chosen, rejected = words_of(pair.chosen), words_of(pair.rejected)
     empty = [name for name, text in (("chosen", chosen), ("rejected", rejected)) if not text.strip()]
     if pair.label is not None:
         return "completion is empty" if empty else None

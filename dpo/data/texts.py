@@ -44,6 +44,11 @@ def _check_unicode(text: str, name: str) -> None:
         raise ValueError(f"{name} must be Unicode, found half a surrogate pair at {error.start}") from error
 
 
+def words_of(response: Text) -> str:
+    """What a response says: the text, or the content of its message."""
+    return response if isinstance(response, str) else response[-1]["content"]
+
+
 def distinct(prompts: Iterable[Text]) -> list[Text]:
     """Each prompt once, in order of first appearance."""
     first: dict[str, Text] = {}

@@ -14,6 +14,7 @@ from typing import Literal
 
 from dpo.cache import digest
 from dpo.data.records import Measures, Preference, Text
+from dpo.data.texts import words_of
 
 LOW, HIGH = 1, 2  # right answers that the chosen response has more: exactly, at least
 CELL = 4  # words: pairs whose responses differ less in length are alike
@@ -145,7 +146,7 @@ def _labelled(pair: Preference, treatment: Treatment, seed: int) -> Preference:
 
 
 def _outlier(pair: Preference, rejected: Text, ended: bool) -> Preference:
-    words = (len(_body(pair.chosen).split()), len(_body(rejected).split()))
+    words = (len(words_of(pair.chosen).split()), len(words_of(rejected).split()))
     measures = Measures(kind="outlier", words=words)
     return replace(pair, rejected=rejected, rejected_ended=ended, token_ids=None, measures=measures)
 
@@ -164,11 +165,7 @@ def _others(pairs: Sequence[Preference], rows: set[int], seed: int) -> dict[int,
 
 
 def _shuffled(pair: Preference, seed: int) -> Text:
-    words = _body(pair.rejected).split()
+    words = words_of(pair.rejected).split()
     random.Random(digest([seed, "shuffled", pair.prompt, pair.rejected])).shuffle(words)
     text = " ".join(words)
     return text if isinstance(pair.rejected, str) else [{**pair.rejected[-1], "content": text}]
-
-
-def _body(text: Text) -> str:
-    return text if isinstance(text, str) else text[-1]["content"]
