@@ -15,7 +15,7 @@ import logging
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def main(config: DictConfig) -> None:
         "data": config.data.get("path") or config.data._target_,
         "tokenizer": spec.path,
         "splits": splits,
-        "findings": report.as_json(findings),
+        "findings": [asdict(one) for one in findings],
         "cost": _cost(config, tables, of),
     }
     folder = Path(config.report)

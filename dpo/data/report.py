@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,12 +33,10 @@ class Finding:
     note: str = ""  # instead of the share, in the terminal
 
 
-def finding(
-    name: str, split: str, where: Sequence[str | None], of: int, bad: str, advice: str, note: str = ""
-) -> Finding:
+def finding(name: str, split: str, where: Sequence[str | None], of: int, bad: str, advice: str) -> Finding:
     """where: the source of each that was found. bad: the verdict if there are some."""
     shown = [one or "?" for one in where[:SHOWN]]
-    return Finding(name, split, len(where), of, bad if where else "ok", advice, shown, note)
+    return Finding(name, split, len(where), of, bad if where else "ok", advice, shown)
 
 
 def of_pairs(
@@ -303,7 +301,3 @@ def auc(ones: ArrayLike, others: ArrayLike) -> float:
         return 0.5
     below, up_to = np.searchsorted(theirs, ours, "left"), np.searchsorted(theirs, ours, "right")
     return float((below + up_to).mean() / 2 / len(theirs))
-
-
-def as_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
-    return [asdict(one) for one in findings]
