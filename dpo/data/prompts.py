@@ -29,9 +29,9 @@ def prompts(
     Raises: ValueError if there are too few.
     """
     source = Source(path, split, config, columns=columns)
-    found, revision = read(source, _prompt)
+    found, revisions = read(source, _prompt)
     splits = _parted(path, [one for _, one in found], train, part, validation, test)
-    return Dataset([], {}, splits, on_faulty, revisions={} if revision is None else {str(source): revision})
+    return Dataset([], {}, splits, on_faulty, revisions=revisions)
 
 
 def alpaca_eval(
@@ -43,9 +43,9 @@ def alpaca_eval(
     those of `prompts`.
     """
     place = placed(path, ALPACA_EVAL)
-    found, revision = read(place, _instruction)
+    found, revisions = read(place, _instruction)
     splits = _parted(place.path, [one for _, one in found], train, part, validation, test)
-    return Dataset([], {}, splits, on_faulty, revisions={} if revision is None else {str(place): revision})
+    return Dataset([], {}, splits, on_faulty, revisions=revisions)
 
 
 def read_prompts(path: str) -> list[Text]:
@@ -73,14 +73,14 @@ def cnn_dailymail(
     Raises: ValueError as `prompts` does.
     """
     source = placed(path, CNN_DAILYMAIL)
-    rows, revision = read(source, _article)
+    rows, revisions = read(source, _article)
     asked: dict[str, tuple[Text, str]] = {}
     for _, (article, highlights) in rows:
         asked.setdefault(article, ([{"role": "user", "content": f"{instruction}\n\n{article}"}], highlights))
     human = {digest(prompt): highlights for prompt, highlights in asked.values()}
     splits = _parted(source.path, [prompt for prompt, _ in asked.values()], train, part, validation, test)
     written = {split: [human[digest(prompt)] for prompt in some] for split, some in splits.items()}
-    return Dataset([], {}, splits, on_faulty, written, {} if revision is None else {str(source): revision})
+    return Dataset([], {}, splits, on_faulty, written, revisions)
 
 
 def _parted(

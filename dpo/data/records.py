@@ -194,9 +194,8 @@ def paired(
     revisions: dict[str, str] = {}
 
     def pairs(place: Source) -> list[Preference]:
-        found, revision = read_rows(place, record)
-        if revision is not None:
-            revisions[str(place)] = revision
+        found, commits = read_rows(place, record)
+        revisions.update(commits)
         each = [(where, one) for where, made in found for one in (made if isinstance(made, list) else [made])]
         return filter_pairs(each, on_faulty, str(place), what)
 

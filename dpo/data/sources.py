@@ -49,10 +49,10 @@ class Source:
 
 
 class Read(NamedTuple, Generic[Made]):
-    """What was made of the rows, each with the name of its row; and the commit on the hub that they are of."""
+    """What was made of the rows, each with the name of its row; and of what is on the hub which commit was read."""
 
     records: list[tuple[str, Made]]
-    revision: str | None
+    revisions: dict[str, str]  # the source -> its commit; {}: it is here
 
 
 def has_splits(path: str) -> bool:
@@ -108,13 +108,13 @@ def read(source: Source, record: Callable[[Row], Made]) -> Read[Made]:
         return record(renamed(row, source.columns) if source.columns else row)
 
     if source.path.endswith(LINES):
-        return Read(parse(Path(source.path).expanduser(), made), None)
+        return Read(parse(Path(source.path).expanduser(), made), {})
     with ExitStack() as stack:
         rows, revision = _loaded(source, stack)
         records = _gathered(str(source), ((f"row {number}", row) for number, row in enumerate(rows)), made, "rows")
     if revision is not None:
         logger.info(f"{source}: revision {revision}")
-    return Read(records, revision)
+    return Read(records, {} if revision is None else {str(source): revision})
 
 
 def renamed(row: Row, columns: dict[str, str]) -> Row:
