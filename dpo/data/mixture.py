@@ -25,41 +25,28 @@ def mixture(sources: list[Any], validation_fraction: float, on_faulty: OnFaulty)
     """
     if not sources:
         raise ValueError("data.sources must list at least one source, found an empty list")
-    parts, weights = [], []
+    parts: list[tuple[Dataset, float]] = []
     for number, source in enumerate(sources):
         try:
-            part, weight = _part(source, validation_fraction, on_faulty)
+            parts.append(_part(source, validation_fraction, on_faulty))
         except ValueError as error:
             at = f"data.sources[{number}]"  # which has the options of `file`
             said = re.sub(rf"(?<![\w./])data\.(?=({'|'.join(OPTIONS)})\b)", f"{at}.", str(error))
             raise ValueError(f"{at}: {said}") from error
-        parts.append(part)
-        weights.append(weight)
-    revisions = {place: revision for part in parts for place, revision in part.revisions.items()}
-    if not any(part.preferences for part in parts):
-        return Dataset(
-            [
-                one
-                for part, weight in zip(parts, weights, strict=True)
-                for one in _weighted(part.demonstrations, weight)
-            ],
-            {},
-            {split: distinct(one for part in parts for one in part.prompts[split]) for split in parts[0].prompts},
-            on_faulty,
-            revisions=revisions,
-        )
-    train = [
-        pair
-        for part, weight in zip(parts, weights, strict=True)
-        for pair in _weighted(part.preferences.get("train", []), weight)
-    ]
+    revisions = {place: revision for part, _ in parts for place, revision in part.revisions.items()}
+    if not any(part.preferences for part, _ in parts):
+        shown = [one for part, weight in parts for one in _weighted(part.demonstrations, weight)]
+        splits = parts[0][0].prompts
+        prompts = {split: distinct(one for part, _ in parts for one in part.prompts[split]) for split in splits}
+        return Dataset(shown, {}, prompts, on_faulty, revisions=revisions)
+    train = [pair for part, weight in parts for pair in _weighted(part.preferences.get("train", []), weight)]
     kinds = {pair.label is None for pair in train}
-    if len(kinds) > 1 or not all(part.preferences for part in parts):
+    if len(kinds) > 1 or not all(part.preferences for part, _ in parts):
         raise ValueError(
             "data.sources must all bring pairs, or all single responses with a label, or all demonstrations alone, "
             "found more than one of these; train on one after the other"
         )
-    held_out = [pair for part in parts for pair in part.preferences["validation"]]
+    held_out = [pair for part, _ in parts for pair in part.preferences["validation"]]
     return replace(split_pairs(train, held_out, validation_fraction, on_faulty), revisions=revisions)
 
 
