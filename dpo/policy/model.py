@@ -388,17 +388,18 @@ def weights_digest(model: nn.Module) -> str:
         for index, (name, tensor) in enumerate(named):
             whole = distributed.whole(tensor)
             if index % distributed.world_size() == distributed.rank():
-                lines.append(f"{name} {tuple(whole.shape)} {whole.dtype} {_digest(whole)}\n")
-        return hashlib.sha256("".join(sorted(distributed.gathered(lines))).encode()).hexdigest()
-    quantized = lora.in_4_bits(model)
-
-    def line(one: tuple[str, Tensor]) -> str:
-        name, tensor = one[0], sharded_io.whole_weight(*one, quantized)
-        return f"{name} {tuple(tensor.shape)} {tensor.dtype} {_digest(tensor)}\n"
-
-    with ThreadPoolExecutor() as pool:  # hashing large arrays releases the interpreter's lock
-        lines = [*pool.map(line, named)]
+                lines.append(_line(name, whole))
+        lines = sorted(distributed.gathered(lines))
+    else:
+        quantized = lora.in_4_bits(model)
+        with ThreadPoolExecutor() as pool:  # hashing large arrays releases the interpreter's lock
+            lines = [*pool.map(lambda one: _line(one[0], sharded_io.whole_weight(one[0], one[1], quantized)), named)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _line(name: str, tensor: Tensor) -> str:
+    flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+    return f"{name} {tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(flat.numpy().data).hexdigest()}\n"
 
 
 def broken(model: nn.Module) -> list[str]:
@@ -446,11 +447,6 @@ def _config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name, **revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a class of configs checks
         raise ValueError(_no_model(path, MODEL, error)) from error
-
-
-def _digest(tensor: Tensor) -> str:
-    flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def _no_model(path: str, what: str, error: Exception) -> str:
