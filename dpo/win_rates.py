@@ -47,21 +47,21 @@ def length_controlled(wins: Sequence[float], longer: Sequence[float]) -> tuple[f
         return float((np.logaddexp(0, x @ w) - y * (x @ w)).sum() + w @ penalty @ w / 2)
 
     def hessian(w: np.ndarray) -> np.ndarray:
-        p = _sigmoid(x @ w)
+        p = sigmoid(x @ w)
         return x.T @ (x * (p * (1 - p))[:, None]) + penalty
 
     w = np.zeros(2)
     for _ in range(100):  # Newton's method; convex, with one minimum
-        step = np.linalg.solve(hessian(w), x.T @ (_sigmoid(x @ w) - y) + penalty @ w)
+        step = np.linalg.solve(hessian(w), x.T @ (sigmoid(x @ w) - y) + penalty @ w)
         while objective(w - step) > objective(w) + 1e-12:
             step /= 2
         w = w - step
         if np.abs(step).max() < 1e-10:
             break
     half = Z * math.sqrt(np.linalg.inv(hessian(w))[0, 0])
-    low, middle, high = (float(_sigmoid(w[0] + shift)) for shift in (-half, 0.0, half))
+    low, middle, high = (float(sigmoid(w[0] + shift)) for shift in (-half, 0.0, half))
     return middle, low, high
 
 
-def _sigmoid(logits: np.ndarray | float) -> np.ndarray:
+def sigmoid(logits: np.ndarray | float) -> np.ndarray:
     return np.exp(-np.logaddexp(0, -np.asarray(logits)))

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from dpo.data.instructions import Row, read_instructions, rows_of, write_json
 from dpo.data.records import listed
 from dpo.sweep.directory import SCORES
+from dpo.win_rates import sigmoid
 
 Floats = NDArray[np.float64]
 
@@ -143,7 +144,7 @@ def length_controlled(rows: Sequence[Row], instructions: Sequence[Row], gamed: p
         """For a sample that holds each of the N rows so many times."""
         times = np.concatenate([np.ones(len(gamed)), counts])[rated]
         coefficients = _fit(features[times > 0], preferences[times > 0], (weights * times)[times > 0], penalty)
-        return float(np.average(_sigmoid(same_length @ coefficients), weights=counts))
+        return float(np.average(sigmoid(same_length @ coefficients), weights=counts))
 
     resampled = np.random.default_rng(0).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=RESAMPLES)
     low, high = np.quantile([predicted(counts.astype(np.float64)) for counts in resampled], [0.025, 0.975])
@@ -169,14 +170,10 @@ def _held_out_loss(features: Floats, preferences: Floats, weights: Floats, penal
 
     losses = []
     for rest, held in GroupKFold(5).split(features, groups=np.arange(len(features))):
-        p = _sigmoid(features[held] @ _fit(features[rest], preferences[rest], weights[rest], penalty))
+        p = sigmoid(features[held] @ _fit(features[rest], preferences[rest], weights[rest], penalty))
         p, wins = p.clip(1e-15, 1 - 1e-15), preferences[held]
         losses.append(-(weights[held] * (wins * np.log(p) + (1 - wins) * np.log(1 - p))).mean())
     return float(np.mean(losses))
-
-
-def _sigmoid(logits: Floats) -> Floats:
-    return np.exp(-np.logaddexp(0, -logits))
 
 
 def _preferences(rows: Sequence[Row]) -> Floats:
