@@ -27,7 +27,7 @@ from dpo.cache import digest_large
 from dpo.data.batches import Batch, Batches, Pair, brief, collate_pairs, collate_responses, size
 from dpo.data.chats import ends
 from dpo.data.instructions import read_instructions, write_outputs
-from dpo.data.lazy import Lazy
+from dpo.data.lazy import mapped
 from dpo.data.records import Text, write_rows
 from dpo.losses import Loss, PairLogps, dpo
 from dpo.losses.pairs import READ, asked_by, frozen, metrics, sees_whole_step, unbound
@@ -100,8 +100,7 @@ def run(config: DictConfig, directory: Path) -> None:
         logger.warning(f"evaluation.baseline={against.path} compares nothing: there is no judge of evaluations")
     reference: Reference = make(policy_spec(config, start), policy, pairs, scoring)
     logger.info(f"reference: {reference.held}")
-    learned = Lazy(len(pairs["train"]), lambda row: pairs["train"][row].prompt_responses)
-    packed = config.packed and packable(policy, learned)
+    packed = config.packed and packable(policy, mapped(lambda pair: pair.prompt_responses, pairs["train"]))
 
     def batches(split: str, batch_size: int, tokens: int, seed: int) -> Batches[Pair, Batch]:
         return Batches(
@@ -236,11 +235,7 @@ def facts(
 
 def _tokens(pairs: dict[str, Sequence[Pair]]) -> str:
     """Digest of all pairs as they are trained on."""
-
-    def learned(items: Sequence[Pair]) -> Sequence[Any]:
-        return Lazy(len(items), lambda row: _learned(items[row]))
-
-    return digest_large({split: learned(items) for split, items in pairs.items()})
+    return digest_large({split: mapped(_learned, items) for split, items in pairs.items()})
 
 
 def _learned(pair: Pair) -> Any:

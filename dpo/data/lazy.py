@@ -24,6 +24,11 @@ class Lazy(Sequence[Made], Generic[Made]):
         return self.make(range(self.length)[place])
 
 
+def mapped(function: Callable[[Any], Made], items: Sequence[Any]) -> Lazy[Made]:
+    """What a function makes of each item."""
+    return Lazy(len(items), lambda place: function(items[place]))
+
+
 def joined(parts: Sequence[Sequence[Made]]) -> Lazy[Made]:
     """The items of all parts, one part after another."""
     starts = [0, *accumulate(map(len, parts))]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpo.cache import digest_large
-from dpo.data.lazy import Lazy
+from dpo.data.lazy import mapped
 from dpo.data.sources import SHOWN, Source, elsewhere, listed, parse, require, write_rows
 from dpo.data.sources import read as read_rows
 from dpo.data.texts import TURN, Text, checked, distinct, drawn, key, opening, words_of
@@ -151,7 +151,7 @@ def contents(dataset: Dataset) -> str:
 
 def texts(pairs: Sequence[Preference]) -> str:
     """Digest of all that decides what tokens some pairs become, in order."""
-    return digest_large(Lazy(len(pairs), lambda row: [plain(getattr(pairs[row], name)) for name in TEXT]))
+    return digest_large(mapped(lambda pair: [plain(getattr(pair, name)) for name in TEXT], pairs))
 
 
 def file(

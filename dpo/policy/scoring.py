@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from dpo.cache import digest, entry, remember
 from dpo.data.batches import PromptResponses, Tokens, balance_by_tokens, collate_responses, content_of, size
-from dpo.data.lazy import Lazy, digests_of
+from dpo.data.lazy import digests_of, mapped
 from dpo.data.records import listed
 from dpo.losses.pairs import TIE_TOLERANCE
 from dpo.policy.logps import differing, forward_tokens, packable, token_logps
@@ -80,8 +80,7 @@ def score(
     """
     contents = contents_of(sequences)
     distinct = {content: row for row, content in sorted(enumerate(contents), key=itemgetter(1))}  # the row of each
-    rows_kept = list(distinct.values())
-    kept = Lazy(len(distinct), lambda place: sequences[rows_kept[place]])
+    kept = mapped(sequences.__getitem__, [*distinct.values()])
     key = _key(distinct, weights, settings)
 
     def build(folder: Path) -> None:
@@ -193,7 +192,7 @@ def sums(token_logps: Sequence[Tensor]) -> Tensor:
 
 def alone(sequences: Sequence[Tokens]) -> Sequence[PromptResponses]:
     """Each response by itself."""
-    return Lazy(len(sequences), lambda place: (sequences[place][0], [sequences[place][1]]))
+    return mapped(lambda tokens: (tokens[0], [tokens[1]]), sequences)
 
 
 def contents_of(sequences: Sequence[Tokens]) -> Sequence[bytes]:
