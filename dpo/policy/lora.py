@@ -165,10 +165,7 @@ def without(model: PreTrainedModel) -> Iterator[None]:
 
 def save(model: PreTrainedModel, folder: Path, weights: str) -> None:
     """Write the adapters in peft's format, and BASE: whose they are, and the digest `weights` of it. A collective."""
-    tensors = {}
-    for name, layer in layers(model).items():
-        for side, weight in zip("AB", _adapters(layer), strict=True):
-            tensors[f"{PREFIX}{name}.lora_{side}.weight"] = distributed.whole(weight.detach()).cpu().contiguous()
+    tensors = {name: distributed.whole(weight.detach()).cpu().contiguous() for name, weight in _in_file(model)}
     if distributed.is_main():
         path, config = Path(str(model.name_or_path)), model.peft_config[NAME]
         config.base_model_name_or_path = str(path.resolve()) if path.exists() else str(path)
@@ -182,9 +179,8 @@ def save(model: PreTrainedModel, folder: Path, weights: str) -> None:
 def read(model: PreTrainedModel, folder: Path) -> None:
     """Give a model's adapters the weights of those that `save` wrote of it."""
     stored = load_file(folder / ADAPTER)
-    for name, layer in layers(model).items():
-        for side, weight in zip("AB", _adapters(layer), strict=True):
-            weight.copy_(stored[f"{PREFIX}{name}.lora_{side}.weight"])
+    for name, weight in _in_file(model):
+        weight.copy_(stored[name])
 
 
 @torch.no_grad()
@@ -235,6 +231,13 @@ def check_fits(model: PreTrainedModel, folder: Path) -> dict[str, nn.Module]:
     if shapes:
         raise ValueError(f"{folder} must hold an A and a B for each layer, found {min(shapes)}; merge it with peft")
     return found
+
+
+def _in_file(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a model's adapters, by the names that they have in peft's files."""
+    for name, layer in layers(model).items():
+        for side, weight in zip("AB", _adapters(layer), strict=True):
+            yield f"{PREFIX}{name}.lora_{side}.weight", weight
 
 
 def _adapters(layer: Any) -> tuple[Tensor, Tensor]:
