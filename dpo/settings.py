@@ -1,6 +1,6 @@
 """What the commands read of a config, as the values that the code below them takes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from typing import Any
 
@@ -79,6 +79,7 @@ class Sft:
 
     base: ModelSpec
     recipe: Recipe
+    # keys of the config, by their names there
     seed: int
     max_length: int
     on_too_long: str
@@ -250,8 +251,5 @@ def scoring_beside(config: Any) -> Scoring:
 def sft_of(config: Any) -> Sft:
     both = {"optimizer": config.optimizer, "weight_decay": config.weight_decay, "max_grad_norm": config.max_grad_norm}
     recipe = Recipe(**config.sft, **both, adam_betas=list(config.adam_betas))
-    names = (
-        *("seed", "max_length", "on_too_long", "precision", "packed", "micro_batch_tokens", "activation_checkpointing"),
-        *("evaluate_every", "checkpoint_every", "checkpoints_kept", "cache"),
-    )
+    names = [one.name for one in fields(Sft) if one.name not in ("base", "recipe")]
     return Sft(policy_spec(config, config.policy.base), recipe, **{name: config[name] for name in names})
