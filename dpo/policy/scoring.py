@@ -45,7 +45,7 @@ class Scoring:
     max_length: int  # tokens of prompt and response, which a model must be able to read
     on_too_long: str  # what was done with longer ones
     per_token: bool = False  # keep the log-probs of tokens at hand, too
-    pool: Any = None  # a `dpo.policy.pool.Pool` that scores beside training; None: here, before it
+    pool: Any = None  # a `Pool` or `VllmScorer`, which scores beside training; None: here, before it
     seed: int = 0  # of training's first epoch, and
     batch_size: int = 1  # pairs of its steps: a pool scores first what is read first, which is never a number
 

@@ -1,4 +1,4 @@
-"""Run directories as tidy DataFrames, a table and a figure; imports no torch."""
+"""Run directories as tidy DataFrames, and what tables and figures ask of these; imports no torch."""
 
 import warnings
 from collections.abc import Sequence
