@@ -220,22 +220,11 @@ def evaluation(directory: Path) -> dict[str, Any]:
 
     Raises: ValueError if one of the files is damaged.
     """
-    advices = {
-        "evaluation.json": f"move {directory} away, and the same command makes the run again",
-        SCORES: "delete it, and have python -m dpo.results.alpaca_eval write it again",
-    }
-    found: dict[str, Any] = {}
-    for name, advice in advices.items():
-        file, must = directory / name, "a JSON object of numbers"
-        content = _content(file, json.loads, must, advice)
-        if content is None:
-            break
-        if not isinstance(content, dict) or not content:
-            raise _damaged(file, must, _kind(content), advice)
-        if odd := _odd(content):
-            raise _damaged(file, must, odd, advice)
-        found |= content
-    return found | lm_eval(directory) if found else {}
+    found = _numbers(directory / "evaluation.json", f"move {directory} away, and the same command makes the run again")
+    if not found:
+        return {}
+    found |= _numbers(directory / SCORES, "delete it, and have python -m dpo.results.alpaca_eval write it again")
+    return found | lm_eval(directory)
 
 
 def lm_eval(directory: Path) -> dict[str, float]:
@@ -272,11 +261,15 @@ def manifest(directory: Path) -> dict[str, Any]:
 
     Raises: ValueError if it is damaged.
     """
-    file, must = directory / MADE, "a JSON object of numbers"
-    advice = f"move {directory} away, and the same command makes the run again"
-    content = _content(file, json.loads, must, advice)
-    if content is not None and (not isinstance(content, dict) or not content or _odd(content)):
+    return _numbers(directory / MADE, f"move {directory} away, and the same command makes the run again")
+
+
+def _numbers(file: Path, advice: str) -> dict[str, Any]:
+    content = _content(file, json.loads, must := "a JSON object of numbers", advice)
+    if content is not None and (not isinstance(content, dict) or not content):
         raise _damaged(file, must, _kind(content), advice)
+    if odd := _odd(content or {}):
+        raise _damaged(file, must, odd, advice)
     return content or {}
 
 

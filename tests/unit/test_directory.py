@@ -261,3 +261,11 @@ def test_yaml_is_read_and_written_as_omegaconf_does():
         assert read_yaml(text) == OmegaConf.to_container(OmegaConf.create(text)), text
     with pytest.raises(YAMLError, match="found duplicate key a"):
         read_yaml("a: 1\na: 2")
+
+
+def test_the_value_that_is_no_number_is_named(tmp_path):
+    """Of a run that makes files as of one that measures."""
+    for name, read in (("evaluation.json", directory.evaluation), ("manifest.json", directory.manifest)):
+        (tmp_path / name).write_text('{"seconds": 1.0, "tokens": "many"}')
+        with pytest.raises(ValueError, match="found tokens='many'"):
+            read(tmp_path)
