@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from dpo import evaluate
 from dpo.cache import digest_large
@@ -28,7 +28,7 @@ from dpo.data.batches import Batch, Batches, Pair, brief, collate_pairs, collate
 from dpo.data.chats import ends
 from dpo.data.instructions import read_instructions, write_outputs
 from dpo.data.lazy import mapped
-from dpo.data.records import Text, write_rows
+from dpo.data.records import write_rows
 from dpo.losses import Loss, PairLogps, dpo
 from dpo.losses.pairs import READ, asked_by, frozen, metrics, sees_whole_step, unbound
 from dpo.policy import lora
@@ -204,8 +204,8 @@ def run(config: DictConfig, directory: Path) -> None:
         responses, measured = measure(trained, len(test))
         chosen = {"steps": steps, "selected_step": selection.step}
         ranked = selection.metrics.get("rewards/accuracies", math.nan)
-        ends = wilson(ranked, len(pairs["validation"])) if math.isfinite(ranked) else ()
-        interval = dict(zip(("rewards/accuracies/low", "rewards/accuracies/high"), ends, strict=False))
+        bounds = wilson(ranked, len(pairs["validation"])) if math.isfinite(ranked) else ()
+        interval = dict(zip(("rewards/accuracies/low", "rewards/accuracies/high"), bounds, strict=False))
         told = {**streamed, **selection.metrics, **interval, **measured}
         result = {**chosen, "seconds": time.monotonic() - began, **told}
         log.write(steps, "test", measured)
@@ -213,24 +213,12 @@ def run(config: DictConfig, directory: Path) -> None:
         if instructions:
             write_outputs(directory, instructions, answers)
         write_rows(directory / "responses.jsonl", responses)
-        made = facts(trained, tokenizer, weights, reference, pairs, test)
-        card.write(directory / "policy", settings, result, made)
+        sizes = {split: len(items) for split, items in pairs.items()}
+        names = tuple(tokenizer.convert_ids_to_tokens(ends(tokenizer, trained.generation_config)))
+        facts = card.Facts(weights, reference.fingerprint, sizes, not isinstance(test[0], str), names)
+        card.write(directory / "policy", settings, result, facts)
         finish(directory, "evaluation.json", result)
     distributed.leave()
-
-
-def facts(
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    weights: str,
-    reference: Reference,
-    pairs: dict[str, Sequence[Pair]],
-    test: Sequence[Text],
-) -> card.Facts:
-    """What a model card tells beside the config. weights: fingerprint of those before training."""
-    sizes = {split: len(items) for split, items in pairs.items()}
-    names = tokenizer.convert_ids_to_tokens(ends(tokenizer, policy.generation_config))
-    return card.Facts(weights, reference.fingerprint, sizes, not isinstance(test[0], str), tuple(names))
 
 
 def _tokens(pairs: dict[str, Sequence[Pair]]) -> str:
