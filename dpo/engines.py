@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -30,6 +30,7 @@ from dpo.cache import digest, remember_each
 from dpo.data.batches import collate_responses
 from dpo.data.chats import ends
 from dpo.endpoint import Refused, Server, ServerOptions
+from dpo.losses.pairs import unbound
 from dpo.policy import model as models
 from dpo.policy.logps import token_logps
 from dpo.policy.model import ModelSpec
@@ -472,13 +473,8 @@ def closing(engine: Any) -> Iterator[Any]:
     try:
         yield engine
     finally:
-        if close := getattr(getattr(engine, "func", engine), "close", None):
+        if close := getattr(unbound(engine), "close", None):
             close()
-
-
-def each_of(engine: Any) -> Callable[..., Iterator[tuple[list[int], list[Sample]]]] | None:
-    """What gives responses batch by batch, as they come, of an engine that has it."""
-    return getattr(getattr(engine, "func", engine), "each", None)
 
 
 def _against_spare_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[int, float] | None:

@@ -26,6 +26,7 @@ from dpo.cache import add_answers, answers_in, digest, remember
 from dpo.data.batches import truncated_prompts
 from dpo.data.records import Dataset, Text, parse, write_rows
 from dpo.data.tokens import decode, vocabulary
+from dpo.losses.pairs import unbound
 from dpo.policy import model as models
 from dpo.policy.sampling import Sample, inputs, longest_first
 from dpo.settings import Generation, check_engine, generation_of, policy_spec
@@ -106,11 +107,12 @@ def candidates(
     def build(folder: Path) -> None:
         own = vocabulary(tokenizer)
         with engines.closing(instantiate(settings.engine)) as engine:
+            each = getattr(unbound(engine), "each", None)
             for split in SPLITS:
                 given = {"sampling": sampling, "seed": (seed := seed_of(settings.seed, split))}
                 samples = _sampled(
                     partial(engine, model, tokenizer, **given),
-                    partial(each, model, tokenizer, **given) if (each := engines.each_of(engine)) else None,
+                    partial(each, model, tokenizer, **given) if each else None,
                     [ids for _, ids in fed[split] for _ in range(n)],
                     sampling.batch_size,
                     f"sampling {split} pairs",

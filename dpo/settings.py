@@ -10,6 +10,7 @@ from dpo.data.treatment import Treatment
 from dpo.data.truncation import Limits
 from dpo.judges import Rule, cached_judge
 from dpo.judges.best import check_scores
+from dpo.losses.pairs import unbound
 from dpo.policy.lora import Lora
 from dpo.policy.model import ModelSpec
 from dpo.policy.sampling import Sampling
@@ -159,7 +160,7 @@ def _judge(node: Any, cache: str) -> Any:
     if node is None:
         return None
     judge = instantiate(node)
-    if (handshake := getattr(getattr(judge, "func", judge), "handshake", None)) and is_main():
+    if (handshake := getattr(unbound(judge), "handshake", None)) and is_main():
         handshake()
     return cached_judge(judge, identity_of(node), cache)
 
@@ -195,8 +196,7 @@ def check_engine(node: Any, how: str = "check") -> None:
     """Refuse an engine that can tell, before a model is loaded, that it could not start. how: "handshake", before one
     is trained, that its server does not answer. Raises: ValueError; RuntimeError.
     """
-    engine = instantiate(node)
-    if (check := getattr(getattr(engine, "func", engine), how, None)) and is_main():
+    if (check := getattr(unbound(instantiate(node)), how, None)) and is_main():
         check()
 
 

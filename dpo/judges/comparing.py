@@ -26,6 +26,7 @@ from typing_extensions import TypeIs
 
 from dpo.cache import remember_each
 from dpo.data.records import Text
+from dpo.losses.pairs import unbound
 from dpo.training.distributed import on_main
 
 logger = logging.getLogger(__name__)
@@ -171,7 +172,7 @@ def is_pairwise(judge: Judge) -> bool:
 
 def _function(judge: Any) -> Any:
     """The function or module of a judge, whose options may be bound and whose answers may be kept."""
-    return getattr(judge := inspect.unwrap(judge), "func", judge)
+    return unbound(inspect.unwrap(judge))
 
 
 def _ask(judge: Judge, prompts: Sequence[Text], *responses: Sequence[str]) -> list[Any]:

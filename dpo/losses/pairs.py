@@ -156,9 +156,9 @@ def asked_by(loss: Callable[..., Loss]) -> tuple[str, ...]:
     return getattr(unbound(loss), "asked", ())
 
 
-def unbound(loss: Callable[..., Loss]) -> Callable[..., Loss]:
-    """The function or module of a loss whose options are bound."""
-    return getattr(loss, "func", loss)
+def unbound(function: Any) -> Any:
+    """The function or object itself, of one whose options are bound: of a loss, a judge, an engine."""
+    return getattr(function, "func", function)
 
 
 def sees_whole_step(loss: Callable[..., Loss]) -> bool:
