@@ -47,7 +47,6 @@ class Row:
     index: int  # in what was given
     prompt: str
     responses: list[str]
-    fault: str | None  # what the chat template lost of it
 
 
 @dataclass(frozen=True)
@@ -103,9 +102,7 @@ def encoded(
     if not prompts:
         return [], {}, []
     chat, literal = _chats(prompts, tokenizer), Literal(tokenizer)
-    rows, faults = _texts(prompts, responses, chat, literal)
-    faults |= {row.index: row.fault for row in rows if row.fault is not None}
-    rows = [row for row in rows if row.fault is None or keep]
+    rows, faults = _texts(prompts, responses, chat, literal, keep)
     starts = _prompts([row.prompt for row in rows], chat is not None, literal)
     pairs = [(start, text) for start, row in zip(starts, rows, strict=True) for text in row.responses]
     responses_ids, merged = _response_ids(pairs, literal)
@@ -120,7 +117,7 @@ def encoded(
             continue
         sides = responses[row.index]
         tokens = [(body or []) + last * ended for body, (_, ended) in zip(response_ids, sides, strict=True)]
-        items.append(Encoded(row.index, prompts[row.index], sides, start.ids, tokens, row.fault is not None, merges))
+        items.append(Encoded(row.index, prompts[row.index], sides, start.ids, tokens, row.index in faults, merges))
     notes = []
     if any(merged):
         notes.append(
@@ -183,7 +180,7 @@ def encode_alone(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, wh
 
     Raises: ValueError if some cannot be, whatever data.on_faulty: what the data brings has passed `usable` before.
     """
-    encoded, faults = _alone(prompts, tokenizer, "keep")
+    encoded, faults = _alone(prompts, tokenizer, keep=True)
     if len(encoded) < len(prompts):
         faults = {index: fault for index, fault in faults.items() if index not in encoded}
         report(_named(faults), len(prompts), len(faults), "error", "tokens", what, UNFED)
@@ -194,7 +191,7 @@ def encode_alone(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, wh
 
 def usable(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, on_faulty: str, what: str) -> list[Text]:
     """The prompts that a policy can be fed: by the rules for pairs, see `encode`."""
-    encoded, faults = _alone(prompts, tokenizer, on_faulty)
+    encoded, faults = _alone(prompts, tokenizer, keep=on_faulty == "keep")
     report(_named(faults), len(prompts), len(prompts) - len(encoded), on_faulty, "tokens", what)
     return [prompts[index] for index in encoded]
 
@@ -204,13 +201,11 @@ def _named(faults: dict[int, str]) -> list[tuple[str, str]]:
 
 
 def _alone(
-    prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, on_faulty: str
+    prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, keep: bool
 ) -> tuple[dict[int, Prompt], dict[int, str]]:
-    """Encoded prompts and their faults, by index."""
+    """Encoded prompts and their faults, by index. keep: see `encoded`."""
     chat, literal = _chats(prompts, tokenizer), Literal(tokenizer)
-    rows, faults = _texts(prompts, [()] * len(prompts), chat, literal)
-    faults |= {row.index: row.fault for row in rows if row.fault is not None}
-    rows = [row for row in rows if row.fault is None or on_faulty == "keep"]
+    rows, faults = _texts(prompts, [()] * len(prompts), chat, literal, keep)
     encoded = _prompts([row.prompt for row in rows], chat is not None, literal)
     by_index = {row.index: prompt for row, prompt in zip(rows, encoded, strict=True)}
     faults |= {index: TYPED for index, prompt in by_index.items() if prompt.typed}
@@ -243,8 +238,9 @@ def _texts(
     responses: Sequence[Sequence[tuple[Text, bool]]],
     chat: Turn | None,
     literal: Literal,
+    keep: bool,
 ) -> tuple[list[Row], dict[int, str]]:
-    """Rows as they are encoded, and why others have no text, by index."""
+    """Rows as they are encoded, and by index what the template lost, or why there is no text. keep: see `encoded`."""
     rows, faults = [], {}
     for index, (raw, sides) in enumerate(zip(prompts, responses, strict=True)):
         try:
@@ -259,7 +255,10 @@ def _texts(
                 text, less = _continuation(prompt, start, literal.text(side), ended, chat, literal.tokenizer)
                 fault = fault or less
                 texts.append(text)
-            rows.append(Row(index, start, texts, fault))
+            if fault is not None:
+                faults[index] = fault
+            if fault is None or keep:
+                rows.append(Row(index, start, texts))
         except ValueError as error:
             faults[index] = str(error)
     return rows, faults
