@@ -132,7 +132,7 @@ def measure(trained: Trained, seed: int, overrides: list[str]) -> dict[str, floa
     measuring, judge = evaluation_of(settings), judge_of(settings)
     initial, _ = models.load(policy_spec(settings, trained.start), CPU)
     test = evaluate.test_prompts(trained.dataset, measuring, trained.tokenizer)
-    baseline = evaluate.baseline(initial, trained.tokenizer, test, measuring, models.fingerprint(initial))
+    baseline = evaluate.baseline(initial, trained.tokenizer, models.fingerprint(initial), test, measuring)
     return evaluate.measure(trained.policy, {"kl": initial}, trained.tokenizer, test, baseline, judge, measuring)[1]
 
 

@@ -102,7 +102,7 @@ def run(config: DictConfig, directory: Path) -> None:
     if best is None:
         responses, measured = measure(policy, kl_targets, tokenizer, test, others, judge, settings)
     else:  # its probabilities are not known, so neither is its KL
-        chosen = best_of_n(policy, tokenizer, test, settings, models.fingerprint(policy), best, "policy")
+        chosen = best_of_n(policy, tokenizer, models.fingerprint(policy), test, settings, best, "policy")
         responses, measured = describe(test, chosen, judge, others, settings.rule)
         measured["kl_bound"] = kl_bound(best.n)
     measured |= baseline_kl_bound(beaten) if others else {}
@@ -339,8 +339,8 @@ def compared_with(
     if initial is None:
         return None
     if best is not None:
-        return [one.text for one in best_of_n(*initial[:2], prompts, settings, initial[2], best, "initial policy")]
-    return baseline(*initial[:2], prompts, settings, initial[2])
+        return [one.text for one in best_of_n(*initial, prompts, settings, best, "initial policy")]
+    return baseline(*initial, prompts, settings)
 
 
 def reads_alike(which: models.ModelSpec, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -353,9 +353,9 @@ def reads_alike(which: models.ModelSpec, tokenizer: PreTrainedTokenizerBase) -> 
 def baseline(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    weights: str,
     prompts: Sequence[Text],
     settings: Evaluation,
-    weights: str,
 ) -> list[str]:
     """The responses of the initial policy, or of another, to the test prompts, sampled once and shared by a sweep."""
     encoded = _encoded(prompts, tokenizer, settings)
@@ -372,9 +372,9 @@ def baseline(
 def best_of_n(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    weights: str,
     prompts: Sequence[Text],
     settings: Evaluation,
-    weights: str,
     best: BestOf,
     stream: str,
 ) -> list[Sample]:

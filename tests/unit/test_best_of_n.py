@@ -57,7 +57,7 @@ def drawn(uniform, tiny_model, tmp_path):
         changed = {"sampling": Sampling(4, 1.0, 1.0, 4), "cache": str(tmp_path), **changed}
         settings, asked = feeding(60, **changed), [f"cats and {number}" for number in range(prompts)]
         chosen = BestOf(n, judge, None, {"judge": named or {"_target_": "a.judge"}})
-        return evaluate.best_of_n(model, tokenizer, asked, settings, weights, chosen, stream)
+        return evaluate.best_of_n(model, tokenizer, weights, asked, settings, chosen, stream)
 
     return of
 

@@ -83,7 +83,7 @@ def test_the_baseline_is_sampled_again_when_what_decides_it_changes(tmp_path, ti
     settings = feeding(60, sampling=Sampling(4, 1.0, 1.0, 4), cache=str(tmp_path))
 
     def entries(prompts) -> int:
-        evaluate.baseline(model, tokenizer, prompts, settings, "w")
+        evaluate.baseline(model, tokenizer, "w", prompts, settings)
         return sum(path.is_dir() for path in (tmp_path / "baseline").iterdir())
 
     chat = [[{"role": "user", "content": "hi"}]]
@@ -354,7 +354,7 @@ def test_random_numbers_of_an_evaluation_are_these(tmp_path, tiny_model, asked):
     model, tokenizer = models.load(tiny_model("llama"))
     for seed in (0, 1):
         settings = feeding(57, sampling=Sampling(7, 0.5, 1.0, 3), cache=str(tmp_path), seed=seed)
-        evaluate.baseline(model, tokenizer, ["cats"], settings, "w")
+        evaluate.baseline(model, tokenizer, "w", ["cats"], settings)
         evaluate.respond(model, tokenizer, ["cats"], settings, "policy")
         evaluate.answer(model, tokenizer, [{"instruction": "cats"}], settings)
         evaluate.show(model, tokenizer, ["cats", "dogs"], None, settings)

@@ -155,14 +155,14 @@ def ask(world, tmp_path, monkeypatch):
                 test = evaluate.test_prompts(
                     Dataset([], {}, {"test": given["prompts"]}), evaluation_of(config), tokenizer
                 )
-                evaluate.baseline(model, tokenizer, test, evaluation_of(config), given["weights"])
+                evaluate.baseline(model, tokenizer, given["weights"], test, evaluation_of(config))
             if kind == "best_of_n":
                 test = evaluate.test_prompts(
                     Dataset([], {}, {"test": given["prompts"]}), evaluation_of(config), tokenizer
                 )
                 made = pairing_of(config)
                 best = BestOf(given.get("n", 3), length, None, {"judge": made.judge, "rule": made.rule})
-                evaluate.best_of_n(model, tokenizer, test, evaluation_of(config), given["weights"], best, "policy")
+                evaluate.best_of_n(model, tokenizer, given["weights"], test, evaluation_of(config), best, "policy")
             if kind == "reference":
                 Initial().prepare(
                     policy_spec(config, world["one"]),
