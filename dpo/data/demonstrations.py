@@ -5,9 +5,10 @@ from functools import partial
 from typing import Any, Literal
 
 from dpo.data.records import Dataset, OnFaulty, Preference, paired, responses_of
-from dpo.data.sources import Source, elsewhere, has_splits, require
+from dpo.data.sources import Source, elsewhere, held_out_of, placed, require
 
 Turns = Literal["last", "all"]
+ULTRACHAT = Source("HuggingFaceH4/ultrachat_200k", "train_sft")
 
 
 def sft(
@@ -40,11 +41,8 @@ def ultrachat(
     path: its rows, or None: the splits train_sft and test_sft of HuggingFaceH4/ultrachat_200k on the hub. turns: see
     `sft`.
     """
-    there = path or "HuggingFaceH4/ultrachat_200k"
-    source = Source(there, "train_sft" if has_splits(there) else None)
-    held_out = replace(source, split="test_sft") if source.split else None
-    if validation_path is not None:
-        held_out = Source(validation_path, "test_sft" if has_splits(validation_path) else None)
+    source = placed(path, ULTRACHAT)
+    held_out = held_out_of(source, validation_path, ULTRACHAT, "test_sft")
     return _shown(turns, source, held_out, validation_fraction, on_faulty)
 
 

@@ -7,11 +7,10 @@ folder) the published held-out split is the validation split; of a file it is `v
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal
 
 from dpo.data.records import Dataset, OnFaulty, Preference, conversations, paired, preference, responses_of
-from dpo.data.sources import Source, elsewhere, has_splits, placed, require
+from dpo.data.sources import Source, elsewhere, has_splits, held_out_of, placed, require
 from dpo.data.texts import HUMAN, TURN
 
 CONVERTED = "refs/convert/parquet"  # the hub's own copy of a data set that is published as a script, a folder each
@@ -208,11 +207,8 @@ def _read(
     held_out: str | None,
 ) -> Dataset:
     """What `record` makes of the rows at `path`, see above. held_out: a published split; None: there is none."""
-    source, shown = placed(path, published), None
-    if validation_path is not None:
-        shown = placed(validation_path, replace(published, split=held_out))
-    elif held_out is not None and has_splits(source.path):
-        shown = replace(source, split=held_out)
+    source = placed(path, published)
+    shown = held_out_of(source, validation_path, published, held_out)
     return paired(record, source, shown, validation_fraction, on_faulty)
 
 

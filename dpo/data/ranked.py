@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from dpo.cache import digest
 from dpo.data.records import Dataset, OnFaulty, Preference, paired, preference
-from dpo.data.sources import Source, elsewhere, has_splits, require
+from dpo.data.sources import Source, elsewhere, placed, require
 from dpo.data.texts import HUMAN, TURN
 
 Pairs = Literal["best_worst", "best_random", "all"]
@@ -70,8 +70,7 @@ def stack_exchange(
             made |= {"prompt": f"{HUMAN} {asked}{TURN}", "responses": [f" {text}" for text in said]}
         return _paired(made, pairs)
 
-    there = path or "HuggingFaceH4/stack-exchange-preferences"
-    source = Source(there, split if has_splits(there) else None)
+    source = placed(path, Source("HuggingFaceH4/stack-exchange-preferences", split))
     held_out = None if validation_path is None else Source(validation_path)
     return paired(record, source, held_out, validation_fraction, on_faulty)
 

@@ -78,6 +78,15 @@ def placed(path: str | None, published: Source) -> Source:
     return Source(path, published.split if has_splits(path) else None, columns=published.columns)
 
 
+def held_out_of(source: Source, path: str | None, published: Source, split: str | None) -> Source | None:
+    """Where the held-out rows of a published data set are read, whose training rows are those of `source`: at another
+    path, or in its split; None where it has none there.
+    """
+    if path is not None:
+        return placed(path, replace(published, split=split))
+    return replace(source, split=split) if split is not None and has_splits(source.path) else None
+
+
 def absent(path: str) -> str | None:
     """What is wrong with a path that names nothing here, and nothing that could be on the hub; None: nothing."""
     place, (name, revision, _) = Path(path).expanduser(), path.partition("@")
