@@ -35,7 +35,7 @@ from dpo.policy import model as models
 from dpo.policy.logps import token_logps
 from dpo.policy.model import ModelSpec
 from dpo.policy.pool import Draw, Pool, PoolOptions, anywhere
-from dpo.policy.sampling import Sample, Sampling, cut, longest_first, sample
+from dpo.policy.sampling import Sample, Sampling, cut, in_batches, sample
 from dpo.training.distributed import device_of, is_main, is_sharded, on_main
 from dpo.training.log import progress
 
@@ -241,8 +241,7 @@ class Ray:
         seed: int,
     ) -> Iterator[tuple[list[int], list[Sample]]]:
         """Rows of prompts with their responses, batch by batch, as they come."""
-        order = longest_first(prompts)
-        batches = [order[first : first + sampling.batch_size] for first in range(0, len(order), sampling.batch_size)]
+        batches = in_batches(prompts, sampling.batch_size)
         asked = {number: [[prompts[row], places[row]] for row in rows] for number, rows in enumerate(batches)}
 
         def named(number: int) -> list[str]:

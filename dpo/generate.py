@@ -28,7 +28,7 @@ from dpo.data.records import Dataset, Text, parse, write_rows
 from dpo.data.tokens import decode, vocabulary
 from dpo.losses.pairs import unbound
 from dpo.policy import model as models
-from dpo.policy.sampling import Sample, inputs, longest_first
+from dpo.policy.sampling import Sample, in_batches, inputs
 from dpo.settings import Generation, check_engine, generation_of, policy_spec
 from dpo.sweep.directory import finish
 from dpo.sweep.inputs import load
@@ -143,8 +143,7 @@ def _sampled(
     would be sampled at once, so as they would be.
     """
     known: dict[int, list[Any]] = distributed.on_main(lambda: answers_in(kept, mend=True))
-    order, size = longest_first(prompts), batch_size if each else AT_ONCE * batch_size
-    chunks = [order[first : first + size] for first in range(0, len(prompts), size)]
+    chunks = in_batches(prompts, batch_size if each else AT_ONCE * batch_size)
     left = [places for places in chunks if not all(place in known for place in places)]
 
     def come() -> Iterator[tuple[list[int], list[Sample]]]:

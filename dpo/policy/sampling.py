@@ -70,11 +70,9 @@ def sample(
     none = torch.ones(model.config.get_text_config().vocab_size, dtype=torch.bool)
     none[vocabulary(tokenizer)] = False
     streams = range(len(prompts)) if places is None else places
-    by_length = longest_first(prompts)
     found: dict[int, Sample] = {}
     with _evaluating(model), progress(total=len(prompts), name=name) as bar:
-        for first in range(0, len(prompts), sampling.batch_size):
-            rows = by_length[first : first + sampling.batch_size]
+        for rows in in_batches(prompts, sampling.batch_size):
             batch = [prompts[row] for row in rows]
             generators = [np.random.default_rng([seed, streams[row]]) for row in rows]
             numbers = np.stack([one.random(sampling.max_new_tokens) for one in generators])
@@ -85,9 +83,10 @@ def sample(
     return [found[row] for row in range(len(prompts))]
 
 
-def longest_first(prompts: Sequence[list[int]]) -> list[int]:
-    """The order in which prompts are sampled from: those of one length beside each other leave little to pad."""
-    return sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+def in_batches(prompts: Sequence[list[int]], size: int) -> list[list[int]]:
+    """Rows of prompts as they are sampled from, so many at once: those of one length together leave little to pad."""
+    longest_first = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    return [longest_first[first : first + size] for first in range(0, len(prompts), size)]
 
 
 def _decode(
