@@ -279,16 +279,19 @@ class _Drawers(Pool):
 
 
 class LlmOptions(TypedDict):
-    """What vLLM is started with, which decides no response but for rounding: `conf/engine/vllm.yaml` says what each
-    means.
-    """
+    """What vLLM is started with, which only rounding tells: `conf/engine/vllm.yaml` says what each means."""
 
-    max_model_len: int
     gpu_memory_utilization: float
     tensor_parallel_size: int
     enforce_eager: bool
     enable_chunked_prefill: bool
     trust_remote_code: bool
+
+
+class EngineOptions(LlmOptions):
+    """The same, of one that draws responses."""
+
+    max_model_len: int
 
 
 class Vllm:
@@ -306,7 +309,7 @@ class Vllm:
     group, otherwise = "engine", "set engine.llm and engine.dtype to what it takes here, or take engine=transformers"
 
     def __init__(
-        self, dtype: Literal["float32", "bfloat16", "float16"], tolerance: float, cache: str, llm: LlmOptions
+        self, dtype: Literal["float32", "bfloat16", "float16"], tolerance: float, cache: str, llm: EngineOptions
     ) -> None:
         if find_spec("vllm") is None:
             raise ValueError(f"{self.group}=vllm needs the package vllm, found none; pip install -e '.[vllm]'")

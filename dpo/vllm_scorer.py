@@ -7,10 +7,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import TypedDict
 
 from dpo.data.batches import Tokens
-from dpo.engines import Vllm, closing
+from dpo.engines import LlmOptions, Vllm, closing
 from dpo.policy import model as models
 from dpo.policy.model import ModelSpec
 from dpo.policy.pool import anywhere, each_kept
@@ -19,28 +18,19 @@ from dpo.policy.scoring import Passes, Scoring
 DTYPES: dict[str, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": "bfloat16"}  # by precision
 
 
-class ScorerOptions(TypedDict):
-    """As `dpo.engines.LlmOptions`; what it must have room for goes by the longest sequence."""
-
-    gpu_memory_utilization: float
-    tensor_parallel_size: int
-    enforce_eager: bool
-    enable_chunked_prefill: bool
-    trust_remote_code: bool
-
-
 class VllmScorer:
     """vLLM, which this run starts with the reference's weights, and ends: it reads each sequence as a prompt.
 
     Within rounding its log-probs are those of the run itself, and kept as those are; no row is given away before a few
-    were compared. batch_size: sequences that it is handed, and kept, at once. cache, llm: as of `dpo.engines.Vllm`.
+    were compared. batch_size: sequences that it is handed, and kept, at once. cache, llm: as of `dpo.engines.Vllm`;
+    what it has room for goes by the longest sequence.
 
     Raises: ValueError if vLLM is not installed, or the options are none that could work.
     """
 
     said, without = "vLLM", "scorer=vllm"  # for messages
 
-    def __init__(self, batch_size: int, cache: str, llm: ScorerOptions) -> None:
+    def __init__(self, batch_size: int, cache: str, llm: LlmOptions) -> None:
         if batch_size < 1:
             raise ValueError(f"scorer.batch_size must be at least 1, got {batch_size}")
         self.batch_size, self.cache, self.llm = batch_size, cache, llm
