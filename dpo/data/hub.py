@@ -37,7 +37,6 @@ def hh(
     it here, such as "harmless-base"; None: all of them. chat: True makes chat messages of the turns, without the space
     about them. on_faulty: see `dpo.data.records.filter_pairs`; dialogues that part before their last turn are no pair.
     """
-
     published = Source("Anthropic/hh-rlhf", "train", folder=subset)
     if without := [some for some in (path, validation_path) if some and placed(some, published).folder != subset]:
         raise ValueError(
@@ -60,7 +59,6 @@ def ultrafeedback(
     path: its rows, or None: the splits train_prefs and test_prefs of `repository` on the hub. on_faulty: see
     `dpo.data.records.filter_pairs`.
     """
-
     files = path, validation_path, validation_fraction, on_faulty
     return _read(_conversations, *files, Source(repository, "train_prefs"), "test_prefs")
 
@@ -78,7 +76,6 @@ def tldr(
     path: the comparisons, or None: the splits train and validation of openai/summarize_from_feedback. on_faulty: see
     `dpo.data.records.filter_pairs`; comparisons of news articles, which the validation split has, too, are no pair.
     """
-
     files = path, validation_path, validation_fraction, on_faulty
     return _read(_comparison, *files, FROM_FEEDBACK, "validation")
 
