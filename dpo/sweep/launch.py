@@ -37,7 +37,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from dpo.cores import cores
-from dpo.sweep import command_line
+from dpo.sweep import command_line, gpus
 from dpo.sweep.command_line import EXPERIMENTS, in_hydras_words, message, no_options
 from dpo.sweep.directory import MOST, reason, status
 from dpo.sweep.execute import IN_USE, THREADS
@@ -53,7 +53,6 @@ from dpo.world import sizes
 OTHERS = ("server", "pool", "llm", "concurrency", "model")  # keys of what has other processes answer
 WORDS = ("world", *sizes.MADE, "initial", "human")  # for a model that is small, or another policy of the run
 AT_ONCE = 8  # runs at most, unless told
-DEVICES = Path("/dev")  # has a file for each GPU, nvidia0 and on
 SMALL = 50e6  # bytes of weights, below which a model is small: the world's largest has 10 million
 
 
@@ -224,22 +223,22 @@ class Local(Sweep):
         self.jobs = jobs
 
     def problems(self, planned: Sequence[Run]) -> list[str]:
-        gpus, found = self._gpus(planned), []
+        here, found = self._gpus(planned), []
         if self.jobs is not None and self.jobs < 1:
             found.append(f"hydra.launcher.jobs must be a whole number above 0, got {self.jobs}")
-        if gpus and (wide := max(run.config["processes"] for run in planned)) > len(gpus):
-            found.append(f"processes must be at most the {len(gpus)} GPUs, got {wide}; or use device=cpu")
-        return found
+        if here and (wide := max(run.config["processes"] for run in planned)) > len(here):
+            return [*found, f"processes must be at most the {len(here)} GPUs, got {wide}; or use device=cpu"]
+        return found + gpus.lacking([run.config for run in planned if status(run.directory) != "finished"])
 
     def start(self, planned: Sequence[Run]) -> int:
-        gpus = self._gpus(planned)
+        here = self._gpus(planned)
         if self.jobs is not None:
-            return Execution(planned, self.jobs, gpus, self.report).run()
-        many = side_by_side(planned, gpus)  # a thread each: another number may change the last bits of who resumes
-        return Execution(planned, max(1, many), gpus, self.report, threads=1 if many else None).run()
+            return Execution(planned, self.jobs, here, self.report).run()
+        many = side_by_side(planned, here)  # a thread each: another number may change the last bits of who resumes
+        return Execution(planned, max(1, many), here, self.report, threads=1 if many else None).run()
 
     def _gpus(self, planned: Sequence[Run]) -> list[str]:
-        return _gpus() if any(run.config["device"] != "cpu" for run in planned) else []
+        return gpus.visible() if any(run.config["device"] != "cpu" for run in planned) else []
 
 
 def side_by_side(planned: Sequence[Run], gpus: Sequence[str]) -> int:
@@ -431,6 +430,8 @@ def _looked_at(composed: Sequence[Composed], refused: Sequence[Refused]) -> int:
             if len(composed) > 1:
                 raise ValueError(f"dpo.data must be given one data set at a time, got {len(composed)}; leave out -m")
             check(values := resolve(composed[0].config))
+            if problems := gpus.lacking([{**values, "processes": 1}]):
+                raise ValueError(problems[0])
             importlib.import_module("dpo.data.__main__").main(OmegaConf.create(values))
         except (OmegaConfBaseException, ValueError) as error:
             refused = [Refused(composed[0].overrides, message(error))]
@@ -472,21 +473,6 @@ def _silent(directory: Path, code: int) -> str:
     with suppress(OSError):  # a full disk cannot
         (directory / "error.json").write_text(json.dumps(error, indent=1))
     return f"{kind}: {text}"
-
-
-def _gpus() -> list[str]:
-    """GPUs that runs may use, asked of nvidia-smi: a process that only plans must not initialise CUDA. A container may
-    have GPUs without it.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [device for device in visible.split(",") if device.strip() not in ("", "-1")]
-    try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout
-        found = [line for line in listed.splitlines() if line.startswith("GPU ")]
-    except OSError:
-        found = [str(file) for file in DEVICES.glob("nvidia[0-9]*")]
-    return [str(index) for index in range(len(found))]
 
 
 def count(n: int) -> str:

@@ -52,6 +52,23 @@ def test_what_is_no_record_stops_it_as_it_stops_training(tmp_path, tiny_model):
     assert not (tmp_path / "report").exists()
 
 
+def test_a_gpu_that_is_asked_for_must_be_here(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (tmp_path / "hh.jsonl").write_text("".join(json.dumps(dialogue(n)) + "\n" for n in range(40)))
+    given = ("data=hh", "data.path=hh.jsonl", f"policy.path={tiny_model('gpt2')}", "device=cuda")
+    done = call(tmp_path, *given)
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (
+        1,
+        "",
+        [
+            "nothing was started:",
+            "",
+            " ".join([f"report={tmp_path / 'report'}", f"cache={tmp_path / 'cache'}", *given]),
+            "  device=cuda must have 1 GPU that torch sees here, found 0; use device=cpu, or another machine",
+        ],
+    )
+
+
 def test_a_mixture_with_a_weight(tmp_path, tiny_model):
     for name in ("a", "b"):
         rows = [{"prompt": f"{name} {n}?", "chosen": f" yes, {n}", "rejected": " no"} for n in range(20)]

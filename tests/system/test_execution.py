@@ -254,7 +254,7 @@ def test_what_runs_side_by_side_unless_told(tmp_path, command, overrides, jobs, 
     todo = [Run(tmp_path / name, config, name) for name in "ab"]
     assert launch.side_by_side(todo, []) == jobs
     assert launch.side_by_side(todo, ["0"]) == 0
-    monkeypatch.setattr(launch, "_gpus", list)
+    monkeypatch.setattr(launch.gpus, "visible", list)
     begun: list[Any] = []
 
     def executed(*given: Any, threads: int | None = None) -> Any:
@@ -334,7 +334,7 @@ def test_runs_of_a_cpu_are_forked(tmp_path, config, gpus, forked):
 
 def test_what_cannot_be_started_here(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0, ,-1,2")
-    assert launch._gpus() == ["0", "2"]
+    assert launch.gpus.visible() == ["0", "2"]
     for processes, device, jobs, problems in (
         (2, "auto", 1, 0),
         (3, "auto", 1, 1),
@@ -348,6 +348,23 @@ def test_what_cannot_be_started_here(tmp_path, monkeypatch):
     assert "at most the 2 GPUs, got 9" in Local(1).problems(several)[0]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert Local(1).problems(several) == []
+
+
+def test_a_gpu_that_is_asked_for_must_be_here(tmp_path, monkeypatch):
+    """Torch counts them, since nvidia-smi knows of none of AMD. What is finished is shown on any machine."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    seen: list[int] = []
+    monkeypatch.setattr(launch.gpus, "ask", lambda *_: seen[0])
+    for there, wide, refused in ((0, 1, True), (1, 1, False), (1, 2, True), (2, 2, False)):
+        seen[:] = [there]
+        mixed = planned(tmp_path, "a") + planned(tmp_path, "b", device="cuda", processes=wide)
+        problems = Local(1).problems(mixed)
+        assert len(problems) == refused, (there, wide)
+    seen[:] = [0]
+    [alone] = Local(1).problems(planned(tmp_path, "a", device="cuda"))
+    assert alone.startswith("device=cuda must have 1 GPU that torch sees here, found 0; use device=cpu")
+    monkeypatch.setattr(launch, "status", lambda _: "finished")
+    assert Local(1).problems(planned(tmp_path, "a", device="cuda")) == []
 
 
 def test_the_exit_code_is_that_of_what_was_started(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import pytest
 
 from dpo import cores as counting
 from dpo.cores import cores
-from dpo.sweep import launch
+from dpo.sweep import gpus
 
 V1 = "4:memory:/a\n2:cpu,cpuacct:/docker/x\n1:cpuset:/\n0::/\n"
 
@@ -66,13 +66,13 @@ def test_gpus_are_found_without_their_tool(tmp_path, monkeypatch):
     """As in containers that may compute and no more. Else small runs would all go to the first one."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(launch, "DEVICES", tmp_path / "dev")
-    assert launch._gpus() == []
+    monkeypatch.setattr(gpus, "DEVICES", tmp_path / "dev")
+    assert gpus.visible() == []
     (tmp_path / "dev").mkdir()
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "nvidia-modeset"):
         (tmp_path / "dev" / name).touch()
-    assert launch._gpus() == ["0", "1"]
+    assert gpus.visible() == ["0", "1"]
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: a)'\necho '  MIG 1g.10gb Device 0: (UUID: b)'\n")
     program.chmod(0o755)
-    assert launch._gpus() == ["0"]
+    assert gpus.visible() == ["0"]
