@@ -207,8 +207,8 @@ def check_template(template: str | None) -> None:
     """Raise a ValueError if what is to be a chat template writes nothing, as the path of one would."""
     if template is not None and not re.search(r"\{[{%]", template):
         raise ValueError(
-            f"policy.chat_template must be the text of a template in Jinja, with {{{{ or {{%, found {template[:60]!r}; "
-            "if that is a path, give the text of the file, or copy it to chat_template.jinja of the model's folder"
+            "policy.chat_template must be a file NAME.jinja, or the text of a template in Jinja, with {{ or {%, found "
+            f"{template[:60]!r}; if that is a path, give that of a file that is here, and ends in .jinja"
         )
 
 

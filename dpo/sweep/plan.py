@@ -173,7 +173,7 @@ def rehearse(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def resolve(config: DictConfig) -> dict[str, Any]:
-    """A composed config as plain values.
+    """A composed config as plain values, with the text of a chat template in place of its file.
 
     Raises: ValueError if a key without a default is not given.
     """
@@ -186,6 +186,9 @@ def resolve(config: DictConfig) -> dict[str, Any]:
         group, knob = home.split(".")
         if key in values and isinstance(values.get(group), dict) and knob in values[group]:
             values[group][knob] = values[key]
+    policy = values["policy"] if isinstance(values.get("policy"), dict) else {}
+    if (file := Path(str(policy.get("chat_template")))).suffix == ".jinja" and file.is_file():
+        policy["chat_template"] = file.read_text()
     return values
 
 

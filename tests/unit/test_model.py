@@ -310,7 +310,7 @@ def test_tokenizer_without_eos_is_refused(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("given", ["/nope.jinja", "", "chat"])
 def test_a_path_is_no_chat_template(tiny_model, given):
-    with pytest.raises(ValueError, match=f"policy.chat_template must be the text of a .* found '{given}'; if that is"):
+    with pytest.raises(ValueError, match=f"policy.chat_template must be a file .* found '{given}'; if that is"):
         models.load_tokenizer(models.ModelSpec(tiny_model("llama"), chat_template=given))
     models.load_tokenizer(models.ModelSpec(tiny_model("llama"), chat_template="{% if true %}chat{% endif %}"))
 

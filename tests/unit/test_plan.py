@@ -153,6 +153,18 @@ def test_what_is_refused_and_why(base, found):
 HINT = "; the limit of no constraint is a small beta such as 1e-4"
 
 
+def test_a_chat_template_is_its_text_whatever_its_file(base, found, tmp_path):
+    """So a run needs no other file, and is the same after the file was moved; another text is another run."""
+    for name, text in (("a", "{{ messages }}"), ("b", "{{ messages }}"), ("c", "{{ messages }}.")):
+        (tmp_path / f"{name}.jinja").write_text(text)
+    options = [f"policy.chat_template={tmp_path}/{name}.jinja" for name in "abc"]
+    runs, refused = plan([given(base, option) for option in (*options, "policy.chat_template='{{ messages }}'")])
+    assert not refused
+    assert [run.config["policy"]["chat_template"] for run in runs] == ["{{ messages }}", "{{ messages }}."]
+    [run], _ = plan([given(base, "policy.chat_template=none.jinja")])
+    assert run.config["policy"]["chat_template"] == "none.jinja"  # which the rehearsal refuses
+
+
 def test_names_by_what_is_swept(base, found):
     one = ("steps=9", "policy.path=m")
     planned, _ = plan([given(base, f"beta={beta}", *one, swept=("beta",)) for beta in (0.1, 0.2, 0.1)])

@@ -153,7 +153,7 @@ def test_a_chat_template_is_rendered_when_planned(base, tiny_model, tmp_path, mo
     monkeypatch.setattr(rehearse, "ask_hub", lambda path: None)
     on_hub = with_(with_(base, "policy.path", "me/policy"), "policy.chat_template", "/nope.jinja")
     [problem] = Rehearsal().of(on_hub)["problems"]
-    assert problem.startswith("policy.chat_template must be the text of a template")
+    assert problem.startswith("policy.chat_template must be a file NAME.jinja, or the text of a template")
 
 
 def test_a_folder_is_tried_once_however_many_runs_it_has(base, monkeypatch):
