@@ -29,6 +29,35 @@ OTHERWISE = {
     "attn_implementation": "attention is that of the shared prefix, see docs/models.md",
     "revision": "it stands after a name on the hub: {}.path=name@revision",
     "prompts": "prompts of yours are data=prompts data.path=FILE, or with python -m dpo.show of=FILE",
+    "gradient_accumulation_steps": "batch_size is that of a step, and micro_batch_tokens what is in memory at once",
+}
+OF_TRL = {  # keys of TRL's DPOConfig and ModelConfig -> keys that say the same here
+    "model_name_or_path": "policy.path",
+    "ref_model": "reference",
+    "sync_ref_model": "reference",
+    "reference_free": "reference",
+    "loss_type": "loss",
+    "dataset_name": "data",
+    "per_device_train_batch_size": "batch_size",
+    "learning_rate": "lr",
+    "lr_scheduler_type": "schedule",
+    "warmup_ratio": "warmup_steps",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "optim": "optimizer",
+    "bf16": "precision",
+    "gradient_checkpointing": "activation_checkpointing",
+    "truncation_mode": "on_too_long",
+    "eval_steps": "evaluate_every",
+    "save_steps": "checkpoint_every",
+    "save_total_limit": "checkpoints_kept",
+    "output_dir": "runs",
+    "run_name": "name",
+    "report_to": "wandb.mode",
+    "lora_r": "policy.lora.rank",
+    "lora_alpha": "policy.lora.alpha",
+    "lora_target_modules": "policy.lora.targets",
+    "load_in_4bit": "policy.lora.quantize",
 }
 
 # Group -> where our functions for it live, and its forms: the arguments that a function is given when it is called, not
@@ -190,6 +219,9 @@ def no_key(key: str, known: Collection[str], keys: Collection[str] = ()) -> str:
     before, dot, last = key.rpartition(".")
     if where := OTHERWISE.get(last):
         return f"{key} is not a key of this command; {where.format(before or 'policy')}"
+    ours = OF_TRL.get(last)
+    if ours and (same := [one for one in (f"{before}{dot}{ours}", ours, f"sft.{ours}") if one in (*known, *keys)]):
+        return f"{key} is not a key of this command; here it is {same[0]}"
     near = [last.replace("/", ".")] if "/" in last else get_close_matches(last.lower(), known, 1, 0.65)
     meant = [f"{before}{dot}{near[0]}"] if near else [one for one in keys if one.endswith(f".{last}") and one != key]
     if dot and known and not meant:

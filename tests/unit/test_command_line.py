@@ -16,6 +16,7 @@ from dpo.push import main as push
 from dpo.sweep import command_line, launch
 from dpo.sweep.command_line import EXPERIMENTS, GROUPS, in_hydras_words, message, no_options
 from dpo.sweep.identity import flatten
+from dpo.sweep.signature import OF_TRL, OTHERWISE
 
 OF_HYDRA = re.compile(r"Traceback|HYDRA_FULL_ERROR|full_key|mismatched|recognition|viable|hydra\.cc|NoneType|append to")
 
@@ -59,6 +60,12 @@ def typed(monkeypatch, capsys, verb: str, *arguments: str) -> str:
         ("train policy.attn_implementation=sdpa", "this command; attention is that of the shared prefix, see docs/m"),
         ("sft policy.revision=v1", "it stands after a name on the hub: policy.path=name@revision"),
         ("generate prompts=p.jsonl", "are data=prompts data.path=FILE, or with python -m dpo.show of=FILE"),
+        ("train max_steps=9", "max_steps is not a key of this command; here it is steps"),
+        ("train sft.max_steps=9", "sft.max_steps is not a key of this command; here it is sft.steps"),
+        ("sft learning_rate=1", "learning_rate is not a key of this command; here it is sft.lr"),
+        ("train ref_model=x", "ref_model is not a key of this command; here it is reference"),
+        ("train loss.learning_rate=1", "here it is lr"),
+        ("train gradient_accumulation_steps=4", "batch_size is that of a step, and micro_batch_tokens what is in memo"),
         ("train launcher=slurm", "launcher is not a key of this command; --help lists the keys"),
         ("train hydra.launcher.jbs=2", "did you mean hydra.launcher.jobs?"),
         ("sft beta=0.1", "beta is not a key of this command"),
@@ -169,6 +176,13 @@ def test_a_key_that_is_misspelt_is_told_the_near_one(verb):
             with pytest.raises(OmegaConfBaseException) as error:
                 OmegaConf.update(config, key[:-1], 1)
             assert f"{key[:-1]} is not a key of this command; did you mean " in message(error.value), key
+
+
+def test_names_of_other_programs_lead_to_keys_that_are_there():
+    config: Any = OmegaConf.to_container(compose("train"))
+    keys = {*config, *flatten(config)}
+    assert {*OF_TRL.values()} <= keys
+    assert not {*OF_TRL, *OTHERWISE} & keys
 
 
 @pytest.mark.parametrize("verb", sorted(SWEEPS))
