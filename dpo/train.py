@@ -34,6 +34,7 @@ from dpo.losses.pairs import READ, asked_by, frozen, metrics, sees_whole_step, u
 from dpo.policy import lora
 from dpo.policy import model as models
 from dpo.policy.best import BestCheckpoint
+from dpo.policy.live import MovingAverage
 from dpo.policy.logps import (
     by_sequence,
     differing,
@@ -126,6 +127,11 @@ def run(config: DictConfig, directory: Path) -> None:
     )
     optim.register_step_post_hook(lambda *_: reference.after_step(policy))
     steps = config.epochs * len(train) if config.steps is None else config.steps
+    if isinstance(reference, MovingAverage) and 0 < steps <= reference.every:
+        logger.warning(
+            f"reference.every={reference.every} must be below the {steps} steps of this run for the reference to move "
+            "before the last; it stays the initial policy"
+        )
 
     on_held_out: dict[int, dict[str, float]] = {}  # after the step that was validated last
 

@@ -122,6 +122,14 @@ def test_a_reference_that_never_moves_is_the_cached_one(tmp_path, tiny_model):
     assert losses(moved) == pytest.approx([math.log(2)] * 3, abs=1e-5)  # a copy of the policy at every step
 
 
+@pytest.mark.parametrize("every,told", [(2, False), (3, True)])
+def test_a_reference_that_has_no_time_to_move_is_told(tmp_path, tiny_model, capfd, every, told):
+    """In a sweep over references it has the numbers of `initial`: after the last step it moves for nobody."""
+    given = own(tmp_path, tiny_model("llama"))
+    run(tmp_path / "run", *given, "steps=3", "reference=ema", f"reference.every={every}")
+    assert ("reference.every=3 must be below the 3 steps of this run" in capfd.readouterr().out) is told
+
+
 def test_a_reference_beside_the_policy_is_where_training_starts(tmp_path, tiny_model):
     """And not the base that SFT made that of."""
     given = [one for one in own(tmp_path, tiny_model("llama")) if not one.startswith("policy.path")]
