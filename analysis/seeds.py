@@ -67,6 +67,11 @@ class Interval:
         """The wider of its sides."""
         return max(self.mean - self.low, self.high - self.mean)
 
+    @property
+    def alike(self) -> bool:
+        """Whether both of two seeds have one value, as shares of few prompts may: nothing is known of the spread."""
+        return self.seeds == 2 and self.half < 1e-9
+
     def __neg__(self) -> "Interval":
         return Interval(-self.mean, -self.high, -self.low, self.seeds, self.looks)
 
@@ -181,8 +186,11 @@ def paired(one: pd.DataFrame, other: pd.DataFrame, value: str = "score", looks: 
 
 def verdict(found: Interval, bound: float = 0.0, margin: float = 0.0) -> str:
     """On the claim that the mean is above `bound`. equivalent: the whole interval is within `margin` of it, which is
-    stricter than two one-sided tests of 5 %; that zero is inside an interval says no such thing.
+    stricter than two one-sided tests of 5 %; that zero is inside an interval says no such thing. Two seeds with
+    one value, other than the bound, decide nothing.
     """
+    if found.alike and abs(found.mean - bound) > 1e-9:
+        return UNDECIDED
     if found.low > bound:
         return "supports"
     if found.high < bound:
@@ -215,6 +223,8 @@ def to_decide(parts: Sequence[tuple[Interval, float]], decided: str, margin: flo
     measured = [(found, bound) for found, bound in parts if isfinite(found.half)]
     if decided != UNDECIDED or len(measured) < len(parts):
         return ""
+    if any(found.alike for found, _ in measured):
+        return " (both seeds are alike: nothing is known of the spread)"
     needed = [seeds_to_decide(found, bound, margin) for found, bound in measured]
     known = [one for one in needed if one is not None]
     return f" (about {max(known)} seeds decide)" if len(known) == len(needed) else f" (above {MOST_SEEDS} seeds decide)"

@@ -118,6 +118,18 @@ def test_verdicts(mean, half, said):
         assert verdict(symmetric(mean, half)) == "undecided"  # without a margin
 
 
+@pytest.mark.parametrize(
+    "mean,seeds,said", [(0.1, 2, "undecided"), (0.04, 2, "undecided"), (0.0, 2, "equivalent"), (0.1, 3, "supports")]
+)
+def test_two_seeds_of_one_value_decide_nothing(mean, seeds, said):
+    """Shares of forty prompts often have the same difference twice, as chance wants it; the same numbers have none."""
+    found = interval(pd.Series([0.3 + mean - 0.3] * seeds))
+    assert verdict(found, 0.0, 0.05) == said
+    assert verdict(-found, 0.0, 0.05) == {"supports": "refutes"}.get(said, said)
+    told = holds("a claim", "what", found, margin=0.05).measured
+    assert ("both seeds are alike" in told) is (said == "undecided")
+
+
 @pytest.mark.parametrize("mean,near", [(0.06, 0.05), (0.0, 0.05), (0.03, 0.0)])
 def test_the_seeds_that_decide(mean, near):
     """With so many of the same mean and spread there is a verdict, with one fewer there is none."""
