@@ -1,5 +1,7 @@
 """Claims and tables of the study of flipped labels, on hand-made runs whose truth is known."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,6 +12,8 @@ from sweeps import curves, numbers, runs_of, student, values
 from analysis import label_noise, pair_gaps
 from analysis.label_noise import CLEAN, FLIP, PRIME
 from dpo import losses
+from dpo.data.batches import Pair
+from dpo.data.records import Measures, Preference
 
 NO_WEIGHTS = pd.DataFrame(columns=["run", "beta", "seed", "loss", FLIP, PRIME, "untrained", "flipped", "relative"])
 SETTINGS = [FLIP, PRIME]
@@ -178,3 +182,45 @@ def test_weights_are_gradients():
     assert pair_gaps.weights(dpo, pair).numpy() == pytest.approx(slopes / slopes.sum(), rel=1e-5)
     robustly = slopes * softmax(np.log(expit(0.3 * margins)) / 0.5)
     assert pair_gaps.weights(robust, pair).numpy() == pytest.approx(robustly / robustly.sum(), rel=1e-4)
+
+
+def test_gaps_are_those_of_the_table_of_each_policy(tmp_path, monkeypatch):
+    """By hand: two pairs whose responses have other lengths, which length-normalized DPO reads. The second is ranked
+    rightly by its mean log-ratios alone.
+    """
+    (tmp_path / "config.yaml").write_text(
+        "beta: 2.0\nloss: {_target_: dpo.losses.length_normalized, _partial_: true, beta: 2.0}\n"
+    )
+    before, after = np.array([[-7.0, -6.0], [-2.0, -9.0]]), np.array([[-3.0, -8.0], [-1.8, -8.6]])
+    lengths = np.array([[2, 5], [1, 4]])
+    asked = []
+
+    def scored_by(logps):
+        def prepare(start, policy, pairs, settings):
+            asked.append(list(pairs))
+            table = {"validation": torch.tensor(logps, dtype=torch.float32)}
+            return SimpleNamespace(table=table, lengths={"validation": torch.tensor(lengths)})
+
+        return SimpleNamespace(prepare=prepare)
+
+    measures = [Measures(kind="length", flipped=True), None]
+    pairs = [Pair([1], [2], [3], text=Preference("a", "b", "c", measures=one)) for one in measures]
+    given = "start", "policy", {"train": pairs[:1], "validation": pairs}
+    monkeypatch.setattr(pair_gaps, "load", lambda config: "data")
+    monkeypatch.setattr(pair_gaps, "judge_of", lambda config: "judge")
+    monkeypatch.setattr(pair_gaps, "policy_spec", lambda config, start: start)
+    monkeypatch.setattr(pair_gaps, "scoring_of", lambda config: None)
+    monkeypatch.setattr(pair_gaps.score, "encode", lambda config, data: ("tokenizer", "pairs"))
+    monkeypatch.setattr(pair_gaps.score, "prepare", lambda *_: given)
+    monkeypatch.setattr(pair_gaps, "Initial", lambda: scored_by(before))
+    monkeypatch.setattr(pair_gaps, "Frozen", lambda path: scored_by(after) if path.endswith("/policy") else None)
+    found = pair_gaps.gaps(tmp_path, "validation")
+    assert asked == [["validation"]] * 2
+    ratios = after - before
+    assert found["gap"].tolist() == pytest.approx((2 * (ratios[:, 0] - ratios[:, 1])).tolist(), rel=1e-5)
+    means = ratios / lengths
+    slopes = expit(-2 * (means[:, 0] - means[:, 1])) / lengths[:, 0]
+    assert found["weight"].tolist() == pytest.approx((slopes / slopes.sum()).tolist(), rel=1e-5)
+    assert found["reward"].tolist() == [1.0, 1.0]
+    assert (found["before"].tolist(), found["policy"].tolist()) == ([0.0, 1.0], [1.0, 1.0])
+    assert (found["kind"].fillna("").tolist(), found["flipped"].tolist()) == (["length", ""], [True, False])

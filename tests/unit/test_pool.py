@@ -19,8 +19,9 @@ from dpo.data.batches import Pair, collate_pairs
 from dpo.policy import model as models
 from dpo.policy import pool as pools
 from dpo.policy import scoring
+from dpo.policy.logps import sequence_logps
 from dpo.policy.pool import Begun, Pool
-from dpo.policy.scoring import Scoring
+from dpo.policy.scoring import Scoring, contents_of
 from dpo.references import EMA, Frozen, Initial, Live, PrecomputedFiles, ReferenceFree, Unconditional, scored_ahead
 from dpo.settings import evaluation_of, identity_of
 from dpo.sweep.identity import identity
@@ -258,6 +259,8 @@ def test_what_is_read_first_is_scored_first(tmp_path):
     first, second, third = np.random.default_rng((0, 0)).permutation(3).tolist()
     assert found[:8] == list(range(8))
     assert order == [first, first + 3, 6, 8, 7, 9, second, second + 3, third, third + 3]
+    seeded = np.random.default_rng((3, 0)).permutation(12).tolist()
+    assert read_first({"train": 12}, replace(asked, seed=3))[8::2] == seeded
     assert read_first({"train": 3, "validation": 2}, replace(asked, batch_size=2))[8:12] == [
         first,
         first + 3,
@@ -290,6 +293,48 @@ def test_scores_of_a_pool_are_those_of_the_run(tmp_path, tiny_model, llama, pack
     assert {file.name for file in (tmp_path / "b" / one).iterdir()} == {file.name for file in here.folder.iterdir()}
     again = start(tmp_path / "b", tiny_model, Here(None), llama, packed=packed)
     assert "from the cache" in again.held
+
+
+def test_each_split_has_its_own_scores(tmp_path, tiny_model, llama):
+    """Of a model that KL can be measured to; the pool hears whose each sequence is, and not to pack for a model that
+    cannot be packed.
+    """
+    other = Frozen(other_model(tmp_path, tiny_model))
+    splits = {"train": PAIRS, "validation": PAIRS[4:7]}
+    here = other.prepare(tiny_model("llama"), llama, splits, settings(tmp_path / "a", per_token=True))
+    pool, told = Here(models.load(other.path)[0]), []
+    passes, pool.passes = pool.passes, lambda *given: told.append(given) or passes(*given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpo.tables.packable", lambda *_: False)
+        asked = replace(settings(tmp_path / "b", per_token=True), pool=pool, batch_size=1)
+        beside = other.start(tiny_model("llama"), llama, splits, asked)
+    for split, rows in (("validation", [2, 0]), ("train", [5, 1])):
+        for given in (beside, here, beside.finish()):
+            live = sequence_logps(pool.model, batch([4 + row if split == "validation" else row for row in rows]))[0]
+            asked_of = batch(rows)
+            assert torch.allclose(given.logps(asked_of, split), live, atol=1e-4)
+            lengths = [
+                len(side)
+                for name in ("chosen_ids", "rejected_ids")
+                for side in (getattr(splits[split][row], name) for row in rows)
+            ]
+            tokens = given.token_logps(asked_of, split).split(lengths)
+            assert torch.allclose(torch.stack([some.sum() for some in tokens]), live, atol=1e-4)
+    assert (beside.kl_target, beside.finish().kl_target, beside.finish().is_initial) == (other.path, other.path, False)
+    [(_, _, packed, _, _, _, sources, _)] = told
+    assert packed is False
+    [content] = contents_of([PAIRS[8].rejected])
+    assert sources[content] == "train row 8, counted from 0 (rejected)"
+
+
+@pytest.mark.parametrize("precision,advice", [("fp32", False), ("bf16", True)])
+def test_who_is_told_of_other_log_probs_hears_what_may_help(tmp_path, tiny_model, llama, precision, advice):
+    other, _ = models.load(tiny_model("llama"))
+    with torch.no_grad():
+        other.lm_head.weight *= 30  # more than bfloat16 rounds
+    with pytest.raises(RuntimeError, match="leave out scorer=ray") as error:
+        start(tmp_path, tiny_model, Here(other), llama, precision=precision).finish()
+    assert ("or set precision=fp32" in str(error.value)) is advice
 
 
 def test_who_asks_waits_and_is_counted(tmp_path, tiny_model, llama):
