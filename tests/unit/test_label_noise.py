@@ -197,7 +197,7 @@ def test_gaps_are_those_of_the_table_of_each_policy(tmp_path, monkeypatch):
 
     def scored_by(logps):
         def prepare(start, policy, pairs, settings):
-            asked.append(list(pairs))
+            asked.append({split: len(items) for split, items in pairs.items()})
             table = {"validation": torch.tensor(logps, dtype=torch.float32)}
             return SimpleNamespace(table=table, lengths={"validation": torch.tensor(lengths)})
 
@@ -215,7 +215,7 @@ def test_gaps_are_those_of_the_table_of_each_policy(tmp_path, monkeypatch):
     monkeypatch.setattr(pair_gaps, "Initial", lambda: scored_by(before))
     monkeypatch.setattr(pair_gaps, "Frozen", lambda path: scored_by(after) if path.endswith("/policy") else None)
     found = pair_gaps.gaps(tmp_path, "validation")
-    assert asked == [["validation"]] * 2
+    assert asked == [{"validation": 2}] * 2
     ratios = after - before
     assert found["gap"].tolist() == pytest.approx((2 * (ratios[:, 0] - ratios[:, 1])).tolist(), rel=1e-5)
     means = ratios / lengths
