@@ -359,7 +359,9 @@ def test_sampled_pairs_are_found_by_their_tokens(tmp_path, tiny_model, llama, ca
         "", llama, {"train": pairs[:1]}, settings(tmp_path)
     )
     assert reference.table["train"].tolist() == [[-1.0, -5.0]]  # of a reference that reads text
-    for known in (tmp_path / "text.jsonl", None):
+    both = [row(replace(text, token_ids=None)) | scores[0] for text in texts]
+    write_rows(tmp_path / "texts.jsonl", both)  # of the second pair, too, whose text does not say its tokens
+    for known in (tmp_path / "text.jsonl", tmp_path / "texts.jsonl", None):
         with pytest.raises(ValueError, match=r"found none for 1 of 2|broken characters within:\n  row 1"):
             (
                 PrecomputedFiles(str(known)) if known else OtherTokenizer(tiny_model("gpt2"), None, by_text=False)
