@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, Literal
 
 from dpo.data.records import Dataset, OnFaulty, Preference, paired, responses_of
-from dpo.data.sources import Source, elsewhere, held_out_of, placed, require
+from dpo.data.sources import Columns, Source, elsewhere, held_out_of, placed, require
 
 Turns = Literal["last", "all"]
 ULTRACHAT = Source("HuggingFaceH4/ultrachat_200k", "train_sft")
@@ -20,7 +20,8 @@ def sft(
     config: str | None = None,
     split: str | None = None,
     validation_split: str | None = None,
-    columns: dict[str, str] | None = None,
+    columns: Columns | None = None,
+    chat: bool = False,
 ) -> Dataset:
     """Demonstrations in TRL's forms: rows of a `prompt` and a `completion`, text or chat messages, or of `messages`, a
     conversation.
@@ -28,7 +29,7 @@ def sft(
     turns: of a conversation, the assistant's turns that are imitated, each a demonstration of its own with what came
     before it. Other arguments: those of `dpo.data.records.file`; held-out prompts are those of evaluation.
     """
-    source = Source(path, split, config, columns=columns)
+    source = Source(path, split, config, columns=columns, chat=chat)
     held_out = elsewhere(source, validation_path, validation_split)
     return _shown(turns, source, held_out, validation_fraction, on_faulty)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from dpo.data.records import Dataset, OnFaulty, Preference, conversations, paired, preference, responses_of
-from dpo.data.sources import Source, elsewhere, has_splits, held_out_of, placed, require
+from dpo.data.sources import Columns, Source, elsewhere, has_splits, held_out_of, placed, require
 from dpo.data.texts import HUMAN, TURN
 
 CONVERTED = "refs/convert/parquet"  # the hub's own copy of a data set that is published as a script, a folder each
@@ -172,16 +172,17 @@ def unpaired(
     config: str | None = None,
     split: str | None = None,
     validation_split: str | None = None,
-    columns: dict[str, str] | None = None,
+    columns: Columns | None = None,
+    chat: bool = False,
 ) -> Dataset:
     """Single responses with a label, desirable or not, as TRL's unpaired preferences; demonstrations are the former.
 
     path: None: `repository` on the hub. A row has a `prompt` and a `completion`, text or chat messages, and a `label`,
     true or false, 1 or 0; `completion_ended` may be false. split, validation_split: None, both of them: the splits
-    train and test, where there are splits; with `split` alone a share of that is held out. config, columns, on_faulty:
-    those of `dpo.data.records.file`.
+    train and test, where there are splits; with `split` alone a share of that is held out. Others: those of
+    `dpo.data.records.file`.
     """
-    source = Source(path or repository, split, config, columns=columns)
+    source = Source(path or repository, split, config, columns=columns, chat=chat)
     published = validation_path is not None or split is None  # a split of its own
     if validation_split is None and published and has_splits(validation_path or source.path):
         validation_split = "test"

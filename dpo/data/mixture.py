@@ -9,7 +9,7 @@ from dpo.cache import digest
 from dpo.data.records import Dataset, Demonstration, OnFaulty, Preference, distinct, file, split_pairs
 
 Item = TypeVar("Item", Preference, Demonstration)
-OPTIONS = ("path", "validation_path", "config", "split", "validation_split", "columns", "prompt")  # of `file`
+OPTIONS = ("path", "validation_path", "config", "split", "validation_split", "columns", "prompt", "chat")  # of `file`
 
 
 def mixture(sources: list[Any], validation_fraction: float, on_faulty: OnFaulty) -> Dataset:

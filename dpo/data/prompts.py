@@ -4,7 +4,7 @@ from typing import Any
 
 from dpo.cache import digest
 from dpo.data.records import Dataset, OnFaulty, Text, distinct, responses_of
-from dpo.data.sources import Source, placed, read, require
+from dpo.data.sources import Columns, Source, placed, read, require
 
 ALPACA_EVAL = Source("tatsu-lab/alpaca_eval@refs/convert/parquet", "test", folder="alpaca_eval")  # its split eval
 CNN_DAILYMAIL = Source("abisee/cnn_dailymail", folder="3.0.0")
@@ -19,16 +19,18 @@ def prompts(
     on_faulty: OnFaulty,
     config: str | None = None,
     split: str | None = None,
-    columns: dict[str, str] | None = None,
+    columns: Columns | None = None,
+    chat: bool = False,
 ) -> Dataset:
     """Those of a `dpo.data.sources.Source`, of pairs or of anything else with a `prompt` (text, or chat messages).
 
     They are taken in the order of their hashes: first `test`, then `validation`, then parts of `train`, of
     which this is number `part`, from 0; None: one part of all that are left. No prompt is in two of them.
 
+    columns, chat: those of `dpo.data.records.file`.
     Raises: ValueError if there are too few.
     """
-    source = Source(path, split, config, columns=columns)
+    source = Source(path, split, config, columns=columns, chat=chat)
     found, revisions = read(source, _prompt)
     splits = _parted(path, [one for _, one in found], train, part, validation, test)
     return Dataset([], {}, splits, on_faulty, revisions=revisions)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from dpo.cache import digest
 from dpo.data.records import Dataset, OnFaulty, Preference, paired, preference
-from dpo.data.sources import Source, elsewhere, placed, require
+from dpo.data.sources import Columns, Source, elsewhere, placed, require
 from dpo.data.texts import HUMAN, TURN
 
 Pairs = Literal["best_worst", "best_random", "all"]
@@ -25,16 +25,18 @@ def ranked(
     config: str | None = None,
     split: str | None = None,
     validation_split: str | None = None,
-    columns: dict[str, str] | None = None,
+    columns: Columns | None = None,
+    chat: bool = False,
 ) -> Dataset:
-    """Rows of a `prompt`, a list of `responses` and their `scores`, the higher the better; all text or chat messages.
+    """Rows of a `prompt` and a list of `responses`, all text or chat messages, and of their `scores`, the higher the
+    better, or `ranks`, the lower the better.
 
     pairs: which of a row: the best and the worst response; the best and one that is drawn among the worse ones, by a
     hash of the row, as UltraFeedback was binarized (2310.16944); or all of unequal score. columns: as in
-    `dpo.data.sources.renamed`, so that {"responses": "answers.text"} reads the text of each of the answers. Other
-    arguments: those of `dpo.data.records.file`.
+    `dpo.data.sources.renamed`, so that {"responses": "answers.text"} reads the text of each of the answers, and
+    {"responses": ["a", "b"]} two columns. Other arguments: those of `dpo.data.records.file`.
     """
-    source = Source(path, split, config, columns=columns)
+    source = Source(path, split, config, columns=columns, chat=chat)
     held_out = elsewhere(source, validation_path, validation_split)
     return paired(partial(_paired, pairs=pairs), source, held_out, validation_fraction, on_faulty)
 
@@ -77,17 +79,19 @@ def stack_exchange(
 
 def _paired(row: dict[str, Any], pairs: Pairs) -> list[Preference] | str:
     """The pairs of a row, or why there is none."""
-    require(row, ("prompt", "responses", "scores"))
-    responses, scores = row["responses"], row["scores"]
+    by = "ranks" if "ranks" in row and "scores" not in row else "scores"
+    require(row, ("prompt", "responses", by))
+    responses, scores = row["responses"], row[by]
     if not isinstance(responses, list) or not isinstance(scores, list) or len(responses) != len(scores):
-        raise ValueError("must have a list of responses, and one of as many scores")
+        raise ValueError(f"must have a list of responses, and one of as many {by}")
     if odd := [score for score in scores if type(score) not in (int, float) or not math.isfinite(score)]:
-        raise ValueError(f"must have scores that are finite numbers, found {odd[0]!r}")
+        raise ValueError(f"must have {by} that are finite numbers, found {odd[0]!r}")
+    scores = [-rank for rank in scores] if by == "ranks" else scores
     if len(responses) < 2:
         return "there are fewer than two responses"
     if len(set(scores)) == 1:
         return "no response is better than another"
-    rest = {name: value for name, value in row.items() if name not in ("responses", "scores")}
+    rest = {name: value for name, value in row.items() if name not in ("responses", by)}
     return [
         preference(rest | {"chosen": responses[better], "rejected": responses[worse]})
         for better, worse in _choices(responses, scores, pairs)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from dpo.cache import digest_large
 from dpo.data.lazy import mapped
-from dpo.data.sources import SHOWN, Source, elsewhere, listed, parse, require, write_rows
+from dpo.data.sources import SHOWN, Columns, Source, elsewhere, listed, parse, require, write_rows
 from dpo.data.sources import read as read_rows
 from dpo.data.texts import TURN, Text, checked, distinct, drawn, key, opening, words_of
 
@@ -162,8 +162,9 @@ def file(
     config: str | None = None,
     split: str | None = None,
     validation_split: str | None = None,
-    columns: dict[str, str] | None = None,
+    columns: Columns | None = None,
     prompt: Literal["implicit"] | None = None,
+    chat: bool = False,
 ) -> Dataset:
     """Preferences of a file, folder or data set on the hub (`dpo.data.sources.Source`), in rows such as `read` reads;
     demonstrations are the chosen responses.
@@ -171,10 +172,14 @@ def file(
     validation_path: where the held-out pairs are; None: in `validation_split` of `path`, or, without one, about
     `validation_fraction` of the prompts, by a hash of what each begins with (`dpo.data.texts.opening`), so that no
     conversation is on both sides and the split stays when the file grows. columns: see `dpo.data.sources.renamed`.
-    prompt: "implicit": rows have none, and it is what chosen and rejected begin with, to the last whole word.
-    on_faulty: see `filter_pairs`.
+    prompt: "implicit": rows have none, and it is what chosen and rejected begin with, to the last whole word. chat:
+    whether plain text becomes chat messages (`dpo.data.texts.as_chat`). on_faulty: see `filter_pairs`.
     """
-    source = Source(path, split, config, columns=columns)
+    if chat and prompt is not None:
+        raise ValueError(
+            f"data.chat=true makes a user's turn of the column prompt, found data.prompt={prompt}; drop one"
+        )
+    source = Source(path, split, config, columns=columns, chat=chat)
     held_out = elsewhere(source, validation_path, validation_split)
     return paired(preference if prompt is None else implicit, source, held_out, validation_fraction, on_faulty)
 
@@ -356,7 +361,7 @@ def responses_of(row: dict[str, Any], names: Sequence[str]) -> tuple[Text, list[
     if unread := [name for name in READ if row.get(name)]:
         raise ValueError(
             f"must say all that the policy reads in prompt, found {' and '.join(unread)}, too; write it into the "
-            "prompt, as a message of the system for example, or remove it"
+            "prompt, as a message of the system for example (data.chat=true does with system), or remove it"
         )
     prompt, *responses = (checked(row[name], name) for name in ("prompt", *names))
     if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":

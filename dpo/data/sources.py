@@ -17,14 +17,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from dpo.data.texts import RESPONSES, as_chat, kind, same_names
+
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
+Columns = dict[str, str | list[str]]
 Made = TypeVar("Made")
 
 LINES = (".jsonl", ".jsonl.gz")
 KINDS = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}  # ending -> builder of `datasets`
 ON_HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>\S+))?")  # owner/name, owner/name@revision
-TEXTS = ("prompt", "chosen", "rejected", "completion")  # columns of text, even where a CSV file has numbers in them
+TEXTS = ("prompt", *RESPONSES, "responses")  # columns of text, even where a CSV file has numbers in them
 SHOWN = 5  # offending records that an error message lists
 
 
@@ -35,14 +38,16 @@ class Source:
     path: a file (.jsonl, .json, .csv, .parquet, .arrow; .gz of the first three), a folder that `save_to_disk` wrote or
     that holds a copy of a data set's repository, or a data set on the hub: owner/name, owner/name@revision. split:
     None: "train", where there are splits at all. config: the configuration of a repository. folder: the only one of it
-    that is read, and downloaded. columns: what we call a column -> its name here, see `renamed`.
+    that is read, and downloaded. columns: what we call a column -> its name here, see `renamed`. chat: whether plain
+    text becomes chat messages, see `dpo.data.texts.as_chat`.
     """
 
     path: str
     split: str | None = None
     config: str | None = None
     folder: str | None = None
-    columns: dict[str, str] | None = None
+    columns: Columns | None = None
+    chat: bool = False
 
     def __str__(self) -> str:
         return f"{self.path}, {self.split or 'train'} split" if has_splits(self.path) else self.path
@@ -114,7 +119,8 @@ def read(source: Source, record: Callable[[Row], Made]) -> Read[Made]:
         )
 
     def made(row: Row) -> Made:
-        return record(renamed(row, source.columns) if source.columns else row)
+        row = same_names(renamed(row, source.columns) if source.columns else row)
+        return record(as_chat(row) if source.chat else row)
 
     if source.path.endswith(LINES):
         return Read(parse(Path(source.path).expanduser(), made), {})
@@ -126,24 +132,31 @@ def read(source: Source, record: Callable[[Row], Made]) -> Read[Made]:
     return Read(records, {} if revision is None else {str(source): revision})
 
 
-def renamed(row: Row, columns: dict[str, str]) -> Row:
+def renamed(row: Row, columns: Columns) -> Row:
     """The row with our names for its columns: {"prompt": "question.text"} reads what `question` has at `text`; in a
-    list, each of it. A column that was given another name has its former one no more.
+    list, each of it. Several columns become a list: {"responses": ["answer_a", "answer_b"]}. A column that was given
+    another name has its former one no more.
 
     Raises: ValueError if there is no such column.
     """
-    found = {}
-    for ours, theirs in columns.items():
-        value: Any = row
-        for key in [theirs] if theirs in row else theirs.split("."):
+    taken = set()
+
+    def at(theirs: str, ours: str) -> Any:
+        keys, value = [theirs] if theirs in row else theirs.split("."), row
+        taken.add(keys[0])
+        for key in keys:
             try:
                 value = [one[key] for one in value] if isinstance(value, list) else value[key]
             except (KeyError, TypeError, IndexError):
                 raise ValueError(
                     f"must have {theirs}, which data.columns reads as {ours}; found {', '.join(row) or 'no column'}"
                 ) from None
-        found[ours] = value
-    taken = {theirs if theirs in row else theirs.split(".")[0] for theirs in columns.values()}
+        return value
+
+    found = {
+        ours: at(theirs, ours) if isinstance(theirs, str) else [at(one, ours) for one in theirs]
+        for ours, theirs in columns.items()
+    }
     return {name: value for name, value in row.items() if name not in taken} | found
 
 
@@ -182,8 +195,9 @@ def _loaded(source: Source, stack: ExitStack) -> tuple[Any, str | None]:
             check = "check the file"
             options |= {"path": _kind_of(place), "data_files": str(place)}
             if options["path"] == "csv":  # an empty cell or "NA" is text, and so is a response of 007
-                columns = source.columns or {}
-                options |= {"keep_default_na": False, "converters": {columns.get(name, name): str for name in TEXTS}}
+                named = {name: (source.columns or {}).get(name, name) for name in TEXTS}
+                texts = [one for name in named.values() for one in ([name] if isinstance(name, str) else name)]
+                options |= {"keep_default_na": False, "converters": dict.fromkeys(texts, str)}
         elif place.is_dir():
             options["path"] = str(place)
         else:
@@ -306,12 +320,6 @@ def _object(line: bytes) -> Row:
     if not isinstance(value, dict):
         raise ValueError(f"must be a JSON object, found {kind(value)}")
     return value
-
-
-def kind(value: Any) -> str:
-    """The type of a value as JSON calls it."""
-    names = {type(None): "null", bool: "a boolean", str: "text", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")
 
 
 @contextmanager

@@ -5,11 +5,11 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from dpo.data.sources import kind
-
 Text = str | list[dict[str, str]]  # plain text, or chat messages {"role", "content"}
 TURN, HUMAN = "\n\nAssistant:", "\n\nHuman:"  # of Anthropic's dialogues
 EMPTY: tuple[Any, ...] = (None, "", [], {})
+RESPONSES = ("chosen", "rejected", "completion")
+SPEAKERS = {"human": "user", "gpt": "assistant"}  # ShareGPT's names of roles
 
 
 def checked(value: Any, name: str) -> Text:
@@ -42,6 +42,49 @@ def _check_unicode(text: str, name: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{name} must be Unicode, found half a surrogate pair at {error.start}") from error
+
+
+def kind(value: Any) -> str:
+    """The type of a value as JSON calls it."""
+    names = {type(None): "null", bool: "a boolean", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), "a number")
+
+
+def same_names(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with chat messages of `from` and `value`, as ShareGPT's, in `role` and `content`; one alone in a list."""
+
+    def theirs(one: Any) -> bool:
+        return isinstance(one, dict) and {"from", "value"} <= one.keys() and "role" not in one
+
+    def message(one: Any) -> Any:
+        rest = {name: value for name, value in one.items() if name not in ("from", "value")}
+        return {"role": SPEAKERS.get(one["from"], one["from"]), "content": one["value"], **rest}
+
+    def messages(value: Any) -> Any:
+        several = [value] if theirs(value) else value
+        listed = isinstance(several, list) and any(map(theirs, several))
+        return [message(one) if theirs(one) else one for one in several] if listed else value
+
+    return {name: messages(value) for name, value in row.items()}
+
+
+def as_chat(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its plain text as chat messages: the prompt a user's turn, after what `system` says if there is such
+    a column, and responses the assistant's. Of whole conversations nothing is changed.
+    """
+
+    def said(value: Any, role: str = "assistant") -> Any:
+        return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+    if any(isinstance(row.get(name), list) and len(row[name]) > 1 for name in RESPONSES):
+        return row
+    made = {name: said(value) if name in RESPONSES else value for name, value in row.items()}
+    if isinstance(responses := row.get("responses"), list):
+        made["responses"] = [*map(said, responses)]
+    if isinstance(prompt := row.get("prompt"), str):
+        system = made.pop("system", None)
+        made["prompt"] = (said(system, "system") if system else []) + said(prompt, "user")
+    return made
 
 
 def words_of(response: Text) -> str:

@@ -71,6 +71,7 @@ def facts_of(dataset: Dataset) -> dict[str, Any]:
         "pairs": bool(dataset.preferences),
         "single": any(pair.label is not None for pair in dataset.preferences.get("train", ())),
         "demonstrations": bool(dataset.demonstrations),
+        "plain": any(isinstance(prompt, str) for some in dataset.prompts.values() for prompt in some),
         "revisions": dataset.revisions,
     }
 
@@ -79,7 +80,8 @@ def known(node: dict[str, Any], cache: str) -> dict[str, Any] | None:
     """What is known of data that a run has read before, with the same content and by the same code; else None.
 
     `data`: their digest; `texts` of the pairs of each split; whether they bring `pairs`, `single` responses with a
-    label and `demonstrations`; `revisions` on the hub; and what was `said` of them (levels and messages).
+    label and `demonstrations`; whether there are `plain` prompts, no chats; `revisions` on the hub; and what was `said`
+    of them (levels and messages).
 
     Raises: RuntimeError if that is damaged.
     """

@@ -76,7 +76,9 @@ class Rehearsal:
         tried = [self._once(*attempt) for attempt in attempts]
         if problems := [*dict.fromkeys(problem for _, problem in tried if problem is not None)]:
             return {"problems": problems, "inputs": {}}
-        content, with_pairs, single, demonstrations, revisions = tried[0][0]
+        content, with_pairs, single, demonstrations, plain, revisions = tried[0][0]
+        if plain and "chat" in config["data"]:
+            self._once(_untemplated, read)
         if not demonstrations and config["command"] == "sft":
             wrong = "dpo.sft imitates demonstrations, found data without; take others: data=sft, or data with pairs"
             return {"problems": [wrong], "inputs": {}}
@@ -131,9 +133,9 @@ class Rehearsal:
         return self.tried[key]
 
 
-def _data(node: dict[str, Any], cache: str) -> tuple[str, bool, bool, bool, dict[str, str]]:
+def _data(node: dict[str, Any], cache: str) -> tuple[str, bool, bool, bool, bool, dict[str, str]]:
     """A digest of the data, whether it brings pairs, whether these are single responses with a label, whether it
-    brings demonstrations, and the revisions of what was read on the hub.
+    brings demonstrations, whether prompts are plain text, and the revisions of what was read on the hub.
     """
     for key, value in node.items():
         if key.endswith("path") and value is not None and (problem := absent(value)):
@@ -142,7 +144,8 @@ def _data(node: dict[str, Any], cache: str) -> tuple[str, bool, bool, bool, dict
         facts = inputs.facts_of(instantiate(node))
     for level, message in facts.get("said", ()):
         logger.log(level, message)
-    return facts["data"], facts["pairs"], facts["single"], facts["demonstrations"], facts["revisions"]
+    kinds = (facts[kind] for kind in ("pairs", "single", "demonstrations", "plain"))
+    return facts["data"], *kinds, facts["revisions"]
 
 
 def _candidates(folder: str | None) -> None:
@@ -183,6 +186,14 @@ def _readable(read: Sequence[Any]) -> None:
                     f"policy.chat_template must render a chat, found otherwise: {error}; mend it"
                 ) from None
         without_weights(ModelSpec(*read))
+
+
+def _untemplated(read: Sequence[Any]) -> None:
+    if _here(read[0]) and load_tokenizer(ModelSpec(*read)).chat_template:
+        logger.warning(
+            f"prompts are plain text, which {read[0]} reads without its chat template; with data.chat=true they become "
+            "turns of a user"
+        )
 
 
 def _long_enough(read: Sequence[Any], max_length: int) -> None:

@@ -71,6 +71,35 @@ def test_scores_inside_of_answers(tmp_path, kind):
     assert found == {f"{n}?": [(1, 2)] for n in range(9)}
 
 
+def test_ranks_are_the_better_the_lower(tmp_path):
+    """As Nectar has them."""
+    texts = [{name: value for name, value in row(n).items() if name != "scores"} for n in range(9)]
+    named = save(tmp_path / "a.jsonl", [one | {"ranks": [-score for score in SCORES]} for one in texts])
+    scored = save(tmp_path / "b.jsonl", map(row, range(9)))
+    for how in ("best_worst", "all"):
+        assert taken(ranked(named, None, how, 0.3, "error")) == taken(ranked(scored, None, how, 0.3, "error"))
+    both = save(tmp_path / "c.jsonl", [row(n, ranks=SCORES) for n in range(9)])  # scores say all
+    assert taken(ranked(both, None, "all", 0.3, "error")) == taken(ranked(scored, None, "all", 0.3, "error"))
+    odd = save(tmp_path / "d.jsonl", [{"prompt": "a", "responses": ["b"], "ranks": ["a"]}])
+    with pytest.raises(ValueError, match=r"line 1: must have ranks that are finite numbers, found 'a'"):
+        ranked(odd, None, "all", 0.3, "drop")
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_responses_in_columns_of_their_own(tmp_path, ending):
+    """Texts stay texts in a CSV file, scores become numbers."""
+    rows = [{"question": f"{n}", "one": "007", "other": f"{n}", "of_one": 1.0, "of_other": 2.5} for n in range(9)]
+    path = tmp_path / f"rows.{ending}"
+    if ending == "csv":
+        datasets.Dataset.from_list(rows).to_csv(path)
+    else:
+        save(path, rows)
+    columns = {"prompt": "question", "responses": ["one", "other"], "scores": ["of_one", "of_other"]}
+    data = ranked(str(path), None, "all", 0.3, "error", columns=columns)
+    found = {(pair.prompt, pair.chosen, pair.rejected) for some in data.preferences.values() for pair in some}
+    assert found == {(f"{n}", f"{n}", "007") for n in range(9)}
+
+
 def test_answers_to_one_question_lie_on_one_side(tmp_path):
     """Explain Like I'm Five has its answers in columns of one object."""
     rows = [

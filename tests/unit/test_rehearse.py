@@ -47,6 +47,19 @@ def test_what_a_run_would_be_made_from_is_found(base, tiny_model, tmp_path):
     assert not Rehearsal().of(with_(base, "command", "evaluate"))["pairs"]  # which trains on none
 
 
+def test_text_beside_a_template_is_told_once(base, tiny_model, capsys):
+    """That a policy reads it as it is may be meant, or forgotten."""
+    told = with_(base, "policy.path", tiny_model("qwen2"))
+    rehearsal = Rehearsal()
+    for beta in (0.1, 0.2):
+        assert rehearsal.of(with_(told, "beta", beta))["problems"] == []
+    said = capsys.readouterr().out
+    assert said.count("prompts are plain text, which ") == said.count("reads without its chat template") == 1
+    Rehearsal().of(with_(told, "data.chat", True))
+    Rehearsal().of(base)  # which has no template
+    assert "chat template" not in capsys.readouterr().out
+
+
 def test_what_another_stage_is_made_from_is_found(base, tiny_model, tmp_path):
     for name in ("train.jsonl", "validation.jsonl"):
         (tmp_path / name).write_text("{}\n")

@@ -161,6 +161,11 @@ def test_columns_have_other_names(write):
     assert renamed(nested[1], asked) == {"prompt": "1?", "responses": ["yes", "no"]}
     assert renamed({"a.b": 1, "a": {"b": 2}, "c": 3}, {"x": "a.b"}) == {"x": 1, "a": {"b": 2}, "c": 3}
     assert renamed({"a": 1, "b": 2}, {"a": "b", "b": "a"}) == {"a": 2, "b": 1}
+    rated = {"a": "yes", "b": "no", "of": {"a": 2, "b": 1}}
+    several = {"responses": ["a", "b"], "scores": ["of.a", "of.b"]}
+    assert renamed(rated | {"id": 3}, several) == {"id": 3, "responses": ["yes", "no"], "scores": [2, 1]}
+    with pytest.raises(ValueError, match=r"must have of\.c, which data\.columns reads as scores; found a, b, of"):
+        renamed(rated, several | {"scores": ["of.a", "of.c"]})
     flat = [{"history": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in ROWS]
     for name in ("rows.csv", "rows.parquet", "rows.jsonl"):  # `history` read as the prompt hides no second one
         columns = {"prompt": "history", "chosen": "good", "rejected": "bad"}
