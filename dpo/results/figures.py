@@ -24,8 +24,9 @@ PLACES = [(side * (4 + far), height * (5 + far)) for far in (0, 6, 12, 20) for h
 FONTS: Any = {"pdf.fonttype": 42, "ps.fonttype": 42}  # whole fonts in the file, which conferences ask for
 
 
-def draw(frame: pd.DataFrame, path: Path, column: bool = False) -> None:
-    """Win rate and KL against beta, and one against the other, a colour for each setting of the other keys.
+def draw(frame: pd.DataFrame, path: Path, column: bool = False) -> Figure:
+    """Win rate and KL against beta, and one against the other, a colour for each setting of the other keys. Returns
+    what is written, for who would change it.
 
     Seeds are averaged: dots are single runs, bars one standard deviation between seeds. Without seeds, bars
     are the 95 % interval of the measurement. On a logarithmic axis they are mean * exp(+- bar / mean), which is above 0
@@ -42,7 +43,8 @@ def draw(frame: pd.DataFrame, path: Path, column: bool = False) -> None:
         raise ValueError(f"{must}, found no {lacks}; dpo.results.table shows what they have")
     size: Any = {"font.size": SMALL} if column else {}
     with rc_context(size):
-        save(_drawn(frame, path.parent.name, column), path)
+        save(drawing := _drawn(frame, path.parent.name, column), path)
+    return drawing
 
 
 def _drawn(frame: pd.DataFrame, folder: str, column: bool) -> Figure:

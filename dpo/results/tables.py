@@ -4,12 +4,16 @@ import os
 import warnings
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from dpo.results.failures import failures
 from dpo.results.frames import DASH, DamagedRun, damaged, final, short, swept, undrawable
 from dpo.sweep.directory import MADE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Measure = tuple[str, str, str]  # title, metric, format
 MEASURED: tuple[Measure, ...] = (  # columns of the tables, without those that carry an interval
@@ -106,8 +110,9 @@ def alarm(frame: pd.DataFrame) -> str | None:
     return f"alarm: {len(broken)} of {len(frame)} {runs} {look} broken: {'; '.join([*found, *more])}"
 
 
-def figure(frame: pd.DataFrame, path: str | Path, column: bool = False) -> None:
-    """Win rate and KL against beta, and one against the other, as a PNG and a PDF: see `dpo.results.figures`.
+def figure(frame: pd.DataFrame, path: str | Path, column: bool = False) -> "Figure":
+    """Win rate and KL against beta, and one against the other, as a PNG and a PDF: see `dpo.results.figures`. Returns
+    Matplotlib's figure, to change and save again.
 
     column: in the width of a paper's column.
 
@@ -115,7 +120,7 @@ def figure(frame: pd.DataFrame, path: str | Path, column: bool = False) -> None:
     """
     from dpo.results.figures import draw  # matplotlib takes half a second that the rest does without
 
-    draw(frame, Path(path), column)
+    return draw(frame, Path(path), column)
 
 
 def report(path: str | Path, named: Collection[str] = ()) -> None:

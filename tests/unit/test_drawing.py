@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from sweeps import saved  # noqa: F401
 
+from dpo import results
 from dpo.results import figures
 
 KL, WIN, ACCURACY = (
@@ -22,16 +23,17 @@ KL, WIN, ACCURACY = (
 
 @pytest.fixture
 def drawn(saved, tmp_path):  # noqa: F811
-    """`drawn(frame, swept)`: the figure that `dpo.results.figures.draw` saves."""
+    """`drawn(frame, swept)`: the figure that `dpo.results.figure` saves, and returns."""
 
     def draw(frame, swept, **how):
         frame = pd.DataFrame(frame)
         frame.attrs["swept"] = swept
         (tmp_path / "kl_strength").mkdir(exist_ok=True)
-        figures.draw(frame, tmp_path / "kl_strength" / "figure.png", **how)
+        returned = results.figure(frame, tmp_path / "kl_strength" / "figure.png", **how)
         written = sorted(path.name for path in (tmp_path / "kl_strength").iterdir())
         assert written == ["figure.pdf", "figure.png"]
-        return saved[-1]
+        assert returned is saved[-1]
+        return returned
 
     return draw
 
