@@ -142,7 +142,7 @@ def _whole(model: PreTrainedModel, function: Callable[[PreTrainedModel, Any], Ma
 
 
 def _states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Last hidden states where a token is scored.  # (N, hidden)"""
+    """Last hidden states where a token is scored, scaled as logits are.  # (N, hidden)"""
     prefix_mask = SharedPrefixMask(batch.shared_prefixes, batch.input_ids.device)
     with using_attention(model, NAME), _narrowed(model, batch):
         output = model.base_model(
@@ -152,7 +152,8 @@ def _states(model: PreTrainedModel, batch: Batch) -> Tensor:
         raise Unsupported(
             f"{len(prefix_mask.layers)} of its {len(blocks(model))} layers attend by the library's interface"
         )
-    return output.last_hidden_state[0].index_select(0, batch.target_positions)
+    states = output.last_hidden_state[0].index_select(0, batch.target_positions)
+    return states if (scale := _scale(model)) == 1 else states * scale
 
 
 @contextlib.contextmanager
@@ -185,6 +186,12 @@ def _head(model: PreTrainedModel) -> tuple[nn.Linear, float | None]:
     if type(head) is not nn.Linear:
         raise Unsupported(f"its output layer is a {type(head).__name__}, not a Linear")
     return head, getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
+def _scale(model: PreTrainedModel) -> float:
+    """What logits are multiplied by: Cohere's models have a name for it, Granite's one for its inverse."""
+    config = model.config.get_text_config()
+    return float(getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1))
 
 
 class HeadLogps(torch.autograd.Function):
@@ -361,9 +368,8 @@ def packable(model: PreTrainedModel, items: Sequence[PromptResponses]) -> bool:
     """Whether packed batches give this model's own log-probs: tried once a model, on four items, the longest among
     them, in float32 or the dtype that sharded weights are gathered in. For a sharded model a collective.
 
-    Warns once if the model does not let its attention be replaced.
-
-    Raises: RuntimeError if it does, and the log-probs differ by more than rounding explains.
+    Warns once if the model does not let its attention be replaced, or if the log-probs differ by more than rounding
+    explains.
     """
     if model not in _PACKABLE:
         _PACKABLE[model] = _packable(model, items)
@@ -379,15 +385,11 @@ def _packable(model: PreTrainedModel, items: Sequence[PromptResponses]) -> bool:
         fast, _ = sequence_logps(model, packed)
     except (Unsupported, AttributeError, TypeError, ValueError) as reason:  # the others: what a model makes of no mask
         cause = str(reason) if isinstance(reason, Unsupported) else repr(reason)
-        _warn_once(f"log-probs: of padded rows, since {type(model).__name__} cannot be given packed ones: {cause}")
-        return False
+        return _padded(f"{type(model).__name__} cannot be given packed ones: {cause}")
     plain, _ = sequence_logps(model, padded)
     precision = "fp32" if _whole(model, _dtype, packed) == torch.float32 else "bf16"
     if wrong := differing(fast, plain, precision):
-        raise RuntimeError(
-            f"log-probs of packed rows must be those of {type(model).__name__}'s own forward, found {wrong}; set "
-            "packed=false to use the forward"
-        )
+        return _padded(f"packed ones of {type(model).__name__} have others than its own forward: {wrong}")
     return True
 
 
@@ -405,5 +407,7 @@ def _dtype(model: PreTrainedModel, _: Batch) -> torch.dtype:
 
 
 @cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
+def _padded(why: str) -> bool:
+    """False, which is told once."""
+    logger.warning(f"log-probs: of padded rows, since {why}")
+    return False

@@ -154,8 +154,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """A transformer's layers: of the ModuleLists with children of one class, the one with most parameters."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(c) for c in m}) == 1]
+    """A transformer's layers, of one class or several: the ModuleList with most parameters."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=()))
 
 

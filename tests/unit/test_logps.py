@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, JambaConfig, LlamaConfig, LlamaForCausalLM
 
 from dpo.data.batches import Batch, Pair, collate, collate_pairs
 from dpo.losses import PairLogps, dpo
@@ -330,6 +330,11 @@ def test_a_wrong_border_would_show(sharp, monkeypatch):
 
 
 ITEMS = [pair.prompt_responses for pair in PAIRS]
+SMALL = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+SCALED = {
+    "granite": lambda: GraniteConfig(logits_scaling=8.0, num_hidden_layers=2, initializer_range=0.4, **SMALL),
+    "cohere": lambda: CohereConfig(logit_scale=0.25, num_hidden_layers=2, initializer_range=0.4, **SMALL),
+}
 
 
 class TestPackable:
@@ -337,10 +342,36 @@ class TestPackable:
     def test_the_usual_models_are(self, sharp, kind):
         assert packable(sharp(kind), ITEMS)
 
-    def test_a_wrong_mask_stops(self, sharp, monkeypatch):
+    def test_a_wrong_mask_falls_back_and_says_so(self, sharp, monkeypatch, capfd):
         monkeypatch.setattr(attention, "attends", lambda branch, position, other, others, window: position >= others)
-        with pytest.raises(RuntimeError, match="packed=false"):
-            packable(sharp("llama"), ITEMS)
+        assert not packable(sharp("llama"), ITEMS)
+        said = capfd.readouterr().out
+        assert "since packed ones of LlamaForCausalLM have others than its own forward: -" in said
+
+    @pytest.mark.parametrize("kind", SCALED)
+    def test_scaled_logits_are_packed(self, kind):
+        torch.manual_seed(1)
+        policy, reference = (AutoModelForCausalLM.from_config(SCALED[kind]()).eval() for _ in range(2))
+        assert packable(policy, ITEMS)
+        (packed, kl), (plain, expected) = (
+            (sequence_logps(policy, one)[0], sequence_kl(policy, reference, one)[1])
+            for one in (pair_batch(), pair_batch(packed=False))
+        )
+        assert packed.tolist() == pytest.approx(plain.tolist(), rel=1e-5)
+        assert kl.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
+        weights = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0, 0.7])
+        found, exact = (gradient(policy, pair_batch(packed=layout), weights) for layout in (True, False))
+        assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
+
+    def test_layers_of_several_kinds_fall_back(self, capfd):
+        """One of eight of this one attends, the others have states."""
+        config = JambaConfig(
+            num_key_value_heads=2, num_experts=2, num_hidden_layers=8, use_mamba_kernels=False, **SMALL
+        )
+        model = AutoModelForCausalLM.from_config(config).eval()
+        assert len(blocks(model)) == 8
+        assert not packable(model, ITEMS)
+        assert "1 of its 8 layers attend" in capfd.readouterr().out
 
     def test_layers_that_attend_in_their_own_way_fall_back_and_say_so_once(self, sharp, capfd):
         model = sharp("llama")
