@@ -124,6 +124,8 @@ def check_config(path: str, config: dict[str, Any]) -> None:
         description += ", an encoder, whose tokens see those after them"
     elif expected and (not named or {name.casefold() for name in expected} & {name.casefold() for name in named}):
         return
+    elif expected and "text_config" in config and all(name.endswith("ForConditionalGeneration") for name in named):
+        return  # it has other inputs than text, too: the library reads the language model alone
     raise ValueError(
         f"{path} must be a causal language model{f' (a {expected[0]})' if expected else ''}, found {description}; "
         "take the language model, without another head or other inputs"

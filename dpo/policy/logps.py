@@ -25,6 +25,7 @@ from dpo.data.batches import Batch, PromptResponses, collate_responses, size
 from dpo.losses.pairs import tie_tolerance
 from dpo.policy.attention import NAME, SharedPrefixMask, Unsupported, using_attention
 from dpo.policy.lora import without
+from dpo.training import distributed
 from dpo.training.distributed import blocks, device_of
 
 logger = logging.getLogger(__name__)
@@ -384,6 +385,7 @@ def _packable(model: PreTrainedModel, items: Sequence[PromptResponses]) -> bool:
     try:
         fast, _ = sequence_logps(model, packed)
     except (Unsupported, AttributeError, TypeError, ValueError) as reason:  # the others: what a model makes of no mask
+        distributed.reshard(model)
         cause = str(reason) if isinstance(reason, Unsupported) else repr(reason)
         return _padded(f"{type(model).__name__} cannot be given packed ones: {cause}")
     plain, _ = sequence_logps(model, padded)

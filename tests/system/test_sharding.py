@@ -18,9 +18,11 @@ from ranks import together
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo import evaluate
+from dpo.policy.logps import packable
 from dpo.training import checkpoint, distributed
 from dpo.training.log import Log
 from dpo.training.loop import Stopped, fit
@@ -156,6 +158,27 @@ def spoil_row_11(passes, index, losses):
     return losses.where(index != 11, float("nan"))
 
 
+def attends_in_its_own_way(model):
+    """Not by packed rows, which shows behind the last layer, within the model's forward."""
+    layer = model.model.layers[1].self_attn
+    forward = layer.forward
+
+    def own_way(*args, prefix_mask=None, **kwargs):
+        model.config._attn_implementation = "eager"
+        return forward(*args, **kwargs)
+
+    layer.forward = own_way
+
+
+def needs_a_mask(model):
+    """Which a packed row has none of: that shows within a layer."""
+    layer = model.model.layers[1].self_attn
+    forward = layer.forward
+    layer.forward = lambda *args, attention_mask, **kwargs: forward(
+        *args, attention_mask=attention_mask.to("cpu"), **kwargs
+    )
+
+
 def refuse():
     raise ValueError(f"refused by {distributed.rank()}")
 
@@ -182,6 +205,13 @@ def two_processes(directory):
         for micro_batch_size in (2, 4):
             model = train(directory / f"two-{tied}-{micro_batch_size}", 6, tied, micro_batch_size)
     told["sharded"] = [isinstance(layer, FSDPModule) for layer in [*model.model.layers, model, model.lm_head]]
+    told["packable"] = []
+    for hinder in (None, attends_in_its_own_way, needs_a_mask):
+        tried = distributed.shard(llama(False), WHOLE, device)
+        if hinder:
+            hinder(tried)
+        found = packable(tried, [([5, 6], [[7], [8, 9]])])
+        told["packable"].append([found, all(isinstance(weight, DTensor) for weight in tried.parameters())])
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     told["state"] = len(state)
     if rank == 0:
@@ -294,6 +324,10 @@ def test_signal_to_one_rank_stops_both_at_one_step(directory, told):
     assert metrics(directory / "stopped") == metrics(directory / "two-False-2")  # bit-equal
 
 
+def test_a_model_that_cannot_be_packed_is_left_sharded(told):
+    assert [told[rank]["packable"] for rank in (0, 1)] == [[[True, True], [False, True], [False, True]]] * 2
+
+
 def test_loss_that_is_not_finite_names_the_rows_of_all_ranks(told):
     step = next(step for step in range(3) if any(11 in batch.index for batch in Windows(8).at(step)[0]))
     assert told[0]["spoilt"] == told[1]["spoilt"]
@@ -344,7 +378,8 @@ def test_rank_0_speaks_before_the_group_is_joined(monkeypatch):
 def test_blocks_are_the_layers():
     model = llama(False)
     model.experts = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)])
-    model.mixed = nn.ModuleList([nn.Linear(900, 900), nn.Identity()])
+    assert distributed.blocks(model) == list(model.model.layers)
+    model.model.layers.append(nn.ModuleList([nn.Linear(2, 2)]))  # of another class, as hybrids have
     assert distributed.blocks(model) == list(model.model.layers)
     assert distributed.blocks(nn.Linear(2, 2)) == []
 

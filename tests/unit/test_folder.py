@@ -160,6 +160,11 @@ def test_another_head_on_tied_weights(tmp_path):
         ({"model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]}, "a Qwen2VLForCond"),
         ({"model_type": "vit"}, "a vit"),
         ({"model_type": "llama", "architectures": ["LlamaModel"]}, "a LlamaModel"),
+        (
+            {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForSequenceClassification"], "text_config": {}},
+            "a Qwen3_5ForSequenceClassification",
+        ),
+        ({"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"]}, "a Qwen3_5ForCond"),
     ],
 )
 def test_what_is_no_causal_language_model(config, said):
@@ -175,6 +180,7 @@ def test_what_is_no_causal_language_model(config, said):
         {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
         {"model_type": "bert", "architectures": ["BertLMHeadModel"], "is_decoder": True},
         {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]},  # the class of its text, too
+        {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": {}},
         {"model_type": "of_mine", "auto_map": {"AutoConfig": "a.A"}},
     ],
 )
