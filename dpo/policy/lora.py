@@ -117,9 +117,14 @@ def add(model: PreTrainedModel, lora: Lora) -> None:
     from peft import LoraConfig
 
     options: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.filterwarnings("ignore", "fan_in_fan_out")  # of GPT-2's layers, which it finds out by itself
-        model.add_adapter(LoraConfig(target_modules=names, **options))
+    config: Any = model.config
+    config.model_type = ""  # by which peft knows mixtures whose experts were linear layers once, and takes the fused
+    try:  # ones for dense and shared layers of the same names
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.filterwarnings("ignore", "fan_in_fan_out")  # of GPT-2's layers, which it finds out by itself
+            model.add_adapter(LoraConfig(target_modules=names, **options))
+    finally:
+        del config.model_type  # its class has one
 
 
 @torch.no_grad()

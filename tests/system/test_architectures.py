@@ -19,8 +19,10 @@ from transformers import (
 )
 
 from dpo.data.batches import Batch, Pair, collate_pairs
+from dpo.policy import lora
 from dpo.policy import model as models
 from dpo.policy.logps import packable, sequence_logps
+from dpo.policy.lora import Lora
 from dpo.policy.sampling import Sampling, sample
 
 pytestmark = pytest.mark.long
@@ -117,6 +119,27 @@ def test_an_architecture(kind, tmp_path):
         ids = torch.tensor([prompt])
         greedy = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
         assert greedy[: len(drawn.response_ids)] == drawn.response_ids
+
+
+@pytest.mark.parametrize(
+    "kind", ["deepseek_v3", "falcon", "glm4_moe", "olmo_hybrid", "phi3", "qwen2_moe", "qwen3_next"]
+)
+def test_adapters_of_an_architecture(kind, tmp_path):
+    made(kind).save_pretrained(tmp_path / "start")
+    TOKENIZER.save_pretrained(tmp_path / "start")
+    start, _ = models.load(str(tmp_path / "start"))
+    model, tokenizer = models.load(str(tmp_path / "start"), adapters=Lora(4, 8, "all-linear", seed=0))
+    assert sorted(lora.layers(model)) == lora.targets(start, Lora(4, 8, "all-linear", seed=0))
+    with torch.no_grad():
+        assert torch.equal(sequence_logps(model, batch(False))[0], before := sequence_logps(start, batch(False))[0])
+        for layer in lora.layers(model).values():
+            nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
+        after, _ = sequence_logps(model, batch(False))
+        assert (after - before).abs().max() > 0.01
+        models.save(model, tokenizer, tmp_path / "saved")
+        for path, adapter in (("saved", None), ("start", str(tmp_path / "saved" / "adapter"))):
+            again, _ = models.load(models.ModelSpec(str(tmp_path / path), adapter=adapter))
+            assert sequence_logps(again, batch(False))[0].tolist() == pytest.approx(after.tolist(), rel=1e-5)
 
 
 def test_the_language_model_of_one_that_reads_images(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Glm4MoeConfig
 
 from dpo.data.batches import collate_responses
 from dpo.policy import lora
@@ -282,6 +282,20 @@ def test_which_layers_get_one(kind, tiny_model):
     assert sorted(name.removeprefix("model.layers.") for name in lora.layers(one)) == [
         *("0.self_attn.q_proj", "1.mlp.up_proj", "1.self_attn.q_proj"),
     ]
+
+
+def test_dense_and_shared_layers_of_a_mixture_keep_theirs():
+    """peft would take fused experts for them, whose weights were linear layers once."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "vocab_size": 40}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "n_routed_experts": 4}
+    model = AutoModelForCausalLM.from_config(Glm4MoeConfig(first_k_dense_replace=1, pad_token_id=0, **sizes, **heads))
+    linear, weights = lora.linear(model), dict(model.named_parameters())
+    lora.add(model, ADAPTERS)
+    assert model.config.model_type == "glm4_moe"
+    assert sorted(lora.layers(model)) == sorted(linear)
+    assert {"model.layers.0.mlp.up_proj", "model.layers.1.mlp.shared_experts.up_proj"} <= {*linear}
+    assert {names[0] for names, _ in merged(model)} >= {*weights}
+    assert all("lora_" in name for name, weight in model.named_parameters() if weight.requires_grad)
 
 
 def test_without_peft_nothing_is_loaded(tiny_model, monkeypatch):
