@@ -10,6 +10,7 @@ import pandas as pd
 from dpo.results.failures import failures
 from dpo.results.frames import DASH, DamagedRun, damaged, final, short, swept, undrawable
 from dpo.sweep.directory import MADE
+from dpo.win_rates import Z
 
 Measure = tuple[str, str, str]  # title, metric, format
 MEASURED: tuple[Measure, ...] = (  # columns of the tables, without those that carry an interval
@@ -37,7 +38,7 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     """What a reader compares, as text: one row per run of `final`, and no column that none of them has a value of."""
     always = ["beta"] if "beta" in frame else []
     if {"kl", "kl/se"} <= {*frame}:
-        half = 1.96 * frame["kl/se"]
+        half = Z * frame["kl/se"]
         frame = frame.assign(**{"kl/low": frame["kl"] - half, "kl/high": frame["kl"] + half})
     columns = {key: frame[key].map(short) for key in dict.fromkeys([*always, *swept(frame)])}
 

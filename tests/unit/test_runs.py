@@ -382,8 +382,8 @@ def test_points_average_seeds():
     frame = pd.DataFrame({"beta": [0.1, 0.1, 0.2], "kl": [1.0, 3.0, 5.0], "kl/se": [0.1, 0.1, 0.5]})
     points = _points(frame, "beta", "kl")
     assert points["mean"].tolist() == [2.0, 5.0]
-    assert points["high"].tolist() == pytest.approx([2 + 2**0.5, 5 + 1.96 * 0.5])
-    assert points["low"].tolist() == pytest.approx([2 - 2**0.5, 5 - 1.96 * 0.5])
+    assert points["high"].tolist() == pytest.approx([2 + 2**0.5, 5 + 1.959964 * 0.5])
+    assert points["low"].tolist() == pytest.approx([2 - 2**0.5, 5 - 1.959964 * 0.5])
 
 
 def test_command(tmp_path):
