@@ -101,6 +101,8 @@ def read_gamed(path: str | Path) -> pd.DataFrame:
     """The package's df_gamed.csv: the difficulty of each instruction, and judgements of the baseline made longer and
     shorter, against itself.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"df_gamed.csv must be at {path}, found no file; check the path")
     gamed = pd.read_csv(path)
     if missing := sorted({"index", "preference", "std_delta_len", "instruction_difficulty"} - set(gamed)):
         raise ValueError(f"{path} must be AlpacaEval's df_gamed.csv, found no column {', '.join(missing)}")

@@ -240,3 +240,8 @@ def test_rows_without_a_preference_are_counted(tmp_path, monkeypatch, capsys):
     assert head == "policy baseline judged win rate, % [95 %] characters"
     assert line == "policy baseline 3 of 5 66.67 [1.33, 100.00] 2"
     assert json.loads((tmp_path / alpaca_eval.SCORES).read_text())["alpaca_eval/judged"] == 3
+
+
+def test_what_is_no_file_is_called_by_name(tmp_path):
+    with pytest.raises(ValueError, match=f"df_gamed.csv must be at {tmp_path}, found no file"):
+        alpaca_eval.read_gamed(tmp_path)
