@@ -191,8 +191,15 @@ def test_tables_by_hand():
         "wrong": "0.62",
         "valid": "0.875",
     }
-    less = dict.fromkeys(["lr", "win rate [95 %]", "KL [95 %]", "valid"], "-")
+    less = {"lr": "-", "win rate [95 %]": "0.600", "KL [95 %]": "10.00", "valid": "-"}  # of one response, say
     assert results.table(frame).to_dict("records") == [expected, {**expected, **less}]
+
+
+def test_a_zero_has_no_sign():
+    frame = pd.DataFrame({"beta": [0.1], "kl": [-0.001], "kl/se": [0.0001], "rewards/margins": [-0.0]})
+    frame.attrs["swept"] = ["beta"]
+    assert results.table(frame).to_dict("records") == [{"beta": "0.1", "KL [95 %]": "0.00 [0.00, 0.00]", "margin": "0"}]
+    assert results.over_seeds(frame)["KL"].tolist() == ["0.00"]
 
 
 def test_tables_over_seeds_by_hand():

@@ -66,6 +66,13 @@ def test_intervals_are_students():
     assert (back.mean, back.low, back.high, back.seeds, back.looks, back.half) == (-1.0, -1.5, 1.0, 4, 2, 2.0)
 
 
+def test_a_zero_has_no_sign():
+    assert str(Interval(-1e-4, -2e-4, -0.0, 3)) == "0.000 [0.000, 0.000]"
+    one = frame(seed=[0], score=[-1e-9])
+    assert cell(one, "score") == "0.000"
+    assert cell(one, "score", found=Interval(-1e-4, -2e-4, -0.0, 3)) == "0.000 [0.000, 0.000]"
+
+
 def test_intervals_cover():
     """A 95 % interval of 3 seeds holds the truth 95 times in 100."""
     draws = np.random.default_rng(0).normal(0.6, 0.05, (2000, 3))
