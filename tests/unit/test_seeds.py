@@ -1,6 +1,7 @@
 """Intervals, differences by seed, choices without luck, and the state "degenerate", against hand-made frames."""
 
 import math
+import runpy
 import shutil
 
 import numpy as np
@@ -245,6 +246,13 @@ def test_chosen_by_others_by_hand():
         held.append(low <= 0 <= high)
     assert coverage.chosen_by_others(*sides) == pytest.approx(np.mean(held))
     assert 0 < np.mean(held) < 1
+
+
+def test_the_simulation_takes_no_arguments(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["coverage", "runs/dev"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(coverage.__file__, run_name="__main__")
+    assert "unrecognized arguments: runs/dev" in capsys.readouterr().err
 
 
 def test_intervals_of_the_best_hold_the_truth():
