@@ -1,5 +1,6 @@
 """Run directories as frames, table and figure."""
 
+import hashlib
 import json
 import math
 import os
@@ -193,6 +194,13 @@ def test_tables_by_hand():
     }
     less = {"lr": "-", "win rate [95 %]": "0.600", "KL [95 %]": "10.00", "valid": "-"}  # of one response, say
     assert results.table(frame).to_dict("records") == [expected, {**expected, **less}]
+
+
+def test_a_chat_template_is_shown_by_its_digest(tmp_path):
+    for text in ("{{ messages }}", "{{ messages }}."):
+        run(tmp_path, 0.1, policy={"chat_template": text})
+    digests = [hashlib.sha256(f'"{text}"'.encode()).hexdigest()[:8] for text in ("{{ messages }}", "{{ messages }}.")]
+    assert sorted(results.final(tmp_path)["policy.chat_template"]) == sorted(digests)
 
 
 def test_a_zero_has_no_sign():
