@@ -8,6 +8,7 @@ with betas that differ in spread, and with one that collapses for some seeds. Be
 for each seed, the beta that is best for the others: it looks fair and is too narrow.
 """
 
+from argparse import ArgumentParser, RawTextHelpFormatter
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
@@ -91,4 +92,7 @@ def table(trials: int = 4000, seeds: Sequence[int] = (5, 10), betas: Sequence[in
 
 
 if __name__ == "__main__":
+    ArgumentParser(
+        "python -m analysis.coverage", description=__doc__, formatter_class=RawTextHelpFormatter
+    ).parse_args()
     print(table().to_string(index=False, float_format="{:.3f}".format))

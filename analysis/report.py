@@ -60,7 +60,7 @@ def main(
     except ValueError as error:
         sys.exit(str(error))
     for name, table in tables.items():
-        print(f"\n{name}\n{table.to_string()}")
+        print(f"\n{name}\n{table.to_string() if len(table) else 'no rows: it takes more runs, or larger ones'}")
         table.to_csv(folders[0] / f"{name}.csv")
     for name, figure in figures.items():
         save(figure, folders[0] / f"{name}.png")

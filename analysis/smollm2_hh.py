@@ -16,6 +16,7 @@ from analysis import pair_gaps, seeds
 from analysis.report import Frames, main
 from dpo.results import degenerate, short
 from dpo.results.figures import COLOURS, colours, plain, tidy
+from dpo.win_rates import wilson
 
 RANK = "policy.lora.rank"
 KEYS = ("reference", RANK, "beta", "seed")
@@ -88,12 +89,18 @@ def over_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
             own = run.set_index(pair)
             rows[way, short(beta), seed] = {
                 "pairs": len(run),
-                "reward accuracy": "" if ", " in way else str(seeds.interval(own["reward"])),
-                "policy accuracy": str(seeds.interval(own["policy"])),
+                "reward accuracy": "" if ", " in way else str(share(own["reward"])),
+                "policy accuracy": str(share(own["policy"])),
                 "minus that before training": str(seeds.interval(own["policy"] - own["before"])),
                 f"minus that of {FULL}": "" if way == FULL else str(seeds.interval(own["policy"] - full)),
             }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["", "beta", "seed"])
+
+
+def share(ranked: pd.Series) -> seeds.Interval:
+    """The share that is ranked as labelled, with the interval that a run's own accuracy has (Wilson's)."""
+    mean, n = float(ranked.mean()), len(ranked)
+    return seeds.Interval(mean, *wilson(mean, n), n)
 
 
 def claims(final: pd.DataFrame) -> pd.DataFrame:

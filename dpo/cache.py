@@ -299,13 +299,21 @@ def main() -> None:
     parser.add_argument("--verify", action="store_true", help="compare every file with its checksum")
     parser.add_argument("--why", nargs=2, metavar=("A", "B"), help="in which fields B differs from A")
     options = parser.parse_args()
-    if not options.root.is_dir():
-        sys.exit(f"{options.root} must be a cache folder, found none; runs make one at cache=...")
+    of_runs = any(any(options.root.glob(f"{above}config.yaml")) for above in ("", "*/", "*/*/"))
+    if of_runs or not options.root.is_dir():
+        found = "one of runs" if of_runs else "none"
+        sys.exit(f"{options.root} must be a cache folder, found {found}; runs make one at cache=...")
     if options.why:
+        entries = [options.root / name for name in options.why]
+        if absent := [str(folder) for folder in entries if not (folder / "key.json").is_file()]:
+            sys.exit(
+                f"A and B must be folders in {options.root} such as reference/0f..., found none with a key at "
+                f"{' and '.join(absent)}; python -m dpo.cache {options.root} lists them"
+            )
         try:
-            stored, wanted = (fields(options.root / name) for name in options.why)
-        except (OSError, ValueError) as error:
-            sys.exit(f"A and B must be entries such as reference/0f..., which python -m dpo.cache lists: {error}")
+            stored, wanted = map(fields, entries)
+        except ValueError as error:
+            sys.exit(f"A and B must be sound, found otherwise: {error}; --verify says which entries are damaged")
         print("\n".join(differences(stored, wanted)) or "in none")
         return
     damaged = 0

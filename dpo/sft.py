@@ -81,7 +81,7 @@ def run(config: DictConfig, directory: Path) -> None:
         outputs = evaluate.answer(model, tokenizer, instructions, measuring) if instructions else []
         answers = evaluate.respond(model, tokenizer, test, measuring, "policy")
         responses, measured = evaluate.describe(test, answers, judge)
-        log.write(steps(settings.recipe, len(items)), "test", measured)
+        log.write_last(steps(settings.recipe, len(items)), "test", measured)
     if distributed.is_main():
         models.move_adapter_out(directory / "policy")
         if instructions:

@@ -214,7 +214,7 @@ def run(config: DictConfig, directory: Path) -> None:
         interval = dict(zip(("rewards/accuracies/low", "rewards/accuracies/high"), bounds, strict=False))
         told = {**streamed, **selection.metrics, **interval, **measured}
         result = {**chosen, "seconds": time.monotonic() - began, **told}
-        log.write(steps, "test", measured)
+        log.write_last(steps, "test", measured)
     if distributed.is_main():
         if instructions:
             write_outputs(directory, instructions, answers)

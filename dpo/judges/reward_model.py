@@ -63,7 +63,7 @@ class RewardModel:
     def handshake(self) -> None:
         """Load the model, before a run begins; for a pool to see which one it is. Raises: ValueError as above."""
         if self.pool is None:
-            assert self._loaded
+            _ = self._loaded
         else:
             self.pool.check()
             self._weights = fingerprint(load_classifier(self.source, "cpu")[0])

@@ -1,8 +1,7 @@
 """Draw responses from a policy."""
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from dpo.data.tokens import decode, state
 from dpo.policy.model import vocabulary
 from dpo.training.distributed import any_true, device_of
 from dpo.training.log import progress
+from dpo.training.loop import evaluating
 
 SAMPLING_VERSION = 4  # part of cache keys: raise it when a change of the code changes what is sampled
 READ = 4096  # tokens of prompts in one pass: what a model holds of each is many times its keys and values
@@ -46,7 +46,6 @@ class Sample:
     ended: bool
 
 
-@torch.no_grad()
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -71,7 +70,7 @@ def sample(
     none[vocabulary(tokenizer)] = False
     streams = range(len(prompts)) if places is None else places
     found: dict[int, Sample] = {}
-    with _evaluating(model), progress(total=len(prompts), name=name) as bar:
+    with evaluating(model), progress(total=len(prompts), name=name) as bar:
         for rows in in_batches(prompts, sampling.batch_size):
             batch = [prompts[row] for row in rows]
             generators = [np.random.default_rng([seed, streams[row]]) for row in rows]
@@ -227,17 +226,6 @@ def inputs(
         "ends": ends(tokenizer, model.generation_config),
         "sampling": SAMPLING_VERSION,
     }
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int, room: int) -> tuple[Tensor, Tensor]:

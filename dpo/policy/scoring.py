@@ -24,7 +24,7 @@ from dpo.policy.logps import differing, forward_tokens, packable, token_logps
 from dpo.policy.model import broken
 from dpo.training import distributed
 from dpo.training.log import progress
-from dpo.training.loop import autocast
+from dpo.training.loop import autocast, evaluating
 
 SCORING_VERSION = 4  # part of the cache key: raise it when a change of the scoring code changes its numbers
 LIVE = 8  # sequences that are scored again, to compare what is cached with what the model says now
@@ -201,22 +201,17 @@ def contents_of(sequences: Sequence[Tokens]) -> Sequence[bytes]:
     return [content_of(tokens) for tokens in sequences] if known is None else known
 
 
-@torch.no_grad()
 def _score(
     model: PreTrainedModel, sequences: Sequence[Tokens], settings: Scoring, packed: bool, name: str
 ) -> list[Tensor]:
     """Log-probs of the tokens of each response.  # N x (tokens,) float32"""
     found: list[tuple[int, Tensor]] = []
-    training = model.training
-    model.eval()
     tokens = forward_tokens(settings.micro_batch_tokens, packed)
-    bar = progress(total=len(sequences), name=name)
-    with bar:
+    with evaluating(model), progress(total=len(sequences), name=name) as bar:
         for share in _share(shares(sequences, tokens)):
             values = forward(model, items_of(share, sequences), settings.precision, packed)
             found += parted(share, sequences, values)
             bar.update(sum(map(len, share)) * distributed.world_size())
-    model.train(training)
     scored = dict(distributed.gathered(found))
     return [scored[row] for row in range(len(sequences))]
 

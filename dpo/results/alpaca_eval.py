@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from dpo.data.instructions import Row, read_instructions, rows_of, write_json
 from dpo.data.records import listed
 from dpo.sweep.directory import SCORES
-from dpo.win_rates import sigmoid
+from dpo.win_rates import Z, sigmoid
 
 Floats = NDArray[np.float64]
 
@@ -93,7 +93,7 @@ def win_rate(rows: Sequence[Row]) -> Rate:
     """Mean preference for the policy, over the rows with one (see `judged`); ties one half."""
     preferences = _preferences(rows)
     preferences = preferences[~np.isnan(preferences)]
-    half = 1.96 * preferences.std(ddof=1) / np.sqrt(len(preferences)) if len(preferences) > 1 else np.inf
+    half = Z * preferences.std(ddof=1) / np.sqrt(len(preferences)) if len(preferences) > 1 else np.inf
     return Rate(preferences.mean(), max(0.0, preferences.mean() - half), min(1.0, preferences.mean() + half))
 
 
@@ -101,6 +101,8 @@ def read_gamed(path: str | Path) -> pd.DataFrame:
     """The package's df_gamed.csv: the difficulty of each instruction, and judgements of the baseline made longer and
     shorter, against itself.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"df_gamed.csv must be at {path}, found no file; check the path")
     gamed = pd.read_csv(path)
     if missing := sorted({"index", "preference", "std_delta_len", "instruction_difficulty"} - set(gamed)):
         raise ValueError(f"{path} must be AlpacaEval's df_gamed.csv, found no column {', '.join(missing)}")

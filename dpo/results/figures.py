@@ -17,6 +17,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 
 from dpo.results.frames import beaten, horizontal, short, trained, undrawable
+from dpo.win_rates import Z
 
 COLOURS = ("#2a6f97", "#d1495b", "#e09f3e", "#3c8d53", "#7b5ea7", "#8c6d46", "#5f6b76", "#d16ba5")
 COLUMN, SMALL = 3.25, 7.0  # inches and points: a column of a paper with two, and type in it
@@ -216,7 +217,7 @@ def _points(rows: pd.DataFrame, x: str, name: str) -> pd.DataFrame:
         else:
             row = group.iloc[0]
             mean = row[name]
-            half = 1.96 * row.get(f"{name}/se", 0.0)
+            half = Z * row.get(f"{name}/se", 0.0)
             low, high = row.get(f"{name}/low", mean - half), row.get(f"{name}/high", mean + half)
         points[value] = (mean, low, high)
     return pd.DataFrame.from_dict(points, orient="index", dtype=float, columns=["mean", "low", "high"])

@@ -11,7 +11,7 @@ from dpo.results.failures import BASELINE, INITIAL, degenerate
 from dpo.results.rounds import as_rounds, to_original
 from dpo.sweep import directory
 from dpo.sweep.directory import configs, folders
-from dpo.sweep.identity import ALIASES, SWITCHES, identity_keys
+from dpo.sweep.identity import ALIASES, SWITCHES, identity_keys, labelled
 
 DASH = "-"
 BEATEN = {INITIAL: "the initial policy", "human": "what people wrote"}  # by win rates; any other: "the baseline"
@@ -168,7 +168,7 @@ def _of_one_command(
         choices[run] = config.get("choices", {})
         flat[run] = choices[run] | {
             key: str(value) if isinstance(value, list) else value
-            for key, value in identity_keys(config).items()
+            for key, value in identity_keys(labelled(config)).items()
             if key not in ALIASES and key not in choices[run] and not key.endswith(("._target_", "._partial_"))
         }
     keys: list[str] = []

@@ -11,6 +11,7 @@ import pandas as pd
 from dpo.results.failures import failures
 from dpo.results.frames import DASH, DamagedRun, damaged, final, short, swept, undrawable
 from dpo.sweep.directory import MADE
+from dpo.win_rates import Z
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,28 +42,36 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     """What a reader compares, as text: one row per run of `final`, and no column that none of them has a value of."""
     always = ["beta"] if "beta" in frame else []
     if {"kl", "kl/se"} <= {*frame}:
-        half = 1.96 * frame["kl/se"]
+        half = Z * frame["kl/se"]
         frame = frame.assign(**{"kl/low": frame["kl"] - half, "kl/high": frame["kl"] + half})
     columns = {key: frame[key].map(short) for key in dict.fromkeys([*always, *swept(frame)])}
 
-    def text(name: str, pattern: str, *keys: str) -> None:
+    def text(name: str, form: str, *keys: str) -> None:
         rows = zip(*(frame.get(key, pd.Series(None, frame.index)) for key in keys), strict=True)
-        cells = [DASH if any(pd.isna(value) for value in row) else pattern.format(*row) for row in rows]
+        cells = [_cell(form, *row) for row in rows]
         if {*cells} != {DASH}:
             columns[name] = pd.Series(cells, frame.index)
 
-    text("n", "{:.0f}", "n")
-    text("win rate [95 %]", "{:.3f} [{:.3f}, {:.3f}]", "win_rate", "win_rate/low", "win_rate/high")
+    text("n", ".0f", "n")
+    text("win rate [95 %]", ".3f", "win_rate", "win_rate/low", "win_rate/high")
     for title, name, form in _controlled(frame):
-        text(title, f"{{:{form}}}", name)
-    text("KL [95 %]", "{:.2f} [{:.2f}, {:.2f}]", *(f"kl{end}" for end in ("", "/low", "/high")))
+        text(title, form, name)
+    text("KL [95 %]", ".2f", *(f"kl{end}" for end in ("", "/low", "/high")))
     if "kl_bound" in frame:  # of best of n
         kl = columns.get("KL [95 %]", pd.Series(DASH, frame.index))
         columns["KL [95 %]"] = kl.where(kl != DASH, frame["kl_bound"].map("at most {:.2f}".format, na_action="ignore"))
         columns["KL [95 %]"] = columns["KL [95 %]"].fillna(DASH)
     for title, name, form in _measured(frame, "round" in columns):
-        text(title, f"{{:{form}}}", name)
+        text(title, form, name)
     return pd.DataFrame(columns)
+
+
+def _cell(form: str, value: float | None, *ends: float | None) -> str:
+    """A value, with its interval if it has one: of a single response nothing tells the spread. No zero has a sign."""
+    if pd.isna(value):
+        return DASH
+    known = ends and not any(map(pd.isna, ends))
+    return f"{value:z{form}}" + (f" [{', '.join(f'{end:z{form}}' for end in ends)}]" if known else "")
 
 
 def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
@@ -77,7 +86,7 @@ def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
         for title, name, form in measures:
             measured = group.get(name, pd.Series(dtype=float)).dropna()
             spread = f" ± {measured.std():{form}}" if len(measured) > 1 else ""
-            row[title] = f"{measured.mean():{form}}{spread}" if len(measured) else DASH
+            row[title] = f"{measured.mean():z{form}}{spread}" if len(measured) else DASH
         rows.append(row)
     return pd.DataFrame(rows)
 

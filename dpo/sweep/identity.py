@@ -60,6 +60,14 @@ def identity_keys(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if not non_numeric(key, flat)}
 
 
+def labelled(config: dict[str, Any]) -> dict[str, Any]:
+    """A config as names and tables show it: with a digest of a chat template in the place of its text."""
+    policy = config.get("policy")
+    if not isinstance(policy, dict) or not (text := policy.get("chat_template")):
+        return config
+    return {**config, "policy": {**policy, "chat_template": digest(text)[:8]}}
+
+
 def non_numeric(key: str, config: dict[str, Any] | None = None) -> bool:
     """Whether a key is outside a run's identity: it cannot change a number (of `config`, which may select a step)."""
     if key == "evaluate_every" and config and config.get("keep", "last") != "last":

@@ -18,6 +18,7 @@ from dpo import data
 from dpo.cache import digest, entry, intact, remember, sha256
 from dpo.data.records import Dataset, contents, texts
 from dpo.data.sources import heard, jsonl_files
+from dpo.data.texts import distinct
 from dpo.policy.model import resolve_path
 from dpo.sweep.directory import before
 from dpo.sweep.schema import number_of_samples
@@ -70,6 +71,7 @@ def facts_of(dataset: Dataset) -> dict[str, Any]:
         "data": contents(dataset),
         "pairs": bool(dataset.preferences),
         "single": any(pair.label is not None for pair in dataset.preferences.get("train", ())),
+        "prompts": min([len(distinct(one.prompt for one in some)) for some in dataset.preferences.values()], default=0),
         "demonstrations": bool(dataset.demonstrations),
         "plain": any(isinstance(prompt, str) for some in dataset.prompts.values() for prompt in some),
         "revisions": dataset.revisions,
@@ -80,8 +82,8 @@ def known(node: dict[str, Any], cache: str) -> dict[str, Any] | None:
     """What is known of data that a run has read before, with the same content and by the same code; else None.
 
     `data`: their digest; `texts` of the pairs of each split; whether they bring `pairs`, `single` responses with a
-    label and `demonstrations`; whether there are `plain` prompts, no chats; `revisions` on the hub; and what was `said`
-    of them (levels and messages).
+    label and `demonstrations`; to how many `prompts` at least the pairs of a split are; whether some are `plain`, no
+    chats; `revisions` on the hub; and what was `said` of them (levels and messages).
 
     Raises: RuntimeError if that is damaged.
     """
@@ -97,7 +99,7 @@ def _source(node: dict[str, Any]) -> dict[str, Any] | None:
     ours = str(node["_target_"]).startswith("dpo.data.") and "sources" not in node
     if not ours or not files or not all(file.is_file() for file in files.values()):
         return None
-    code = [Path(caches.__file__), *sorted(Path(data.__file__).parent.glob("*.py"))]
+    code = [Path(caches.__file__), Path(__file__), *sorted(Path(data.__file__).parent.glob("*.py"))]
     return {
         "node": node,
         "files": {key: sha256(file) for key, file in files.items()},

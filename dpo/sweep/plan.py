@@ -19,7 +19,7 @@ from dpo.sweep.command_line import message
 from dpo.sweep.directory import config as config_of
 from dpo.sweep.directory import configs, finished, status, to_yaml
 from dpo.sweep.forks import ask, serve
-from dpo.sweep.identity import ALIASES, RECORDED, flatten, identity, identity_keys, in_name
+from dpo.sweep.identity import ALIASES, RECORDED, flatten, identity, identity_keys, in_name, labelled
 from dpo.sweep.idle import IDLE, WITH_PAIRS, idle
 from dpo.sweep.schema import NAME_BYTES, faults
 
@@ -304,7 +304,7 @@ def _written(value: Any) -> str:
 
 
 def _differs(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> str:
-    before, now = identity_keys(old), identity_keys(new)
+    before, now = (identity_keys(labelled(config)) for config in (old, new))
     shown = [(key, *(_written(values.get(key, "absent")) for values in (before, now))) for key in {**before, **now}]
     changes = [f"  {key}: {there} there, {asked} asked for" for key, there, asked in shown if there != asked]
     return "\n".join(
@@ -320,7 +320,7 @@ def _shown(frozen: dict[str, Any], key: str) -> str:
     """The value of a key, or the option of a group."""
     if key in frozen.get("choices", {}):
         return str(frozen["choices"][key])
-    value: Any = frozen
+    value: Any = labelled(frozen)
     for part in key.split("."):
         value = value.get(part, "absent") if isinstance(value, dict) else "absent"
     return _written(value)

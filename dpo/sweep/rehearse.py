@@ -76,8 +76,9 @@ class Rehearsal:
         tried = [self._once(*attempt) for attempt in attempts]
         if problems := [*dict.fromkeys(problem for _, problem in tried if problem is not None)]:
             return {"problems": problems, "inputs": {}}
-        content, with_pairs, single, demonstrations, plain, revisions = tried[0][0]
-        if plain and "chat" in config["data"]:
+        facts: dict[str, Any] = tried[0][0]
+        with_pairs, single, demonstrations = (facts[name] for name in ("pairs", "single", "demonstrations"))
+        if facts["plain"] and "chat" in config["data"]:
             self._once(_untemplated, read)
         if not demonstrations and config["command"] == "sft":
             wrong = "dpo.sft imitates demonstrations, found data without; take others: data=sft, or data with pairs"
@@ -105,8 +106,9 @@ class Rehearsal:
                 "give a file of pairs, such as one of dpo.judge: data=file data.path=..."
             )
             return {"problems": [wrong], "inputs": {}}
-        single = single and config["command"] in ("train", "score")  # others read the prompts alone
-        if "loss" in config and (problem := self._once(_together, config["loss"], config["reference"], single)[1]):
+        given = with_pairs and config["command"] in ("train", "score")  # others read the prompts alone, or sample pairs
+        of_data = (single, facts["prompts"]) if given else (False,)
+        if "loss" in config and (problem := self._once(_together, config["loss"], config["reference"], *of_data)[1]):
             return {"problems": [problem], "inputs": {}}
         models, problem = self._once(
             inputs.models,
@@ -117,9 +119,8 @@ class Rehearsal:
         )
         if problem is not None:
             return {"problems": [problem], "inputs": {}}
-        given = with_pairs and config["command"] in ("train", "score")  # which then sample none
-        found: dict[str, Any] = {"problems": [], "inputs": {"data": content, **models}, "pairs": given}
-        return found | ({"revisions": revisions} if revisions else {})
+        found: dict[str, Any] = {"problems": [], "inputs": {"data": facts["data"], **models}, "pairs": given}
+        return found | ({"revisions": facts["revisions"]} if facts["revisions"] else {})
 
     def _once(self, function: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
         key = f"{function.__name__} {json.dumps(arguments)}"
@@ -133,10 +134,8 @@ class Rehearsal:
         return self.tried[key]
 
 
-def _data(node: dict[str, Any], cache: str) -> tuple[str, bool, bool, bool, bool, dict[str, str]]:
-    """A digest of the data, whether it brings pairs, whether these are single responses with a label, whether it
-    brings demonstrations, whether prompts are plain text, and the revisions of what was read on the hub.
-    """
+def _data(node: dict[str, Any], cache: str) -> dict[str, Any]:
+    """See `inputs.known`."""
     for key, value in node.items():
         if key.endswith("path") and value is not None and (problem := absent(value)):
             raise ValueError(f"data.{key} {problem}")
@@ -144,8 +143,7 @@ def _data(node: dict[str, Any], cache: str) -> tuple[str, bool, bool, bool, bool
         facts = inputs.facts_of(instantiate(node))
     for level, message in facts.get("said", ()):
         logger.log(level, message)
-    kinds = (facts[kind] for kind in ("pairs", "single", "demonstrations", "plain"))
-    return facts["data"], *kinds, facts["revisions"]
+    return facts
 
 
 def _candidates(folder: str | None) -> None:
@@ -282,13 +280,20 @@ def _pooled(reference: dict[str, Any], scorer: dict[str, Any] | None) -> None:
         scored_ahead(instantiate(reference))
 
 
-def _together(loss: dict[str, Any], reference: dict[str, Any], single: bool) -> None:
-    """A loss may ask for more than a reference gives, or for pairs where the data are `single` responses."""
+def _together(loss: dict[str, Any], reference: dict[str, Any], single: bool, prompts: int | None = None) -> None:
+    """A loss may ask for more than a reference gives, for pairs where the data are `single` responses, or for responses
+    to other prompts where a split has one. prompts: of the data's own pairs; None: they are sampled.
+    """
     gives, asked = getattr(instantiate(reference), "gives", ()), asked_by(instantiate(loss))
     if single and "labels" not in asked:
         raise ValueError(
             f"{loss['_target_']} learns from pairs, found data of single responses with a label; take loss=kto, or "
             "data with chosen and rejected responses"
+        )
+    if prompts == 1 and "labels" in asked:
+        raise ValueError(
+            f"{loss['_target_']} takes responses to other prompts beside each, found a single prompt in training or "
+            "validation; add responses to others, or raise data.validation_fraction"
         )
     for what in asked:
         if what in OF_REFERENCE and what not in gives:

@@ -73,6 +73,11 @@ class Log:
         named = {f"{split}/{key}": value for key, value in values.items()}
         self._mirrored("log", {**epoch, **named}, step=step)
 
+    def write_last(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
+        """As `write`, in the place of the row that a process wrote which was killed before the run was finished."""
+        self.rewind(step, evaluated=True, but=split)
+        self.write(step, split, metrics)
+
     def sample(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows of `samples.jsonl`, and a table of the mirror: what the model answers after `step` optimizer steps."""
         if is_main():
@@ -80,17 +85,17 @@ class Log:
             if rows:
                 self._mirrored("log", lambda: {"samples": _table(step, rows)}, step=step)
 
-    def rewind(self, step: int, evaluated: bool) -> None:
+    def rewind(self, step: int, evaluated: bool, but: str = "") -> None:
         """Drop the rows that a run resumed after `step` steps will write again.
 
-        evaluated: the evaluation of that step is done and stays.
+        evaluated: the evaluation of that step is done and stays, but for rows of this split.
         """
         for path in (self.metrics, self.samples):
             if is_main() and path.exists():
                 rows = path.read_text(errors="replace").splitlines(keepends=True)
                 unfinished = path.with_suffix(".unfinished")
                 try:
-                    unfinished.write_text("".join(row for row in rows if _keeps(row, step, evaluated)))
+                    unfinished.write_text("".join(row for row in rows if _keeps(row, step, evaluated, but)))
                     unfinished.replace(path)
                 except OSError as error:
                     raise _unwritten(path, error) from error
@@ -117,15 +122,15 @@ def _table(step: int, rows: Sequence[Mapping[str, Any]]) -> Any:
     return wandb.Table(columns=names, data=plain, allow_mixed_types=True)
 
 
-def _keeps(row: str, step: int, evaluated: bool) -> bool:
+def _keeps(row: str, step: int, evaluated: bool, but: str) -> bool:
     try:
         content = json.loads(row)
     except ValueError:
         return False  # cut short when the process was killed
     if not isinstance(content, dict) or not isinstance(content.get("step"), int):
         return False  # no row of ours
-    training = content.get("split") == "train"
-    return content["step"] < step or (content["step"] == step and (training or evaluated))
+    split = content.get("split")
+    return content["step"] < step or (content["step"] == step and (split == "train" or (evaluated and split != but)))
 
 
 def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -261,9 +261,9 @@ def refuse(what: str, found: str, rows: list[int], name: Callable[[int], str], a
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes and random states are put back."""
-    modes, rng = [(module, module.training) for module in model.modules()], get_rng()
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode of each module is put back, whatever is raised."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
@@ -271,6 +271,16 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation; random states are put back, too."""
+    rng = get_rng()
+    try:
+        with evaluating(model):
+            yield
+    finally:
         set_rng(rng)
         free_sharded()  # those that it measured against
 

@@ -135,6 +135,16 @@ def test_stopped_and_resumed_is_the_whole_run(base, stopped, tmp_path, capfd, re
             assert not torch.equal(mine, first)
 
 
+def test_killed_before_its_end_a_run_has_its_last_row_once(base, tmp_path, monkeypatch):
+    config = asked(base, "reference_free")
+    rows, *_ = play(tmp_path / "whole", config)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            play(tmp_path / "cut", config)
+    assert play(tmp_path / "cut", config)[0] == rows
+
+
 def nudged(path: Path) -> None:
     """One weight of the model is a little off."""
     model, tokenizer = models.load(str(path))

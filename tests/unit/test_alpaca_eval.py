@@ -47,7 +47,7 @@ def test_win_rates_are_those_of_the_package():
     rows = made_up()
     raw = alpaca_eval.win_rate(rows)
     assert 100 * raw.value == pytest.approx(46.32938235294118)
-    assert 100 * (raw.high - raw.low) / 2 / 1.96 == pytest.approx(2.56309091413445)
+    assert 100 * (raw.high - raw.low) / 2 / 1.959964 == pytest.approx(2.56309091413445)
     controlled = alpaca_eval.length_controlled(rows, rows, made_up_gamed())
     assert 100 * controlled.value == pytest.approx(45.72263212214383, abs=1e-3)
     assert controlled.low < controlled.value < controlled.high
@@ -240,3 +240,8 @@ def test_rows_without_a_preference_are_counted(tmp_path, monkeypatch, capsys):
     assert head == "policy baseline judged win rate, % [95 %] characters"
     assert line == "policy baseline 3 of 5 66.67 [1.33, 100.00] 2"
     assert json.loads((tmp_path / alpaca_eval.SCORES).read_text())["alpaca_eval/judged"] == 3
+
+
+def test_what_is_no_file_is_called_by_name(tmp_path):
+    with pytest.raises(ValueError, match=f"df_gamed.csv must be at {tmp_path}, found no file"):
+        alpaca_eval.read_gamed(tmp_path)

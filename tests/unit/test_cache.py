@@ -110,7 +110,21 @@ def test_what_is_told_about_an_entry_explains_a_miss_and_decides_nothing(tmp_pat
     main()
     assert capsys.readouterr().out == differs.format("\n") + "\n"
     monkeypatch.setattr("sys.argv", ["cache", str(tmp_path), "--why", names[0], "kind/none"])
-    with pytest.raises(SystemExit, match="A and B must be entries such as reference/0f"):
+    with pytest.raises(SystemExit, match=f"A and B must be folders in .* with a key at {tmp_path}/kind/none; "):
+        main()
+    (first / "key.json").write_text("{")
+    monkeypatch.setattr("sys.argv", ["cache", str(tmp_path), "--why", *names])
+    with pytest.raises(SystemExit, match=r"A and B must be sound, found otherwise: .*; --verify says"):
+        main()
+
+
+@pytest.mark.parametrize("at", ["runs/dev/beta=1", "runs/dev", "runs"])
+def test_a_folder_of_runs_is_no_cache(tmp_path, monkeypatch, at):
+    (tmp_path / "runs/dev/beta=1").mkdir(parents=True)
+    for name in ("config.yaml", "metrics.jsonl"):
+        (tmp_path / "runs/dev/beta=1" / name).write_text("{}\n{}\n")
+    monkeypatch.setattr("sys.argv", ["cache", str(tmp_path / at)])
+    with pytest.raises(SystemExit, match="must be a cache folder, found one of runs; "):
         main()
 
 

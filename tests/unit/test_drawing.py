@@ -114,7 +114,7 @@ def test_bars_of_single_runs(drawn):
     """95 % intervals: of the win rate as it was measured, of KL from its standard error; both on the frontier."""
     figure = drawn(REFERENCES[REFERENCES["reference"] == "initial"], ["beta"])
     win = [[0.78, 0.83], [0.53, 0.58]]
-    kl = [[30 - 0.98, 30 + 0.98], [4 - 0.98, 4 + 0.98]]
+    kl = [[30 - 0.979982, 30 + 0.979982], [4 - 0.979982, 4 + 0.979982]]
     quality, distance, frontier = (next(iter(bars(axis).values()))[2] for axis in figure.axes)
     assert np.array(quality["y"]) == pytest.approx(np.array(win))
     assert np.array(distance["y"]) == pytest.approx(np.array(kl))
@@ -235,10 +235,10 @@ def test_bars_on_a_logarithmic_axis_stay_above_0(drawn):
         assert (up if side == "y" else across) == [20.0, 1.0]
         short, wide = sides[side]
         assert short == pytest.approx([20 - 0.196, 20 + 0.196], rel=1e-4)
-        assert wide == pytest.approx([np.exp(-5.88), np.exp(5.88)])
+        assert wide == pytest.approx([np.exp(-3 * 1.959964), np.exp(3 * 1.959964)])
     linear = drawn(frame.assign(kl=[9.0, 1.0]), ["beta"])
     [(_, _, sides)] = bars(linear.axes[1]).values()
-    assert sides["y"][1] == pytest.approx([1 - 5.88, 1 + 5.88])
+    assert sides["y"][1] == pytest.approx([1 - 3 * 1.959964, 1 + 3 * 1.959964])
 
 
 def test_beta_has_an_ordered_scale():

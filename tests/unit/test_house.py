@@ -1,6 +1,7 @@
 """The house keeps its layers, and every value its comment."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -131,3 +132,11 @@ def test_every_value_has_its_comment():
 def test_lines_of_the_readme_have_at_most_100_characters():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert not [number for number, line in enumerate(lines, 1) if len(line) > 100]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: module(f))
+def test_an_assert_does_nothing_but_tell_a_type(file):
+    """`python -O` leaves them out, with whatever a property or a call in them would do."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Assert):
+            assert re.fullmatch(r"isinstance\([\w., ]+\)|[\w.]+ is not None", ast.unparse(node.test)), ast.unparse(node)

@@ -177,6 +177,7 @@ def test_what_a_run_has_read_is_known_of_the_same_content_read_by_the_same_code(
     assert facts["data"] == contents(dataset) == contents(instantiate(reading(file)))
     assert facts["texts"] == {split: texts(pairs) for split, pairs in dataset.preferences.items()}
     assert (facts["pairs"], facts["single"], facts["demonstrations"], facts["revisions"]) == (True, False, True, {})
+    assert facts["prompts"] == len({pair.prompt for pair in dataset.preferences["validation"]})
     assert [message for _, message in facts["said"]] == [
         f"{file}: 1 of 41 pairs are faulty, 1 dropped (1 x chosen is empty)"
     ]
@@ -187,6 +188,9 @@ def test_what_a_run_has_read_is_known_of_the_same_content_read_by_the_same_code(
     assert inputs.known(reading(file, validation_path=str(other)), cache) is None
     with monkeypatch.context() as patched:
         patched.setattr(inputs, "version", lambda name: "another")
+        assert inputs.known(reading(file), cache) is None
+    with monkeypatch.context() as patched:
+        patched.setattr(inputs, "__file__", str(other))
         assert inputs.known(reading(file), cache) is None
     own = tmp_path / "code"
     shutil.copytree(Path(data.__file__).parent, own)

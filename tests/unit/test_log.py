@@ -71,6 +71,17 @@ def test_rewind(tmp_path, evaluated):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "samples.jsonl"]
 
 
+def test_the_last_row_takes_the_place_of_a_former_one(tmp_path):
+    log = Log(tmp_path)
+    for step, split in ((1, "train"), (1, "test"), (2, "train"), (2, "validation"), (2, "test")):
+        log.write(step, split, {"kl": step})
+    log.sample(2, [{"response": "a"}])
+    before = rows(log.metrics)
+    log.write_last(2, "test", {"kl": 5})
+    assert rows(log.metrics) == [*before[:-1], {"step": 2, "split": "test", "kl": 5}]
+    assert rows(log.samples) == [{"step": 2, "response": "a"}]
+
+
 def test_full_disk_is_named(tmp_path):
     log = Log(tmp_path)
     log.metrics.symlink_to("/dev/full")

@@ -1,5 +1,6 @@
 """From combinations of overrides to run directories, in this process: what the rehearsal finds is made up."""
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,8 @@ def test_a_chat_template_is_its_text_whatever_its_file(base, found, tmp_path):
     runs, refused = plan([given(base, option) for option in (*options, "policy.chat_template='{{ messages }}'")])
     assert not refused
     assert [run.config["policy"]["chat_template"] for run in runs] == ["{{ messages }}", "{{ messages }}."]
+    digests = [hashlib.sha256(f'"{text}"'.encode()).hexdigest()[:8] for text in ("{{ messages }}", "{{ messages }}.")]
+    assert [run.directory.name for run in runs] == [f"policy.chat_template={one}" for one in digests]
     [run], _ = plan([given(base, "policy.chat_template=none.jinja")])
     assert run.config["policy"]["chat_template"] == "none.jinja"  # which the rehearsal refuses
 

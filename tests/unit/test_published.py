@@ -273,15 +273,17 @@ def test_the_command_line_of_a_study_writes(tmp_path, monkeypatch, capsys):
 
     def study(frames):
         table = pd.DataFrame({"score": ["0.500"]}, index=pd.Index(["0.1"], name="beta"))
-        return {"table_1": table}, {"frontier": Figure()}
+        return {"table_1": table, "table_2": table[:0]}, {"frontier": Figure()}
 
     monkeypatch.setattr(sys, "argv", ["study", str(folders[0]), "policy=a=b", str(folders[1])])
     main("usage", read, study)
     assert asked == [(*folders, {"policy": "a=b"})]
     assert "table_1" in (said := capsys.readouterr().out)
     assert "0.500" in said
+    assert "\ntable_2\nno rows: it takes more runs, or larger ones\n" in said
+    tables = ["one/table_1.csv", "one/table_2.csv"]
     written = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.*"))
-    assert written == ["one/frames/runs.csv", "one/frontier.pdf", "one/frontier.png", "one/table_1.csv"]
+    assert written == ["one/frames/runs.csv", "one/frontier.pdf", "one/frontier.png", *tables]
     assert pd.read_csv(folders[0] / "table_1.csv").to_dict("list") == {"beta": [0.1], "score": [0.5]}
     assert pd.read_csv(folders[0] / "frames" / "runs.csv").to_dict("list") == {"run": ["a"], "score": [0.5]}
 

@@ -1,5 +1,6 @@
 """Run directories as frames, table and figure."""
 
+import hashlib
 import json
 import math
 import os
@@ -191,8 +192,22 @@ def test_tables_by_hand():
         "wrong": "0.62",
         "valid": "0.875",
     }
-    less = dict.fromkeys(["lr", "win rate [95 %]", "KL [95 %]", "valid"], "-")
+    less = {"lr": "-", "win rate [95 %]": "0.600", "KL [95 %]": "10.00", "valid": "-"}  # of one response, say
     assert results.table(frame).to_dict("records") == [expected, {**expected, **less}]
+
+
+def test_a_chat_template_is_shown_by_its_digest(tmp_path):
+    for text in ("{{ messages }}", "{{ messages }}."):
+        run(tmp_path, 0.1, policy={"chat_template": text})
+    digests = [hashlib.sha256(f'"{text}"'.encode()).hexdigest()[:8] for text in ("{{ messages }}", "{{ messages }}.")]
+    assert sorted(results.final(tmp_path)["policy.chat_template"]) == sorted(digests)
+
+
+def test_a_zero_has_no_sign():
+    frame = pd.DataFrame({"beta": [0.1], "kl": [-0.001], "kl/se": [0.0001], "rewards/margins": [-0.0]})
+    frame.attrs["swept"] = ["beta"]
+    assert results.table(frame).to_dict("records") == [{"beta": "0.1", "KL [95 %]": "0.00 [0.00, 0.00]", "margin": "0"}]
+    assert results.over_seeds(frame)["KL"].tolist() == ["0.00"]
 
 
 def test_tables_over_seeds_by_hand():
@@ -382,8 +397,8 @@ def test_points_average_seeds():
     frame = pd.DataFrame({"beta": [0.1, 0.1, 0.2], "kl": [1.0, 3.0, 5.0], "kl/se": [0.1, 0.1, 0.5]})
     points = _points(frame, "beta", "kl")
     assert points["mean"].tolist() == [2.0, 5.0]
-    assert points["high"].tolist() == pytest.approx([2 + 2**0.5, 5 + 1.96 * 0.5])
-    assert points["low"].tolist() == pytest.approx([2 - 2**0.5, 5 - 1.96 * 0.5])
+    assert points["high"].tolist() == pytest.approx([2 + 2**0.5, 5 + 1.959964 * 0.5])
+    assert points["low"].tolist() == pytest.approx([2 - 2**0.5, 5 - 1.959964 * 0.5])
 
 
 def test_command(tmp_path):

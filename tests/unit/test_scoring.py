@@ -34,6 +34,10 @@ def live(model: Any, sequences: Any) -> torch.Tensor:
         return sequence_logps(model, batch_of(sequences))[0]
 
 
+def raises(*_: Any) -> None:
+    raise MemoryError
+
+
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_reference_is_scored_in_the_precision_of_the_policy(tmp_path, tiny_model, monkeypatch, packed, precision):
@@ -64,6 +68,10 @@ def test_scores_have_no_dropout_and_leave_the_mode(tmp_path, tiny_model, trainin
     model.train(training)
     found = score(model, SEQUENCES, "weights", asked, "scoring", NAMES).logps
     assert torch.allclose(found, expected, rtol=1e-5)
+    assert {module.training for module in model.modules()} == {training}
+    model.get_input_embeddings().register_forward_hook(raises)
+    with pytest.raises(MemoryError):
+        score(model, SEQUENCES, "others", asked, "scoring", NAMES)
     assert {module.training for module in model.modules()} == {training}
 
 

@@ -1,6 +1,7 @@
 """Intervals, differences by seed, choices without luck, and the state "degenerate", against hand-made frames."""
 
 import math
+import runpy
 import shutil
 
 import numpy as np
@@ -64,6 +65,13 @@ def test_intervals_are_students():
     assert (looked.low, looked.high, looked.looks) == (pytest.approx(low), pytest.approx(high), 4)
     back = -Interval(1.0, -1.0, 1.5, 4, 2)
     assert (back.mean, back.low, back.high, back.seeds, back.looks, back.half) == (-1.0, -1.5, 1.0, 4, 2, 2.0)
+
+
+def test_a_zero_has_no_sign():
+    assert str(Interval(-1e-4, -2e-4, -0.0, 3)) == "0.000 [0.000, 0.000]"
+    one = frame(seed=[0], score=[-1e-9])
+    assert cell(one, "score") == "0.000"
+    assert cell(one, "score", found=Interval(-1e-4, -2e-4, -0.0, 3)) == "0.000 [0.000, 0.000]"
 
 
 def test_intervals_cover():
@@ -238,6 +246,13 @@ def test_chosen_by_others_by_hand():
         held.append(low <= 0 <= high)
     assert coverage.chosen_by_others(*sides) == pytest.approx(np.mean(held))
     assert 0 < np.mean(held) < 1
+
+
+def test_the_simulation_takes_no_arguments(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["coverage", "runs/dev"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(coverage.__file__, run_name="__main__")
+    assert "unrecognized arguments: runs/dev" in capsys.readouterr().err
 
 
 def test_intervals_of_the_best_hold_the_truth():

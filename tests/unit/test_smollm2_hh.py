@@ -11,6 +11,7 @@ import torch
 from composing import compose
 from matplotlib.colors import to_rgba_array
 from omegaconf import OmegaConf
+from scipy.stats import binomtest
 from sweeps import curves, numbers, runs_of, student, values
 from test_published import run
 
@@ -158,9 +159,10 @@ def test_over_pairs():
     assert table.index.tolist() == [(WAYS[0], "1", 0), (WAYS[0], "0.1", 0), (WAYS[1], "0.1", 0), (WAYS[2], "10", 0)]
     assert table["pairs"].tolist() == [6] * 4
     mine, theirs, start = (np.array(one, float) for one in (adapters, full, before))
+    for title, ranked in (("reward accuracy", reward), ("policy accuracy", adapters)):
+        ends = binomtest(sum(ranked), 6).proportion_ci(method="wilson")
+        assert numbers(table.loc[(WAYS[1], "0.1", 0), title]) == pytest.approx([sum(ranked) / 6, *ends], abs=6e-4)
     shown = {
-        "reward accuracy": np.array(reward, float),
-        "policy accuracy": mine,
         "minus that before training": mine - start,
         "minus that of all weights": mine - theirs,
     }

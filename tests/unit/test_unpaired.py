@@ -443,11 +443,32 @@ def test_a_loss_is_tried_on_both_labels():
 
 def test_data_and_loss_must_fit(tmp_path, tiny_model):
     """A loss of pairs cannot learn from single responses; commands that read prompts alone can."""
-    given = [f"policy.path={tiny_model('llama')}", f"data.path={save(tmp_path / 'rows.jsonl', ROWS)}", "data=unpaired"]
+    given = [f"policy.path={tiny_model('llama')}", "data.validation_fraction=0.2"]
+    given += [f"data.path={save(tmp_path / 'rows.jsonl', ROWS)}", "data=unpaired"]
     fits, not_pairs = trials([config(*given, "loss=kto"), config(*given)])
     assert fits["problems"] == []
     assert "dpo.losses.dpo learns from pairs, found data of single responses with a label" in not_pairs["problems"][0]
     assert trials([config(*given) | {"command": "generate"}])[0]["problems"] == []
     written = save(tmp_path / "pairs.jsonl", [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(9)])
-    own = [given[0], f"data.path={written}", "data=file", "loss=kto"]
+    own = [*given[:2], f"data.path={written}", "data=file", "loss=kto"]
     assert trials([config(*own)])[0]["problems"] == []
+
+
+def test_a_split_of_one_prompt_is_refused_when_planned(tmp_path, tiny_model):
+    """Whether it is the held-out one or not; pairs can be learned from by other losses, and prompts sampled for."""
+    many, one, two = (
+        [{"prompt": f"{n % prompts}", "chosen": "a", "rejected": "b"} for n in range(9)] for prompts in (9, 1, 2)
+    )
+    paths = [save(tmp_path / f"{name}.jsonl", rows) for name, rows in (("many", many), ("one", one), ("two", two))]
+
+    def problems(train, held_out, *given, **more):
+        data = [f"data.path={paths[train]}", f"data.validation_path={paths[held_out]}", "data=file"]
+        return trials([config(f"policy.path={tiny_model('llama')}", *data, *given) | more])[0]["problems"]
+
+    for sides in ((0, 1), (1, 0)):
+        [problem] = problems(*sides, "loss=kto")
+        assert (
+            "takes responses to other prompts beside each, found a single prompt in training or validation" in problem
+        )
+        assert problems(*sides) == problems(*sides, "loss=kto", command="generate") == []
+    assert problems(0, 2, "loss=kto") == []
