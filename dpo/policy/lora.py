@@ -86,9 +86,10 @@ def _sizes(module: Any) -> tuple[int, ...]:
 
 
 def linear(model: PreTrainedModel) -> list[str]:
-    """The names of all linear layers but the head."""
-    head = model.get_output_embeddings()
-    return [name for name, one in model.named_modules() if isinstance(one, nn.Linear | Conv1D) and one is not head]
+    """The names of all linear layers but the head, and routers, which some mixtures make of one."""
+    head, modules = model.get_output_embeddings(), model.named_modules()
+    found = [(name, one) for name, one in modules if isinstance(one, nn.Linear | Conv1D) and one is not head]
+    return [name for name, one in found if not type(one).__name__.endswith("Router")]
 
 
 def _check_quantized(model: PreTrainedModel) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, Glm4MoeConfig
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, PhimoeConfig
 
 from dpo.data.batches import collate_responses
 from dpo.policy import lora
@@ -296,6 +296,9 @@ def test_dense_and_shared_layers_of_a_mixture_keep_theirs():
     assert {"model.layers.0.mlp.up_proj", "model.layers.1.mlp.shared_experts.up_proj"} <= {*linear}
     assert {names[0] for names, _ in merged(model)} >= {*weights}
     assert all("lora_" in name for name, weight in model.named_parameters() if weight.requires_grad)
+    phi = AutoModelForCausalLM.from_config(PhimoeConfig(num_local_experts=4, pad_token_id=0, **sizes, **heads))
+    assert any("router" in name for name, layer in phi.named_modules() if isinstance(layer, torch.nn.Linear))
+    assert not any("router" in name for name in lora.linear(phi))
 
 
 def test_without_peft_nothing_is_loaded(tiny_model, monkeypatch):
