@@ -316,7 +316,7 @@ class PrecomputedFiles(Precomputed):
     """
 
     def __init__(self, path: str) -> None:
-        if not Path(path).exists():
+        if not Path(path).expanduser().exists():
             raise ValueError(f"reference.path must be a file of log-probs or a folder of them, found none at {path}")
         self.path = path
 
@@ -328,7 +328,7 @@ class PrecomputedFiles(Precomputed):
         self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, Sequence[Pair]], settings: Scoring
     ) -> Table:
         self.check(initial, settings)
-        path = Path(self.path)
+        path = Path(self.path).expanduser()
         files = [*jsonl_files(path)] if path.is_dir() else [path]
         known: dict[str, float] = {}
         for file in files:
