@@ -300,6 +300,13 @@ class Unconditional(Frozen):
         if self.prompt:
             encode_alone([self.prompt], tokenizer, "texts of reference.prompt")  # refused by its name
             [start] = encode_prompts([self.prompt], tokenizer, settings.max_length)
+            longest = max((len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)), default=0)
+            most = models.positions_of(spec)
+            if most is not None and len(start) + longest > most:  # which max_length, of whole pairs, does not see to
+                raise ValueError(
+                    f"reference.prompt with a response must have at most the {most} positions of {spec.path}, found "
+                    f"{len(start)} tokens and {longest} of a {split} response; shorten it, or lower max_length"
+                )
         else:
             start = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
         n = len(pairs)

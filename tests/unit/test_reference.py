@@ -310,6 +310,22 @@ def test_prior_does_not_see_the_prompt(tmp_path, tiny_model, llama):
     assert reference.kl_target is None
 
 
+def test_a_prompt_that_leaves_no_room_for_a_response_is_refused(tmp_path, tiny_model):
+    """Of pairs that fit the model with their own prompt; nothing is scored past its positions."""
+    path, positions = tiny_model("gpt2"), 2048
+    policy, tokenizer = models.load(path)
+    prompt = "dogs and cats"
+    tokens = len(tokenizer(prompt)["input_ids"])
+    for room, told in (
+        (tokens, None),
+        (tokens - 1, f"at most the {positions} positions of .*, found {tokens} tokens and"),
+    ):
+        pairs = {"train": [Pair([5], [7], [8] * (positions - room))]}
+        asked = settings(tmp_path, max_length=positions)
+        with pytest.raises(ValueError, match=told) if told else nullcontext():
+            Unconditional(None, prompt).prepare(path, policy, pairs, asked)
+
+
 def test_given_scores_are_found_by_text(tmp_path, tiny_model, llama):
     pairs, file = own_pairs("llama", tiny_model), tmp_path / "scores.jsonl"
     rows = [
