@@ -348,7 +348,7 @@ def test_what_can_be_rounds_is_not_refused_and_what_cannot_is_told_by_its_overri
     monkeypatch.setattr(
         module, "rehearse", lambda configs: [{"problems": ["odd"] * (one["seed"] == 5)} for one in configs]
     )
-    found = module._unfit([fits[0], torn, composed("rounds", "seed=5"), fits[1]])
+    found = module._unfit([fits[0], torn, fits[1], composed("rounds", "seed=5")])
     assert [one.overrides for one in found] == [["judge=none", "seed=1"], ["seed=5"]]
     assert found[1].reason == "odd"
 
