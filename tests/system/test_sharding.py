@@ -163,6 +163,7 @@ def refuse():
 def two_processes(directory):
     assert distributed.world_size() == 1
     device = distributed.join("cpu")
+    assert distributed.join("cpu") == device  # as often as stages ask for it
     rank, told = distributed.rank(), {}
     told["joined"] = [str(device), distributed.world_size(), rank == int(os.environ["RANK"]), distributed.is_main()]
     told["sums"] = [distributed.all_sum(torch.tensor([1.0, rank])).tolist(), distributed.any_true(rank == 1)]
@@ -342,6 +343,8 @@ def test_one_process_needs_no_group():
     assert not total.requires_grad
     total += 1
     assert tensor.tolist() == [1, 1]
+    there = torch.empty(2, device="meta")
+    assert distributed.part(total, there).device == there.device
 
 
 def test_rank_0_speaks_before_the_group_is_joined(monkeypatch):
@@ -385,6 +388,7 @@ def test_files_have_a_limit(monkeypatch):
     sizes = {"a": 4, "b": 6, "c": 1, "d": 20, "e": 1}  # of 4 bytes
     files = distributed.in_files({name: torch.zeros(size) for name, size in sizes.items()})
     assert files == {"a": 1, "b": 1, "c": 2, "d": 3, "e": 4}
+    assert distributed.in_files({"d": torch.zeros(20), "e": torch.zeros(1)}) == {"d": 1, "e": 2}
 
 
 def test_device(monkeypatch):
