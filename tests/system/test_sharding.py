@@ -184,6 +184,7 @@ def two_processes(directory):
         for micro_batch_size in (2, 4):
             model = train(directory / f"two-{tied}-{micro_batch_size}", 6, tied, micro_batch_size)
     told["sharded"] = [isinstance(layer, FSDPModule) for layer in [*model.model.layers, model, model.lm_head]]
+    told["sharded"].append(distributed.is_sharded(model))
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     told["state"] = len(state)
     if rank == 0:
@@ -270,7 +271,8 @@ def test_responses_are_those_of_rank_0(told):
 
 
 def test_blocks_and_root_are_sharded(told):
-    assert told[0]["sharded"] == [True, True, True, True, False]
+    assert told[0]["sharded"] == [True, True, True, True, False, True]
+    assert not distributed.is_sharded(llama(False))
 
 
 @pytest.mark.parametrize("tied", [False, True])
