@@ -370,6 +370,23 @@ def test_random_state_round_trip():
     assert (random.gauss(0, 1), np.random.randn(), random.random(), np.random.rand(), torch.rand(()).item()) == first
 
 
+def test_the_random_state_of_a_device_is_that_of_where_there_is_one(monkeypatch):
+    """A run that began on a CPU goes on on a GPU, and the reverse."""
+    of_cpu, taken = checkpoint.get_rng(), []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7, 8], dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: taken.append(state.tolist()))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    of_gpu = checkpoint.get_rng()
+    assert (of_cpu.get("cuda"), of_gpu["cuda"]) == (None, [7, 8])
+    checkpoint.set_rng(of_cpu)
+    assert taken == []
+    checkpoint.set_rng(of_gpu)
+    assert taken == [[7, 8]]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    checkpoint.set_rng(of_gpu)
+    assert taken == [[7, 8]]
+
+
 def test_a_rank_has_its_own_random_state(tmp_path, monkeypatch):
     """Of two processes, the second saves and takes back its own; a third, which was not there, keeps the one it has."""
     toy = Toy(steps=1)
