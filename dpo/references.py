@@ -233,6 +233,8 @@ class OtherTokenizer(Frozen):
 
     def __init__(self, path: str, max_length: int | None, by_text: bool) -> None:
         super().__init__(path)
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"reference.max_length must be at least 1 token, got {max_length}; null: its positions")
         self.max_length, self.by_text = max_length, by_text
 
     def check(self, initial: ModelSpec | str, settings: Scoring) -> None:

@@ -372,6 +372,7 @@ def test_random_state_round_trip():
 
 def test_the_random_state_of_a_device_is_that_of_where_there_is_one(monkeypatch):
     """A run that began on a CPU goes on on a GPU, and the reverse."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     of_cpu, taken = checkpoint.get_rng(), []
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7, 8], dtype=torch.uint8))
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: taken.append(state.tolist()))

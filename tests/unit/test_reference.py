@@ -584,6 +584,13 @@ def test_moving_refuses_what_does_not_move(alpha, every):
         EMA(alpha, every)
 
 
+@pytest.mark.parametrize("most", [0, -1])
+def test_a_reference_that_may_read_nothing_is_refused(most):
+    with pytest.raises(ValueError, match=rf"reference\.max_length must be at least 1 token, got {most}"):
+        OtherTokenizer("someone/model", most, by_text=False)
+    assert OtherTokenizer("someone/model", 1, by_text=False).max_length == 1
+
+
 @pytest.mark.parametrize("path", ["runs/references/beta=0.1/policy", "/nowhere/model", "./model", "dpo/model"])
 def test_a_missing_folder_is_found_out_before_the_run(path):
     with pytest.raises(ValueError, match="must be a folder with a model"):
