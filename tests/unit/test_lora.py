@@ -320,4 +320,5 @@ def test_a_live_reference_is_the_policy_without_adapters(tiny_model, tmp_path):
     shutil.copytree(path, tmp_path / "other")
     other: Any = Live(str(tmp_path / "other")).prepare(path, policy, {}, None)  # type: ignore[arg-type]
     assert other.model is not policy
+    assert other.is_initial  # the same weights, wherever they are
     assert f"{tmp_path / 'other'} beside the policy, weights {live.fingerprint[:12]}" in other.held

@@ -313,10 +313,10 @@ def test_a_round_that_fails_stops_its_chain_alone(stage, capsys):
     assert run_chains(stage, asked(3, 0.1, 0.2), []) == 0
     assert stage.started[3:] == [["beta=0.2,round=2", "beta=0.1,round=3"], ["beta=0.2,round=3"]]
     for beta in (0.1, 0.2):
-        starts = [
-            stage.finished[Path(f"runs/beta={beta}{name}")]["policy"]["path"] for name in ("", ",round=2", ",round=3")
-        ]
+        made = [stage.finished[Path(f"runs/beta={beta}{name}")] for name in ("", ",round=2", ",round=3")]
+        starts = [config["policy"]["path"] for config in made]
         assert starts == [START, f"runs/beta={beta}/policy", f"runs/beta={beta},round=2/policy"]
+        assert [config["data"]["seed"] for config in made] == [0, 1000, 2000]
 
 
 def test_no_round_follows_a_signal(stage, capsys):

@@ -122,17 +122,17 @@ def test_a_reference_has_its_own_template_and_the_runs_day(tmp_path, tiny_model)
 
     class Spied(OtherTokenizer):
         def sequences(self, pairs: Any, split: str, tokenizer: Any, *more: Any) -> Any:
-            told.append(tokenizer.chat_template)
+            told.append((tokenizer.chat_template, more[0].path))
             return super().sequences(pairs, split, tokenizer, *more)
 
     pairs, policy = own_pairs("gpt2", tiny_model), models.load(tiny_model("gpt2"))[0]
     for path in (str(tmp_path / "dated"), tiny_model("gpt2")):
         reference = Spied(path, None, by_text=False).prepare(initial, policy, {"train": pairs}, asked)
         assert (reference.is_initial, reference.kl_target) == (False, None)  # the policy may read the text otherwise
-    assert told == ['{{ "26 Jul 2024" }}' + CHAT_TEMPLATE, None]
-    merged = replace(initial, adapter="an adapter of the policy")
+    assert told == [('{{ "26 Jul 2024" }}' + CHAT_TEMPLATE, str(tmp_path / "dated")), (None, tiny_model("gpt2"))]
+    merged = replace(initial, adapter="an adapter of the policy", trust_remote_code=True)
     assert Frozen(None).spec(merged) == merged
-    assert Frozen("some/model").spec(merged) == models.ModelSpec("some/model", date="2024-07-26")
+    assert Frozen("some/model").spec(merged) == models.ModelSpec("some/model", True, date="2024-07-26")
 
 
 def test_given_log_probs_are_of_one_prompt_and_one_end(tmp_path, tiny_model):
