@@ -233,6 +233,8 @@ class OtherTokenizer(Frozen):
 
     def __init__(self, path: str, max_length: int | None, by_text: bool) -> None:
         super().__init__(path)
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"reference.max_length must be at least 1 token, got {max_length}; null: its positions")
         self.max_length, self.by_text = max_length, by_text
 
     def check(self, initial: ModelSpec | str, settings: Scoring) -> None:
@@ -300,6 +302,13 @@ class Unconditional(Frozen):
         if self.prompt:
             encode_alone([self.prompt], tokenizer, "texts of reference.prompt")  # refused by its name
             [start] = encode_prompts([self.prompt], tokenizer, settings.max_length)
+            longest = max((len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)), default=0)
+            most = models.positions_of(spec)
+            if most is not None and len(start) + longest > most:  # which max_length, of whole pairs, does not see to
+                raise ValueError(
+                    f"reference.prompt with a response must have at most the {most} positions of {spec.path}, found "
+                    f"{len(start)} tokens and {longest} of a {split} response; shorten it, or lower max_length"
+                )
         else:
             start = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
         n = len(pairs)
@@ -316,7 +325,7 @@ class PrecomputedFiles(Precomputed):
     """
 
     def __init__(self, path: str) -> None:
-        if not Path(path).exists():
+        if not Path(path).expanduser().exists():
             raise ValueError(f"reference.path must be a file of log-probs or a folder of them, found none at {path}")
         self.path = path
 
@@ -328,7 +337,7 @@ class PrecomputedFiles(Precomputed):
         self, initial: ModelSpec | str, policy: PreTrainedModel, pairs: dict[str, Sequence[Pair]], settings: Scoring
     ) -> Table:
         self.check(initial, settings)
-        path = Path(self.path)
+        path = Path(self.path).expanduser()
         files = [*jsonl_files(path)] if path.is_dir() else [path]
         known: dict[str, float] = {}
         for file in files:

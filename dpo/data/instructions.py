@@ -31,10 +31,11 @@ def write_outputs(directory: Path, instructions: Sequence[Row], answers: Sequenc
 
 def rows_of(path: str | Path, *columns: str) -> list[Row]:
     """A JSON list of objects that have text in these columns."""
-    if not Path(path).is_file():
+    file = Path(path).expanduser()
+    if not file.is_file():
         raise ValueError(f"a JSON list must be at {path}, found no file; check the path")
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} must be JSON, found otherwise: {error}") from error
     sound = isinstance(rows, list) and all(

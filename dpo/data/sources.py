@@ -123,7 +123,7 @@ def read(source: Source, record: Callable[[Row], Made]) -> Read[Made]:
         return record(as_chat(row) if source.chat else row)
 
     if source.path.endswith(LINES):
-        return Read(parse(Path(source.path).expanduser(), made), {})
+        return Read(parse(source.path, made), {})
     with ExitStack() as stack:
         rows, revision = _loaded(source, stack)
         records = _gathered(str(source), ((f"row {number}", row) for number, row in enumerate(rows)), made, "rows")
@@ -250,7 +250,8 @@ def parse(path: str | Path, record: Callable[[Row], Made]) -> list[tuple[str, Ma
     Raises a ValueError that counts the lines without a JSON object and those that `record` refuses with a
     ValueError, and says what is wrong with the first few.
     """
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise ValueError(f"a JSONL file of records must be at {path}, found none; check the path")
     try:
         with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as stream:
@@ -268,7 +269,7 @@ def _gathered(
         total += 1
         try:
             records.append((where, record(_object(row) if isinstance(row, bytes) else row)))
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             refused.append(f"{where}: {error}")
         except RecursionError:
             refused.append(f"{where}: nested too deeply")

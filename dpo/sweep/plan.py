@@ -187,7 +187,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
         if key in values and isinstance(values.get(group), dict) and knob in values[group]:
             values[group][knob] = values[key]
     policy = values["policy"] if isinstance(values.get("policy"), dict) else {}
-    if (file := Path(str(policy.get("chat_template")))).suffix == ".jinja" and file.is_file():
+    if (file := Path(os.path.expanduser(str(policy.get("chat_template"))))).suffix == ".jinja" and file.is_file():
         policy["chat_template"] = file.read_text()
     return values
 

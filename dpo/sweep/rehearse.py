@@ -148,12 +148,12 @@ def _data(node: dict[str, Any], cache: str) -> dict[str, Any]:
 
 def _candidates(folder: str | None) -> None:
     for name in ("train.jsonl", "validation.jsonl"):
-        if folder is not None and not Path(folder, name).is_file():
+        if folder is not None and not Path(folder, name).expanduser().is_file():
             raise ValueError(f"candidates must be a folder that dpo.generate wrote, found no {name} in {folder}")
 
 
 def _prompts(of: str | None) -> None:
-    if of not in (None, *inputs.OF_DATA) and not Path(of).is_file():
+    if of not in (None, *inputs.OF_DATA) and not Path(of).expanduser().is_file():
         raise ValueError(f"of must be {' or '.join(inputs.OF_DATA)} or a JSONL file of prompts, found no file {of}")
 
 

@@ -98,7 +98,7 @@ def run_chains(launcher: Any, composed: Sequence[Composed], refused: Sequence[Re
         runs = [*{run.directory: run for _, run in found}.values()]
         if not started:
             launcher.check(runs, [*refused, *more])  # ends here if one is refused
-        for one in more if started else ():
+        for one in more:
             print(f"{_said(one.overrides)} stops its chain: {one.reason}", file=sys.stderr, flush=True)
         started, going, code = True, [], max(code, int(bool(more)))
         if found:

@@ -186,10 +186,12 @@ def refuse():
 def two_processes(directory):
     assert distributed.world_size() == 1
     device = distributed.join("cpu")
+    assert distributed.join("cpu") == device  # as often as stages ask for it
     rank, told = distributed.rank(), {}
     told["joined"] = [str(device), distributed.world_size(), rank == int(os.environ["RANK"]), distributed.is_main()]
     told["sums"] = [distributed.all_sum(torch.tensor([1.0, rank])).tolist(), distributed.any_true(rank == 1)]
     told["sums"].append(distributed.any_true(False))
+    told["gathered"] = distributed.gathered([f"of {rank}"] * (1 + rank))
     asked: list[int] = []
     told["made"] = [distributed.on_main(lambda: asked.append(rank) or f"by {rank}"), asked]
     try:
@@ -212,6 +214,7 @@ def two_processes(directory):
             hinder(tried)
         found = packable(tried, [([5, 6], [[7], [8, 9]])])
         told["packable"].append([found, all(isinstance(weight, DTensor) for weight in tried.parameters())])
+    told["sharded"].append(distributed.is_sharded(model))
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     told["state"] = len(state)
     if rank == 0:
@@ -255,8 +258,10 @@ def models_come_and_go(directory):
     told["alive"].append(weights[0]() is not None)
     train(directory / "reference", 1, disturb=look, before=come_and_go)
     train(directory / "evaluation", 1, disturb=look, evaluate=come_and_go)
-    (directory / f"models-{distributed.rank()}.json").write_text(json.dumps(told))
+    rank = distributed.rank()
     distributed.leave()
+    told["kept"] = distributed._mesh.cache_info().currsize  # of a group that is no more
+    (directory / f"models-{rank}.json").write_text(json.dumps(told))
 
 
 # What is asked of them
@@ -281,6 +286,7 @@ def told(directory):
 def test_join_sum_leave(told):
     assert [told[rank]["joined"] for rank in (0, 1)] == [["cpu", 2, True, True], ["cpu", 2, True, False]]
     assert told[0]["sums"] == told[1]["sums"] == [[2.0, 1.0], True, False]
+    assert told[0]["gathered"] == told[1]["gathered"] == ["of 0", "of 1", "of 1"]
     assert told[0]["left"]
 
 
@@ -295,7 +301,8 @@ def test_responses_are_those_of_rank_0(told):
 
 
 def test_blocks_and_root_are_sharded(told):
-    assert told[0]["sharded"] == [True, True, True, True, False]
+    assert told[0]["sharded"] == [True, True, True, True, False, True]
+    assert not distributed.is_sharded(llama(False))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -357,6 +364,7 @@ def test_models_share_process_groups_and_give_their_memory_back(tmp_path):
         assert told["meshes"] == [[None, [[0, 1]], [1]], [["copy", "part"], [[0, 1], [rank]], [1]]]
         assert told["groups"][:3] == [3] * 3  # then each training has one for its checkpoints
         assert told["alive"] == [False] * 3
+        assert told["kept"] == 0
 
 
 def test_one_process_needs_no_group():
@@ -366,8 +374,13 @@ def test_one_process_needs_no_group():
     assert distributed.any_true(True)
     assert not distributed.any_true(False)
     assert distributed.on_main(lambda: "made") == "made"
-    tensor = torch.ones(2)
-    assert distributed.all_sum(tensor) is not tensor
+    tensor = torch.ones(2, requires_grad=True)
+    total = distributed.all_sum(tensor)
+    assert not total.requires_grad
+    total += 1
+    assert tensor.tolist() == [1, 1]
+    there = torch.empty(2, device="meta")
+    assert distributed.part(total, there).device == there.device
 
 
 def test_rank_0_speaks_before_the_group_is_joined(monkeypatch):
@@ -387,29 +400,32 @@ def test_blocks_are_the_layers():
 @pytest.mark.parametrize("offload", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("group", [None, 2])
-def test_a_layout_reaches_every_block(monkeypatch, group, precision, offload):
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_layout_reaches_every_block(monkeypatch, kind, group, precision, offload):
     """Each block, and then the rest: its processes, the dtype of gathered weights and of gradients, where they live."""
     sharded = []
     monkeypatch.setattr(distributed, "world_size", lambda: 6)
     monkeypatch.setattr(distributed, "_mesh", lambda *given: given)
     monkeypatch.setattr(distributed, "fully_shard", lambda part, **named: sharded.append((part, named)))
     model = llama(False)
-    assert distributed.shard(model, distributed.ParallelLayout(group, offload, precision), torch.device("cpu")) is model
+    assert distributed.shard(model, distributed.ParallelLayout(group, offload, precision), torch.device(kind)) is model
     assert [part for part, _ in sharded] == [*model.model.layers, model]
     for part, named in sharded:
         dtypes, place = named.get("mp_policy"), named.get("offload_policy")
-        assert named["mesh"] == ("cpu", group)
+        assert named["mesh"] == (kind, group)
         assert dtypes == (MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bf16" else None)
-        assert place == (CPUOffloadPolicy(pin_memory=False) if offload else None)
+        assert place == (CPUOffloadPolicy(pin_memory=kind == "cuda") if offload else None)
         assert named.get("reshard_after_forward") is (True if part is model else None)
 
 
 def test_files_have_a_limit(monkeypatch):
     """A tensor that is larger than the limit has a file of its own."""
+    assert distributed.FILE_BYTES == 4e9
     monkeypatch.setattr(distributed, "FILE_BYTES", 40)
     sizes = {"a": 4, "b": 6, "c": 1, "d": 20, "e": 1}  # of 4 bytes
     files = distributed.in_files({name: torch.zeros(size) for name, size in sizes.items()})
     assert files == {"a": 1, "b": 1, "c": 2, "d": 3, "e": 4}
+    assert distributed.in_files({"d": torch.zeros(20), "e": torch.zeros(1)}) == {"d": 1, "e": 2}
 
 
 def test_device(monkeypatch):
@@ -426,4 +442,24 @@ def test_device(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("RANK", "9")
     assert distributed.device("cpu") == torch.device("cpu")
-    assert distributed.device("auto") == distributed.device("cuda") == torch.device("cuda", 1)
+    for cuda in ("auto", "cuda", "cuda:0", torch.device("cuda", 0)):  # that of this process, whichever was asked for
+        assert distributed.device(cuda) == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(RuntimeError, match="process 2 of this machine needs a CUDA device of its own, found 2"):
+        distributed.device("cuda")
+
+
+def test_each_device_has_its_way_to_talk(monkeypatch):
+    """Once it has joined, a process is where it was told to be; what is on CPUs goes by gloo beside GPUs, too."""
+    groups, set_to = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", set_to.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: groups.append((backend, timeout)))
+    monkeypatch.setattr(distributed, "_here", None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert distributed.here() == torch.device("cuda", 0)
+    for name in ("cpu", "cuda"):
+        assert distributed.join(name) == distributed.here() == distributed.device(name)
+    assert groups == [("gloo", distributed.TIMEOUT), ("cpu:gloo,cuda:nccl", distributed.TIMEOUT)]
+    assert set_to == [torch.device("cuda", 0)]

@@ -135,9 +135,12 @@ def test_other_files_are_refused(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "[1]", '[{"instruct": "a"}]', '[{"instruction": 3}]'])
-def test_instructions_are_checked(tmp_path, text):
+def test_instructions_are_checked(tmp_path, monkeypatch, text):
     path = tmp_path / "alpaca_eval.json"
     path.write_text(text)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=r"must be JSON|must be a JSON list of objects"):
+        read_instructions("~/alpaca_eval.json")
     with pytest.raises(ValueError, match="must be"):
         read_instructions(str(path))
     with pytest.raises(ValueError, match="found no file"):

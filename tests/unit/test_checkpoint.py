@@ -96,6 +96,7 @@ def test_only_the_latest_is_kept_and_found(tmp_path):
     assert names(tmp_path) == ["step-10"]
     for odd in ("step-99", "step-98.unfinished", "step-x", "other"):  # step-99 has no about.json
         (tmp_path / odd).mkdir()
+    (tmp_path / "step-98.unfinished" / "about.json").touch()  # by a process that was killed before it could rename
     assert checkpoint.latest(tmp_path) == tmp_path / "step-10"
 
 
@@ -106,6 +107,14 @@ def test_the_newest_few_are_kept(tmp_path):
             checkpoints.save(step)
         checkpoints.finish()
     assert names(tmp_path) == ["step-10", "step-11"]
+
+
+def test_rank_0_alone_removes_what_was_left(tmp_path, monkeypatch):
+    """Another rank might come late, and take what is being written for it."""
+    (tmp_path / "step-4.unfinished").mkdir()
+    monkeypatch.setattr(checkpoint, "is_main", lambda: False)
+    Toy(steps=1).save(tmp_path, 5)
+    assert names(tmp_path) == ["step-4.unfinished", "step-5"]
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
@@ -141,6 +150,40 @@ def test_another_run_and_another_model_are_refused(tmp_path):
         Toy().restore(tmp_path, inputs={"settings": "a", "pairs": "b"})
     with pytest.raises(RuntimeError, match=r"must be a checkpoint of this run.*[Ss]ize"):
         Toy(width=9).restore(tmp_path, inputs=inputs)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"files": 3}', "[" * 100_000])
+def test_a_damaged_description_is_named(tmp_path, text):
+    Toy(steps=1).save(tmp_path, 1)
+    (tmp_path / "step-1" / "about.json").write_text(text)
+    with pytest.raises(RuntimeError, match=r"must be a checkpoint of this run: .*about\.json is damaged: "):
+        Toy().restore(tmp_path)
+
+
+def test_tied_weights_are_saved_once(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[1].weight = model[0].weight
+    optim = optimizer(model, "rmsprop", 1e-2, [0.9, 0.99], 0.0)
+    with Checkpoints(tmp_path, model, optim, schedule(optim, "constant", 1, 2)) as checkpoints:
+        checkpoints.save(1)
+    (part,) = (tmp_path / "step-1").glob("*.safetensors")
+    with safe_open(part, "pt") as file:
+        assert [name for name in file.keys() if name.startswith("model.")] == ["model.0.weight"]  # noqa: SIM118
+
+
+def test_files_are_on_disk_before_their_folder_has_its_name(tmp_path, monkeypatch):
+    """Else a machine that fails would leave empty ones in a folder that looks whole."""
+    synced, rename = [], Path.rename
+
+    def renaming(path, target):
+        if target.name == "step-1":
+            assert {place.name for place in path.iterdir()} == {*synced}
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(os.readlink(f"/proc/self/fd/{file}")).name))
+    monkeypatch.setattr(Path, "rename", renaming)
+    Toy(steps=1).save(tmp_path, 1)
+    assert {"about.json"} < {*synced}
 
 
 class Bomb:
@@ -198,6 +241,11 @@ def test_a_cut_or_missing_file_is_named(tmp_path, monkeypatch):
     second.unlink()
     with pytest.raises(RuntimeError, match=f"{second.name} must have .* found no such file; delete it to resume"):
         Toy().restore(tmp_path)
+    for file in (tmp_path / "step-2").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(RuntimeError) as raised:  # a few are enough
+        Toy().restore(tmp_path)
+    assert str(raised.value).count("no such file") == 3
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
@@ -224,10 +272,11 @@ def test_full_disk_leaves_the_former_intact(tmp_path, monkeypatch, broken):
         patched.setattr(checkpoint._Writer, broken, full)
         with pytest.raises(RuntimeError) as raised:
             toy.save(tmp_path, 3)
-    message = str(raised.value)
-    assert str(tmp_path) in message
-    assert "No space left on device" in message
-    assert "step 2 is intact: the same command resumes" in message
+    assert str(raised.value) == (
+        f"could not save step 3 in {tmp_path}: [Errno 28] No space left on device (no space?); "
+        "the one of step 2 is intact: the same command resumes from it"
+    )
+    assert raised.value.__cause__ is not None
     assert names(tmp_path) == ["step-2"]
     assert Toy().restore(tmp_path)[0] == 2
     toy.save(tmp_path, 3)
@@ -239,6 +288,22 @@ def test_full_disk_at_the_first_save(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="there is no earlier one"):
         Toy(steps=1).save(tmp_path, 1)
     assert names(tmp_path) == []
+
+
+def test_a_save_that_another_process_cannot_write_fails_here_too(tmp_path, monkeypatch):
+    with Toy(steps=1).checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1)
+        monkeypatch.setattr(checkpoint, "any_true", lambda flag: True)
+        with pytest.raises(RuntimeError, match=r"could not save step 1 in .*: another process failed \(no space\?\)"):
+            checkpoints.finish()
+
+
+def test_what_cannot_be_removed_fails_no_save(tmp_path, monkeypatch):
+    toy = Toy(steps=1)
+    toy.save(tmp_path, 1)
+    monkeypatch.setattr(os, "rmdir", full)
+    toy.save(tmp_path, 2)
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-2"
 
 
 def run_script(script, directory):
@@ -303,6 +368,24 @@ def test_random_state_round_trip():
     first = random.gauss(0, 1), np.random.randn(), random.random(), np.random.rand(), torch.rand(()).item()
     checkpoint.set_rng(state)
     assert (random.gauss(0, 1), np.random.randn(), random.random(), np.random.rand(), torch.rand(()).item()) == first
+
+
+def test_the_random_state_of_a_device_is_that_of_where_there_is_one(monkeypatch):
+    """A run that began on a CPU goes on on a GPU, and the reverse."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    of_cpu, taken = checkpoint.get_rng(), []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7, 8], dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: taken.append(state.tolist()))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    of_gpu = checkpoint.get_rng()
+    assert (of_cpu.get("cuda"), of_gpu["cuda"]) == (None, [7, 8])
+    checkpoint.set_rng(of_cpu)
+    assert taken == []
+    checkpoint.set_rng(of_gpu)
+    assert taken == [[7, 8]]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    checkpoint.set_rng(of_gpu)
+    assert taken == [[7, 8]]
 
 
 def test_a_rank_has_its_own_random_state(tmp_path, monkeypatch):

@@ -326,6 +326,7 @@ def test_a_live_reference_is_the_policy_without_adapters(tiny_model, tmp_path):
     live: Any = Live(None).prepare(path, policy, {}, None)  # type: ignore[arg-type]
     assert live.model is policy
     assert live.is_initial
+    assert "initial policy without its adapters, weights " in live.held
     assert live.fingerprint == models.fingerprint(plain)
     moved(policy)
     for packed in (True, False):
@@ -336,3 +337,5 @@ def test_a_live_reference_is_the_policy_without_adapters(tiny_model, tmp_path):
     shutil.copytree(path, tmp_path / "other")
     other: Any = Live(str(tmp_path / "other")).prepare(path, policy, {}, None)  # type: ignore[arg-type]
     assert other.model is not policy
+    assert other.is_initial  # the same weights, wherever they are
+    assert f"{tmp_path / 'other'} beside the policy, weights {live.fingerprint[:12]}" in other.held

@@ -154,11 +154,12 @@ def test_what_is_refused_and_why(base, found):
 HINT = "; the limit of no constraint is a small beta such as 1e-4"
 
 
-def test_a_chat_template_is_its_text_whatever_its_file(base, found, tmp_path):
+def test_a_chat_template_is_its_text_whatever_its_file(base, found, tmp_path, monkeypatch):
     """So a run needs no other file, and is the same after the file was moved; another text is another run."""
     for name, text in (("a", "{{ messages }}"), ("b", "{{ messages }}"), ("c", "{{ messages }}.")):
         (tmp_path / f"{name}.jinja").write_text(text)
-    options = [f"policy.chat_template={tmp_path}/{name}.jinja" for name in "abc"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = [f"policy.chat_template={folder}/{name}.jinja" for folder in (tmp_path, "~") for name in "abc"]
     runs, refused = plan([given(base, option) for option in (*options, "policy.chat_template='{{ messages }}'")])
     assert not refused
     assert [run.config["policy"]["chat_template"] for run in runs] == ["{{ messages }}", "{{ messages }}."]

@@ -321,7 +321,8 @@ def test_each_split_has_its_own_scores(tmp_path, tiny_model, llama):
             tokens = given.token_logps(asked_of, split).split(lengths)
             assert torch.allclose(torch.stack([some.sum() for some in tokens]), live, atol=1e-4)
     assert (beside.kl_target, beside.finish().kl_target, beside.finish().is_initial) == (other.path, other.path, False)
-    [(_, _, packed, _, _, _, sources, _)] = told
+    [(which, _, packed, _, _, _, sources, _)] = told
+    assert which == other.spec(tiny_model("llama"))
     assert packed is False
     [content] = contents_of([PAIRS[8].rejected])
     assert sources[content] == "train row 8, counted from 0 (rejected)"

@@ -163,6 +163,8 @@ def test_a_live_reference_is_the_model_at_its_path(tmp_path, tiny_model):
         Live(path).prepare(tiny_model("llama"), policy, {}, settings(tmp_path))
         for path in (None, str(tmp_path / "other"))
     )
+    with pytest.raises(ValueError, match="must have the tokenizer of the policy"):
+        Live(tiny_model("qwen2")).check(tiny_model("llama"), settings(tmp_path))
     assert (own.is_initial, own.kl_target) == (True, None)
     assert (other.is_initial, other.kl_target) == (False, str(tmp_path / "other"))
     assert other.fingerprint == models.fingerprint(moved) != own.fingerprint

@@ -188,6 +188,10 @@ def test_another_tokenizer_scores_the_text(tmp_path, tiny_model):
             live, _ = sequence_logps(other, batch_of([pair.chosen, pair.rejected]))
         assert torch.allclose(found, live, atol=1e-4)
     assert table.kl_target is None
+    [about] = (tmp_path / "cache" / "reference").glob("*/about.json")  # told of a key that misses
+    told, own = json.loads(about.read_text()), models.load_tokenizer(tiny_model("qwen2"))
+    assert (told["reference"], told["tokenizer"]) == (reference.name(), vocabulary(own))
+    assert (told["chat_template"], told["max_length"]) == (cache.digest(own.chat_template), 60)
     with pytest.raises(ValueError, match="per_token"):
         reference.prepare(tiny_model("gpt2"), policy, {"train": pairs}, settings(tmp_path, per_token=True))
 
@@ -264,10 +268,12 @@ def test_pairs_that_another_template_refuses_are_no_matter_of_on_faulty(tmp_path
     tokenizer.chat_template = refuses + CHAT_TEMPLATE
     models.save(model, tokenizer, tmp_path / "other")
     told = Preference(*CHAT, [{"role": "assistant", "content": "Paris."}], source="pairs.jsonl, line 1")
-    pairs = tokenize([told], models.load_tokenizer(tiny_model("qwen2")), 60, "error")
+    texts = [replace(told, chosen=told.rejected), told, replace(told, source=None)]
+    pairs = tokenize(texts, models.load_tokenizer(tiny_model("qwen2")), 60, "error")
     reference = OtherTokenizer(str(tmp_path / "other"), None, by_text=False)
     with pytest.raises(
-        ValueError, match=r"1 of 1 train pairs in the tokens of the reference .*\n.* line 1: .*Rome"
+        ValueError,
+        match=r"2 of 3 train pairs in the tokens of the reference .*\n.* line 1: .*Rome\n  row 2, counted from 0",
     ) as error:
         reference.prepare(tiny_model("qwen2"), model, {"train": pairs}, settings(tmp_path))
     assert "Take another reference, or remove these pairs" in str(error.value)
@@ -304,6 +310,22 @@ def test_prior_does_not_see_the_prompt(tmp_path, tiny_model, llama):
     assert reference.kl_target is None
 
 
+def test_a_prompt_that_leaves_no_room_for_a_response_is_refused(tmp_path, tiny_model):
+    """Of pairs that fit the model with their own prompt; nothing is scored past its positions."""
+    path, positions = tiny_model("gpt2"), 2048
+    policy, tokenizer = models.load(path)
+    prompt = "dogs and cats"
+    tokens = len(tokenizer(prompt)["input_ids"])
+    for room, told in (
+        (tokens, None),
+        (tokens - 1, f"at most the {positions} positions of .*, found {tokens} tokens and"),
+    ):
+        pairs = {"train": [Pair([5], [7], [8] * (positions - room))]}
+        asked = settings(tmp_path, max_length=positions)
+        with pytest.raises(ValueError, match=told) if told else nullcontext():
+            Unconditional(None, prompt).prepare(path, policy, pairs, asked)
+
+
 def test_given_scores_are_found_by_text(tmp_path, tiny_model, llama):
     pairs, file = own_pairs("llama", tiny_model), tmp_path / "scores.jsonl"
     rows = [
@@ -316,16 +338,53 @@ def test_given_scores_are_found_by_text(tmp_path, tiny_model, llama):
     table = reference.prepare("", llama, {"train": pairs}, settings(tmp_path)).table
     assert table["train"].tolist() == [[-1.5, -9.0], [-2.5, -10.0]]
     write_rows(file, rows[:1])
-    with pytest.raises(ValueError, match="found none for 1 of 2 train pairs"):
-        reference.prepare("", llama, {"train": pairs}, settings(tmp_path))
+    asked = [replace(pairs[0], cut=("prompt",)), pairs[1]]  # what is there may be cut
+    with pytest.raises(ValueError, match=r"found none for 1 of 2 train pairs, such as .*dogs and.*dpo\.score$"):
+        reference.prepare("", llama, {"train": asked}, settings(tmp_path))
+    asked = [replace(pairs[0], text=replace(pairs[0].text, rejected=" sleeps"))]  # one of two is not enough
+    with pytest.raises(ValueError, match="found none for 1 of 1 train pairs"):
+        reference.prepare("", llama, {"train": asked}, settings(tmp_path))
     write_rows(file, [*rows, rows[0] | {"chosen_logprob": -3}])
     with pytest.raises(ValueError, match=r"line 3: log-prob -3.0, but -1.5"):
         reference.prepare("", llama, {"train": pairs}, settings(tmp_path))
-    write_rows(file, [rows[0] | {"chosen_logprob": None}])
-    with pytest.raises(ValueError, match="must have finite chosen_logprob"):
-        reference.prepare("", llama, {"train": pairs}, settings(tmp_path))
+    for logp, said in (
+        (None, "must have finite chosen_logprob"),
+        (-math.inf, "found .-inf"),
+        (-(10**400), "too large"),
+    ):
+        file.write_text(json.dumps(rows[0] | {"chosen_logprob": logp}))
+        with pytest.raises(ValueError, match=rf"line 1: .*{said}"):
+            reference.prepare("", llama, {"train": pairs}, settings(tmp_path))
+    with pytest.raises(ValueError, match="per_token=true needs a reference that is a model"):
+        reference.prepare("", llama, {"train": pairs}, settings(tmp_path, per_token=True))
     with pytest.raises(ValueError, match="found none at"):
         PrecomputedFiles(str(tmp_path / "nowhere"))
+
+
+def test_given_scores_at_home(tmp_path, tiny_model, llama, monkeypatch):
+    """A path that begins with ~ is one of ours wherever a file or folder is read."""
+    pairs = own_pairs("llama", tiny_model)
+    write_rows(
+        tmp_path / "x.jsonl", [row(pair.text) | {"chosen_logprob": -1, "rejected_logprob": -2} for pair in pairs]
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in ("~", "~/x.jsonl"):
+        found = PrecomputedFiles(path).prepare("", llama, {"train": pairs}, settings(tmp_path)).table["train"]
+        assert found.tolist() == [[-1, -2]] * 2
+
+
+def test_given_scores_of_sampled_tokens_are_those_of_both_rows_and_the_tokenizer(tmp_path, llama):
+    """Of one text, which other tokens or another tokenizer may say."""
+    texts = [
+        Preference("a", "b", "c", token_ids=TokenIds(tokenizer, [5], [6], rejected))
+        for tokenizer, rejected in (("one", [7]), ("one", [8, 9]), ("two", [7]))
+    ]
+    rows = [row(text) | {"chosen_logprob": -1.0, "rejected_logprob": -5.0 * n} for n, text in enumerate(texts, start=1)]
+    write_rows(tmp_path / "ids.jsonl", rows)
+    pairs = [Pair([5], [6], text.token_ids.rejected, text=text) for text in texts]
+    given = PrecomputedFiles(str(tmp_path / "ids.jsonl"))
+    table = given.prepare("", llama, {"train": pairs}, settings(tmp_path)).table["train"]
+    assert table.tolist() == [[-1.0, -5.0], [-1.0, -10.0], [-1.0, -15.0]]
 
 
 def test_sampled_pairs_are_found_by_their_tokens(tmp_path, tiny_model, llama, capsys):
@@ -523,6 +582,13 @@ def test_moving_follows_the_policy_by_alpha(tmp_path, tiny_model, llama):
 def test_moving_refuses_what_does_not_move(alpha, every):
     with pytest.raises(ValueError, match="reference"):
         EMA(alpha, every)
+
+
+@pytest.mark.parametrize("most", [0, -1])
+def test_a_reference_that_may_read_nothing_is_refused(most):
+    with pytest.raises(ValueError, match=rf"reference\.max_length must be at least 1 token, got {most}"):
+        OtherTokenizer("someone/model", most, by_text=False)
+    assert OtherTokenizer("someone/model", 1, by_text=False).max_length == 1
 
 
 @pytest.mark.parametrize("path", ["runs/references/beta=0.1/policy", "/nowhere/model", "./model", "dpo/model"])

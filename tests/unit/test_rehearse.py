@@ -12,6 +12,7 @@ from test_model import edit
 from whole_runs import frozen, other_model, own_pairs
 
 from dpo.data import records
+from dpo.data.prompts import read_prompts
 from dpo.data.records import contents
 from dpo.sweep import inputs, rehearse
 from dpo.sweep.plan import resolve
@@ -152,6 +153,18 @@ def test_another_folder_that_does_not_serve_is_refused_when_planned(
     else:
         assert len(found) == 1
         assert said in found[0]
+
+
+def test_files_at_home_are_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    row = {"prompt": "Is it?", "response": "yes", "token_ids": {"prompt": [1], "response": [2]}, "ended": True}
+    for name in ("train", "validation"):
+        records.write_rows(tmp_path / f"{name}.jsonl", [row])
+    rehearse._candidates("~")
+    rehearse._prompts("~/train.jsonl")
+    assert read_prompts("~/train.jsonl") == ["Is it?"]
+    with pytest.raises(ValueError, match=r"found no file ~/test\.jsonl"):
+        rehearse._prompts("~/test.jsonl")
 
 
 def test_a_chat_template_is_rendered_when_planned(base, tiny_model, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from dpo.policy import model as models
 from dpo.results.rounds import as_rounds
 from dpo.sweep import rounds as module
 from dpo.sweep.plan import Refused, Run, resolve
-from dpo.sweep.rounds import Chain, run_chains
+from dpo.sweep.rounds import Chain, original_policy, run_chains
 from dpo.sweep.signature import instantiate
 
 START = "models/start=1,2"
@@ -32,10 +31,20 @@ def chain(*overrides: str, done: int = 0) -> Chain:
 
 
 @pytest.mark.parametrize("reference", ["initial", "live", "unconditional"])
-@pytest.mark.parametrize("given", ([], ["held_to=original", "seed=3"], ["prompts=same", "rounds=4", "beta=0.2"]))
+@pytest.mark.parametrize(
+    "given",
+    (
+        [],
+        ["held_to=original", "seed=3"],
+        ["prompts=same", "rounds=4", "beta=0.2"],
+        [f"policy.path={START!r}", "data.seed=7"],
+    ),
+)
 def test_a_round_is_what_its_overrides_compose(reference, given):
     for done in range(3):
         one = chain(f"reference={reference}", *given, done=done).next()
+        keys = [override.partition("=")[0] for override in one.overrides]
+        assert len(keys) == len({*keys})  # each is said once
         by_hand = composed("train", *one.overrides, "name=rounds")
         assert resolve(one.config) == resolve(by_hand.config)
         assert one.choices == by_hand.choices
@@ -61,6 +70,16 @@ def test_names_hold_the_round_and_what_it_is_held_to():
     given = ("rounds=5", "seed=1", "held_to=original", "prompts=same")
     names = [chain(*given, done=done).next().name for done in range(3)]
     assert names == [None, *(f"default,held_to=original,prompts=same,round={number}" for number in (2, 3))]
+
+
+def test_the_first_policy_is_known_by_a_path_that_holds_elsewhere(tmp_path, monkeypatch):
+    """In a chain that began with SFT: what the first run says it started from, from here if it lies here."""
+    monkeypatch.chdir(tmp_path)
+    (run := tmp_path / "runs" / "first").mkdir(parents=True)
+    for place, path in ((tmp_path / "cache" / "policy", "cache/policy"), *[(tmp_path.parent, str(tmp_path.parent))]):
+        place.mkdir(parents=True, exist_ok=True)
+        (run / "initial.json").write_text(json.dumps({"policy": str(place)}))
+        assert original_policy(Run(Path("runs/first"), {"policy": {"path": None}}, "")) == path
 
 
 def test_fresh_articles_are_others_and_test_articles_stay():
@@ -221,39 +240,117 @@ def test_wherever_a_policy_lies_a_run_is_shown(tmp_path, path):
     assert as_rounds(tmp_path / "runs", frozen) == frozen
 
 
-def test_a_round_that_cannot_be_planned_stops_its_chain_alone(monkeypatch, tmp_path, capsys):
-    """Of two chains the second round of one is refused: the other is started."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "rehearse", lambda configs: [{"problems": []}] * len(configs))
-    finished: list[Path] = []
-    monkeypatch.setattr(module, "status", lambda path: "finished" if path in finished else "planned")
+class Stage:
+    """A launcher and all that is behind it: runs are finished when they are started, but for those that fail."""
 
-    def plan(composed):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.finished: dict[Path, dict[str, Any]] = {}
+        self.started: list[list[str]] = []
+        self.refuses: set[str] = set()  # names of runs
+        self.fails: dict[str, int] = {}  # names and exit codes
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(module, "rehearse", lambda configs: [{"problems": []}] * len(configs))
+        monkeypatch.setattr(module, "status", lambda path: "finished" if path in self.finished else "planned")
+        monkeypatch.setattr(module, "plan", self.plan)
+
+    def plan(self, composed):
         runs, refused = [], []
         for one in composed:
             config = resolve(one.config)
-            if config["beta"] == 0.2 and one.name:
+            if (name := one.name or f"beta={config['beta']}") in self.refuses:
                 refused.append(Refused(one.overrides, "there is another"))
             else:
-                directory = Path("runs") / (one.name or f"beta={config['beta']}")
-                runs.append(Run(directory, {**config, "id": module.identity(config)}, ""))
+                runs.append(Run(Path("runs") / name, {**config, "id": module.identity(config)}, ""))
         return runs, refused
 
-    started: list[list[str]] = []
+    def check(self, runs, refused):
+        if refused:
+            raise SystemExit(" and ".join(f"{' '.join(one.overrides)}: {one.reason}" for one in refused))
 
-    def start(runs):
-        started.append([run.directory.name for run in runs])
-        finished.extend(run.directory for run in runs)
-        return 0
+    def start(self, runs):
+        self.started.append([run.directory.name for run in runs])
+        self.finished |= {run.directory: run.config for run in runs if run.directory.name not in self.fails}
+        return max(self.fails.get(run.directory.name, 0) for run in runs)
 
-    monkeypatch.setattr(module, "plan", plan)
-    launcher = SimpleNamespace(check=lambda runs, refused: None, start=start)
-    given = [composed("rounds", "rounds=2", f"beta={beta}", f"policy.path={START!r}") for beta in (0.1, 0.2)]
-    assert run_chains(launcher, given, []) == 1
-    assert started == [["beta=0.1", "beta=0.2"], ["beta=0.1,round=2"]]
+
+@pytest.fixture
+def stage(monkeypatch, tmp_path) -> Stage:
+    return Stage(monkeypatch, tmp_path)
+
+
+def asked(rounds: int, *betas: float, **more: str) -> list[Any]:
+    others = [f"{key}={value}" for key, value in more.items()]
+    return [composed("rounds", f"rounds={rounds}", f"beta={one}", f"policy.path={START!r}", *others) for one in betas]
+
+
+def test_a_round_that_cannot_be_planned_stops_its_chain_alone(stage, capsys):
+    """Of two chains the second round of one is refused: the other is started."""
+    stage.refuses = {"beta=0.2,round=2"}
+    assert run_chains(stage, asked(2, 0.1, 0.2), []) == 1
+    assert stage.started == [["beta=0.1", "beta=0.2"], ["beta=0.1,round=2"]]
     assert "stops its chain: there is another" in capsys.readouterr().err
-    assert run_chains(launcher, given[:1], []) == 0
-    assert started[2:] == [["beta=0.1,round=2"]]  # finished, and shown once more
+    assert run_chains(stage, asked(2, 0.1), []) == 0
+    assert stage.started[2:] == [["beta=0.1,round=2"]]  # finished, and shown once more
+
+
+def test_a_first_round_that_cannot_be_planned_starts_nothing(stage):
+    stage.refuses = {"beta=0.2"}
+    with pytest.raises(SystemExit, match=r"beta=0\.2 .*: there is another"):
+        run_chains(stage, asked(2, 0.1, 0.2), [])
+    assert stage.started == []
+
+
+def test_a_round_that_fails_stops_its_chain_alone(stage, capsys):
+    """The next command goes on where each chain is: what fails last is told by the launcher."""
+    stage.fails = {"beta=0.2,round=2": 1, "beta=0.1,round=3": 1}
+    assert run_chains(stage, asked(3, 0.1, 0.2), []) == 1
+    assert stage.started == [["beta=0.1", "beta=0.2"], ["beta=0.1,round=2", "beta=0.2,round=2"], ["beta=0.1,round=3"]]
+    said = capsys.readouterr().out
+    assert said.count("is not finished") == 1
+    assert "beta=0.2" in said
+    assert "round 2 of 3 is not finished; the same command goes on from there" in said
+    stage.fails = {}
+    assert run_chains(stage, asked(3, 0.1, 0.2), []) == 0
+    assert stage.started[3:] == [["beta=0.2,round=2", "beta=0.1,round=3"], ["beta=0.2,round=3"]]
+    for beta in (0.1, 0.2):
+        made = [stage.finished[Path(f"runs/beta={beta}{name}")] for name in ("", ",round=2", ",round=3")]
+        starts = [config["policy"]["path"] for config in made]
+        assert starts == [START, f"runs/beta={beta}/policy", f"runs/beta={beta},round=2/policy"]
+        assert [config["data"]["seed"] for config in made] == [0, 1000, 2000]
+
+
+def test_no_round_follows_a_signal(stage, capsys):
+    stage.fails = {"beta=0.2": 143}
+    assert run_chains(stage, asked(2, 0.1, 0.2), []) == 143
+    assert stage.started == [["beta=0.1", "beta=0.2"]]
+    assert capsys.readouterr().out == ""  # it has said so itself
+
+
+def test_a_command_of_no_overrides_is_told(stage, capsys):
+    stage.fails = {"beta=0.1": 1}
+    assert run_chains(stage, [composed("rounds")], []) == 1
+    assert "this command: round 1 of" in capsys.readouterr().out
+
+
+def test_chains_of_one_first_round_start_it_once(stage):
+    assert run_chains(stage, [*asked(2, 0.1), *asked(3, 0.1)], []) == 0
+    assert stage.started == [["beta=0.1"], ["beta=0.1,round=2"], ["beta=0.1,round=3"]]
+
+
+def test_what_can_be_rounds_is_not_refused_and_what_cannot_is_told_by_its_overrides(stage, monkeypatch):
+    held = "held_to=original"
+    fits = [composed("rounds", held, f"reference={name}") for name in ("initial", "live", "unconditional")]
+    fits.append(
+        composed("rounds", "data=file", "data.path=pairs.jsonl", "rounds=1", "judge=gold", "policy.path=models")
+    )
+    assert module._unfit(fits) == []
+    torn = composed("rounds", "judge=none", "seed=1")
+    monkeypatch.setattr(
+        module, "rehearse", lambda configs: [{"problems": ["odd"] * (one["seed"] == 5)} for one in configs]
+    )
+    found = module._unfit([fits[0], torn, fits[1], composed("rounds", "seed=5")])
+    assert [one.overrides for one in found] == [["judge=none", "seed=1"], ["seed=5"]]
+    assert found[1].reason == "odd"
 
 
 def test_kl_is_to_a_baseline_that_reads_the_same_tokens(tiny_model):

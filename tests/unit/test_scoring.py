@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -102,6 +103,8 @@ def test_which_model_a_reference_is(tmp_path, tiny_model):
     ):
         reference = pending.prepare(path, policy, {"train": PAIRS, "validation": PAIRS[1:]}, settings(tmp_path))
         assert reference.fingerprint == prints[origin]
+        assert f", weights {prints[origin][:12]}, log-probs of 3 train and 2 validation pairs" in reference.held
+        assert (" without the prompt" in reference.held) is not pending.sees_prompt
         assert (reference.kl_target, reference.is_initial) == (kl_target, initial)
         model = policy if origin == path else another
         if pending.sees_prompt:
@@ -127,26 +130,32 @@ def test_a_reference_has_its_own_template_and_the_runs_day(tmp_path, tiny_model)
 
     class Spied(OtherTokenizer):
         def sequences(self, pairs: Any, split: str, tokenizer: Any, *more: Any) -> Any:
-            told.append(tokenizer.chat_template)
+            told.append((tokenizer.chat_template, more[0].path))
             return super().sequences(pairs, split, tokenizer, *more)
 
     pairs, policy = own_pairs("gpt2", tiny_model), models.load(tiny_model("gpt2"))[0]
     for path in (str(tmp_path / "dated"), tiny_model("gpt2")):
         reference = Spied(path, None, by_text=False).prepare(initial, policy, {"train": pairs}, asked)
         assert (reference.is_initial, reference.kl_target) == (False, None)  # the policy may read the text otherwise
-    assert told == ['{{ "26 Jul 2024" }}' + CHAT_TEMPLATE, None]
+    assert told == [('{{ "26 Jul 2024" }}' + CHAT_TEMPLATE, str(tmp_path / "dated")), (None, tiny_model("gpt2"))]
+    merged = replace(initial, adapter="an adapter of the policy", trust_remote_code=True)
+    assert Frozen(None).spec(merged) == merged
+    assert Frozen("some/model").spec(merged) == models.ModelSpec("some/model", True, date="2024-07-26")
 
 
 def test_given_log_probs_are_of_one_prompt_and_one_end(tmp_path, tiny_model):
     """Of equal texts, those told apart by the prompt or by the end of a response have numbers of their own."""
     model, tokenizer = models.load(tiny_model("llama"))
-    texts = [
-        Preference(prompt, " is Rome", " runs", *ended)
-        for prompt in ("a", "b")
-        for ended in ((True, True), (False, False))
+    cases = [(prompt, *ended) for prompt in "ab" for ended in ((True, True), (False, False), (True, False))]
+    texts = [Preference(prompt, " is Rome", " runs", *ended) for prompt, *ended in cases]
+    expected = [
+        [-2.0 * (prompt == "b") - good - 0.25, -2.0 * (prompt == "b") - bad - 90] for prompt, good, bad in cases
     ]
     pairs = tokenize(texts, tokenizer, 60, "error")
-    lines = [row(text) | {"chosen_logprob": -n - 0.25, "rejected_logprob": -90 - n} for n, text in enumerate(texts)]
+    lines = [
+        row(text) | dict(zip(("chosen_logprob", "rejected_logprob"), numbers, strict=True))
+        for text, numbers in zip(texts, expected, strict=True)
+    ]
     (tmp_path / "deep" / "er").mkdir(parents=True)
     write_rows(tmp_path / "deep" / "a.jsonl", lines[:2])
     (tmp_path / "deep" / "er" / "b.jsonl.gz").write_bytes(
@@ -155,7 +164,6 @@ def test_given_log_probs_are_of_one_prompt_and_one_end(tmp_path, tiny_model):
     reference = PrecomputedFiles(str(tmp_path / "deep")).prepare(
         "", model, {"train": pairs, "validation": pairs[::-1]}, settings(tmp_path)
     )
-    expected = [[-n - 0.25, -90.0 - n] for n in range(4)]
     assert reference.table["train"].tolist() == expected
     assert reference.table["validation"].tolist() == expected[::-1]
     origin = reference.fingerprint
@@ -164,7 +172,7 @@ def test_given_log_probs_are_of_one_prompt_and_one_end(tmp_path, tiny_model):
     again = pending.prepare("", model, {"train": pairs}, settings(tmp_path))
     assert again.table["train"].tolist() == expected  # the first counts
     assert again.fingerprint == origin  # of the same numbers, wherever they are
-    write_rows(tmp_path / "again.jsonl", [*lines[:3], lines[3] | {"rejected_logprob": -92}])
+    write_rows(tmp_path / "again.jsonl", [*lines[:3], lines[3] | {"rejected_logprob": -92}, *lines[4:]])
     assert pending.prepare("", model, {"train": pairs}, settings(tmp_path)).fingerprint != origin
 
 
@@ -174,6 +182,7 @@ def test_a_moving_reference_starts_where_training_does(tmp_path, tiny_model):
     policy, _ = models.load(path)
     reference = EMA(alpha=0.25, every=3).prepare(path, policy, {}, asked)
     assert reference.model is not policy
+    assert f"weights {models.fingerprint(policy)[:12]}; every 3 steps 0.25 of the policy" in reference.held
     assert not any(module.training for module in reference.model.modules())
     before = live(policy, [pair.chosen for pair in PAIRS] + [pair.rejected for pair in PAIRS])
     with torch.no_grad():
