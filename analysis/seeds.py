@@ -78,8 +78,7 @@ class Interval:
     def __str__(self) -> str:
         if isnan(self.mean):
             return "not measured"
-        mean, low, high = (f"{value:z.3f}" for value in (self.mean, self.low, self.high))
-        return f"{mean} [{low}, {high}]" if isfinite(self.half) else f"{mean} (no interval)"
+        return f"{self.mean:.3f} " + (f"[{self.low:.3f}, {self.high:.3f}]" if isfinite(self.half) else "(no interval)")
 
 
 UNMEASURED = Interval(nan, -inf, inf, 0)
@@ -402,9 +401,9 @@ def cell(
     if 2 * broken > len(same):
         return COLLAPSED
     half = f" ± {interval(same[value]).half:{form}}" if known > 1 else ""
-    text = f"{same[value].mean():z{form}}{half}"
+    text = f"{same[value].mean():{form}}{half}"
     if found is not None and isfinite(found.half):
-        text = f"{found.mean:z{form}} [{found.low:z{form}}, {found.high:z{form}}]"
+        text = f"{found.mean:{form}} [{found.low:{form}}, {found.high:{form}}]"
     notes = [f"{broken} of {len(same)} {COLLAPSED}"] if broken else []
     notes += [f"of {known} of {len(same)} seeds"] if known < len(same) else []
     return text + (f" ({', '.join(notes)})" if notes else "")

@@ -307,7 +307,7 @@ class Unconditional(Frozen):
             if most is not None and len(start) + longest > most:  # which max_length, of whole pairs, does not see to
                 raise ValueError(
                     f"reference.prompt with a response must have at most the {most} positions of {spec.path}, found "
-                    f"{len(start)} tokens and {longest} of a {split} response; shorten it, or lower max_length"
+                    f"{len(start)} tokens and {longest} of a {split} response; shorten it"
                 )
         else:
             start = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]

@@ -173,12 +173,7 @@ def mismatched(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_le
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for place, row in enumerate(rows):
         by_prompt.setdefault(tuple(row.prompt_ids), []).append(place)
-    most = max(map(len, by_prompt.values()))
-    if 2 * most > len(rows):
-        raise ValueError(
-            f"of {what} at most half may have the same prompt, or some have no response to another beside them; found "
-            f"{most} of {len(rows)}. Add responses to other prompts."
-        )
+    check_prompts(most := max(map(len, by_prompt.values())), len(rows), what)
     order = [place for prompt in sorted(by_prompt, key=digest) for place in by_prompt[prompt]]
     other = {place: rows[order[(at + most) % len(rows)]] for at, place in enumerate(order)}
     beside = [_beside(row, other[place], tokenizer, max_length) for place, row in enumerate(rows)]
@@ -187,6 +182,15 @@ def mismatched(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_le
     said = f", of which {cut} are cut to {max_length} tokens beside another prompt" * bool(cut)
     logger.info(f"tokens: {what} are {desirable} desirable and {len(rows) - desirable} undesirable responses{said}")
     return beside
+
+
+def check_prompts(most: int, rows: int, what: str) -> None:
+    """Raise a ValueError if `most` of so many rows have one prompt, and not each a row of another."""
+    if 2 * most > rows:
+        raise ValueError(
+            f"of {what} at most half may have the same prompt, or some have no response to another beside them; found "
+            f"{most} of {rows}. Add responses to other prompts."
+        )
 
 
 def _by_label(pair: Pair) -> tuple[Pair, Pair]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from dpo.data.texts import RESPONSES, as_chat, kind, same_names
+from dpo.data.texts import TEXTS, as_chat, kind, same_names
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -27,7 +27,7 @@ Made = TypeVar("Made")
 LINES = (".jsonl", ".jsonl.gz")
 KINDS = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}  # ending -> builder of `datasets`
 ON_HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>\S+))?")  # owner/name, owner/name@revision
-TEXTS = ("prompt", *RESPONSES, "responses")  # columns of text, even where a CSV file has numbers in them
+OF_TEXT = (*TEXTS, "responses", "system")  # columns of text, even where a CSV file has numbers in them
 SHOWN = 5  # offending records that an error message lists
 
 
@@ -195,7 +195,7 @@ def _loaded(source: Source, stack: ExitStack) -> tuple[Any, str | None]:
             check = "check the file"
             options |= {"path": _kind_of(place), "data_files": str(place)}
             if options["path"] == "csv":  # an empty cell or "NA" is text, and so is a response of 007
-                named = {name: (source.columns or {}).get(name, name) for name in TEXTS}
+                named = {name: (source.columns or {}).get(name, name) for name in OF_TEXT}
                 texts = [one for name in named.values() for one in ([name] if isinstance(name, str) else name)]
                 options |= {"keep_default_na": False, "converters": dict.fromkeys(texts, str)}
         elif place.is_dir():

@@ -9,6 +9,7 @@ Text = str | list[dict[str, str]]  # plain text, or chat messages {"role", "cont
 TURN, HUMAN = "\n\nAssistant:", "\n\nHuman:"  # of Anthropic's dialogues
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 RESPONSES = ("chosen", "rejected", "completion")
+TEXTS = ("prompt", *RESPONSES)
 SPEAKERS = {"human": "user", "gpt": "assistant"}  # ShareGPT's names of roles
 
 
@@ -54,7 +55,7 @@ def same_names(row: dict[str, Any]) -> dict[str, Any]:
     """The row with chat messages of `from` and `value`, as ShareGPT's, in `role` and `content`; one alone in a list."""
 
     def theirs(one: Any) -> bool:
-        return isinstance(one, dict) and {"from", "value"} <= one.keys() and "role" not in one
+        return isinstance(one, dict) and isinstance(one.get("from"), str) and "value" in one and "role" not in one
 
     def message(one: Any) -> Any:
         rest = {name: value for name, value in one.items() if name not in ("from", "value")}
@@ -65,25 +66,33 @@ def same_names(row: dict[str, Any]) -> dict[str, Any]:
         listed = isinstance(several, list) and any(map(theirs, several))
         return [message(one) if theirs(one) else one for one in several] if listed else value
 
-    return {name: messages(value) for name, value in row.items()}
+    made = {name: messages(row[name]) for name in ("prompt", "messages", *RESPONSES) if name in row}
+    if isinstance(responses := row.get("responses"), list):
+        made["responses"] = [*map(messages, responses)]
+    return row | made
 
 
 def as_chat(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its plain text as chat messages: the prompt a user's turn, after what `system` says if there is such
-    a column, and responses the assistant's. Of whole conversations nothing is changed.
+    """The row with its plain text as chat messages: the prompt a user's turn, responses the assistant's; and what the
+    column `system` says, if there is such a column, before the first message.
     """
 
     def said(value: Any, role: str = "assistant") -> Any:
         return [{"role": role, "content": value}] if isinstance(value, str) else value
 
-    if any(isinstance(row.get(name), list) and len(row[name]) > 1 for name in RESPONSES):
-        return row
-    made = {name: said(value) if name in RESPONSES else value for name, value in row.items()}
+    both = ("chosen", "rejected")
+    whole = any(isinstance(row.get(name), list) and len(row[name]) > 1 for name in both)
+    made = dict(row)
+    if not whole:  # else both are conversations, beside which a prompt in plain text is not read
+        made |= {name: said(row[name], "user" if name == "prompt" else "assistant") for name in TEXTS if name in row}
     if isinstance(responses := row.get("responses"), list):
         made["responses"] = [*map(said, responses)]
-    if isinstance(prompt := row.get("prompt"), str):
-        system = made.pop("system", None)
-        made["prompt"] = (said(system, "system") if system else []) + said(prompt, "user")
+    first = {name: made[name][:1] for name in ("prompt", "messages", *both * whole) if isinstance(made.get(name), list)}
+    begun = any(isinstance(one, dict) and one.get("role") == "system" for ones in first.values() for one in ones)
+    system = row.get("system")
+    if first and not begun and (system is None or isinstance(system, str)):  # else it is refused
+        made |= {name: said(system, "system") + made[name] for name in first} if system else {}
+        made.pop("system", None)
     return made
 
 

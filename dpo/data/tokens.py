@@ -215,17 +215,20 @@ def _alone(
 def _chats(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> Turn | None:
     """How a turn ends where prompts are chats; None where they are plain text."""
     chats = sum(not isinstance(prompt, str) for prompt in prompts)
-    if chats and not tokenizer.chat_template:
-        raise ValueError(
-            "prompts are chat messages, so the tokenizer must have a chat template, found none; use a "
-            "chat model and its tokenizer, give policy.chat_template, or write the prompts as plain text"
-        )
     if 0 < chats < len(prompts):
         raise ValueError(
             f"prompts must be all text or all chats, found {chats} chats among {len(prompts)}; write all of them alike"
         )
-    if not chats:
-        return None
+    return end_of_turn(tokenizer) if chats else None
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Turn | None:
+    """How a turn of a chat ends. Raises: ValueError if the tokenizer reads no chats, or not alike on every day."""
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "prompts are chat messages, so the tokenizer must have a chat template, found none; use a "
+            "chat model and its tokenizer, give policy.chat_template, or write the prompts as plain text"
+        )
     check_date(tokenizer)
     try:
         return turn(tokenizer)

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -124,8 +125,13 @@ def check_config(path: str, config: dict[str, Any]) -> None:
         description += ", an encoder, whose tokens see those after them"
     elif expected and (not named or {name.casefold() for name in expected} & {name.casefold() for name in named}):
         return
-    elif expected and "text_config" in config and all(name.endswith("ForConditionalGeneration") for name in named):
-        return  # it has other inputs than text, too: the library reads the language model alone
+    elif (
+        "text_config" in config
+        and expected
+        and all(name.endswith("ForConditionalGeneration") for name in named)
+        and getattr(transformers, expected[0])._keys_to_ignore_on_load_unexpected
+    ):
+        return  # it has other inputs than text, too, whose weights the language model alone passes over
     raise ValueError(
         f"{path} must be a causal language model{f' (a {expected[0]})' if expected else ''}, found {description}; "
         "take the language model, without another head or other inputs"

@@ -27,6 +27,7 @@ from dpo.policy.folder import ADAPTER, ADAPTER_CONFIG, read_json
 from dpo.training import distributed
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it misses kernels that are not used here
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # in configs
 ALL, NAME = "all-linear", "default"  # as peft calls all targets, and an adapter
 BLOCK = 64  # weights in 4 bits that share a scale, as in the paper
 BASE = "base.json"  # beside an adapter: whose it is
@@ -86,10 +87,11 @@ def _sizes(module: Any) -> tuple[int, ...]:
 
 
 def linear(model: PreTrainedModel) -> list[str]:
-    """The names of all linear layers but the head, and routers, which some mixtures make of one."""
-    head, modules = model.get_output_embeddings(), model.named_modules()
+    """The names of all linear layers but the head, and the routers that some mixtures make of one."""
+    head, modules, config = model.get_output_embeddings(), model.named_modules(), model.config.get_text_config()
+    experts = {getattr(config, name, None) for name in EXPERTS}
     found = [(name, one) for name, one in modules if isinstance(one, nn.Linear | Conv1D) and one is not head]
-    return [name for name, one in found if not type(one).__name__.endswith("Router")]
+    return [name for name, one in found if isinstance(one, Conv1D) or one.out_features not in experts]
 
 
 def _check_quantized(model: PreTrainedModel) -> None:
@@ -119,13 +121,13 @@ def add(model: PreTrainedModel, lora: Lora) -> None:
 
     options: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
     config: Any = model.config
-    config.model_type = ""  # by which peft knows mixtures whose experts were linear layers once, and takes the fused
-    try:  # ones for dense and shared layers of the same names
+    kind, config.model_type = config.model_type, ""  # by which peft knows mixtures whose experts were linear layers
+    try:  # once, and takes the fused ones for dense and shared layers of the same names
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.filterwarnings("ignore", "fan_in_fan_out")  # of GPT-2's layers, which it finds out by itself
             model.add_adapter(LoraConfig(target_modules=names, **options))
     finally:
-        del config.model_type  # its class has one
+        config.model_type = kind
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ The planner records it in the run's config (`provenance.inputs`), and the run co
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -16,9 +18,9 @@ from omegaconf import OmegaConf
 from dpo import cache as caches
 from dpo import data
 from dpo.cache import digest, entry, intact, remember, sha256
-from dpo.data.records import Dataset, contents, texts
+from dpo.data.records import Dataset, Preference, contents, texts
 from dpo.data.sources import heard, jsonl_files
-from dpo.data.texts import distinct
+from dpo.data.texts import key as key_of
 from dpo.policy.model import resolve_path
 from dpo.sweep.directory import before
 from dpo.sweep.schema import number_of_samples
@@ -71,19 +73,24 @@ def facts_of(dataset: Dataset) -> dict[str, Any]:
         "data": contents(dataset),
         "pairs": bool(dataset.preferences),
         "single": any(pair.label is not None for pair in dataset.preferences.get("train", ())),
-        "prompts": min([len(distinct(one.prompt for one in some)) for some in dataset.preferences.values()], default=0),
+        "alike": {split: [_most(some), len(some)] for split, some in dataset.preferences.items()},
         "demonstrations": bool(dataset.demonstrations),
         "plain": any(isinstance(prompt, str) for some in dataset.prompts.values() for prompt in some),
         "revisions": dataset.revisions,
     }
 
 
+def _most(pairs: Sequence[Preference]) -> int:
+    """How many have the prompt that most have."""
+    return max(Counter(key_of(pair.prompt) for pair in pairs).values(), default=0)
+
+
 def known(node: dict[str, Any], cache: str) -> dict[str, Any] | None:
     """What is known of data that a run has read before, with the same content and by the same code; else None.
 
     `data`: their digest; `texts` of the pairs of each split; whether they bring `pairs`, `single` responses with a
-    label and `demonstrations`; to how many `prompts` at least the pairs of a split are; whether some are `plain`, no
-    chats; `revisions` on the hub; and what was `said` of them (levels and messages).
+    label and `demonstrations`; how many pairs of each split have one prompt at most, and how many there are (`alike`);
+    whether some prompts are `plain`, no chats; `revisions` on the hub; and what was `said` of them (levels, messages).
 
     Raises: RuntimeError if that is damaged.
     """

@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpo.data.batches import check_prompts
 from dpo.data.chats import turn
 from dpo.data.instructions import read_instructions
 from dpo.data.sources import absent
+from dpo.data.tokens import end_of_turn
 from dpo.losses.pairs import OF_REFERENCE, asked_by, try_out
 from dpo.policy.folder import check_adapter
 from dpo.policy.lora import Lora, check_fits
@@ -78,8 +80,10 @@ class Rehearsal:
             return {"problems": problems, "inputs": {}}
         facts: dict[str, Any] = tried[0][0]
         with_pairs, single, demonstrations = (facts[name] for name in ("pairs", "single", "demonstrations"))
-        if facts["plain"] and "chat" in config["data"]:
-            self._once(_untemplated, read)
+        if config.get("candidates") is None:
+            problem = self._once(_templated, facts["plain"], _chat_option(config["data"]), read)[1]
+            if problem is not None:
+                return {"problems": [problem], "inputs": {}}
         if not demonstrations and config["command"] == "sft":
             wrong = "dpo.sft imitates demonstrations, found data without; take others: data=sft, or data with pairs"
             return {"problems": [wrong], "inputs": {}}
@@ -107,7 +111,7 @@ class Rehearsal:
             )
             return {"problems": [wrong], "inputs": {}}
         given = with_pairs and config["command"] in ("train", "score")  # others read the prompts alone, or sample pairs
-        of_data = (single, facts["prompts"]) if given else (False,)
+        of_data = (single, facts["alike"]) if given else (False,)
         if "loss" in config and (problem := self._once(_together, config["loss"], config["reference"], *of_data)[1]):
             return {"problems": [problem], "inputs": {}}
         models, problem = self._once(
@@ -186,11 +190,24 @@ def _readable(read: Sequence[Any]) -> None:
         without_weights(ModelSpec(*read))
 
 
-def _untemplated(read: Sequence[Any]) -> None:
-    if _here(read[0]) and load_tokenizer(ModelSpec(*read)).chat_template:
+def _chat_option(data: dict[str, Any]) -> str | None:
+    """What makes chats of plain text, if these data have such an option."""
+    if "sources" in data:
+        return "chat:true in data.sources"
+    return "data.chat=true" if "chat" in data and data.get("prompt") != "implicit" else None
+
+
+def _templated(plain: bool, option: str | None, read: Sequence[Any]) -> None:
+    """Chats need a template; plain prompts go without, which may not be meant where there is an option."""
+    if not _here(read[0]):
+        return
+    tokenizer = load_tokenizer(ModelSpec(*read))
+    if not plain:
+        end_of_turn(tokenizer)
+    elif option and tokenizer.chat_template:
         logger.warning(
-            f"prompts are plain text, which {read[0]} reads without its chat template; with data.chat=true they become "
-            "turns of a user"
+            f"prompts are plain text, which {read[0]} reads without its chat template; with {option} they become turns "
+            "of a user"
         )
 
 
@@ -280,9 +297,11 @@ def _pooled(reference: dict[str, Any], scorer: dict[str, Any] | None) -> None:
         scored_ahead(instantiate(reference))
 
 
-def _together(loss: dict[str, Any], reference: dict[str, Any], single: bool, prompts: int | None = None) -> None:
+def _together(
+    loss: dict[str, Any], reference: dict[str, Any], single: bool, alike: dict[str, list[int]] | None = None
+) -> None:
     """A loss may ask for more than a reference gives, for pairs where the data are `single` responses, or for responses
-    to other prompts where a split has one. prompts: of the data's own pairs; None: they are sampled.
+    to other prompts where most of a split have one. alike: see `inputs.known`; None: pairs are sampled.
     """
     gives, asked = getattr(instantiate(reference), "gives", ()), asked_by(instantiate(loss))
     if single and "labels" not in asked:
@@ -290,11 +309,9 @@ def _together(loss: dict[str, Any], reference: dict[str, Any], single: bool, pro
             f"{loss['_target_']} learns from pairs, found data of single responses with a label; take loss=kto, or "
             "data with chosen and rejected responses"
         )
-    if prompts == 1 and "labels" in asked:
-        raise ValueError(
-            f"{loss['_target_']} takes responses to other prompts beside each, found a single prompt in training or "
-            "validation; add responses to others, or raise data.validation_fraction"
-        )
+    if alike and "labels" in asked:
+        for split, (most, rows) in alike.items():
+            check_prompts(most, rows, f"{split} {'responses' if single else 'pairs'}")
     for what in asked:
         if what in OF_REFERENCE and what not in gives:
             raise ValueError(

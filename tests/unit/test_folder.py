@@ -165,6 +165,10 @@ def test_another_head_on_tied_weights(tmp_path):
             "a Qwen3_5ForSequenceClassification",
         ),
         ({"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"]}, "a Qwen3_5ForCond"),
+        (
+            {"model_type": "llama4", "architectures": ["Llama4ForConditionalGeneration"], "text_config": {}},
+            "a Llama4ForConditionalGeneration",
+        ),
     ],
 )
 def test_what_is_no_causal_language_model(config, said):

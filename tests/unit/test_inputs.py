@@ -177,7 +177,8 @@ def test_what_a_run_has_read_is_known_of_the_same_content_read_by_the_same_code(
     assert facts["data"] == contents(dataset) == contents(instantiate(reading(file)))
     assert facts["texts"] == {split: texts(pairs) for split, pairs in dataset.preferences.items()}
     assert (facts["pairs"], facts["single"], facts["demonstrations"], facts["revisions"]) == (True, False, True, {})
-    assert facts["prompts"] == len({pair.prompt for pair in dataset.preferences["validation"]})
+    prompts = {split: [pair.prompt for pair in pairs] for split, pairs in dataset.preferences.items()}
+    assert facts["alike"] == {split: [max(map(some.count, some)), len(some)] for split, some in prompts.items()}
     assert [message for _, message in facts["said"]] == [
         f"{file}: 1 of 41 pairs are faulty, 1 dropped (1 x chosen is empty)"
     ]

@@ -48,7 +48,7 @@ def test_what_a_run_would_be_made_from_is_found(base, tiny_model, tmp_path):
     assert not Rehearsal().of(with_(base, "command", "evaluate"))["pairs"]  # which trains on none
 
 
-def test_text_beside_a_template_is_told_once(base, tiny_model, capsys):
+def test_text_beside_a_template_is_told_once(base, tiny_model, tmp_path, capsys):
     """That a policy reads it as it is may be meant, or forgotten."""
     told = with_(base, "policy.path", tiny_model("qwen2"))
     rehearsal = Rehearsal()
@@ -56,9 +56,22 @@ def test_text_beside_a_template_is_told_once(base, tiny_model, capsys):
         assert rehearsal.of(with_(told, "beta", beta))["problems"] == []
     said = capsys.readouterr().out
     assert said.count("prompts are plain text, which ") == said.count("reads without its chat template") == 1
-    Rehearsal().of(with_(told, "data.chat", True))
+    assert Rehearsal().of(with_(told, "data.chat", True))["problems"] == []
     Rehearsal().of(base)  # which has no template
     assert "chat template" not in capsys.readouterr().out
+    both = [f'{{"chosen": "{n}? yes", "rejected": "{n}? no"}}\n' for n in range(9)]
+    (tmp_path / "both.jsonl").write_text("".join(both))
+    begun = with_(with_(told, "data.path", str(tmp_path / "both.jsonl")), "data.prompt", "implicit")
+    assert Rehearsal().of(begun)["problems"] == []
+    assert "chat template" not in capsys.readouterr().out  # there data.chat=true would be refused
+    parts = {"sources": [base["data"]["path"]], "validation_fraction": 0.3, "on_faulty": "error"}
+    assert Rehearsal().of(with_(told, "data", {"_target_": "dpo.data.mixture.mixture", **parts}))["problems"] == []
+    assert "with chat:true in data.sources they become" in capsys.readouterr().out
+
+
+def test_chats_need_a_template(base, tiny_model):
+    [problem] = Rehearsal().of(with_(base, "data.chat", True))["problems"]
+    assert problem.startswith("prompts are chat messages, so the tokenizer must have a chat template, found none")
 
 
 def test_what_another_stage_is_made_from_is_found(base, tiny_model, tmp_path):

@@ -67,11 +67,10 @@ def test_intervals_are_students():
     assert (back.mean, back.low, back.high, back.seeds, back.looks, back.half) == (-1.0, -1.5, 1.0, 4, 2, 2.0)
 
 
-def test_a_zero_has_no_sign():
-    assert str(Interval(-1e-4, -2e-4, -0.0, 3)) == "0.000 [0.000, 0.000]"
-    one = frame(seed=[0], score=[-1e-9])
-    assert cell(one, "score") == "0.000"
-    assert cell(one, "score", found=Interval(-1e-4, -2e-4, -0.0, 3)) == "0.000 [0.000, 0.000]"
+def test_an_end_that_rounds_to_zero_keeps_its_sign():
+    """Which says on what side of zero the interval is."""
+    assert str(Interval(-0.01, -0.02, -1e-4, 3)) == "-0.010 [-0.020, -0.000]"
+    assert cell(frame(seed=[0], score=[0.5]), "score", found=Interval(0.01, 1e-4, 0.02, 3)) == "0.010 [0.000, 0.020]"
 
 
 def test_intervals_cover():

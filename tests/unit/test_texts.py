@@ -25,6 +25,7 @@ FOUR = assistant("4")
 SYSTEM = {"role": "system", "content": "Be brief."}
 PAIR = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5", "id": "x"}
 CHAT = {"prompt": [user("2 + 2?")], "chosen": [assistant("4")], "rejected": [assistant("5")], "id": "x"}
+TURNS = {"messages": [user("2 + 2?"), FOUR]}
 WHOLE = {"prompt": "2 + 2?", "chosen": [user("2 + 2?"), assistant("4")], "rejected": [user("2 + 2?"), assistant("5")]}
 
 
@@ -37,8 +38,15 @@ WHOLE = {"prompt": "2 + 2?", "chosen": [user("2 + 2?"), assistant("4")], "reject
         (PAIR | {"system": None}, CHAT),
         (CHAT, CHAT),
         (PAIR | {"prompt": [SYSTEM, user("2 + 2?")]}, CHAT | {"prompt": [SYSTEM, user("2 + 2?")]}),
-        (CHAT | {"system": "Be brief."}, CHAT | {"system": "Be brief."}),  # which is refused: it is in no prompt
-        (WHOLE | {"system": "Be brief."}, WHOLE | {"system": "Be brief."}),
+        (CHAT | {"system": "Be brief."}, CHAT | {"prompt": [SYSTEM, user("2 + 2?")]}),
+        (CHAT | {"system": 7}, CHAT | {"system": 7}),  # is refused, by its name
+        (CHAT | {"prompt": [SYSTEM], "system": "Be bold."}, CHAT | {"prompt": [SYSTEM], "system": "Be bold."}),  # too
+        (
+            WHOLE | {"system": "Be brief."},
+            {"prompt": "2 + 2?", **{name: [SYSTEM, *WHOLE[name]] for name in ("chosen", "rejected")}},
+        ),
+        (TURNS | {"system": "Be brief."}, {"messages": [SYSTEM, *TURNS["messages"]]}),
+        (TURNS, TURNS),
         (WHOLE, WHOLE),
         ({"prompt": "a", "completion": "4", "label": 1}, {"prompt": [user("a")], "completion": [FOUR], "label": 1}),
         ({"prompt": 3, "responses": ["4", [FOUR], 5]}, {"prompt": 3, "responses": [[FOUR], [FOUR], 5]}),  # is refused
@@ -58,6 +66,9 @@ def test_names_of_others():
     for kept in ([user("a")], [{"from": "x"}], [{"role": "user", "content": "a", "from": "x", "value": "y"}], ["a", 3]):
         assert same_names({"prompt": kept}) == {"prompt": kept}
     assert same_names({"prompt": {"from": "x"}}) == {"prompt": {"from": "x"}}
+    elsewhere = {"meta": {"from": ["x"], "value": 1}, "prompt": [{"from": ["x"], "value": 1}]}
+    assert same_names(elsewhere) == elsewhere
+    assert same_names({"responses": [[theirs[2]], theirs[2]]}) == {"responses": [[assistant("b")]] * 2}
 
 
 def save(path, rows) -> str:
@@ -112,9 +123,15 @@ def test_every_reader_knows_the_names_of_others(tmp_path, kind):
         row = by_hand(n)
         named = {"user": "human", "assistant": "gpt", "system": "system"}
         said = {name: value for name, value in row.items() if isinstance(value, list) and isinstance(value[0], dict)}
-        for name, messages in said.items():
-            row[name] = [{"from": named[one["role"]], "value": one["content"]} for one in messages]
-        return row
+
+        def turned(messages: list) -> list:
+            return [{"from": named[one["role"]], "value": one["content"]} for one in messages]
+
+        return (
+            row
+            | {name: turned(messages) for name, messages in said.items()}
+            | {"responses": [*map(turned, row["responses"])]}
+        )
 
     ours, others = (save(tmp_path / f"{made.__name__}.jsonl", map(made, range(24))) for made in (by_hand, theirs))
     assert READERS[kind](others) == READERS[kind](ours)

@@ -456,19 +456,19 @@ def test_data_and_loss_must_fit(tmp_path, tiny_model):
 
 def test_a_split_of_one_prompt_is_refused_when_planned(tmp_path, tiny_model):
     """Whether it is the held-out one or not; pairs can be learned from by other losses, and prompts sampled for."""
-    many, one, two = (
-        [{"prompt": f"{n % prompts}", "chosen": "a", "rejected": "b"} for n in range(9)] for prompts in (9, 1, 2)
+    many, one, two, three = (
+        [{"prompt": f"{n % prompts}", "chosen": "a", "rejected": "b"} for n in range(9)] for prompts in (9, 1, 2, 3)
     )
-    paths = [save(tmp_path / f"{name}.jsonl", rows) for name, rows in (("many", many), ("one", one), ("two", two))]
+    rows = {"many": many, "one": one, "two": two, "three": three}
+    paths = [save(tmp_path / f"{name}.jsonl", some) for name, some in rows.items()]
 
     def problems(train, held_out, *given, **more):
         data = [f"data.path={paths[train]}", f"data.validation_path={paths[held_out]}", "data=file"]
         return trials([config(f"policy.path={tiny_model('llama')}", *data, *given) | more])[0]["problems"]
 
-    for sides in ((0, 1), (1, 0)):
-        [problem] = problems(*sides, "loss=kto")
-        assert (
-            "takes responses to other prompts beside each, found a single prompt in training or validation" in problem
-        )
+    for sides, found in {(0, 1): "validation pairs", (1, 0): "train pairs", (0, 2): "validation pairs"}.items():
+        [problem] = problems(*sides, "loss=kto")  # two prompts are those of 5 and 4 rows
+        assert f"of {found} at most half may have the same prompt" in problem
+        assert f"found {5 if 2 in sides else 9} of 9. Add responses" in problem
         assert problems(*sides) == problems(*sides, "loss=kto", command="generate") == []
-    assert problems(0, 2, "loss=kto") == []
+    assert problems(0, 3, "loss=kto") == []
