@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from datasets import Dataset
 
 from dpo.data.demonstrations import sft
 from dpo.data.hub import unpaired
@@ -135,6 +136,14 @@ def test_every_reader_knows_the_names_of_others(tmp_path, kind):
 
     ours, others = (save(tmp_path / f"{made.__name__}.jsonl", map(made, range(24))) for made in (by_hand, theirs))
     assert READERS[kind](others) == READERS[kind](ours)
+
+
+def test_what_the_system_says_in_a_csv_file_is_text(tmp_path):
+    """Though a reader of tables may take it for a number."""
+    rows = [{"system": "7", "prompt": f"{n}?", "chosen": "yes", "rejected": "no"} for n in range(9)]
+    Dataset.from_list(rows).to_csv(tmp_path / "a.csv")
+    data = file(str(tmp_path / "a.csv"), None, 0.3, "error", chat=True)
+    assert {pair.prompt[0]["content"] for pair in data.preferences["train"]} == {"7"}
 
 
 def test_a_prompt_that_is_no_column_is_no_turn(tmp_path):
